@@ -1,0 +1,39 @@
+# make tune   tune a model's kernels (without a GPU: predicted for GPU), in an environment it builds first
+# make test   lint, type-check and test, likewise
+MODEL ?= llama-8b
+RANK ?= 384
+GPU ?= h200
+PYTHON ?= python3
+VENV ?= .venv
+TUNE_ARGS ?=
+TEST_ARGS ?= -n auto
+
+BIN = $(VENV)/bin
+
+.PHONY: tune test lint clean
+
+tune: $(VENV)/installed
+	@$(BIN)/doratune tune --model $(MODEL) --rank $(RANK) \
+		$$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--gpu $(GPU)')") $(TUNE_ARGS)
+
+test: $(VENV)/installed-test lint
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
+	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -m doratune.cli -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) .mypy .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,28 @@
+"""doratune: tuned Triton kernels for DoRA, generated from templates and dispatched from a store.
+
+The public names load lazily, so ``import doratune`` costs nothing beyond Python's own work.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .runtime.loader import Kernel as Kernel
+    from .runtime.loader import explain as explain
+    from .runtime.loader import load_kernel as load_kernel
+
+__version__ = "0.1.0"
+__all__ = ["Kernel", "__version__", "explain", "load_kernel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from .runtime import loader
+
+        return getattr(loader, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

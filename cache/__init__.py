@@ -1,0 +1,1 @@
+"""The store of winners: entries, schema, layers and lookup."""

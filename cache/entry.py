@@ -1,0 +1,82 @@
+"""What a store keeps: an :class:`Entry`, the winner for a spec, with its :class:`Evaluation` and :class:`Environment`.
+
+These are plain values: no database code, so the tuner and the runtime share them freely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..codegen.spec import Config, KernelSpec
+
+MEASURED = "measured"
+PREDICTED = "predicted"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a kernel did, and how that is known.
+
+    ``provenance`` is ``measured`` (timed on ``Environment.gpu_name``), ``predicted`` (compiled and modelled) or
+    ``default`` (nobody looked). Times are microseconds of GPU time; ``samples_us`` are the single replays behind the
+    median ``us``. ``error`` is the worst relative error against fp64 seen by the accuracy gate, None when not measured.
+    ``registers`` are per thread, ``spills`` and ``shared_bytes`` in bytes, each the largest over the variant's kernels.
+    ``trials`` counts the configurations the search looked at.
+    """
+
+    provenance: str
+    us: float | None = None
+    floor_us: float | None = None
+    samples_us: tuple[float, ...] = ()
+    error: float | None = None
+    registers: int | None = None
+    spills: int | None = None
+    shared_bytes: int | None = None
+    trials: int = 0
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where an evaluation comes from. ``gpu_name`` is the driver's name for a measured GPU, else empty."""
+
+    gpu: str
+    architecture: str
+    triton: str
+    torch: str = ""
+    driver: str = ""
+    gpu_name: str = ""
+    doratune: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The winner for a spec: the config, what it is valid for, and how it was found.
+
+    ``template_digest`` ties the config to the template text it was tuned with; ``source`` is the emitted text, kept
+    for reading only (what runs is rendered again and must have ``source_digest``). ``created_at`` is ISO 8601 UTC.
+    """
+
+    spec: KernelSpec
+    config: Config
+    template_digest: str
+    source_digest: str
+    source: str
+    evaluation: Evaluation
+    environment: Environment
+    created_at: str = ""
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel of an entry: valid only for this Triton version, architecture and source digest.
+
+    ``metadata`` is Triton's own JSON metadata of the kernel; ``image`` the cubin or hsaco.
+    """
+
+    source_digest: str
+    kernel: str
+    triton: str
+    architecture: str
+    metadata: str
+    image: bytes = field(repr=False)

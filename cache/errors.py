@@ -1,0 +1,57 @@
+"""The ways a store can fail a user, as types. Each message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from ..errors import DoratuneError, UsageError
+
+
+class LocationError(UsageError):
+    """The text does not name a store: an unknown URL scheme, an in-memory database, an empty path."""
+
+
+class StoreError(DoratuneError):
+    """A store could not be opened, read or written; the base of the errors below."""
+
+
+class MissingStoreError(StoreError):
+    """There is no store at the location."""
+
+
+class NotAStoreError(StoreError):
+    """Something is at the location, but it is no doratune store. It is left as it is."""
+
+
+class CorruptStoreError(StoreError):
+    """The store's file is damaged: truncated, or overwritten in part."""
+
+
+class CorruptRowError(StoreError):
+    """One row does not hold what its column promises; the message names the row and the store."""
+
+
+class InvalidEntryError(StoreError):
+    """The entry or binary to be stored is not valid, so nothing was written."""
+
+
+class NewerStoreError(StoreError):
+    """The store has a schema this doratune does not know."""
+
+
+class OlderStoreError(StoreError):
+    """The store has an earlier schema and was opened read-only, so it could not be migrated."""
+
+
+class ReadOnlyStoreError(StoreError):
+    """The store cannot be written: it was opened read-only, or the disk, file or database refuses."""
+
+
+class StoreAccessError(StoreError):
+    """The system refused: no permission, a disk error, a full disk, or a lock that others held too long."""
+
+
+class UnreachableStoreError(StoreError):
+    """The database server does not answer, or refuses the login."""
+
+
+class MissingDriverError(StoreError):
+    """The Python driver for the database is not installed."""

@@ -1,0 +1,112 @@
+"""Which stores are searched, in which order: a named store or the search path, the user's own, the prebuilt ones."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+
+from .errors import OlderStoreError, StoreError
+from .location import Location, split_locations
+
+if TYPE_CHECKING:
+    from .store import Store
+
+HOME_VARIABLE = "DORATUNE_HOME"
+PATH_VARIABLE = "DORATUNE_CACHE_PATH"
+USER = "user"
+PREBUILT = "prebuilt"
+
+_PREBUILT_FOLDER = Path(__file__).resolve().parent / "prebuilt"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One store of the stack.
+
+    ``origin`` says who named it: ``store``, ``DORATUNE_CACHE_PATH``, ``user`` or ``prebuilt``. ``location`` is as given
+    and may hold a password; ``str()`` of a layer does not.
+    """
+
+    location: str
+    origin: str
+
+    def __str__(self) -> str:
+        return f"{Location.parse(self.location)} ({self.origin})"
+
+
+def home() -> Path:
+    """The user's doratune folder: ``DORATUNE_HOME``, else the platform's place for user data. It may not exist yet."""
+    named = os.environ.get(HOME_VARIABLE, "").strip()
+    return Path(named).expanduser().absolute() if named else platformdirs.user_data_path("doratune")
+
+
+def user_store_path() -> Path:
+    """The file of the user's own store. It may not exist yet."""
+    return home() / "store.sqlite"
+
+
+def prebuilt_paths() -> list[Path]:
+    """The stores that come with the package, sorted by name."""
+    return sorted(_PREBUILT_FOLDER.glob("*.sqlite"))
+
+
+def layer_locations(store: str | None = None) -> list[Layer]:
+    """Return the stack in search order, each store once.
+
+    First ``store`` or else every item of ``DORATUNE_CACHE_PATH`` (see
+    :func:`~doratune.cache.location.split_locations`), then the user's store where it exists, then the prebuilt ones.
+
+    Raises:
+        LocationError: a named location is not a path or a known URL.
+    """
+    if store is not None:
+        named = [Layer(str(store), "store")]
+    else:
+        named = [Layer(item, PATH_VARIABLE) for item in split_locations(os.environ.get(PATH_VARIABLE, ""))]
+    own = [Layer(str(user_store_path()), USER)] if user_store_path().exists() else []
+    stack = [*named, *own, *(Layer(str(path), PREBUILT) for path in prebuilt_paths())]
+    unique: dict[Location, Layer] = {}
+    for layer in stack:
+        unique.setdefault(Location.parse(layer.location), layer)
+    return list(unique.values())
+
+
+def open_layers(store: str | None = None) -> list[Store]:
+    """Open the stack of :func:`layer_locations` read-only. The caller closes the stores.
+
+    The user's own store is migrated first where an older doratune wrote it.
+
+    Raises:
+        StoreError: a store cannot be opened. A broken layer is never passed over: the kernels chosen would silently be
+            others than the ones it holds.
+        LocationError: a named location is not a path or a known URL.
+    """
+    stores: list[Store] = []
+    try:
+        for layer in layer_locations(store):
+            stores.append(_open(layer))
+    except BaseException:
+        for opened in stores:
+            opened.close()
+        raise
+    return stores
+
+
+def _open(layer: Layer) -> Store:
+    from .store import Store  # here, so that the paths above can be asked for without SQLAlchemy
+
+    try:
+        return Store.open(layer.location, readonly=True)
+    except OlderStoreError:
+        if layer.origin != USER:
+            raise
+        Store.open(layer.location).close()
+        return Store.open(layer.location, readonly=True)
+    except StoreError as error:
+        if layer.origin == PATH_VARIABLE:  # an environment variable is easily forgotten
+            raise type(error)(f"{error} (the store is named by {PATH_VARIABLE})") from error
+        raise

@@ -1,0 +1,280 @@
+"""Which config a spec gets, from the stores at hand, and why.
+
+The steps, tried in order; the first that has an acceptable entry decides:
+
+1. ``exact``: an entry of this very spec. A measured one in any layer goes before a predicted one in any layer, and a
+   predicted one before a stored default; among equals the earlier layer.
+2. ``nearest``: an entry of the same op and dtypes on the same GPU, with other dims or flags.
+3. ``architecture``: the same on another GPU of the same architecture: first the same dims and flags, then the nearest.
+4. ``default``: the built-in default config.
+
+Within steps 2 and 3 measured goes before predicted before default, then the smaller :func:`distance`, then the earlier
+layer, then the spec's text: the same stores always give the same answer.
+
+An entry is refused when its template is not the installed one or when its config does not suit the spec. Another
+Triton version refuses nothing, because a config is rendered and compiled anew: it is only told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..codegen.spec import DIMS, FLAGS, Config, KernelSpec
+from .entry import DEFAULT, MEASURED, PREDICTED, Entry
+
+if TYPE_CHECKING:
+    from .store import Store
+
+STEPS = ("exact", "nearest", "architecture", "default")
+DIM_WEIGHTS = {"d_out": 1.0, "d_in": 1.0, "rank": 2.0, "tokens": 1.0}
+"""What a factor of two in a dim adds to the distance. The rank counts double: it is a side of the tiles themselves
+(so it decides what fits into shared memory), where the others mostly change how many tiles there are."""
+FLAG_PENALTY = 0.25
+"""What each differing flag adds: it adds or drops one operand, which matters less than any halving of a dim."""
+REFUSALS_KEPT = 5
+"""Refusals listed for each step; beyond these they are counted."""
+
+_PROVENANCE_ORDER = {MEASURED: 0, PREDICTED: 1, DEFAULT: 2}
+
+Accepts = Callable[[KernelSpec, Config], "str | None"]
+"""Gives the reason why a config does not suit a spec, or None when it does."""
+TemplateDigest = Callable[[str, str], "str | None"]
+"""Gives the digest of the installed template for an op and a variant, or None when there is no such variant."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An entry that was not used: at which ``step``, its spec's text, the ``layer`` that holds it, and why."""
+
+    step: str
+    candidate: str
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The config chosen for ``spec``, and how.
+
+    ``step`` is one of :data:`STEPS`. ``entry`` and ``layer`` (the store's location) are None for the built-in default.
+    ``distance`` is 0 for an exact entry and None for the default. ``trace`` holds at most :data:`REFUSALS_KEPT`
+    refusals for each step, in the order they were met; ``refused`` their full number by step. ``layers`` are the
+    locations searched.
+    """
+
+    spec: KernelSpec
+    step: str
+    config: Config
+    entry: Entry | None
+    layer: str | None
+    distance: float | None
+    trace: tuple[Refusal, ...]
+    refused: tuple[tuple[str, int], ...]
+    layers: tuple[str, ...]
+
+    def explain(self) -> str:
+        """Return the choice, why the earlier steps gave nothing, and what is known of the loss, as lines of text."""
+        lines = [f"spec      {self.spec}", f"step      {self.step}: {self._choice()}", f"config    {self.config}"]
+        if self.entry is not None:
+            lines += [f"store     {self.layer}", f"tuned     {_origin(self.entry)}"]
+        lines.append(f"loss      {self._loss()}")
+        lines += self._refusal_lines()
+        return "\n".join(lines)
+
+    def _choice(self) -> str:
+        if self.entry is None:
+            return "the built-in default"
+        if self.step == "exact":
+            return "an entry of this very spec"
+        where = "the same GPU" if self.step == "nearest" else f"another {self.entry.environment.architecture} GPU"
+        return f"{self.entry.spec} on {where}, distance {self.distance:.2f}"
+
+    def _loss(self) -> str:
+        if self.entry is None:
+            return "unknown: no entry suits, and the default was never timed; tune this spec"
+        provenance = self.entry.evaluation.provenance
+        if self.step == "exact" and provenance == MEASURED:
+            return f"0 %: the winner measured for this spec{_against_floor(self.entry)}"
+        if self.step == "exact":
+            return f"unknown: {provenance}, never timed{_against_floor(self.entry)}"
+        own = f" (on its own shape: {provenance}{_against_floor(self.entry)})"
+        return f"unknown: not measured for this spec{own}"
+
+    def _refusal_lines(self) -> list[str]:
+        counts = dict(self.refused)
+        tried = STEPS[: STEPS.index(self.step) + 1]
+        lines: list[str] = []
+        for step in tried:
+            if step == "default" or (step == self.step and not counts.get(step)):
+                continue
+            listed = [refusal for refusal in self.trace if refusal.step == step]
+            if not listed:
+                lines.append(f"{step}: no entry in {_stores(self.layers)}")
+                continue
+            lines.append(f"{step}: not used:")
+            lines += [f"  {refusal.candidate} in {refusal.layer}: {refusal.reason}" for refusal in listed]
+            if counts[step] > len(listed):
+                lines.append(f"  and {counts[step] - len(listed)} more")
+        return lines
+
+
+def distance(wanted: KernelSpec, other: KernelSpec) -> float:
+    """Return how far two specs of one op are apart: ``sum(weight * |log2(ratio)|)`` over the dims, plus flag penalties.
+
+    Dims the op does not depend on, and the GPU, add nothing.
+    """
+    pairs = ((DIM_WEIGHTS[dim], getattr(wanted, dim), getattr(other, dim)) for dim in DIMS)
+    dims: float = sum(weight * abs(math.log2(a / b)) for weight, a, b in pairs if a and b)
+    return dims + FLAG_PENALTY * sum(getattr(wanted, flag) != getattr(other, flag) for flag in FLAGS)
+
+
+def lookup(
+    spec: KernelSpec,
+    layers: Sequence[Store],
+    *,
+    default: Config,
+    architecture: str,
+    accepts: Accepts,
+    template_digest: TemplateDigest,
+) -> Resolution:
+    """Choose the config for ``spec`` from the stores in ``layers``, searched in that order; see the module's text.
+
+    ``default`` is the built-in config. ``architecture`` is that of the spec's GPU (``sm_90``). ``accepts`` and
+    ``template_digest`` say what the installed templates can do.
+
+    Raises:
+        StoreError: a layer cannot be read, or holds a damaged row.
+    """
+    search = _Search(spec, layers, architecture, accepts, template_digest)
+    for step in STEPS[:-1]:
+        found = search.run(step)
+        if found is not None:
+            return search.resolution(step, found.entry.config, found)
+    return search.resolution("default", default, None)
+
+
+@dataclass(frozen=True)
+class _Found:
+    entry: Entry
+    layer: str
+    distance: float
+
+
+class _Search:
+    """One lookup under way, and the refusals it met."""
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        layers: Sequence[Store],
+        architecture: str,
+        accepts: Accepts,
+        template_digest: TemplateDigest,
+    ) -> None:
+        self.spec = spec
+        self.layers = layers
+        self.architecture = architecture
+        self.accepts = accepts
+        self.template_digest = template_digest
+        self.trace: list[Refusal] = []
+        self.refused: dict[str, int] = {}
+
+    def run(self, step: str) -> _Found | None:
+        return self._exact() if step == "exact" else self._near(step)
+
+    def resolution(self, step: str, config: Config, found: _Found | None) -> Resolution:
+        return Resolution(
+            spec=self.spec,
+            step=step,
+            config=config,
+            entry=found.entry if found else None,
+            layer=found.layer if found else None,
+            distance=found.distance if found else None,
+            trace=tuple(self.trace),
+            refused=tuple(self.refused.items()),
+            layers=tuple(layer.location for layer in self.layers),
+        )
+
+    def _exact(self) -> _Found | None:
+        usable: list[_Found] = []
+        for layer in self.layers:
+            entry = layer.get(self.spec)
+            if entry is None:
+                continue
+            if self._usable("exact", self.spec, entry.config, entry.template_digest, layer.location):
+                usable.append(_Found(entry, layer.location, 0.0))
+                if entry.evaluation.provenance == MEASURED:
+                    break  # nothing in a later layer can go before it
+        if not usable:
+            return None
+        best = min(usable, key=lambda found: _PROVENANCE_ORDER[found.entry.evaluation.provenance])
+        for other in usable[: usable.index(best)]:
+            reason = f"{other.entry.evaluation.provenance}, and a later store has it {best.entry.evaluation.provenance}"
+            self._refuse("exact", self.spec, other.layer, reason)
+        return best
+
+    def _near(self, step: str) -> _Found | None:
+        architecture = self.architecture if step == "architecture" else None
+        ranked = []
+        for index, layer in enumerate(self.layers):
+            for candidate in layer.candidates(self.spec, architecture=architecture):
+                apart = distance(self.spec, candidate.spec)
+                order = (apart > 0, _PROVENANCE_ORDER[candidate.provenance], apart, index, str(candidate.spec))
+                ranked.append((order, candidate))
+        for (_, _, apart, index, _), candidate in sorted(ranked, key=lambda pair: pair[0]):
+            layer = self.layers[index]
+            if not self._usable(step, candidate.spec, candidate.config, candidate.template_digest, layer.location):
+                continue
+            entry = layer.get(candidate.spec)
+            # A writer may have replaced or removed the entry between the two reads.
+            if entry is not None and entry.config == candidate.config:
+                return _Found(entry, layer.location, apart)
+        return None
+
+    def _usable(self, step: str, spec: KernelSpec, config: Config, digest: str, layer: str) -> bool:
+        reason = next(self._reasons(config, digest), None)
+        if reason is not None:
+            self._refuse(step, spec, layer, reason)
+        return reason is None
+
+    def _reasons(self, config: Config, digest: str) -> Iterator[str]:
+        installed = self.template_digest(self.spec.op, config.variant)
+        if installed is None:
+            yield f"no variant {config.variant!r} of {self.spec.op} is installed"
+        elif installed != digest:
+            yield f"tuned with another template {config.variant!r} ({digest[:12]}, installed is {installed[:12]})"
+        else:
+            refusal = self.accepts(self.spec, config)
+            if refusal is not None:
+                yield refusal
+
+    def _refuse(self, step: str, spec: KernelSpec, layer: str, reason: str) -> None:
+        self.refused[step] = self.refused.get(step, 0) + 1
+        if self.refused[step] <= REFUSALS_KEPT:
+            self.trace.append(Refusal(step, str(spec), layer, reason))
+
+
+def _origin(entry: Entry) -> str:
+    evaluation, environment = entry.evaluation, entry.environment
+    parts = [evaluation.provenance]
+    if evaluation.provenance == MEASURED and environment.gpu_name:
+        parts.append(f"on {environment.gpu_name}")
+    if environment.triton:
+        parts.append(f"under Triton {environment.triton}")
+    if entry.created_at:
+        parts.append(f"at {entry.created_at}")
+    return " ".join(parts)
+
+
+def _against_floor(entry: Entry) -> str:
+    us, floor = entry.evaluation.us, entry.evaluation.floor_us
+    if us is None:
+        return ""
+    return f", {us:.4g} us" + (f" = {us / floor:.2f} x its floor" if floor else "")
+
+
+def _stores(layers: tuple[str, ...]) -> str:
+    return f"{len(layers)} store{'' if len(layers) == 1 else 's'}"

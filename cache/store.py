@@ -1,0 +1,291 @@
+"""The store: entries and binaries in a SQLite file or a PostgreSQL database, with the same code.
+
+What runs is never code from a store: a config is a validated value, and source text is for reading.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, CursorResult, Engine, Executable, case, delete, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import InstrumentedAttribute, Session, sessionmaker
+
+from ..codegen.spec import DTYPES, KernelSpec
+from . import create as making
+from .connect import connect, explained, for_writing, sqlite_engine
+from .entry import Binary, Entry
+from .errors import CorruptRowError, LocationError, ReadOnlyStoreError, StoreAccessError
+from .location import Location
+from .rows import (
+    CANDIDATE_COLUMNS,
+    PROVENANCES,
+    Candidate,
+    binary_of,
+    binary_values,
+    candidate_of,
+    entry_of,
+    entry_values,
+)
+from .schema import Base, BinaryRow, EntryRow
+
+_BINARY_KEY = ("source_digest", "kernel", "triton", "architecture")
+
+
+class Store:
+    """An open store. Safe to use from several threads and processes, and across a fork.
+
+    Make one with :meth:`open`; use it as a context manager or :meth:`close` it. Every method raises a
+    :class:`~doratune.cache.errors.StoreError` when the database fails, and every writing one a
+    :class:`~doratune.cache.errors.ReadOnlyStoreError` on a store opened read-only.
+    """
+
+    def __init__(self, location: Location, engine: Engine, *, readonly: bool) -> None:
+        self._where = location
+        self._engine = engine
+        self._writer = for_writing(engine)
+        self.readonly = readonly
+
+    @classmethod
+    def open(cls, location: str | Path, *, create: bool = False, readonly: bool = False) -> Store:
+        """Open the store at a path or URL (``sqlite:///…``, ``postgresql://user@host:port/database``).
+
+        ``create`` makes a missing store; without it a missing one is an error. A store of an older schema is migrated,
+        unless ``readonly``.
+
+        Raises:
+            LocationError: the text names no store, or ``create`` and ``readonly`` are both asked for.
+            MissingStoreError, NotAStoreError, CorruptStoreError, NewerStoreError, OlderStoreError,
+            ReadOnlyStoreError, StoreAccessError, UnreachableStoreError, MissingDriverError: see their docstrings.
+        """
+        if create and readonly:
+            raise LocationError(f"store {location}: a store cannot be made read-only; open it for writing once")
+        where = Location.parse(location)
+        if create and where.path is not None:
+            if not where.path.exists():
+                making.create_file(where, where.path)
+            making.wait_for_claim(where.path)
+        engine = connect(where, readonly=readonly)
+        with explained(where):
+            making.settle_schema(where, engine, create=create, readonly=readonly)
+        return cls(where, engine, readonly=readonly)
+
+    @property
+    def location(self) -> str:
+        """The path or URL, without a password."""
+        return self._where.text
+
+    def close(self) -> None:
+        """Release the database."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({self.location!r}{', readonly' if self.readonly else ''})"
+
+    def put(self, entry: Entry) -> bool:
+        """Store ``entry`` as its spec's winner; return whether it was stored.
+
+        The better provenance stays: measured over predicted over default, the newer among equals. An entry tuned with
+        another template (``template_digest``) is always replaced. An empty ``created_at`` becomes the present time.
+
+        Raises:
+            InvalidEntryError: a field of the entry has the wrong type or range.
+        """
+        return self.put_all([entry]) == 1
+
+    def put_all(self, entries: Iterable[Entry]) -> int:
+        """Store the entries as :meth:`put` does, in one transaction: all or none. Return how many were stored."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        rows = [entry_values(entry) for entry in entries]
+        stored = 0
+        with explained(self._where), self._writing() as session:
+            for values in rows:
+                values["created_at"] = values["created_at"] or now
+                new = self._insert(EntryRow).values(values)
+                changed = {name: new.excluded[name] for name in values if name != "spec"}
+                other_template = EntryRow.template_digest != new.excluded.template_digest
+                no_worse = _provenance_order(new.excluded.provenance) <= _provenance_order(EntryRow.provenance)
+                # One statement, so that two writers of one spec cannot both decide on what they read before.
+                upsert = new.on_conflict_do_update(
+                    index_elements=["spec"], set_=changed, where=or_(other_template, no_worse)
+                )
+                stored += _changed_rows(session, upsert)
+        return stored
+
+    def get(self, spec: KernelSpec) -> Entry | None:
+        """Return the entry of exactly this spec, or None.
+
+        Raises:
+            CorruptRowError: its row is damaged.
+        """
+        with explained(self._where), self._reading() as session:
+            row = session.scalars(select(EntryRow).where(EntryRow.spec == str(spec))).one_or_none()
+            return None if row is None else entry_of(row, self.location)
+
+    def entries(self, op: str | None = None, gpu: str | None = None, architecture: str | None = None) -> list[Entry]:
+        """Return the entries, all or those of an op, GPU slug and architecture, sorted by spec text.
+
+        Raises:
+            CorruptRowError: a row is damaged.
+        """
+        query = select(EntryRow)
+        for column, wanted in ((EntryRow.op, op), (EntryRow.gpu, gpu), (EntryRow.architecture, architecture)):
+            if wanted is not None:
+                query = query.where(column == wanted)
+        with explained(self._where), self._reading() as session:
+            found = [entry_of(row, self.location) for row in session.scalars(query)]
+        return sorted(found, key=lambda entry: str(entry.spec))  # here, because databases differ in their collation
+
+    def candidates(self, spec: KernelSpec, *, architecture: str | None = None) -> list[Candidate]:
+        """Return what could stand in for ``spec``: the same op and dtypes, other dims or flags, sorted by spec text.
+
+        On the same GPU; or, given an ``architecture``, on the other GPUs of it (there the same dims are included).
+
+        Raises:
+            CorruptRowError: a row is damaged.
+        """
+        query = select(*CANDIDATE_COLUMNS).where(EntryRow.op == spec.op, EntryRow.spec != str(spec))
+        for role in DTYPES:
+            query = query.where(getattr(EntryRow, role) == getattr(spec, role))
+        if architecture is None:
+            query = query.where(EntryRow.gpu == spec.gpu)
+        else:
+            query = query.where(EntryRow.architecture == architecture, EntryRow.gpu != spec.gpu)
+        with explained(self._where), self._reading() as session:
+            found = [candidate_of(row, self.location) for row in session.execute(query).mappings()]
+        return sorted(found, key=lambda candidate: str(candidate.spec))
+
+    def remove(self, spec: KernelSpec) -> bool:
+        """Delete the entry of exactly this spec; return whether there was one."""
+        with explained(self._where), self._writing() as session:
+            return _changed_rows(session, delete(EntryRow).where(EntryRow.spec == str(spec))) == 1
+
+    def put_binary(self, binary: Binary) -> None:
+        """Store a compiled kernel, in place of an earlier one for the same source, Triton and architecture.
+
+        Raises:
+            InvalidEntryError: its metadata is no JSON object, its image empty, or a part of its key empty.
+        """
+        values = binary_values(binary)
+        with explained(self._where), self._writing() as session:
+            new = self._insert(BinaryRow).values(values)
+            changed = {name: new.excluded[name] for name in ("metadata", "image")}
+            session.execute(new.on_conflict_do_update(index_elements=_BINARY_KEY, set_=changed))
+
+    def get_binary(self, source_digest: str, kernel: str, triton: str, architecture: str) -> Binary | None:
+        """Return the kernel compiled from exactly this source by this Triton for this architecture, or None.
+
+        Raises:
+            CorruptRowError: its row is damaged.
+        """
+        key = dict(zip(_BINARY_KEY, (source_digest, kernel, triton, architecture), strict=True))
+        with explained(self._where), self._reading() as session:
+            row = session.scalars(select(BinaryRow).filter_by(**key)).one_or_none()
+            return None if row is None else binary_of(row, self.location)
+
+    def binaries(self, source_digest: str | None = None) -> list[Binary]:
+        """Return the compiled kernels, all or those of one source, sorted by their key.
+
+        Raises:
+            CorruptRowError: a row is damaged.
+        """
+        query = select(BinaryRow)
+        if source_digest is not None:
+            query = query.where(BinaryRow.source_digest == source_digest)
+        with explained(self._where), self._reading() as session:
+            found = [binary_of(row, self.location) for row in session.scalars(query)]
+        return sorted(found, key=lambda binary: tuple(getattr(binary, name) for name in _BINARY_KEY))
+
+    def prune_binaries(self) -> int:
+        """Delete the compiled kernels whose source no entry has any more; return how many."""
+        orphans = delete(BinaryRow).where(BinaryRow.source_digest.not_in(select(EntryRow.source_digest)))
+        with explained(self._where), self._writing() as session:
+            return _changed_rows(session, orphans)
+
+    def verify(self) -> list[str]:
+        """Check the file and every row; return the problems found, none for a sound store."""
+        problems: list[str] = []
+        with explained(self._where), self._reading() as session:
+            if self._engine.dialect.name == "sqlite":
+                results = session.connection().exec_driver_sql("PRAGMA integrity_check").scalars().all()
+                problems += [f"{self.location}: {result}" for result in results if result != "ok"]
+            for table, read in ((EntryRow, entry_of), (BinaryRow, binary_of)):
+                for row in session.scalars(select(table).order_by(table.id)):
+                    try:
+                        read(row, self.location)  # type: ignore[arg-type]
+                    except CorruptRowError as error:
+                        problems.append(str(error))
+        return problems
+
+    def export(self, path: str | Path, *, replace: bool = False, binaries: bool = True) -> None:
+        """Write a compact single-file copy that can be shipped and read in a read-only folder.
+
+        The same entries give the same bytes. The file appears complete or not at all. An existing file is left alone,
+        unless ``replace`` is given and it is a store.
+
+        Raises:
+            StoreAccessError: the file exists, or its folder cannot be written.
+            NotAStoreError: ``replace`` is given, but the existing file is no store.
+            CorruptRowError: a row is damaged, so there is nothing sound to ship.
+        """
+        target = Location.parse(path)
+        if target.path is None:
+            raise LocationError(f"export to {target}: an export is a file; name a path")
+        if target.path.exists() and replace:
+            Store.open(target.path, readonly=True).close()  # raises for a file that is not ours to replace
+        elif target.path.exists():
+            raise _exists(target)
+        with making.new_file(target, target.path) as fresh:
+            making.write_schema(sqlite_engine(fresh))
+            with Store(Location.parse(fresh), sqlite_engine(fresh), readonly=False) as copy:
+                copy.put_all(self.entries())
+                for binary in self.binaries() if binaries else ():
+                    copy.put_binary(binary)
+            making.compact(fresh)
+            if replace:
+                os.replace(fresh, target.path)
+            elif not making.place(fresh, target.path):
+                raise _exists(target)
+
+    def _reading(self) -> Session:
+        return Session(self._engine)
+
+    def _writing(self) -> AbstractContextManager[Session]:
+        """A session that commits at the end of its block, and rolls back when the block fails."""
+        if self.readonly:
+            raise ReadOnlyStoreError(f"store {self.location}: opened read-only; open it for writing or use another")
+        return sessionmaker(self._writer).begin()
+
+    def _insert(self, table: type[Base]) -> sqlite.Insert:
+        # The two dialects' ON CONFLICT have the same methods but no common type.
+        dialect = postgresql if self._engine.dialect.name == "postgresql" else sqlite
+        return cast(sqlite.Insert, dialect.insert(table.__table__))
+
+
+def _provenance_order(column: ColumnElement[str] | InstrumentedAttribute[str]) -> ColumnElement[int]:
+    ranks = {provenance: rank for rank, provenance in enumerate(PROVENANCES)}
+    return case(ranks, value=column, else_=len(ranks))
+
+
+def _changed_rows(session: Session, statement: Executable) -> int:
+    # Without the option SQLAlchemy may close the cursor of an INSERT before its count is read.
+    result = session.execute(statement, execution_options={"preserve_rowcount": True})
+    return cast("CursorResult[Any]", result).rowcount
+
+
+def _exists(target: Location) -> StoreAccessError:
+    return StoreAccessError(f"export to {target}: the file exists and is left as it is; name another or replace it")

@@ -1,0 +1,143 @@
+"""From emitted text to binaries for a named GPU, which need not be present.
+
+Triton takes an explicit target, so a cubin or hsaco can be made anywhere; what it used (registers, spills, shared
+memory) is read back from the binary and held against the GPU's limits, which Triton itself does not do.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import DoratuneError
+from .gpu import Gpu
+from .module import kernel_names, load_module
+from .render import Source
+
+ALIGNMENT = 16
+"""Bytes every tensor must be aligned to for the 16-byte accesses that compiled kernels assume."""
+
+
+class CompileError(DoratuneError):
+    """Triton or its assembler refused the emitted text; the message carries the first line of its reason."""
+
+
+class OverLimitError(CompileError):
+    """The kernel compiled, but needs more than the GPU has."""
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One kernel's binary for one architecture.
+
+    ``registers`` are per thread, ``spills`` bytes of local memory per thread, ``shared_bytes`` per block; ``image`` is
+    the cubin or hsaco, ``handle`` Triton's own object.
+    """
+
+    name: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    num_warps: int
+    image: bytes = field(repr=False)
+    handle: Any = field(repr=False, compare=False, default=None)
+
+
+def launch_options(source: Source, kernel: str) -> dict[str, int]:
+    """The ``num_warps`` and ``num_stages`` with which the emitted ``launch`` starts ``kernel``."""
+    call = re.search(rf"\b{kernel}\[.*?\n?.*?num_warps=(\d+), num_stages=(\d+)", source.text.split("def launch(")[1], re.DOTALL)
+    assert call is not None, f"the emitted launch() of {source.spec} does not start {kernel}"
+    return {"num_warps": int(call[1]), "num_stages": int(call[2])}
+
+
+def build(source: Source, kernel: Any, target: Any, *, aligned: bool = True) -> Any:
+    """Compile one jit function of an emitted module for a ``GPUTarget``; returns Triton's compiled kernel.
+
+    The parameter annotations of the emitted text (``"*bf16"``, ``"i32"``) are the signature. ``aligned`` says that
+    every pointer is a multiple of :data:`ALIGNMENT` bytes.
+    """
+    import triton
+    from triton.compiler import ASTSource
+
+    signature = {param.name: param.annotation for param in kernel.params}
+    attrs = {
+        (index,): [["tt.divisibility", ALIGNMENT]]
+        for index, type_ in enumerate(signature.values())
+        if aligned and type_.startswith("*")
+    }
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs={}, attrs=attrs),
+        target=target,
+        options=launch_options(source, kernel.__name__),
+    )
+
+
+def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
+    """Compile every kernel of an emitted text for ``gpu`` and check it against the GPU's limits.
+
+    Raises:
+        OverLimitError: a kernel needs more shared memory or threads than the GPU has.
+        CompileError: Triton or the assembler refused the text.
+    """
+    target = gpu.triton_target()
+    module = load_module(source)
+    compiled = []
+    for name in kernel_names(module):
+        try:
+            handle = build(source, getattr(module, name), target)
+        except Exception as error:
+            if isinstance(error, KeyboardInterrupt | MemoryError):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CompileError(f"{name} of {source.spec} does not compile for {gpu.slug} with {source.config}: {reason}") from error
+        compiled.append(_inspect(name, handle, gpu))
+    for kernel in compiled:
+        if kernel.shared_bytes > gpu.shared_bytes_per_block:
+            raise OverLimitError(
+                f"{kernel.name} of {source.spec} needs {kernel.shared_bytes} bytes of shared memory; "
+                f"a block on {gpu.slug} has {gpu.shared_bytes_per_block} ({source.config})"
+            )
+        used = kernel.registers * kernel.num_warps * gpu.warp_size
+        if used > gpu.registers_per_multiprocessor:
+            raise OverLimitError(
+                f"{kernel.name} of {source.spec} needs {used} registers a block; "
+                f"a multiprocessor of {gpu.slug} has {gpu.registers_per_multiprocessor} ({source.config})"
+            )
+    return tuple(compiled)
+
+
+def _inspect(name: str, handle: Any, gpu: Gpu) -> CompiledKernel:
+    binary = "cubin" if gpu.backend == "cuda" else "hsaco"
+    image = handle.asm[binary]
+    registers, spills = _cubin_usage(image) if binary == "cubin" else _amdgcn_usage(handle.asm["amdgcn"])
+    return CompiledKernel(name, registers, spills, handle.metadata.shared, handle.metadata.num_warps, image, handle)
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of local memory per thread, as ``cuobjdump`` (shipped with Triton) reads them."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if usage is None:
+        raise CompileError(f"cuobjdump gave no resource usage for a cubin of {len(cubin)} bytes: {report.strip()!r}")
+    return int(usage[1]), int(usage[2])
+
+
+def _amdgcn_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers per thread and bytes of scratch per thread from the kernel descriptor's metadata."""
+    values = {
+        key: int(value) for key, value in re.findall(r"\.(vgpr_count|agpr_count|private_segment_fixed_size):\s*(\d+)", assembly)
+    }
+    return values["vgpr_count"], values["private_segment_fixed_size"]

@@ -1,0 +1,28 @@
+"""Emitted text as a live Python module.
+
+The text never touches the disk: it is registered with :mod:`linecache`, from where Triton (which reads a kernel's
+source through :mod:`inspect`) and tracebacks find it.
+"""
+
+from __future__ import annotations
+
+import linecache
+from types import ModuleType
+
+from .render import Source
+
+
+def load_module(source: Source) -> ModuleType:
+    """Execute an emitted text and return the module, with its ``@triton.jit`` kernels and its ``launch`` function."""
+    name = f"doratune_{source.spec.op}_{source.digest[:16]}"
+    filename = f"<{name}>"
+    linecache.cache[filename] = (len(source.text), None, source.text.splitlines(keepends=True), filename)
+    module = ModuleType(name)
+    module.__file__ = filename
+    exec(compile(source.text, filename, "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def kernel_names(module: ModuleType) -> tuple[str, ...]:
+    """The names of a module's Triton kernels, in the order of the text."""
+    return tuple(name for name in vars(module) if name.endswith("_kernel"))

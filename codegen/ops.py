@@ -1,0 +1,176 @@
+"""The operations and their contracts: which tensors go in and out, in which shapes and dtypes, and what the work costs.
+
+This table is the one place that says what an operation takes. The runtime checks arguments against it, the tuner makes
+inputs from it, and the floors of every report are counted from it. The maths is that of DoRA with the norm factored as
+in "Scaling DoRA" (arXiv 2603.22276): ``w = ||W + sBA||_row``, ``g = m / max(w, eps)``, ``y = g*(Wx + sBAx) + b``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .spec import KernelSpec
+
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+EPS = 1e-12
+"""``g = m / max(w, EPS)``: a zero row of ``W + sBA`` gives a finite g instead of NaN."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor of an operation: row-major, with named dimensions and a dtype role.
+
+    ``dtype`` is a role of the spec (``weight``, ``activation``, ``adapter``, ``magnitude``) or a dtype name.
+    ``when`` names the flag or optional role that brings the operand in; ``!flag`` is its absence.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+    when: str = ""
+
+    def present(self, spec: KernelSpec) -> bool:
+        """Whether this operand is part of ``spec``."""
+        if not self.when:
+            return True
+        wanted = not self.when.startswith("!")
+        return bool(getattr(spec, self.when.lstrip("!"))) == wanted
+
+    def dtype_of(self, spec: KernelSpec) -> str:
+        """The dtype name (``bf16``, ``fp16``, ``fp32``) of this operand in ``spec``."""
+        return self.dtype if self.dtype in DTYPE_BYTES else str(getattr(spec, self.dtype))
+
+    def elements(self, spec: KernelSpec, tokens: int | None = None) -> int:
+        """The number of elements of this operand, with ``tokens`` rows in place of the spec's bucket when given."""
+        count = 1
+        for dim in self.shape:
+            count *= tokens if dim == "tokens" and tokens is not None else int(getattr(spec, dim))
+        return count
+
+
+@dataclass(frozen=True)
+class Op:
+    """A mathematical operation with a contract.
+
+    ``dims`` and ``dtypes`` are the fields of :class:`~doratune.codegen.spec.KernelSpec` the operation depends on;
+    a spec holds no others. ``scaling`` says whether the operation takes the scalar s.
+    """
+
+    name: str
+    maths: str
+    dims: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    flags: tuple[str, ...]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    scaling: bool
+    matrix_flops: Callable[[KernelSpec], int]
+    optional_dtypes: tuple[str, ...] = ()
+
+    def inputs_of(self, spec: KernelSpec) -> tuple[Operand, ...]:
+        """The tensors that ``spec`` takes, in argument order."""
+        return tuple(operand for operand in self.inputs if operand.present(spec))
+
+    def outputs_of(self, spec: KernelSpec) -> tuple[Operand, ...]:
+        """The tensors that ``spec`` returns, in order."""
+        return tuple(operand for operand in self.outputs if operand.present(spec))
+
+    def floor_bytes(self, spec: KernelSpec) -> int:
+        """The fewest bytes the operation moves: every input read once, every output written once."""
+        operands = self.inputs_of(spec) + self.outputs_of(spec)
+        return sum(operand.elements(spec) * DTYPE_BYTES[operand.dtype_of(spec)] for operand in operands)
+
+
+def _no_matrix_product(spec: KernelSpec) -> int:
+    return 0
+
+
+WEIGHT_NORM = Op(
+    name="weight_norm",
+    maths="w = sqrt(nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T)))), nW = rowsum(W*W); g = m / max(w, eps)",
+    dims=("d_out", "d_in", "rank"),
+    dtypes=("weight", "adapter"),
+    optional_dtypes=("magnitude",),
+    flags=("save",),
+    inputs=(
+        Operand("weight", ("d_out", "d_in"), "weight"),
+        Operand("lora_A", ("rank", "d_in"), "adapter"),
+        Operand("lora_B", ("d_out", "rank"), "adapter"),
+        Operand("weight_sq", ("d_out",), "fp32", when="!save"),
+        Operand("magnitude", ("d_out",), "magnitude", when="magnitude"),
+    ),
+    outputs=(
+        Operand("norm", ("d_out",), "fp32"),
+        Operand("g", ("d_out",), "fp32", when="magnitude"),
+        Operand("weight_sq", ("d_out",), "fp32", when="save"),
+    ),
+    scaling=True,
+    matrix_flops=lambda spec: 2 * spec.d_out * spec.d_in * spec.rank,
+)
+
+LORA_COMPOSE = Op(
+    name="lora_compose",
+    maths="y = g*(base + s*(h@B.T)) + b; delta form: (g-1)*base + g*s*(h@B.T)",
+    dims=("d_out", "rank", "tokens"),
+    dtypes=("activation", "adapter"),
+    flags=("bias", "delta", "save"),
+    inputs=(
+        Operand("base", ("tokens", "d_out"), "activation"),
+        Operand("h", ("tokens", "rank"), "activation"),
+        Operand("lora_B", ("d_out", "rank"), "adapter"),
+        Operand("g", ("d_out",), "fp32"),
+        Operand("bias", ("d_out",), "activation", when="bias"),
+    ),
+    outputs=(
+        Operand("y", ("tokens", "d_out"), "activation"),
+        Operand("inner", ("tokens", "d_out"), "activation", when="save"),
+    ),
+    scaling=True,
+    matrix_flops=lambda spec: 2 * spec.tokens * spec.d_out * spec.rank,
+)
+
+COMPOSE_FORWARD = Op(
+    name="compose_forward",
+    maths="y = g*(base + s*lora) + b; delta form: (g-1)*base + g*s*lora",
+    dims=("d_out", "tokens"),
+    dtypes=("activation",),
+    flags=("bias", "delta", "save"),
+    inputs=(
+        Operand("base", ("tokens", "d_out"), "activation"),
+        Operand("lora", ("tokens", "d_out"), "activation"),
+        Operand("g", ("d_out",), "fp32"),
+        Operand("bias", ("d_out",), "activation", when="bias"),
+    ),
+    outputs=(
+        Operand("y", ("tokens", "d_out"), "activation"),
+        Operand("inner", ("tokens", "d_out"), "activation", when="save"),
+    ),
+    scaling=True,
+    matrix_flops=_no_matrix_product,
+)
+
+COMPOSE_BACKWARD = Op(
+    name="compose_backward",
+    maths="dYg = g*dY; dg = sum_t dY*inner with inner = base + s*lora; db = sum_t dY",
+    dims=("d_out", "tokens"),
+    dtypes=("activation",),
+    flags=("bias",),
+    inputs=(
+        Operand("dy", ("tokens", "d_out"), "activation"),
+        Operand("inner", ("tokens", "d_out"), "activation"),
+        Operand("g", ("d_out",), "fp32"),
+    ),
+    outputs=(
+        Operand("dyg", ("tokens", "d_out"), "activation"),
+        Operand("dg", ("d_out",), "fp32"),
+        Operand("dbias", ("d_out",), "fp32", when="bias"),
+    ),
+    scaling=False,
+    matrix_flops=_no_matrix_product,
+)
+
+OPS: dict[str, Op] = {op.name: op for op in (WEIGHT_NORM, LORA_COMPOSE, COMPOSE_FORWARD, COMPOSE_BACKWARD)}

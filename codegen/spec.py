@@ -1,0 +1,269 @@
+"""What a kernel is to compute (:class:`KernelSpec`) and how (:class:`Config`): two frozen values with one text form each.
+
+A spec holds only what its operation depends on, so equal kernels are one tuning job and one store entry. Both values
+parse and print back exactly::
+
+    >>> text = "lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=bf16/bias@h200"
+    >>> str(KernelSpec.parse(text)) == text
+    True
+    >>> str(Config.parse("tile:block_n=128,block_t=64,num_warps=4,num_stages=3"))
+    'tile:block_n=128,block_t=64,num_warps=4,num_stages=3'
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..errors import UsageError, near_names
+from .ops import DTYPE_BYTES, OPS, Op
+
+TOKEN_BUCKETS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+"""Token counts that kernels are tuned for. The count stays a run-time argument: every kernel is right for any T >= 1."""
+
+DIMS = ("d_out", "d_in", "rank", "tokens")
+DTYPES = ("weight", "activation", "adapter", "magnitude")
+FLAGS = ("bias", "delta", "save")
+
+_GPU_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+
+
+class SpecError(UsageError):
+    """A spec, config or dimension is malformed; the message names the field and what would be valid."""
+
+
+def bucket_tokens(tokens: int) -> int:
+    """Return the smallest token bucket that holds ``tokens``, or the largest bucket beyond it.
+
+    Raises:
+        SpecError: ``tokens`` is not a positive integer.
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise SpecError(f"tokens={tokens!r}: the number of tokens must be an integer of at least 1")
+    return next((bucket for bucket in TOKEN_BUCKETS if tokens <= bucket), TOKEN_BUCKETS[-1])
+
+
+def _check_positive(name: str, value: object, remark: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpecError(f"{name}={value!r}: must be an integer of at least 1 ({remark})")
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What a kernel computes, for which shapes, dtypes and GPU.
+
+    Fields the operation does not depend on are 0, empty or False. ``tokens`` is a bucket of
+    :data:`TOKEN_BUCKETS`. ``gpu`` is the slug of a listed GPU (``h200``) or of an architecture (``sm_90``).
+
+    Raises:
+        SpecError: an unknown operation, a missing, surplus or invalid field.
+    """
+
+    op: str
+    d_out: int = 0
+    d_in: int = 0
+    rank: int = 0
+    tokens: int = 0
+    weight: str = ""
+    activation: str = ""
+    adapter: str = ""
+    magnitude: str = ""
+    bias: bool = False
+    delta: bool = False
+    save: bool = False
+    gpu: str = "h200"
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise SpecError(f"unknown operation {self.op!r}{near_names(self.op, OPS)} (known: {', '.join(OPS)})")
+        op = OPS[self.op]
+        for dim in DIMS:
+            self._check_dim(op, dim)
+        for role in DTYPES:
+            self._check_dtype(op, role)
+        for flag in FLAGS:
+            value = getattr(self, flag)
+            if not isinstance(value, bool):
+                raise SpecError(f"{flag}={value!r}: a flag is True or False")
+            if value and flag not in op.flags:
+                raise SpecError(f"{self.op} has no flag {flag!r} (its flags: {', '.join(op.flags) or 'none'})")
+        if self.bias and self.delta:
+            raise SpecError("bias and delta exclude each other: the delta form is added to an output that has the bias")
+        if not _GPU_PATTERN.fullmatch(self.gpu):
+            raise SpecError(f"gpu={self.gpu!r}: a GPU is named like h200, rtx4090 or sm_90")
+
+    def _check_dim(self, op: Op, dim: str) -> None:
+        value = getattr(self, dim)
+        if dim not in op.dims:
+            if value:
+                raise SpecError(f"{op.name} does not depend on {dim}: leave it out (it takes {', '.join(op.dims)})")
+            return
+        _check_positive(dim, value, f"{op.name} takes {', '.join(op.dims)}")
+        if dim == "tokens" and value not in TOKEN_BUCKETS:
+            raise SpecError(
+                f"tokens={value} is not a token bucket; use {bucket_tokens(value)} "
+                f"(buckets: {', '.join(map(str, TOKEN_BUCKETS))})"
+            )
+
+    def _check_dtype(self, op: Op, role: str) -> None:
+        value = getattr(self, role)
+        if not value:
+            if role in op.dtypes:
+                raise SpecError(f"{op.name} needs the {role} dtype (one of {', '.join(DTYPE_BYTES)})")
+            return
+        if role not in op.dtypes + op.optional_dtypes:
+            raise SpecError(f"{op.name} does not depend on the {role} dtype: leave it out")
+        if value not in DTYPE_BYTES:
+            raise SpecError(f"{role}={value!r}: unsupported dtype; use one of {', '.join(DTYPE_BYTES)}")
+        if role == "adapter":
+            wide = self.weight or self.activation
+            if value not in (wide, "fp32"):
+                raise SpecError(f"adapter={value} with {wide} tensors: adapters are {wide} or fp32")
+
+    @classmethod
+    def create(cls, op: str, **values: Any) -> KernelSpec:
+        """Make the spec of ``op`` from a superset of its fields, dropping those the operation does not depend on.
+
+        ``tokens`` is rounded to its bucket. ``dtype`` stands for both the weight and the activation dtype.
+
+        Raises:
+            SpecError: as for the constructor.
+        """
+        if op not in OPS:
+            raise SpecError(f"unknown operation {op!r}{near_names(op, OPS)} (known: {', '.join(OPS)})")
+        contract = OPS[op]
+        for dim in DIMS:
+            if values.get(dim) is not None:
+                _check_positive(dim, values[dim], "also where an operation does not depend on it")
+        if "dtype" in values:
+            dtype = values.pop("dtype")
+            values = {"weight": dtype, "activation": dtype, **values}
+        if values.get("tokens") is not None:
+            values["tokens"] = bucket_tokens(values["tokens"])
+        kept = {*contract.dims, *contract.dtypes, *contract.optional_dtypes, *FLAGS, "gpu"}
+        return cls(op, **{name: value for name, value in values.items() if name in kept and value is not None})
+
+    @classmethod
+    def parse(cls, text: str) -> KernelSpec:
+        """Read the text form back.
+
+        Raises:
+            SpecError: the text is malformed; the message names the part and, for a typo, the near names.
+        """
+        body, at, gpu = text.strip().partition("@")
+        if not at or not gpu:
+            raise SpecError(f"spec {text!r} names no GPU: end it with @h200, @rtx4090, @sm_90, …")
+        op, *parts = body.split("/")
+        values: dict[str, Any] = {}
+        for part in parts:
+            name, equals, value = part.partition("=")
+            known = (*DIMS, *DTYPES) if equals else FLAGS
+            if name not in known:
+                kind = "field" if equals else "flag"
+                raise SpecError(f"spec {text!r}: unknown {kind} {name!r}{near_names(name, known)} (known: {', '.join(known)})")
+            if name in values:
+                raise SpecError(f"spec {text!r}: {name} is given twice")
+            if not equals:
+                values[name] = True
+            elif name in DIMS:
+                if not re.fullmatch(r"[0-9]+", value):
+                    raise SpecError(f"spec {text!r}: {name}={value!r} is not a whole number")
+                values[name] = int(value)
+            else:
+                values[name] = value
+        return cls(op, gpu=gpu, **values)
+
+    def __str__(self) -> str:
+        parts = [self.op]
+        parts += [f"{name}={getattr(self, name)}" for name in (*DIMS, *DTYPES) if getattr(self, name)]
+        parts += [flag for flag in FLAGS if getattr(self, flag)]
+        return "/".join(parts) + "@" + self.gpu
+
+    @property
+    def contract(self) -> Op:
+        """The contract of this spec's operation."""
+        return OPS[self.op]
+
+    def on(self, gpu: str) -> KernelSpec:
+        """The same spec for another GPU."""
+        return replace(self, gpu=gpu)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel does its work: the variant (a template's name), its tile parameters, warps and pipeline stages.
+
+    ``params`` are (name, value) pairs sorted by name. A config is a plain validated value, never code.
+
+    Raises:
+        SpecError: an empty variant name or a parameter that is not a non-negative integer.
+    """
+
+    variant: str
+    params: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", tuple(sorted((str(name), value) for name, value in self.params)))
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.variant):
+            raise SpecError(f"config: variant {self.variant!r} is not a name like 'tile'")
+        for name, value in (*self.params, ("num_warps", self.num_warps), ("num_stages", self.num_stages)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise SpecError(f"config: {name}={value!r} must be a whole number of at least 0")
+
+    @classmethod
+    def create(cls, variant: str, *, num_warps: int, num_stages: int, **params: int) -> Config:
+        """Make a config with its tile parameters given by name."""
+        return cls(variant, tuple(params.items()), num_warps, num_stages)
+
+    @classmethod
+    def parse(cls, text: str) -> Config:
+        """Read ``variant:name=value,…,num_warps=…,num_stages=…`` back.
+
+        Raises:
+            SpecError: the text is malformed.
+        """
+        variant, _, rest = text.strip().partition(":")
+        values: dict[str, int] = {}
+        for part in filter(None, rest.split(",")):
+            name, equals, value = part.partition("=")
+            if not equals or not re.fullmatch(r"[0-9]+", value) or name in values:
+                raise SpecError(f"config {text!r}: {part!r} is not name=number, or is given twice")
+            values[name] = int(value)
+        missing = {"num_warps", "num_stages"} - values.keys()
+        if missing:
+            raise SpecError(f"config {text!r} lacks {' and '.join(sorted(missing))}")
+        return cls.create(variant, **values)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Config:
+        """Read the JSON form ``{"variant": …, "num_warps": …, "num_stages": …, tile parameters…}`` back.
+
+        Raises:
+            SpecError: not such an object.
+        """
+        if not isinstance(data, dict) or not {"variant", "num_warps", "num_stages"} <= data.keys():
+            raise SpecError(f"config {data!r} is not an object with variant, num_warps and num_stages")
+        values = dict(data)
+        return cls.create(values.pop("variant"), **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "variant": self.variant,
+            **dict(self.params),
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.params)[name]
+
+    def __str__(self) -> str:
+        params = [f"{name}={value}" for name, value in self.params]
+        return f"{self.variant}:" + ",".join([*params, f"num_warps={self.num_warps}", f"num_stages={self.num_stages}"])
+
+
+SPEC_FIELDS = tuple(field.name for field in fields(KernelSpec))

@@ -1,0 +1,67 @@
+"""The registry of kernel variants: which algorithms an operation has, and which configs are valid."""
+
+from __future__ import annotations
+
+from ...errors import near_names
+from ..gpu import Gpu
+from ..spec import Config, KernelSpec, SpecError
+from .base import STAGES, WARPS, Variant, Work
+from .compose import BackwardColumns, ForwardTile
+from .lora_compose import LoraComposeTile, LoraComposeTma
+from .weight_norm import WeightNormFused, WeightNormTma
+
+__all__ = ["VARIANTS", "Variant", "Work", "check_config", "default_config", "find_variant", "variants_of"]
+
+VARIANTS: tuple[Variant, ...] = (WeightNormFused(), WeightNormTma(), LoraComposeTile(), LoraComposeTma(), ForwardTile(), BackwardColumns())
+
+
+def variants_of(spec: KernelSpec, gpu: Gpu) -> tuple[Variant, ...]:
+    """The variants that can run ``spec`` on ``gpu``; the first one gives the default."""
+    return tuple(v for v in VARIANTS if v.op == spec.op and v.unavailable(spec, gpu) is None)
+
+
+def find_variant(op: str, name: str) -> Variant:
+    """The variant of ``op`` with this name.
+
+    Raises:
+        SpecError: there is none.
+    """
+    known = {variant.name: variant for variant in VARIANTS if variant.op == op}
+    if name not in known:
+        raise SpecError(f"{op} has no variant {name!r}{near_names(name, known)} (known: {', '.join(known)})")
+    return known[name]
+
+
+def default_config(spec: KernelSpec, gpu: Gpu) -> Config:
+    """The built-in config for ``spec`` on ``gpu``: the first seed of the first variant that fits."""
+    for variant in variants_of(spec, gpu):
+        for config in variant.seeds(spec, gpu):
+            if check_config(spec, config, gpu) is None:
+                return config
+    raise SpecError(f"no built-in config of {spec.op} fits {gpu.slug}")
+
+
+def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+    """Why ``config`` cannot be used for ``spec`` on ``gpu``, or None when it can.
+
+    Judges what is known without compiling: names, powers of two, tile limits, the shared memory of the pipeline.
+    """
+    try:
+        variant = find_variant(spec.op, config.variant)
+    except SpecError as error:
+        return str(error)
+    reason = variant.unavailable(spec, gpu)
+    if reason is not None:
+        return reason
+    expected = variant.choices(spec, gpu).keys() - {"num_warps", "num_stages"}
+    given = {name for name, _ in config.params}
+    if given != expected:
+        return f"its parameters are {', '.join(sorted(given))}; {variant.name} takes {', '.join(sorted(expected))}"
+    for name, value in config.params:
+        if value < 1 or (value & (value - 1) and name not in variant.counts):
+            return f"{name}={value} is not a power of two"
+    if config.num_warps not in WARPS:
+        return f"num_warps={config.num_warps} is none of {', '.join(map(str, WARPS))}"
+    if config.num_stages not in STAGES:
+        return f"num_stages={config.num_stages} is not between {STAGES[0]} and {STAGES[-1]}"
+    return variant.refuse(spec, config, gpu)

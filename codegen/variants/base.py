@@ -1,0 +1,139 @@
+"""What every kernel variant tells: its template, its search space, what it refuses, and the work it does."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..gpu import Gpu
+from ..ops import DTYPE_BYTES
+from ..spec import Config, KernelSpec
+
+MIN_DOT = 16
+"""The smallest tile side that ``tl.dot`` takes."""
+
+MAX_ACCUMULATORS = 256
+"""fp32 accumulators a thread may hold before the compiler must spill (255 registers a thread on every listed GPU)."""
+
+MAX_TMA_BOX = 256
+"""The longest side of a tile a tensor descriptor can describe (CUDA driver API, cuTensorMapEncodeTiled, boxDim)."""
+
+TMA_ROW_BYTES = 16
+"""Row strides of a tensor descriptor are multiples of this many bytes (cuTensorMapEncodeTiled, globalStrides)."""
+
+WARPS = (1, 2, 4, 8, 16)
+STAGES = tuple(range(1, 9))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel launch of a variant does, for the performance model.
+
+    ``programs`` is the size of its grid; ``matrix_flops`` the tensor-core work including padding and extra passes, in
+    ``matrix_dtype``; ``dram_bytes`` what must come from or go to device memory, ``l2_bytes`` all that the programs load
+    and store; ``steps`` how often one program waits for a load that depends on nothing but the loop count.
+    """
+
+    kernel: str
+    programs: int
+    dram_bytes: int
+    l2_bytes: int
+    steps: int
+    matrix_flops: int = 0
+    matrix_dtype: str = ""
+
+
+class Variant(ABC):
+    """One algorithm for an operation: one template, ``templates/<op>_<name>.py.j2``."""
+
+    op: ClassVar[str]
+    name: ClassVar[str]
+    counts: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that count something, such as tiles a program; all others are powers of two."""
+
+    @property
+    def template(self) -> str:
+        """The template's file name."""
+        return f"{self.op}_{self.name}.py.j2"
+
+    def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
+        """Why this variant cannot run ``spec`` on ``gpu`` at all, or None."""
+        return None
+
+    @abstractmethod
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        """The values worth trying for each tile parameter and for ``num_warps`` and ``num_stages``."""
+
+    @abstractmethod
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        """Known-good configs to try first; the first one is the default."""
+
+    @abstractmethod
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        """Why ``config`` cannot work for ``spec`` on ``gpu`` (judged without compiling), or None."""
+
+    @abstractmethod
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        """The launches of this variant, in order."""
+
+
+def ceil_div(value: int, by: int) -> int:
+    """``value / by`` rounded up."""
+    return -(-value // by)
+
+
+def up_to(values: tuple[int, ...], extent: int) -> tuple[int, ...]:
+    """The values whose tile is not more than padding: up to the first one that covers ``extent``."""
+    covering = next((value for value in values if value >= extent), values[-1])
+    return tuple(value for value in values if value <= covering)
+
+
+def fit(value: int, extent: int, smallest: int = MIN_DOT) -> int:
+    """``value`` halved while the half still covers ``extent``, down to ``smallest``."""
+    while value > smallest and value // 2 >= extent:
+        value //= 2
+    return value
+
+
+def dot_passes(left: str, right: str) -> tuple[str, int]:
+    """The dtype in which a product of these operand dtypes runs, and how many products make one (see _macros.j2)."""
+    if left == right:
+        return left, 1
+    return (left if left != "fp32" else right), 2
+
+
+def refuse_dot_tile(m: int, n: int, k: int, warps: int) -> str | None:
+    """Why a ``tl.dot`` tile [m, k] x [k, n] on ``warps`` warps cannot work, or None."""
+    if min(m, n, k) < MIN_DOT:
+        return f"a {m}x{n}x{k} product is below tl.dot's {MIN_DOT}x{MIN_DOT}x{MIN_DOT}"
+    per_thread = m * n // (warps * 32)
+    if per_thread > MAX_ACCUMULATORS:
+        return f"{per_thread} accumulators a thread ({m}x{n} on {warps} warps) do not fit the registers"
+    return None
+
+
+def refuse_shared_memory(stages: int, bytes_per_stage: int, gpu: Gpu) -> str | None:
+    """Why a pipeline of ``stages`` buffers of ``bytes_per_stage`` bytes does not fit ``gpu``, or None."""
+    needed = max(stages - 1, 1) * bytes_per_stage
+    if needed > gpu.shared_bytes_per_block:
+        return f"{needed} bytes of shared memory for {stages} stages exceed {gpu.slug}'s {gpu.shared_bytes_per_block} a block"
+    return None
+
+
+def tma_unavailable(gpu: Gpu, dtypes: tuple[str, ...], row_lengths: tuple[int, ...]) -> str | None:
+    """Why tensor descriptors cannot serve row-major operands of one of these row lengths on ``gpu``, or None."""
+    if not gpu.has_tma:
+        return f"{gpu.slug} ({gpu.architecture}) has no tensor memory accelerator"
+    if len(set(dtypes)) > 1 or dtypes[0] == "fp32":
+        return f"tensor descriptors feed products of one 16-bit dtype, not {' with '.join(dict.fromkeys(dtypes))}"
+    for length in row_lengths:
+        if length * dtype_bytes(dtypes[0]) % TMA_ROW_BYTES:
+            return f"rows of {length} {dtypes[0]} are not a multiple of {TMA_ROW_BYTES} bytes, as tensor descriptors need"
+    return None
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element."""
+    return DTYPE_BYTES[dtype]

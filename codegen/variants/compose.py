@@ -1,0 +1,129 @@
+"""The variants of ``compose_forward`` and ``compose_backward``: elementwise passes over [tokens, d_out]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..gpu import Gpu
+from ..spec import Config, KernelSpec
+from .base import Variant, Work, ceil_div, dtype_bytes, fit, up_to
+
+MAX_ELEMENTS = 64
+"""Tile elements a thread holds of each operand; more leaves no registers for loads in flight."""
+
+
+def _refuse_tile(rows: int, cols: int, warps: int) -> str | None:
+    per_thread = rows * cols // (warps * 32)
+    if per_thread > MAX_ELEMENTS:
+        return f"{per_thread} elements a thread ({rows}x{cols} on {warps} warps) do not fit the registers"
+    if per_thread < 1:
+        return f"a {rows}x{cols} tile leaves threads of {warps} warps idle"
+    return None
+
+
+class ForwardTile(Variant):
+    """One [block_t, block_n] tile per program."""
+
+    op = "compose_forward"
+    name = "tile"
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "block_t": up_to((1, 2, 4, 8, 16, 32), spec.tokens),
+            "block_n": up_to((64, 128, 256, 512, 1024, 2048, 4096), spec.d_out),
+            "num_warps": (1, 2, 4, 8),
+            "num_stages": (2,),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        return tuple(
+            Config.create(
+                self.name,
+                block_t=fit(block_t, spec.tokens, smallest=1),
+                block_n=fit(block_n, spec.d_out, smallest=64),
+                num_warps=warps,
+                num_stages=2,
+            )
+            for block_t, block_n, warps in ((4, 1024, 4), (1, 1024, 4), (1, 256, 1), (8, 512, 8), (1, 64, 1))
+        )
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        return _refuse_tile(config["block_t"], config["block_n"], config.num_warps)
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        moved = spec.tokens * spec.d_out * dtype_bytes(spec.activation) * (4 if spec.save else 3)
+        return (
+            Work(
+                "compose_forward_kernel",
+                programs=ceil_div(spec.tokens, config["block_t"]) * ceil_div(spec.d_out, config["block_n"]),
+                dram_bytes=moved,
+                l2_bytes=moved,
+                steps=1,
+            ),
+        )
+
+
+class BackwardColumns(Variant):
+    """Each program walks ``chunk`` rows of a column tile and keeps its sums; a second kernel adds the chunks."""
+
+    op = "compose_backward"
+    name = "columns"
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "chunk": up_to((1, 4, 16, 32, 64, 128, 256), spec.tokens),
+            "block_t": up_to((1, 2, 4, 8, 16), spec.tokens),
+            "block_n": up_to((64, 128, 256, 512, 1024, 2048), spec.d_out),
+            "reduce_c": (8, 16, 32, 64),
+            "reduce_n": up_to((32, 64, 128), spec.d_out),
+            "num_warps": (1, 2, 4, 8),
+            "num_stages": (1, 2, 3, 4),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        return tuple(
+            Config.create(
+                self.name,
+                chunk=fit(chunk, spec.tokens, smallest=1),
+                block_t=fit(block_t, spec.tokens, smallest=1),
+                block_n=fit(block_n, spec.d_out, smallest=64),
+                reduce_c=32,
+                reduce_n=fit(64, spec.d_out, smallest=32),
+                num_warps=warps,
+                num_stages=stages,
+            )
+            for chunk, block_t, block_n, warps, stages in (
+                (64, 4, 512, 4, 2),
+                (32, 4, 256, 4, 2),
+                (128, 4, 1024, 4, 1),
+                (16, 4, 256, 2, 1),
+            )
+        )
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        if config["block_t"] > config["chunk"]:
+            return f"block_t={config['block_t']} exceeds chunk={config['chunk']}"
+        return _refuse_tile(config["block_t"], config["block_n"], config.num_warps) or _refuse_tile(
+            config["reduce_c"], config["reduce_n"], 4
+        )
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        chunks, tiles_n = ceil_div(spec.tokens, config["chunk"]), ceil_div(spec.d_out, config["block_n"])
+        moved = spec.tokens * spec.d_out * dtype_bytes(spec.activation) * 3
+        sums = chunks * spec.d_out * 4 * (2 if spec.bias else 1)
+        return (
+            Work(
+                "compose_backward_kernel",
+                programs=chunks * tiles_n,
+                dram_bytes=moved + sums,
+                l2_bytes=moved + sums,
+                steps=ceil_div(min(config["chunk"], spec.tokens), config["block_t"]),
+            ),
+            Work(
+                "add_chunks_kernel",
+                programs=ceil_div(spec.d_out, config["reduce_n"]),
+                dram_bytes=spec.d_out * 4,
+                l2_bytes=sums,
+                steps=ceil_div(chunks, config["reduce_c"]),
+            ),
+        )

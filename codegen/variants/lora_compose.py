@@ -1,0 +1,98 @@
+"""The variants of ``lora_compose``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..gpu import Gpu
+from ..spec import Config, KernelSpec
+from .base import (
+    MAX_TMA_BOX,
+    Variant,
+    Work,
+    ceil_div,
+    dot_passes,
+    dtype_bytes,
+    fit,
+    refuse_dot_tile,
+    refuse_shared_memory,
+    tma_unavailable,
+    up_to,
+)
+
+
+class LoraComposeTile(Variant):
+    """One output tile per program: the rank-r product with pointer loads, composed with base before it is stored."""
+
+    op = "lora_compose"
+    name = "tile"
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "block_t": up_to((16, 32, 64, 128, 256), spec.tokens),
+            "block_n": up_to((16, 32, 64, 128, 256), spec.d_out),
+            "block_k": up_to((16, 32, 64, 128), spec.rank),
+            "num_warps": (2, 4, 8),
+            "num_stages": (2, 3, 4, 5),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        narrow = dtype_bytes(spec.activation) == 2 and spec.adapter == spec.activation
+        few_tokens = spec.tokens <= 128
+        shapes = (
+            ((16, 32, 128, 4, 4), (16, 64, 64, 4, 4), (32, 32, 128, 4, 3), (64, 64, 64, 4, 3))
+            if few_tokens
+            else ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3), (64, 64, 32, 4, 2))
+        )
+        return tuple(
+            Config.create(
+                self.name,
+                block_t=fit(block_t, spec.tokens),
+                block_n=fit(block_n, spec.d_out),
+                block_k=fit(block_k if narrow else min(block_k, 32), spec.rank),
+                num_warps=warps,
+                num_stages=stages if narrow else 2,
+            )
+            for block_t, block_n, block_k, warps, stages in shapes
+        )
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
+        stage = (block_t * dtype_bytes(spec.activation) + block_n * dtype_bytes(spec.adapter)) * block_k
+        return refuse_dot_tile(block_t, block_n, block_k, config.num_warps) or refuse_shared_memory(
+            config.num_stages, stage, gpu
+        )
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
+        tiles_t, tiles_n = ceil_div(spec.tokens, block_t), ceil_div(spec.d_out, block_n)
+        width, adapter = dtype_bytes(spec.activation), dtype_bytes(spec.adapter)
+        dtype, passes = dot_passes(spec.activation, spec.adapter)
+        streamed = spec.tokens * spec.d_out * width * (3 if spec.save else 2)
+        factors = tiles_t * tiles_n * spec.rank * (block_t * width + block_n * adapter)
+        return (
+            Work(
+                "lora_compose_kernel",
+                programs=tiles_t * tiles_n,
+                dram_bytes=streamed + spec.tokens * spec.rank * width + spec.d_out * spec.rank * adapter,
+                l2_bytes=streamed + factors,
+                steps=ceil_div(spec.rank, block_k) + 1,
+                matrix_flops=2 * tiles_t * block_t * tiles_n * block_n * ceil_div(spec.rank, block_k) * block_k * passes,
+                matrix_dtype=dtype,
+            ),
+        )
+
+
+class LoraComposeTma(LoraComposeTile):
+    """The same tiling with tensor descriptors: on Hopper and later, tiles move without a thread computing addresses."""
+
+    name = "tma"
+
+    def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
+        return tma_unavailable(gpu, (spec.activation, spec.adapter), (spec.d_out, spec.rank))
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        box = max(config["block_t"], config["block_n"])
+        if box > MAX_TMA_BOX:
+            return f"a tile side of {box} exceeds the tensor memory accelerator's {MAX_TMA_BOX}"
+        return super().refuse(spec, config, gpu)

@@ -1,0 +1,222 @@
+"""The variants of ``weight_norm``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..gpu import Gpu
+from ..spec import Config, KernelSpec
+from .base import (
+    MAX_TMA_BOX,
+    Variant,
+    Work,
+    ceil_div,
+    dot_passes,
+    dtype_bytes,
+    fit,
+    refuse_dot_tile,
+    refuse_shared_memory,
+    tma_unavailable,
+    up_to,
+)
+
+
+class WeightNormFused(Variant):
+    """G = A @ A.T in shares, then one product over [W | B] with row dots as its epilogue, then a sum over the partial row dots.
+
+    ``split_k`` shares the inner sum among programs: the row dots are linear in it, so a share costs one more row of
+    fp32 partials and no atomics.
+    """
+
+    op = "weight_norm"
+    name = "fused"
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "block_m": up_to((32, 64, 128, 256), spec.d_out),
+            "block_n": up_to((16, 32, 64, 128, 256), spec.rank),
+            "block_k": up_to((32, 64, 128), spec.d_in),
+            "split_k": tuple(s for s in (1, 2, 4, 8, 16) if s == 1 or spec.d_in // s >= 256),
+            "gram_block": up_to((16, 32, 64, 128), spec.rank),
+            "gram_block_k": up_to((64, 128), spec.d_in),
+            "gram_share": up_to((128, 256, 512, 1024, 2048), spec.d_in),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        block_n = fit(128, spec.rank)
+        gram = {"gram_block": fit(64, spec.rank), "gram_block_k": 64, "gram_share": 512}
+        narrow = dtype_bytes(spec.weight) == 2 and spec.adapter == spec.weight
+        configs = []
+        for block_m, split_rounds, block_k, warps, stages in (
+            (128, 2, 64, 8, 4),
+            (128, 1, 64, 8, 3),
+            (64, 2, 64, 4, 4),
+            (128, 2, 128, 8, 3),
+            (64, 2, 32, 4, 3),
+            (32, 2, 32, 4, 2),
+        ):
+            tiles = ceil_div(spec.d_out, block_m) * ceil_div(spec.rank, block_n)
+            wanted = max(1, split_rounds * gpu.multiprocessors // tiles)
+            split_k = 1
+            while split_k * 2 <= min(wanted, 16) and spec.d_in // (split_k * 2) >= 256:
+                split_k *= 2
+            configs.append(
+                Config.create(
+                    self.name,
+                    block_m=block_m,
+                    block_n=block_n,
+                    block_k=block_k if narrow else min(block_k, 32),
+                    split_k=split_k,
+                    num_warps=warps,
+                    num_stages=stages if narrow else 2,
+                    **gram,
+                )
+            )
+        return tuple(configs)
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
+        gram, gram_k = config["gram_block"], config["gram_block_k"]
+        width, adapter = dtype_bytes(spec.weight), dtype_bytes(spec.adapter)
+        return (
+            refuse_dot_tile(block_m, block_n, block_k, config.num_warps)
+            or refuse_shared_memory(config.num_stages, (block_m * width + block_n * adapter) * block_k, gpu)
+            or (f"gram_share={config['gram_share']} is less than a step of {gram_k}" if config["gram_share"] < gram_k else None)
+            or refuse_dot_tile(gram, gram, gram_k, 4)
+            or refuse_shared_memory(3, 2 * gram * gram_k * adapter, gpu)
+            or (f"split_k={config['split_k']} leaves shares without work" if config["split_k"] * block_k > max(spec.d_in, block_k) else None)
+        )
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        return self._work(spec, config, config["block_n"])
+
+    def _work(self, spec: KernelSpec, config: Config, block_n: int) -> tuple[Work, ...]:
+        """The launches, where a program covers ``block_n`` ranks."""
+        block_m, block_k = config["block_m"], config["block_k"]
+        split_k, gram = config["split_k"], config["gram_block"]
+        width, adapter = dtype_bytes(spec.weight), dtype_bytes(spec.adapter)
+        rows, ranks = ceil_div(spec.d_out, block_m), ceil_div(spec.rank, block_n)
+        gram_tiles = ceil_div(spec.rank, gram) ** 2
+        dtype, passes = dot_passes(spec.weight, spec.adapter)
+        gram_passes = 2 if spec.adapter == "bf16" else 1
+        padded = 2 * rows * block_m * ranks * block_n
+        partials = ranks * split_k * spec.d_out * 4
+        tile_bytes = rows * ranks * (block_m * width + block_n * adapter) * spec.d_in
+        weight_bytes = spec.d_out * spec.d_in * width
+        shares = ceil_div(spec.d_in, config["gram_share"])
+        share_bytes = shares * spec.rank * spec.rank * 4
+        return (
+            Work(
+                "gram_shares_kernel",
+                programs=gram_tiles * shares,
+                dram_bytes=spec.rank * spec.d_in * adapter,
+                l2_bytes=gram_tiles * 2 * gram * spec.d_in * adapter + share_bytes,
+                steps=ceil_div(config["gram_share"], config["gram_block_k"]),
+                matrix_flops=2 * gram_tiles * gram * gram * spec.d_in,
+                matrix_dtype=spec.adapter,
+            ),
+            Work(
+                "half_gram_kernel",
+                programs=ceil_div(spec.rank * spec.rank, 512),
+                dram_bytes=0,
+                l2_bytes=share_bytes + spec.rank * spec.rank * 4,
+                steps=shares,
+            ),
+            Work(
+                "row_dots_kernel",
+                programs=rows * ranks * split_k,
+                dram_bytes=weight_bytes + (spec.rank * spec.d_in + spec.d_out * spec.rank) * adapter + partials,
+                l2_bytes=tile_bytes + rows * ranks * (block_m * adapter + block_n * 4) * spec.rank + partials,
+                steps=ceil_div(spec.d_in, block_k * split_k) + ceil_div(spec.rank, block_k * split_k),
+                matrix_flops=padded * (spec.d_in * passes + spec.rank * gram_passes),
+                matrix_dtype=dtype,
+            ),
+            Work(
+                "finish_kernel",
+                programs=ceil_div(spec.d_out, 8 if spec.save else 128),
+                dram_bytes=weight_bytes * spec.save + 2 * spec.d_out * 4,
+                l2_bytes=partials + weight_bytes * spec.save + 2 * spec.d_out * 4,
+                steps=ranks * split_k + (ceil_div(spec.d_in, 512) if spec.save else 0),
+            ),
+        )
+
+
+class WeightNormTma(WeightNormFused):
+    """The same sums with tensor descriptors, and several rank tiles a program so that W is read once.
+
+    ``rank_tiles`` tiles of ``block_n`` ranks share every tile of W: at rank 384, three tiles of 128. G is kept as a
+    high and a low bf16 part, which leaves out less than 2**-17 of it.
+    """
+
+    name = "tma"
+    counts = frozenset({"rank_tiles", "split_k"})
+
+    def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
+        if spec.weight != "bf16":
+            return f"half_gram in {spec.weight} would overflow or lose digits: the variant is for bf16"
+        return tma_unavailable(gpu, (spec.weight, spec.adapter), (spec.d_in, spec.rank))
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "block_m": up_to((64, 128, 256), spec.d_out),
+            "block_n": up_to((16, 32, 64, 128, 256), spec.rank),
+            "rank_tiles": tuple(t for t in (1, 2, 3, 4) if t == 1 or (t - 1) * 64 < spec.rank),
+            "block_k": up_to((32, 64, 128), spec.d_in),
+            "split_k": tuple(s for s in (1, 2, 3, 4, 6, 8, 16) if s == 1 or spec.d_in // s >= 256),
+            "gram_block": up_to((16, 32, 64, 128), spec.rank),
+            "gram_block_k": up_to((64, 128), spec.d_in),
+            "gram_share": up_to((128, 256, 512, 1024, 2048), spec.d_in),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5, 6),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        block_n = fit(128, spec.rank)
+        tiles_n = ceil_div(spec.rank, block_n)
+        configs = []
+        for block_m, rank_tiles, block_k, rounds, warps, stages in (
+            (128, min(3, tiles_n), 64, 1, 8, 3),
+            (128, 1, 64, 3, 8, 3),
+            (128, min(2, tiles_n), 64, 2, 8, 4),
+            (64, min(3, tiles_n), 64, 1, 4, 3),
+        ):
+            tiles = ceil_div(spec.d_out, block_m) * ceil_div(tiles_n, rank_tiles)
+            split_k = max(1, min(rounds * gpu.multiprocessors // tiles, 16, spec.d_in // 256))
+            split_k = max(s for s in (1, 2, 3, 4, 6, 8, 16) if s <= split_k)
+            configs.append(
+                Config.create(
+                    self.name,
+                    block_m=block_m,
+                    block_n=block_n,
+                    rank_tiles=rank_tiles,
+                    block_k=block_k,
+                    split_k=split_k,
+                    gram_block=fit(64, spec.rank),
+                    gram_block_k=64,
+                    gram_share=512,
+                    num_warps=warps,
+                    num_stages=stages,
+                )
+            )
+        return tuple(configs)
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
+        rank_tiles, gram, gram_k = config["rank_tiles"], config["gram_block"], config["gram_block_k"]
+        if max(block_m, block_n, block_k, gram, gram_k) > MAX_TMA_BOX:
+            return f"a tile side exceeds the tensor memory accelerator's {MAX_TMA_BOX}"
+        if (rank_tiles - 1) * block_n >= spec.rank:
+            return f"{rank_tiles} tiles of {block_n} ranks: the last one is beyond rank {spec.rank}"
+        return (
+            refuse_dot_tile(block_m, block_n * rank_tiles, block_k, config.num_warps)
+            or refuse_shared_memory(config.num_stages, (block_m + block_n * rank_tiles) * block_k * 2, gpu)
+            or (f"gram_share={config['gram_share']} is less than a step of {gram_k}" if config["gram_share"] < gram_k else None)
+            or refuse_dot_tile(gram, gram, gram_k, 4)
+            or refuse_shared_memory(4, 2 * gram * gram_k * 2, gpu)
+            or (f"split_k={config['split_k']} leaves shares without work" if config["split_k"] * block_k > max(spec.d_in, block_k) else None)
+        )
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        return self._work(spec, config, config["block_n"] * config["rank_tiles"])

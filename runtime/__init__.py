@@ -1,0 +1,1 @@
+"""Loading and launching kernels, and the eager reference they are held to."""

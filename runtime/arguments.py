@@ -1,0 +1,110 @@
+"""Checking the tensors a user hands to a kernel against the operation's contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..codegen.ops import Operand
+from ..codegen.spec import KernelSpec
+from ..errors import UsageError
+from .reference import TORCH_DTYPES
+
+
+class ArgumentError(UsageError, ValueError):
+    """A tensor has the wrong shape, dtype, device or strides, or is missing; the message names it and the remedy."""
+
+
+def bind_inputs(
+    spec: KernelSpec, args: Sequence[object], kwargs: Mapping[str, object], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Match positional and named tensors to the inputs of ``spec`` and check each one.
+
+    Operands with a token dimension may have any leading dimensions, ``[..., width]``.
+
+    Raises:
+        ArgumentError: a missing, surplus or unsuitable argument.
+    """
+    operands = spec.contract.inputs_of(spec)
+    names = [operand.name for operand in operands]
+    takes = f"{spec.op} takes {', '.join(names)}" + (" and scaling" if spec.contract.scaling else "")
+    if len(args) > len(names):
+        raise ArgumentError(f"{len(args)} tensors given; {takes}")
+    given = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in names:
+            raise ArgumentError(f"unknown argument {name!r}; {takes}")
+        if name in given:
+            raise ArgumentError(f"{name} is given twice; {takes}")
+        given[name] = value
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ArgumentError(f"missing {', '.join(missing)}; {takes}")
+
+    inputs: dict[str, torch.Tensor] = {}
+    lead: tuple[int, ...] | None = None
+    for operand in operands:
+        tensor = given[operand.name]
+        check_tensor(operand, tensor, spec, device, lead)
+        assert isinstance(tensor, torch.Tensor)
+        if operand.shape[0] == "tokens" and lead is None:
+            lead = tuple(tensor.shape[:-1])
+        inputs[operand.name] = tensor
+    return inputs
+
+
+def check_tensor(
+    operand: Operand, tensor: object, spec: KernelSpec, device: torch.device, lead: tuple[int, ...] | None = None
+) -> None:
+    """Raise an ArgumentError unless ``tensor`` is what ``operand`` of ``spec`` asks for.
+
+    ``lead`` are the leading dimensions that a token operand must have; None accepts any with at least one token.
+    """
+    name = operand.name
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentError(f"{name} is a {type(tensor).__name__}, not a torch.Tensor")
+    dtype = TORCH_DTYPES[operand.dtype_of(spec)]
+    if tensor.dtype != dtype:
+        raise ArgumentError(f"{name} is {tensor.dtype}; this kernel takes {dtype}: convert it, or load a kernel for {tensor.dtype}")
+    if tensor.device != device:
+        raise ArgumentError(f"{name} is on {tensor.device}, the kernel was loaded for {device}: move the tensor or load another kernel")
+    if operand.shape[0] == "tokens":
+        width = int(getattr(spec, operand.shape[1]))
+        if tensor.ndim < 2 or tensor.shape[-1] != width:
+            raise ArgumentError(f"{name} has shape {list(tensor.shape)}; expected [tokens, {width}] ({operand.shape[1]})")
+        if math.prod(tensor.shape[:-1]) < 1:
+            raise ArgumentError(f"{name} has shape {list(tensor.shape)}: there must be at least one token")
+        if lead is not None and tuple(tensor.shape[:-1]) != lead:
+            raise ArgumentError(f"{name} has {list(tensor.shape[:-1])} tokens where the other tensors have {list(lead)}")
+    else:
+        shape = [int(getattr(spec, dim)) for dim in operand.shape]
+        if list(tensor.shape) != shape:
+            raise ArgumentError(f"{name} has shape {list(tensor.shape)}; expected {shape} ({', '.join(operand.shape)})")
+    if not tensor.is_contiguous():
+        raise ArgumentError(f"{name} has strides {tuple(tensor.stride())}; kernels take contiguous tensors: call .contiguous()")
+
+
+def make_outputs(
+    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], out: torch.Tensor | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Allocate the outputs of ``spec``; ``out``, when given, becomes the first one.
+
+    Raises:
+        ArgumentError: ``out`` has the wrong shape, dtype, device or strides.
+    """
+    lead: tuple[int, ...] = next(
+        (tuple(inputs[o.name].shape[:-1]) for o in spec.contract.inputs_of(spec) if o.shape[0] == "tokens"), ()
+    )
+    outputs: dict[str, torch.Tensor] = {}
+    for position, operand in enumerate(spec.contract.outputs_of(spec)):
+        if position == 0 and out is not None:
+            check_tensor(operand, out, spec, device, lead)
+            outputs[operand.name] = out
+            continue
+        shape: list[int] = []
+        for dim in operand.shape:
+            shape += lead if dim == "tokens" else (int(getattr(spec, dim)),)
+        outputs[operand.name] = torch.empty(shape, dtype=TORCH_DTYPES[operand.dtype_of(spec)], device=device)
+    return outputs

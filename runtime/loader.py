@@ -1,0 +1,181 @@
+"""``load_kernel``: from an operation and its shapes to a callable, by looking up what was tuned. Nothing is searched here."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..codegen.spec import KernelSpec, SpecError
+from ..errors import UsageError
+from .kernel import Kernel
+
+if TYPE_CHECKING:
+    from ..cache.lookup import Resolution
+    from ..codegen.gpu import Gpu
+    from ..codegen.render import Source
+
+__all__ = ["Kernel", "explain", "load_kernel"]
+
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_loaded: dict[tuple[KernelSpec, torch.device, str | None], Kernel] = {}
+_lock = threading.Lock()
+
+
+def load_kernel(
+    op: str,
+    *,
+    d_out: int,
+    d_in: int,
+    rank: int,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    adapter_dtype: torch.dtype | None = None,
+    magnitude_dtype: torch.dtype | None = None,
+    bias: bool = False,
+    delta: bool = False,
+    save: bool = False,
+    device: torch.device | str | int | None = None,
+    store: str | None = None,
+) -> Kernel:
+    """Return the best known kernel of ``op`` for these shapes on ``device``.
+
+    The lookup goes exact spec, nearest shape on the same GPU, same architecture, built-in default; ``explain()`` of
+    the result tells which. A second call with equal arguments returns the same object. On a CPU device the result is
+    the eager fp32-accumulating reference, and its ``provenance`` says so.
+
+    Args:
+        op: ``weight_norm``, ``lora_compose``, ``compose_forward`` or ``compose_backward``.
+        d_out, d_in, rank: sizes of W [d_out, d_in], A [rank, d_in], B [d_out, rank].
+        tokens: the number of tokens expected; the kernel is right for any number.
+        dtype: of W and of the activations. adapter_dtype: of A and B, ``dtype`` when None.
+        magnitude_dtype: ``weight_norm`` also takes m of this dtype and returns g.
+        bias: add (or, backward, sum up) a bias. delta: the delta form. save: also return nW or inner.
+        device: the current GPU when None, the CPU where there is none.
+        store: a path or URL of the one store to ask first, instead of ``DORATUNE_CACHE_PATH``.
+
+    Raises:
+        SpecError: an unknown operation, or a size or dtype it cannot take.
+        UnknownGpuError: the device's architecture is not supported.
+        StoreError: a store cannot be read.
+    """
+    where = _device(device)
+    spec = KernelSpec.create(
+        op,
+        d_out=d_out,
+        d_in=d_in,
+        rank=rank,
+        tokens=tokens,
+        dtype=_dtype_name("dtype", dtype),
+        adapter=_dtype_name("adapter_dtype", adapter_dtype or dtype),
+        magnitude=_dtype_name("magnitude_dtype", magnitude_dtype) if magnitude_dtype else None,
+        bias=bias,
+        delta=delta,
+        save=save,
+        gpu=_gpu(where).slug if where.type == "cuda" else "cpu",
+    )
+    key = (spec, where, store)
+    kernel = _loaded.get(key)
+    if kernel is None:
+        with _lock:
+            kernel = _loaded.get(key) or _load(spec, where, store)
+            _loaded[key] = kernel
+    return kernel
+
+
+def explain(spec: KernelSpec | str, store: str | None = None) -> str:
+    """Say which config ``load_kernel`` would run for ``spec``, which lookup step found it, and what was refused.
+
+    Raises:
+        SpecError: the text is not a spec.
+    """
+    resolution, _ = resolve(KernelSpec.parse(spec) if isinstance(spec, str) else spec, store)
+    return resolution.explain()
+
+
+def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source]:
+    """Look ``spec`` up in the stores and render what was found, without compiling it.
+
+    An exact entry must render to the very text it was tuned with; otherwise the built-in default takes its place.
+    """
+    from ..cache.layers import open_layers
+    from ..cache.lookup import Refusal, lookup
+    from ..codegen.gpu import find_gpu
+    from ..codegen.render import render, template_digest
+    from ..codegen.variants import check_config, default_config
+
+    gpu = find_gpu(spec.gpu)
+
+    def installed_digest(op: str, variant: str) -> str | None:
+        try:
+            return template_digest(op, variant)
+        except SpecError:
+            return None
+
+    default = default_config(spec, gpu)
+    layers = open_layers(store)
+    try:
+        resolution = lookup(
+            spec,
+            layers,
+            default=default,
+            architecture=gpu.architecture,
+            accepts=lambda wanted, config: check_config(wanted, config, gpu),
+            template_digest=installed_digest,
+        )
+    finally:
+        for layer in layers:
+            layer.close()
+    source = render(spec, resolution.config)
+    entry = resolution.entry
+    if resolution.step == "exact" and entry is not None and source.digest != entry.source_digest:
+        reason = f"renders to {source.digest[:12]}, but was tuned as {entry.source_digest[:12]}"
+        refusal = Refusal("exact", str(entry.spec), resolution.layer or "", reason)
+        resolution = replace(
+            resolution, step="default", config=default, entry=None, layer=None, trace=(*resolution.trace, refusal)
+        )
+        source = render(spec, default)
+    return resolution, source
+
+
+def _load(spec: KernelSpec, device: torch.device, store: str | None) -> Kernel:
+    if device.type != "cuda":
+        return Kernel(spec, device)
+    resolution, source = resolve(spec, store)
+    return Kernel(spec, device, resolution, source)
+
+
+def _device(device: torch.device | str | int | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    if where.type not in ("cuda", "cpu"):
+        raise UsageError(f"device {where} is not supported: use a CUDA or ROCm GPU ('cuda:0') or 'cpu'")
+    if where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"device {where}: PyTorch sees no GPU here; pass device='cpu' for the eager reference")
+        index = torch.cuda.current_device() if where.index is None else where.index
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"device cuda:{index}: PyTorch sees {torch.cuda.device_count()} GPU(s)")
+        where = torch.device("cuda", index)
+    return where
+
+
+def _gpu(device: torch.device) -> Gpu:
+    from ..codegen.gpu import gpu_of_device
+
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        architecture = properties.gcnArchName.split(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return gpu_of_device(properties.name, architecture)
+
+
+def _dtype_name(argument: str, dtype: torch.dtype) -> str:
+    if dtype not in _DTYPE_NAMES:
+        names = ", ".join(map(str, _DTYPE_NAMES))
+        raise SpecError(f"{argument}={dtype!r}: unsupported dtype; use one of {names}")
+    return _DTYPE_NAMES[dtype]

@@ -1,0 +1,95 @@
+"""The operations written out in PyTorch: the eager reference that runs on CPU tensors, and the fp64 definition.
+
+Both take a spec and its inputs by name, and return the outputs by name. The reference accumulates in fp32 and returns
+the contract's dtypes; the definition computes in fp64 straight from the contract, and is what accuracy is held to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..codegen.ops import EPS
+from ..codegen.spec import KernelSpec
+
+Tensors = Mapping[str, torch.Tensor]
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_DENSE_ELEMENTS = 1 << 26
+"""Elements of W + sBA that the fp64 definition makes at a time."""
+
+
+def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[str, torch.Tensor]:
+    """Compute the outputs of ``spec`` eagerly with fp32 accumulation, in the contract's dtypes."""
+    if spec.op == "weight_norm":
+        results = _factored_norm(inputs, scaling)
+    else:
+        results = _FORMULAS[spec.op](spec, {name: tensor.float() for name, tensor in inputs.items()}, scaling)
+    return {operand.name: results[operand.name].to(TORCH_DTYPES[operand.dtype_of(spec)]) for operand in spec.contract.outputs_of(spec)}
+
+
+def definition(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[str, torch.Tensor]:
+    """Compute the outputs of ``spec`` in fp64 from the contract's formula (for the norm: the rows of W + sBA)."""
+    if spec.op == "weight_norm":
+        results = _dense_norm(inputs, scaling)
+    else:
+        results = _FORMULAS[spec.op](spec, {name: tensor.double() for name, tensor in inputs.items()}, scaling)
+    return {operand.name: results[operand.name] for operand in spec.contract.outputs_of(spec)}
+
+
+def _gain(inputs: Tensors, norm: torch.Tensor) -> dict[str, torch.Tensor]:
+    if "magnitude" not in inputs:
+        return {}
+    return {"g": inputs["magnitude"].to(norm.dtype) / norm.clamp_min(EPS)}
+
+
+def _factored_norm(inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    weight, lora_a, lora_b = (inputs[name].float() for name in ("weight", "lora_A", "lora_B"))
+    weight_sq = inputs["weight_sq"] if "weight_sq" in inputs else (weight * weight).sum(dim=1)
+    inner = weight @ lora_a.T + lora_b @ (0.5 * scaling * (lora_a @ lora_a.T))
+    norm = (weight_sq + 2.0 * scaling * (lora_b * inner).sum(dim=1)).clamp_min(0.0).sqrt()
+    return {"norm": norm, "weight_sq": weight_sq, **_gain(inputs, norm)}
+
+
+def _dense_norm(inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    weight, lora_b = inputs["weight"], inputs["lora_B"]
+    lora_a = inputs["lora_A"].double()
+    rows = max(1, _DENSE_ELEMENTS // weight.shape[1])
+    norms, squares = [], []
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].double()
+        norms.append((part + scaling * (lora_b[start : start + rows].double() @ lora_a)).norm(dim=1))
+        squares.append((part * part).sum(dim=1))
+    norm = torch.cat(norms)
+    return {"norm": norm, "weight_sq": torch.cat(squares), **_gain(inputs, norm)}
+
+
+def _compose(spec: KernelSpec, inputs: Tensors, lora: torch.Tensor, scaling: float) -> dict[str, torch.Tensor]:
+    base, g = inputs["base"], inputs["g"]
+    inner = base + scaling * lora
+    if spec.delta:
+        return {"y": (g - 1.0) * base + g * (scaling * lora), "inner": inner}
+    y = g * inner
+    return {"y": y + inputs["bias"] if spec.bias else y, "inner": inner}
+
+
+def _lora_compose(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    return _compose(spec, inputs, inputs["h"] @ inputs["lora_B"].T, scaling)
+
+
+def _compose_forward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    return _compose(spec, inputs, inputs["lora"], scaling)
+
+
+def _compose_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    dy = inputs["dy"]
+    return {"dyg": inputs["g"] * dy, "dg": (dy * inputs["inner"]).sum(dim=0), "dbias": dy.sum(dim=0)}
+
+
+_FORMULAS = {
+    "lora_compose": _lora_compose,
+    "compose_forward": _compose_forward,
+    "compose_backward": _compose_backward,
+}

@@ -1,0 +1,150 @@
+"""Every kernel variant agrees with the fp64 definition within DESIGN's bounds, on inputs where each term dominates,
+for any shape; and the gate that says so does catch a kernel with a wrong term.
+
+Runs in Triton's interpreter, in fp32 and fp16 (its bf16 products are wrong); tests/gpu runs the same in bf16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.ops import OPS
+from doratune.codegen.render import Source, render
+from doratune.codegen.spec import Config, KernelSpec
+from doratune.codegen.variants import VARIANTS, Variant, check_config, find_variant
+from doratune.tuner.inputs import CASES
+
+from .interpreter import complaint_of
+
+pytestmark = pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') != '1'", reason="a GPU is here: tests/gpu runs the kernels on it")
+
+GPU = find_gpu("h200")
+IDS = {variant: f"{variant.op}-{variant.name}" for variant in VARIANTS}
+
+
+def forms(op: str) -> list[dict[str, object]]:
+    """The operation plain, with each flag, and with each optional operand."""
+    contract = OPS[op]
+    return [{}, *({flag: True} for flag in contract.flags), *({role: "fp32"} for role in contract.optional_dtypes)]
+
+
+def small_config(variant: Variant, spec: KernelSpec) -> Config:
+    """A config whose tiles are smaller than the shapes of these tests, so that every loop runs more than once."""
+    params = {name: values[0] for name, values in variant.choices(spec, GPU).items()}
+    params |= {"num_warps": 2, "num_stages": 2}
+    if "split_k" in params:
+        params["split_k"] = 2
+    if "chunk" in params:
+        params["chunk"] = params["block_t"] * 4
+    return Config.create(variant.name, **params)
+
+
+def spec_of(op: str, dtype: str, adapter: str | None = None, **values: object) -> KernelSpec:
+    dims = {"d_out": 80, "d_in": 144, "rank": 24, "tokens": 128}
+    return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": adapter or dtype, "gpu": "h200", **values})
+
+
+CASE_TABLE = [
+    pytest.param(variant, form, id=f"{IDS[variant]}-{'-'.join(form) or 'plain'}") for variant in VARIANTS for form in forms(variant.op)
+]
+
+
+@pytest.mark.parametrize(("variant", "form"), CASE_TABLE)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_each_term_is_right_where_it_dominates(variant: Variant, form: dict[str, object], dtype: str) -> None:
+    if variant.name == "tma" and dtype == "fp32":
+        pytest.skip("tensor descriptors feed 16-bit products only")
+    spec = spec_of(variant.op, dtype, **form)
+    source = render(spec, small_config(variant, spec))
+    for case in CASES:
+        assert complaint_of(source, 37, case=case) is None, case
+
+
+@pytest.mark.parametrize("op", ["weight_norm", "lora_compose"])
+def test_fp32_adapters_with_16_bit_weights_lose_nothing(op: str) -> None:
+    variant = next(v for v in VARIANTS if v.op == op and v.name != "tma")
+    spec = spec_of(op, "fp16", adapter="fp32")
+    source = render(spec, small_config(variant, spec))
+    for case in ("random", "cross_term", "large_lora", "negative_scaling", "mixed"):
+        assert complaint_of(source, 37, case=case) is None, case
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 129, 300])
+def test_a_kernel_tuned_for_one_token_count_is_right_for_any_other(variant: Variant, tokens: int) -> None:
+    spec = spec_of(variant.op, "fp16", tokens=16)
+    for config in variant.seeds(spec, GPU)[:2]:
+        assert complaint_of(render(spec, config), tokens) is None
+
+
+@st.composite
+def shapes_and_configs(draw: st.DrawFn) -> tuple[KernelSpec, Config, int]:
+    variant = draw(st.sampled_from(VARIANTS))
+    step = 8 if variant.name == "tma" else 1  # tensor descriptors need rows of a multiple of 16 bytes
+    size = st.integers(1, 12 if step > 1 else 90).map(lambda value: value * step)
+    tokens = draw(st.integers(1, 90))
+    dtype = "fp16" if variant.name == "tma" else draw(st.sampled_from(["fp32", "fp16"]))
+    spec = spec_of(variant.op, dtype, d_out=draw(size), d_in=draw(size), rank=draw(size), tokens=tokens)
+    choices = variant.choices(spec, GPU)
+    values = {name: draw(st.sampled_from(options)) for name, options in choices.items()}
+    if "split_k" in values:
+        values["split_k"] = draw(st.integers(0, 2).map(lambda power: 1 << power))
+    config = Config.create(variant.name, **values)
+    return spec, config, tokens
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(case=shapes_and_configs(), seed=st.integers(0, 1 << 30))
+def test_any_shape_is_right_with_any_config_the_gpu_accepts(case: tuple[KernelSpec, Config, int], seed: int) -> None:
+    spec, config, tokens = case
+    variant = find_variant(spec.op, config.variant)
+    if variant.refuse(spec, config, GPU) is not None:
+        return
+    assert complaint_of(render(spec, config), tokens, seed=seed) is None
+
+
+BREAKAGES = [
+    ("weight_norm-fused", "acc = tl.dot(w, a, acc", "acc = tl.dot(w, a * 0.98, acc", "cross term 2 % off"),
+    ("weight_norm-fused", "0.5 * scaling * gram", "0.505 * scaling * gram", "Gram term 1 % off"),
+    ("weight_norm-fused", "(2.0 * scaling) * dots", "(2.0 * scaling) * dots + 1e-6", "constant added"),
+    ("weight_norm-tma", "part = (step // GRAM_STEPS) * RANK", "part = 0 * step", "low part replaced by the high part"),
+    ("lora_compose-tile", "+ scaling * lora", "+ tl.abs(scaling) * lora", "sign of s lost"),
+    ("lora_compose-tma", "g * inner", "(g * 1.002) * inner", "g off by one bf16 step"),
+    ("compose_forward-tile", "y = g * inner", "y = inner", "g forgotten"),
+    ("compose_backward-columns", "dg += dy * inner", "dg += dy * inner * (start < 3)", "last rows of a chunk dropped"),
+    ("compose_backward-columns", "tl.store(dyg_ptr", "tl.store(dg_ptr if False else dyg_ptr + 0 * start", "control: nothing broken"),
+]
+
+
+@pytest.mark.parametrize(("which", "text", "broken", "what"), BREAKAGES, ids=[row[3] for row in BREAKAGES])
+def test_the_gate_catches_a_wrong_term(which: str, text: str, broken: str, what: str) -> None:
+    variant = next(v for v in VARIANTS if IDS[v] == which)
+    spec = spec_of(variant.op, "fp16", tokens=64)
+    source = render(spec, small_config(variant, spec))
+    assert text in source.text, f"the template no longer says {text!r}: name another place to break"
+    mutant = replace(source, text=source.text.replace(text, broken))
+    found = [case for case in CASES if complaint_of(mutant, 61, case=case)]
+    if what.startswith("control"):
+        assert not found
+    else:
+        assert found, f"no case notices: {what}"
+        assert "mixed" in found or what == "sign of s lost", f"only {found} notice: {what}"
+
+
+def test_configs_of_these_tests_are_ones_the_tuner_could_choose() -> None:
+    for variant in VARIANTS:
+        spec = spec_of(variant.op, "fp16", tokens=64, d_in=1024)
+        if variant.unavailable(spec, GPU) is None:
+            assert check_config(spec, small_config(variant, spec), GPU) is None
+
+
+def test_source_is_a_value() -> None:
+    spec = spec_of("compose_forward", "fp16")
+    first, second = (render(spec, Config.parse("tile:block_n=64,block_t=4,num_warps=4,num_stages=2")) for _ in range(2))
+    assert isinstance(first, Source)
+    assert (first, first.digest) == (second, second.digest)

@@ -1,0 +1,1 @@
+"""From a model to jobs, from jobs to measured or predicted winners in a store."""

@@ -1,0 +1,75 @@
+"""How hard a search tries: one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..cache.entry import MEASURED
+from ..errors import UsageError, near_names
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When one kernel's search ends.
+
+    ``trials`` is how many configurations are compiled and evaluated at most; ``patience`` after how many of them without
+    a gain the search stops early.
+    """
+
+    trials: int
+    patience: int
+
+    def with_trials(self, trials: int) -> Budget:
+        """The budget of ``trials`` configurations, with the patience in proportion.
+
+        Raises:
+            UsageError: ``trials`` is below 1.
+        """
+        if trials < 1:
+            raise UsageError(f"trials={trials}: a search needs at least 1 trial for each kernel")
+        return replace(self, trials=trials, patience=max(1, round(self.patience * trials / self.trials)))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """A row of :data:`EFFORTS`.
+
+    ``shortlist`` is how many configurations the performance model proposes before Optuna's sampler takes over;
+    ``batch`` how many are compiled together before the sampler is asked again.
+    """
+
+    name: str
+    measure: Budget
+    predict: Budget
+    shortlist: int
+    batch: int
+
+    def budget(self, provenance: str) -> Budget:
+        """The budget for an evaluator of this provenance (``measured`` or ``predicted``)."""
+        return self.measure if provenance == MEASURED else self.predict
+
+
+# A measured trial costs some 0.1 s of GPU time and a compile shared by all cores, a predicted one only the compile, but
+# without a GPU the cores are often few: hence fewer trials there. The patience of a level exceeds the trials of the
+# level before, so a winner found with less effort is always searched again (see tuner.search, "What is kept").
+EFFORTS: dict[str, Effort] = {
+    effort.name: effort
+    for effort in (
+        Effort("quick", measure=Budget(12, 8), predict=Budget(6, 4), shortlist=2, batch=4),
+        Effort("standard", measure=Budget(24, 14), predict=Budget(12, 7), shortlist=3, batch=6),
+        Effort("full", measure=Budget(160, 48), predict=Budget(60, 24), shortlist=8, batch=12),
+    )
+}
+
+STANDARD = EFFORTS["standard"]
+
+
+def find_effort(name: str) -> Effort:
+    """The effort level of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in EFFORTS:
+        raise UsageError(f"unknown effort {name!r}{near_names(name, EFFORTS)} (known: {', '.join(EFFORTS)})")
+    return EFFORTS[name]

@@ -1,0 +1,78 @@
+"""What every evaluator offers the search: it takes a candidate and says how long it takes, or why it is out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..cache.entry import Environment, Evaluation
+from ..codegen.gpu import Gpu
+from ..codegen.render import Source
+from ..codegen.spec import Config, KernelSpec
+from ..errors import DoratuneError
+
+
+class Rejected(DoratuneError):
+    """A candidate cannot win: it is inaccurate, does not launch, or exceeds a limit. The message is the reason."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses; the part of a :class:`~doratune.codegen.compile.CompiledKernel` that travels.
+
+    ``registers`` are per thread, ``spills`` bytes of local memory per thread, ``shared_bytes`` per block.
+    """
+
+    name: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    num_warps: int
+
+
+class Evaluator(ABC):
+    """Judges candidates, one at a time, in the process of the search.
+
+    Attributes:
+        provenance: ``measured`` or ``predicted``, as in :class:`~doratune.cache.entry.Evaluation`.
+        gpu: the GPU the times are for.
+    """
+
+    provenance: ClassVar[str]
+    gpu: Gpu
+
+    @abstractmethod
+    def environment(self) -> Environment:
+        """Where the evaluations come from."""
+
+    def start(self, spec: KernelSpec) -> None:  # noqa: B027 - most evaluators need nothing
+        """Get ready for candidates of ``spec``: inputs, references. Called before each batch of a spec's candidates."""
+
+    def screen(self, spec: KernelSpec, config: Config) -> float | None:
+        """A guess in microseconds before anything is compiled, or None for an evaluator that does not guess.
+
+        The search does not compile candidates whose guess is far behind the best guess so far.
+        """
+        return None
+
+    @abstractmethod
+    def evaluate(self, source: Source, compiled: Sequence[Resources]) -> Evaluation:
+        """Judge one candidate of the started spec; ``compiled`` has its kernels in the order of the text.
+
+        Raises:
+            Rejected: the candidate cannot win.
+        """
+
+    def finish(self, spec: KernelSpec) -> None:  # noqa: B027
+        """Let go of what :meth:`start` made; the spec's search is over."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of everything."""
+
+
+def floor_us(spec: KernelSpec, gpu: Gpu) -> float:
+    """The microseconds no kernel of ``spec`` can beat on ``gpu``: its contract's bytes and flops at the GPU's best."""
+    contract = spec.contract
+    return gpu.floor_us(contract.floor_bytes(spec), contract.matrix_flops(spec), spec.weight or spec.activation)

@@ -1,0 +1,120 @@
+"""Inputs on which each term of an operation dominates somewhere, so that a wrong term cannot hide.
+
+On plain random data a ``weight_norm`` whose cross term is entirely wrong is off by under 1.5 %: every case below makes
+one term, sign or size matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..codegen.spec import KernelSpec
+from ..runtime.reference import TORCH_DTYPES
+
+CASES = (
+    "random",
+    "cross_term",
+    "zero_weight",
+    "large_lora",
+    "negative_scaling",
+    "zero_scaling",
+    "zero_gain",
+    "zero_rows",
+    "large_activations",
+    "mixed",
+)
+"""The cases of :func:`make_inputs`; ``mixed`` has a band of rows or columns for each of the others that can share s."""
+
+_SCALING = {"negative_scaling": -0.7, "zero_scaling": 0.0}
+
+
+def make_inputs(
+    spec: KernelSpec, tokens: int, *, case: str = "mixed", seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Draw the inputs of ``spec`` with ``tokens`` rows for one of :data:`CASES`, and the scaling to go with them.
+
+    Returns the tensors by name, in the contract's shapes and dtypes, and s.
+    """
+    if case not in CASES:
+        raise ValueError(f"unknown case {case!r}; known: {', '.join(CASES)}")
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    make = _norm_inputs if spec.op == "weight_norm" else _token_inputs
+    values = make(spec, tokens, case, normal)
+    inputs = {
+        operand.name: values[operand.name].to(TORCH_DTYPES[operand.dtype_of(spec)])
+        for operand in spec.contract.inputs_of(spec)
+    }
+    if "weight_sq" in inputs:  # of W as the kernel sees it, after rounding
+        inputs["weight_sq"] = _row_squares(inputs["weight"])
+    return inputs, _SCALING.get(case, 0.75)
+
+
+def make_outputs(spec: KernelSpec, tokens: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """The outputs of ``spec`` by name, filled with NaN so that an element nobody writes shows."""
+    return {
+        operand.name: torch.full(
+            [tokens if dim == "tokens" else int(getattr(spec, dim)) for dim in operand.shape],
+            float("nan"),
+            dtype=TORCH_DTYPES[operand.dtype_of(spec)],
+            device=device,
+        )
+        for operand in spec.contract.outputs_of(spec)
+    }
+
+
+def _row_squares(weight: torch.Tensor) -> torch.Tensor:
+    rows = max(1, (1 << 26) // weight.shape[1])
+    return torch.cat([part.double().square().sum(dim=1) for part in weight.split(rows)]).float()
+
+
+def _bands(case: str, count: int, names: tuple[str, ...]) -> dict[str, slice]:
+    """The slice of ``count`` rows or columns that each named case covers: all for the case itself, a share in mixed."""
+    if case != "mixed":
+        return {name: slice(0, count if name == case else 0) for name in names}
+    step = max(1, count // (len(names) + 1))
+    return {name: slice(index * step, (index + 1) * step) for index, name in enumerate(names)}
+
+
+def _norm_inputs(spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    lora_a = normal(spec.rank, spec.d_in) * spec.d_in**-0.5
+    weight = normal(spec.d_out, spec.d_in) * 0.02
+    lora_b = normal(spec.d_out, spec.rank) * 0.02
+    bands = _bands(case, spec.d_out, ("cross_term", "zero_weight", "large_lora", "zero_rows"))
+    if case == "negative_scaling":
+        bands["cross_term"] = slice(0, spec.d_out)
+    cross = bands["cross_term"]
+    # Rows of W in the span of A. At s = 0.75 the cross term is 1.5 times nW, as much as it can be against the others;
+    # with a negative s it stays small, since a norm that cancels to nothing has no digits left in fp32.
+    weight[cross] = (lora_b[cross] * (10.0 if case == "negative_scaling" else 1.0)) @ lora_a
+    weight[bands["zero_weight"]] = 0.0
+    lora_b[bands["large_lora"]] *= 1000.0
+    zero = bands["zero_rows"]
+    weight[zero][::2] = 0.0
+    lora_b[zero][::2] = 0.0
+    magnitude = weight.norm(dim=1) * (1.0 + 0.1 * normal(spec.d_out))
+    return {"weight": weight, "lora_A": lora_a, "lora_B": lora_b, "weight_sq": magnitude, "magnitude": magnitude}
+
+
+def _token_inputs(spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    g = 1.0 + 0.1 * normal(spec.d_out).clamp(-1.0, 1.0)
+    bands = _bands(case, spec.d_out, ("large_lora", "zero_gain"))
+    zero = bands["zero_gain"]
+    g[zero][::2] = 0.0
+    g[zero][1::2] *= 1e-6
+    size = 1e4 if case == "large_activations" else 1.0
+    values = {"g": g, "bias": normal(spec.d_out)}
+    for name in ("base", "lora", "inner"):
+        values[name] = normal(tokens, spec.d_out).clamp(-1.0, 1.0) * size
+    values["dy"] = normal(tokens, spec.d_out)
+    values["lora"][:, bands["large_lora"]] *= 100.0
+    if spec.op == "lora_compose":
+        values["h"] = normal(tokens, spec.rank).clamp(-1.0, 1.0) * size
+        values["lora_B"] = normal(spec.d_out, spec.rank) * 0.5 * spec.rank**-0.5
+        values["lora_B"][bands["large_lora"]] *= 100.0
+    return values

@@ -1,0 +1,190 @@
+"""The ``measure`` evaluator: the accuracy gate, then GPU time on the GPU at hand."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .. import __version__
+from ..cache.entry import MEASURED, Environment, Evaluation
+from ..codegen.compile import CompiledKernel
+from ..codegen.gpu import Gpu
+from ..codegen.render import Source
+from ..codegen.spec import KernelSpec
+from ..errors import UsageError
+from ..runtime.kernel import bind
+from ..runtime.reference import definition
+from .accuracy import worst_error
+from .evaluation import Evaluator, Rejected
+from .inputs import make_inputs, make_outputs
+from .timing import capture, median_us, replay_us, rotations
+
+GATE_TOKENS = 512
+"""Tokens of the gate's own inputs, less a few so that the last tile is ragged; timing runs the full bucket."""
+
+CHECKED_ROWS = 64
+"""Rows of the full-size output that are held against fp64 after timing."""
+
+GIVE_UP = 3.0
+"""A candidate whose first replay takes this many times the best so far is not timed further."""
+
+SHORT_GRAPH_CALLS = 64
+"""Calls in a graph at least, where one call is short, so that starting the graph weighs nothing."""
+
+
+class NoGpuError(UsageError):
+    """Measuring was asked for where PyTorch sees no GPU."""
+
+
+class MeasureEvaluator(Evaluator):
+    """Gate and time candidates on one GPU.
+
+    The gate compares a candidate with the fp64 definition on inputs where each term dominates, twice, into poisoned
+    outputs: both runs must be within the bounds and equal in every bit. Only then is it timed, on random inputs that
+    rotate through more memory than the L2 holds; some rows of the timed outputs are checked as well.
+
+    Raises:
+        NoGpuError: there is no GPU.
+    """
+
+    provenance = MEASURED
+
+    def __init__(self, gpu: Gpu, device: torch.device | str = "cuda") -> None:
+        if not torch.cuda.is_available():
+            raise NoGpuError(
+                "--evaluator measure needs a GPU and PyTorch sees none; use --evaluator predict, or run where the GPU is"
+            )
+        self.gpu = gpu
+        self.device = torch.device(device)
+        if self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(self.device)
+        self._spec: KernelSpec | None = None
+        self._best_us = 0.0
+
+    def environment(self) -> Environment:
+        import triton
+
+        return Environment(
+            gpu=self.gpu.slug,
+            architecture=self.gpu.architecture,
+            triton=triton.__version__,
+            torch=torch.__version__,
+            driver=_driver_version(),
+            gpu_name=torch.cuda.get_device_name(self.device),
+            doratune=__version__,
+        )
+
+    def start(self, spec: KernelSpec) -> None:
+        """Make the gate's inputs with their fp64 results, and the rotating inputs for timing."""
+        if spec == self._spec:
+            return
+        self.finish(spec)
+        self._spec = spec
+        self._best_us = 0.0
+        gate_tokens = spec.tokens if spec.tokens <= 16 else min(spec.tokens, GATE_TOKENS) - 3
+        self._gate_inputs, self._gate_scaling = make_inputs(spec, gate_tokens, case="mixed", seed=1, device=self.device)
+        self._gate_exact = definition(spec, self._gate_inputs, self._gate_scaling)
+        self._gate_outputs = make_outputs(spec, gate_tokens, self.device)
+        count = rotations(spec.contract.floor_bytes(spec), self.gpu.l2_bytes)
+        self._sets = []
+        for seed in range(count):
+            inputs, self._scaling = make_inputs(spec, spec.tokens, case="random", seed=100 + seed, device=self.device)
+            self._sets.append((inputs, make_outputs(spec, spec.tokens, self.device)))
+
+    def evaluate(self, source: Source, compiled: Sequence[CompiledKernel]) -> Evaluation:
+        """Gate and time one candidate of the started spec.
+
+        Raises:
+            Rejected: it failed to launch, is inaccurate, or gives different bits for equal inputs.
+        """
+        spec = source.spec
+        self.start(spec)
+        try:
+            launch = bind(source).launch
+            error = self._gate(spec, launch)
+            samples = self._time(launch)
+            error = max(error, self._check_rows(spec))
+        except (RuntimeError, ValueError, TypeError) as failure:
+            raise Rejected(f"does not run: {next(iter(str(failure).splitlines()), type(failure).__name__)}") from failure
+        us = median_us(samples)
+        if not self._best_us or us < self._best_us:
+            self._best_us = us
+        return Evaluation(
+            provenance=MEASURED,
+            us=us,
+            floor_us=self.gpu.floor_us(spec.contract.floor_bytes(spec), spec.contract.matrix_flops(spec), spec.weight or spec.activation),
+            samples_us=tuple(samples),
+            error=error,
+            registers=max(kernel.registers for kernel in compiled),
+            spills=max(kernel.spills for kernel in compiled),
+            shared_bytes=max(kernel.shared_bytes for kernel in compiled),
+        )
+
+    def finish(self, spec: KernelSpec) -> None:
+        """Let go of the inputs."""
+        self._spec = None
+        self._sets = []
+        self._gate_inputs, self._gate_exact, self._gate_outputs = {}, {}, {}
+
+    def close(self) -> None:
+        """Give the GPU memory back."""
+        if self._spec is not None:
+            self.finish(self._spec)
+        torch.cuda.empty_cache()
+
+    def _gate(self, spec: KernelSpec, launch: Callable[..., None]) -> float:
+        scalars = (self._gate_scaling,) if spec.contract.scaling else ()
+        runs = []
+        for _ in range(2):
+            for tensor in self._gate_outputs.values():
+                tensor.fill_(float("nan"))
+            launch(*self._gate_inputs.values(), *self._gate_outputs.values(), *scalars)
+            runs.append({name: tensor.clone() for name, tensor in self._gate_outputs.items()})
+        error, complaint = worst_error(spec, runs[0], self._gate_exact)
+        if complaint:
+            raise Rejected(f"inaccurate: {complaint}")
+        if any(not torch.equal(runs[0][name], runs[1][name]) for name in runs[0]):
+            raise Rejected("not deterministic: two runs on equal inputs differ")
+        return error
+
+    def _time(self, launch: Callable[..., None]) -> list[float]:
+        assert self._spec is not None
+        scalars = (self._scaling,) if self._spec.contract.scaling else ()
+        repeats = max(1, SHORT_GRAPH_CALLS // len(self._sets)) if self._spec.tokens <= 1024 else 1
+        calls = [
+            functools.partial(launch, *inputs.values(), *outputs.values(), *scalars) for inputs, outputs in self._sets
+        ] * repeats
+        graph = capture(calls)
+        return replay_us(graph, len(calls), give_up_us=GIVE_UP * self._best_us)
+
+    def _check_rows(self, spec: KernelSpec) -> float:
+        """Hold some rows of the timed outputs against fp64: the first, the last and a spread between."""
+        inputs, outputs = self._sets[-1]
+        if spec.op == "weight_norm":
+            return 0.0  # the gate has run at this very size
+        rows = torch.linspace(0, spec.tokens - 1, min(CHECKED_ROWS, spec.tokens), device=self.device).long()
+        by_token = {operand.name for operand in spec.contract.inputs if operand.shape[0] == "tokens"}
+        per_row = {name: tensor[rows] if name in by_token else tensor for name, tensor in inputs.items()}
+        exact = definition(spec, per_row, self._scaling)
+        written = {name: t[rows] for name, t in outputs.items() if t.ndim == 2}
+        error, complaint = worst_error(spec, written, {name: exact[name] for name in written})
+        if complaint:
+            raise Rejected(f"inaccurate at {spec.tokens} tokens: {complaint}")
+        return error
+
+
+@functools.cache
+def _driver_version() -> str:
+    tool = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    if torch.version.hip:
+        tool = ["cat", "/sys/module/amdgpu/version"]
+    try:
+        answer = subprocess.run(tool, capture_output=True, text=True, timeout=30).stdout.split()
+    except OSError:
+        answer = []
+    return answer[0] if answer else f"unknown ({platform.release()})"

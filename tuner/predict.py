@@ -1,0 +1,241 @@
+"""The ``predict`` evaluator: a roofline model over the compiled kernels, for choosing configs where there is no GPU.
+
+The model is for **ranking configs of one kernel**, not for promising times. Each launch is split into waves of programs
+that fit the GPU at once. A wave takes as long as the slowest of its device memory traffic, its L2 traffic, its tensor
+core work and its chain of dependent loads; part of the others shows where few programs share a multiprocessor. Memory
+speed follows Little's law: bytes in flight over latency, up to what the GPU attains.
+
+It leaves out bank conflicts, uncoalesced accesses, the instruction mix, the order of programs and what they share in
+the L2, clocks under load, and how well the compiler schedules. A predicted time is never below the floor.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+
+from .. import __version__
+from ..cache.entry import PREDICTED, Environment, Evaluation
+from ..codegen.gpu import Gpu
+from ..codegen.render import Source
+from ..codegen.spec import Config, KernelSpec
+from ..codegen.variants import Work, find_variant
+from .evaluation import Evaluator, Rejected, Resources, floor_us
+from .space import Space
+
+LATENCY_US = 0.6
+"""One load from device memory, issue to use (H100: 480-700 ns in "Dissecting the NVIDIA Hopper Architecture through
+Microbenchmarking", arXiv 2402.13499, by clock)."""
+
+L2_RATIO = 1.5
+"""L2 bandwidth over device memory bandwidth (model assumption; measured ratios run from 1.3 on an H200 to 3 on cards
+with GDDR memory)."""
+
+LAUNCH_GAP_US = 1.2
+"""From the end of one kernel to the start of the next one in a CUDA graph (model assumption, about what graph replays
+of empty kernels show)."""
+
+RESERVED_SHARED_BYTES = 1024
+"""Shared memory the system takes from each block (CUDA C++ Programming Guide, compute capability 8.0 and later)."""
+
+REGISTER_UNIT = 8
+"""Registers a thread are allocated in units of this many (CUDA occupancy calculator)."""
+
+MAX_RESIDENT = 24
+"""Programs on a multiprocessor at most (CUDA C++ Programming Guide: 16 to 32 by compute capability)."""
+
+HALF_INTENSITY = 10.0
+"""Tensor core flops per byte loaded at which half the attained rate is reached (model assumption: a tile of m x n
+16-bit values does m*n/(m+n) a byte, 64 for 128x128, 8 for 16x16, and cuBLAS's own rate belongs to the large tiles)."""
+
+MMA_SYNC_SHARE = 0.62
+"""Share of Hopper's tensor core rate that the warp-level instruction reaches (arXiv 2402.13499: 62.9 % on average).
+Only warp groups, four warps on 64 rows or more, get the rest."""
+
+WARP_GROUP, WARP_GROUP_ROWS = 4, 64
+
+EXPOSED = 0.5
+"""Share of the faster resources' time that shows when a multiprocessor holds one program; it falls as more programs
+fill each other's gaps (model assumption)."""
+
+ELEMENTWISE_FLIGHT = 4
+"""Loop steps of loads that a program without tensor core work keeps in flight at most: registers hold them (model
+assumption)."""
+
+BASE_REGISTERS, FLAT_REGISTERS = 40, 64
+"""Registers a thread, guessed before the compile: beside the accumulators of a product, and without a product."""
+
+MAX_REGISTERS = 255
+
+SHORTLIST_DRAWS = 600
+"""Configs drawn for :func:`shortlist`; ranking one takes some 30 us."""
+
+
+class PredictEvaluator(Evaluator):
+    """Predicts the time of compiled candidates for any known GPU; needs none."""
+
+    provenance = PREDICTED
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def environment(self) -> Environment:
+        return Environment(
+            gpu=self.gpu.slug,
+            architecture=self.gpu.architecture,
+            triton=metadata.version("triton"),
+            torch=metadata.version("torch"),
+            doratune=__version__,
+        )
+
+    def screen(self, spec: KernelSpec, config: Config) -> float | None:
+        return estimate_us(spec, config, self.gpu)
+
+    def evaluate(self, source: Source, compiled: Sequence[Resources]) -> Evaluation:
+        """Predict the time of one candidate.
+
+        Raises:
+            Rejected: not even one program fits a multiprocessor.
+        """
+        us = predict_us(source.spec, source.config, compiled, self.gpu)
+        return Evaluation(
+            provenance=PREDICTED,
+            us=us,
+            floor_us=floor_us(source.spec, self.gpu),
+            registers=max(kernel.registers for kernel in compiled),
+            spills=max(kernel.spills for kernel in compiled),
+            shared_bytes=max(kernel.shared_bytes for kernel in compiled),
+        )
+
+
+def predict_us(spec: KernelSpec, config: Config, compiled: Sequence[Resources], gpu: Gpu) -> float:
+    """Microseconds of all launches of a compiled kernel on ``gpu``, at least the spec's floor.
+
+    Raises:
+        Rejected: not even one program fits a multiprocessor.
+    """
+    by_name = {kernel.name: kernel for kernel in compiled}
+    launches = find_variant(spec.op, config.variant).work(spec, config)
+    us = sum(_launch_us(config, work, by_name[work.kernel], gpu) for work in launches)
+    return max(us, floor_us(spec, gpu))
+
+
+def estimate_us(spec: KernelSpec, config: Config, gpu: Gpu) -> float:
+    """The same before the compile, with guessed resources and without the floor: infinite for what cannot fit."""
+    launches = find_variant(spec.op, config.variant).work(spec, config)
+    try:
+        return sum(_launch_us(config, work, _guess(config, work, gpu), gpu) for work in launches)
+    except Rejected:
+        return float("inf")
+
+
+def shortlist(space: Space, count: int) -> tuple[Config, ...]:
+    """The ``count`` most promising configs of a space by the model, no two differing in one parameter only."""
+    if count < 1:
+        return ()
+    chance = random.Random(str(space.spec))
+    drawn = dict.fromkeys(space.draw(chance) for _ in range(min(SHORTLIST_DRAWS, 4 * space.size())))
+    fitting = [config for config in drawn if space.refuse(config) is None]
+    ranked = sorted((estimate_us(space.spec, config, space.gpu), str(config), config) for config in fitting)
+    chosen: list[Config] = []
+    for us, _, config in ranked:
+        if len(chosen) == count or us == float("inf"):
+            break
+        if all(_distance(config, other) > 1 for other in chosen):
+            chosen.append(config)
+    return tuple(chosen)
+
+
+def resident_programs(kernel: Resources, gpu: Gpu) -> int:
+    """How many programs of a kernel a multiprocessor holds at once, 0 when it cannot hold one."""
+    threads = kernel.num_warps * gpu.warp_size
+    registers = -(-max(kernel.registers, 1) // REGISTER_UNIT) * REGISTER_UNIT
+    return min(
+        MAX_RESIDENT,
+        gpu.max_threads_per_multiprocessor // threads,
+        gpu.registers_per_multiprocessor // (registers * threads),
+        gpu.shared_bytes_per_multiprocessor // (kernel.shared_bytes + RESERVED_SHARED_BYTES),
+    )
+
+
+def _launch_us(config: Config, work: Work, kernel: Resources, gpu: Gpu) -> float:
+    resident = resident_programs(kernel, gpu)
+    if resident < 1:
+        raise Rejected(f"{kernel.name} does not fit a multiprocessor of {gpu.slug}")
+    slots = resident * gpu.multiprocessors
+    full_waves, rest = divmod(work.programs, slots)
+    us = LAUNCH_GAP_US
+    if full_waves:
+        us += full_waves * _wave_us(config, work, kernel, gpu, slots)
+    if rest:
+        us += _wave_us(config, work, kernel, gpu, rest)
+    return us
+
+
+def _wave_us(config: Config, work: Work, kernel: Resources, gpu: Gpu, programs: int) -> float:
+    """Microseconds in which ``programs`` programs, running at once, do their share of a launch."""
+    share = programs / work.programs
+    steps = max(work.steps, 1)
+    stages = max(config.num_stages - 1, 1) if work.matrix_flops else min(config.num_stages, ELEMENTWISE_FLIGHT)
+    ahead = min(stages, steps)
+    in_flight = programs * work.l2_bytes / work.programs / steps * ahead
+    per_us = in_flight / LATENCY_US  # Little's law
+    bandwidth = gpu.attainable_bandwidth / 1e6
+    spilled = 2 * kernel.spills * kernel.num_warps * gpu.warp_size * programs * steps  # stored once, loaded once a step
+    dram = share * work.dram_bytes / min(bandwidth, per_us)
+    l2 = share * work.l2_bytes / min(L2_RATIO * bandwidth, per_us)
+    chain = LATENCY_US * (1 + steps / ahead)  # the last store waits for the last load
+    matrix = 0.0
+    busiest = -(-programs // gpu.multiprocessors)
+    if work.matrix_flops:
+        rate = gpu.attainable_flops(work.matrix_dtype) / 1e6 / gpu.multiprocessors * _matrix_share(config, work, kernel, gpu)
+        matrix = busiest * work.matrix_flops / work.programs / rate
+    terms = (dram, l2, matrix, chain)
+    slowest = max(terms)
+    exposed = EXPOSED * (dram + matrix - max(dram, matrix)) / busiest
+    return slowest + exposed + spilled / (L2_RATIO * bandwidth)
+
+
+def _matrix_share(config: Config, work: Work, kernel: Resources, gpu: Gpu) -> float:
+    """The share of the attainable tensor core rate that this tile shape reaches."""
+    intensity = work.matrix_flops / max(work.l2_bytes, 1)
+    share = intensity / (intensity + HALF_INTENSITY)
+    rows, _ = _tile(config)
+    if gpu.architecture == "sm_90" and (kernel.num_warps % WARP_GROUP or rows < WARP_GROUP_ROWS):
+        share *= MMA_SYNC_SHARE
+    return share
+
+
+def _guess(config: Config, work: Work, gpu: Gpu) -> Resources:
+    """The resources of a kernel before it is compiled: accumulators in registers, pipeline stages in shared memory."""
+    threads = config.num_warps * gpu.warp_size
+    if not work.matrix_flops:
+        return Resources(work.kernel, FLAT_REGISTERS, 0, 0, config.num_warps)
+    rows, cols = _tile(config)
+    registers = BASE_REGISTERS + rows * cols // threads
+    stage = work.l2_bytes // work.programs // max(work.steps, 1)
+    shared = min(stage * max(config.num_stages - 1, 1), gpu.shared_bytes_per_block)
+    return Resources(
+        work.kernel,
+        min(registers, MAX_REGISTERS),
+        4 * max(registers - MAX_REGISTERS, 0),
+        shared,
+        config.num_warps,
+    )
+
+
+def _tile(config: Config) -> tuple[int, int]:
+    """Rows and columns of the output tile; the templates name them block_m or block_t, and block_n."""
+    params: Mapping[str, int] = dict(config.params)
+    return params.get("block_m", params.get("block_t", 1)), params.get("block_n", 1)
+
+
+def _distance(one: Config, other: Config) -> int:
+    """In how many values two configs differ; a different variant counts as all."""
+    if one.variant != other.variant:
+        return len(one.params) + 3
+    pairs = zip(
+        (*one.params, one.num_warps, one.num_stages), (*other.params, other.num_warps, other.num_stages), strict=True
+    )
+    return sum(left != right for left, right in pairs)

@@ -1,0 +1,94 @@
+"""The search space of a spec as Optuna sees it: the variant, then the parameters of that variant."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+
+import optuna
+
+from ..codegen.gpu import Gpu
+from ..codegen.render import template_digest
+from ..codegen.spec import Config, KernelSpec, SpecError
+from ..codegen.variants import check_config, variants_of
+
+VARIANT = "variant"
+
+
+class Space:
+    """The configs that can be tried for ``spec`` on ``gpu``.
+
+    Attributes:
+        choices: for each variant, the values of each of its parameters, warps and stages included.
+        seeds: the known-good configs that fit, the variants taking turns.
+
+    Raises:
+        SpecError: no variant can run the spec on this GPU.
+    """
+
+    def __init__(self, spec: KernelSpec, gpu: Gpu) -> None:
+        self.spec, self.gpu = spec, gpu
+        self.choices: dict[str, dict[str, tuple[int, ...]]] = {}
+        by_variant: list[list[Config]] = []
+        for variant in variants_of(spec, gpu):
+            seeds = [config for config in variant.seeds(spec, gpu) if check_config(spec, config, gpu) is None]
+            # A seed may lie outside the choices, and a categorical parameter of Optuna cannot grow later.
+            values = {name: set(given) for name, given in variant.choices(spec, gpu).items()}
+            for config in seeds:
+                for name, value in _values(config).items():
+                    values[name].add(value)
+            self.choices[variant.name] = {name: tuple(sorted(given)) for name, given in sorted(values.items())}
+            by_variant.append(seeds)
+        if not self.choices:
+            raise SpecError(f"{spec}: no variant of {spec.op} runs on {gpu.slug}")
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*by_variant))
+        self.seeds: tuple[Config, ...] = tuple(dict.fromkeys(config for config in turns if config is not None))
+
+    def __contains__(self, config: Config) -> bool:
+        choices = self.choices.get(config.variant, {})
+        values = _values(config)
+        return values.keys() == choices.keys() and all(value in choices[name] for name, value in values.items())
+
+    def digest(self) -> str:
+        """SHA-256 over the space and the templates behind it: a study is only valid for one of them."""
+        digest = hashlib.sha256(repr(self.choices).encode())
+        for name in self.choices:
+            digest.update(template_digest(self.spec.op, name).encode())
+        return digest.hexdigest()
+
+    def refuse(self, config: Config) -> str | None:
+        """Why ``config`` cannot be used, as far as that is known without compiling, or None."""
+        return check_config(self.spec, config, self.gpu)
+
+    def suggest(self, trial: optuna.Trial) -> Config:
+        """Let a trial pick a config."""
+        variant = trial.suggest_categorical(VARIANT, tuple(self.choices))
+        picked = {
+            name: trial.suggest_categorical(f"{variant}.{name}", values) for name, values in self.choices[variant].items()
+        }
+        return Config.create(variant, **picked)
+
+    def params(self, config: Config) -> dict[str, str | int]:
+        """The parameters with which a trial picks ``config``, for ``study.enqueue_trial``."""
+        named = {f"{config.variant}.{name}": value for name, value in _values(config).items()}
+        return {VARIANT: config.variant, **named}
+
+    def draw(self, chance: random.Random) -> Config:
+        """A config drawn uniformly over variants and values; it may be one that is refused."""
+        variant = chance.choice(tuple(self.choices))
+        return Config.create(variant, **{name: chance.choice(values) for name, values in self.choices[variant].items()})
+
+    def size(self) -> int:
+        """The number of configs, refused ones included."""
+        total = 0
+        for values in self.choices.values():
+            count = 1
+            for given in values.values():
+                count *= len(given)
+            total += count
+        return total
+
+
+def _values(config: Config) -> dict[str, int]:
+    return {**dict(config.params), "num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -1,0 +1,297 @@
+"""Optuna studies that outlive their process: one per spec, environment and template text.
+
+A study is sampled in memory; each finished trial is added to the storage in one transaction, so that a run killed at
+any moment leaves no half-made or running trials behind. (Asking and telling through SQLite itself takes some 50 ms a
+trial, a fifth of that is left this way.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+import sqlalchemy
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..cache.create import new_file, place
+from ..cache.entry import Environment, Evaluation
+from ..cache.layers import home
+from ..cache.location import Location, without_password
+from ..codegen.spec import Config
+from ..errors import DoratuneError
+from .effort import Budget
+from .space import Space
+
+GAIN = 0.01
+"""A new best counts as a gain, for the patience, when it is this share faster."""
+
+NEAR_FLOOR = 1.03
+"""A kernel within this factor of its floor is not searched further."""
+
+TRIED = 32
+"""How often Optuna is asked for a config that is valid and new before the space counts as exhausted."""
+
+TRIED_BY_SAMPLER = 12
+"""How many of :data:`TRIED` leave the choice to Optuna's sampler; the others are drawn uniformly."""
+
+_BUSY_SECONDS = 60
+_DONE = "searched_with"
+
+# Optuna warns on each use that its sampler's multivariate and group options are experimental.
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+class StudyStorageError(DoratuneError):
+    """The Optuna storage cannot be opened, read or written."""
+
+
+def default_study_storage() -> str:
+    """The URL of the user's own study storage, a SQLite file beside the user's store."""
+    return f"sqlite:///{home() / 'studies.sqlite'}"
+
+
+def open_study_storage(url: str | None = None) -> optuna.storages.BaseStorage:
+    """Open the Optuna storage at ``url`` (SQLite or another database of SQLAlchemy), making it where it is missing.
+
+    Raises:
+        StudyStorageError: it cannot be opened or made.
+    """
+    url = url or default_study_storage()
+    with _explained(url):
+        if not url.startswith("sqlite:///"):
+            return optuna.storages.RDBStorage(url)
+        path = Path(url.removeprefix("sqlite:///")).expanduser().absolute()
+        if not path.exists():
+            _create(path)
+        return _sqlite_storage(path)
+
+
+def _create(path: Path) -> None:
+    # Made whole beside its place, in WAL mode: processes that start together would race for both.
+    with new_file(Location.parse(path), path) as fresh:
+        engine = sqlalchemy.create_engine(f"sqlite:///{fresh}")
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        engine.dispose()
+        _sqlite_storage(fresh).engine.dispose()
+        place(fresh, path)
+
+
+def _sqlite_storage(path: Path) -> optuna.storages.RDBStorage:
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}}
+    )
+
+    @sqlalchemy.event.listens_for(storage.engine, "connect")
+    def relax(connection: object, record: object) -> None:
+        # In WAL mode NORMAL loses nothing when the process dies, and at a power cut only the latest trials.
+        connection.execute("PRAGMA synchronous = NORMAL")  # type: ignore[attr-defined]
+
+    storage.engine.dispose()  # connections made before the listener
+    return storage
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, OSError) as error:
+        reason = without_password(str(getattr(error, "orig", None) or error).strip().splitlines()[0])
+        raise StudyStorageError(
+            f"study storage {without_password(url)}: {reason}; check the URL and permissions, "
+            "or name another with --study-storage"
+        ) from error
+
+
+def study_name(space: Space, environment: Environment, provenance: str) -> str:
+    """The name of a spec's study: a changed template, search space, Triton or GPU starts a new one."""
+    state = "|".join((space.digest(), environment.triton, environment.gpu_name))
+    return f"{space.spec} {provenance} {hashlib.sha256(state.encode()).hexdigest()[:12]}"
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A config that waits for its evaluation."""
+
+    config: Config
+    trial: optuna.Trial
+
+
+class KernelStudy:
+    """The search of one spec: what to try next, what was found, when to stop.
+
+    Only evaluated and rejected configs count as trials and are stored. Refused ones, repeated ones and ones that
+    ``behind`` judges not worth a compile are told to the sampler only.
+    """
+
+    def __init__(
+        self, space: Space, storage: optuna.storages.BaseStorage, name: str, url: str = "", floor_us: float = 0.0
+    ) -> None:
+        self.space = space
+        self.floor_us = floor_us
+        self.evaluated: dict[Config, Evaluation | None] = {}
+        """Each config tried, in order, with its evaluation or None for a rejected one."""
+        self.reasons: list[str] = []
+        self.exhausted = False
+        self._url = url
+        with _explained(url):
+            self._stored = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
+            past = [trial for trial in self._stored.get_trials(deepcopy=False) if "config" in trial.user_attrs]
+        seed = int.from_bytes(hashlib.sha256(f"{space.spec}+{len(past)}".encode()).digest()[:4], "big")
+        self._chance = random.Random(seed)
+        self._study = optuna.create_study(
+            sampler=optuna.samplers.TPESampler(
+                multivariate=True, group=True, constant_liar=True, n_startup_trials=4, seed=seed
+            )
+        )
+        self._study.add_trials(past)
+        for trial in past:
+            self._remember(trial)
+        self.resumed = len(past)
+        self._pending: set[Config] = set()
+
+    @property
+    def best(self) -> tuple[Config, Evaluation] | None:
+        """The fastest config so far; the earlier one among equals."""
+        found = [(config, result) for config, result in self.evaluated.items() if result is not None]
+        return min(found, key=lambda pair: pair[1].us or float("inf"), default=None)
+
+    def stop(self, budget: Budget) -> str | None:
+        """Why the search may end, or None."""
+        best = self.best
+        if len(self.evaluated) >= budget.trials:
+            return f"{len(self.evaluated)} trials"
+        if self.exhausted:
+            return "no configs left"
+        if best is not None and self.floor_us and (best[1].us or 0.0) <= NEAR_FLOOR * self.floor_us:
+            return "at the floor"
+        idle = self._trials_without_gain()
+        if idle >= budget.patience and self.seeded(budget):
+            return f"no gain in {idle} trials"
+        return None
+
+    def seeded(self, budget: Budget) -> bool:
+        """Whether every seed that the budget allows for has been tried."""
+        return all(seed in self.evaluated for seed in self.space.seeds[: budget.trials])
+
+    def finish(self, budget: Budget) -> None:
+        """Record that the search of this effort is over."""
+        with _explained(self._url):
+            self._stored.set_user_attr(_DONE, max(budget.trials, self.searched_with()))
+
+    def searched_with(self) -> int:
+        """The largest budget of trials with which this study was brought to its end, 0 for none."""
+        return int(self._stored.user_attrs.get(_DONE, 0))
+
+    def ask(self, behind: Callable[[Config], float | None]) -> Candidate | None:
+        """Let the sampler pick a config that is new and valid; None when it finds none, and the space is exhausted.
+
+        ``behind`` gives an estimate in microseconds for a config not worth a compile, else None.
+        """
+        for attempt in range(TRIED):
+            if attempt >= TRIED_BY_SAMPLER:
+                self._study.enqueue_trial(self.space.params(self.space.draw(self._chance)))
+            trial = self._study.ask()
+            config = self.space.suggest(trial)
+            estimate = None
+            if config in self._pending:
+                self._study.tell(trial, state=TrialState.FAIL)
+            elif config in self.evaluated:
+                self._tell(trial, self.evaluated[config])
+            elif self.space.refuse(config) is not None:
+                self._tell(trial, None)
+            elif (estimate := behind(config)) is not None:
+                self._study.tell(trial, estimate)
+            else:
+                return self._candidate(config, trial)
+        self.exhausted = True
+        return None
+
+    def propose(self, config: Config) -> Candidate | None:
+        """Make a candidate of a known config; None when it is refused, outside the space, or was tried before."""
+        known = config in self.evaluated or config in self._pending
+        if known or config not in self.space or self.space.refuse(config) is not None:
+            return None
+        self._study.enqueue_trial(self.space.params(config))
+        trial = self._study.ask()
+        suggested = self.space.suggest(trial)
+        assert suggested == config
+        return self._candidate(config, trial)
+
+    def accept(self, candidate: Candidate, evaluation: Evaluation) -> None:
+        """Record the evaluation of a candidate."""
+        assert evaluation.us is not None
+        candidate.trial.set_user_attr("evaluation", json.dumps(dataclasses.asdict(evaluation)))
+        self._record(candidate, evaluation)
+
+    def reject(self, candidate: Candidate, reason: str) -> None:
+        """Record why a candidate is out."""
+        candidate.trial.set_user_attr("reason", reason)
+        self._record(candidate, None)
+
+    def _candidate(self, config: Config, trial: optuna.Trial) -> Candidate:
+        self._pending.add(config)
+        trial.set_user_attr("config", str(config))
+        return Candidate(config, trial)
+
+    def _record(self, candidate: Candidate, evaluation: Evaluation | None) -> None:
+        frozen = self._tell(candidate.trial, evaluation)
+        with _explained(self._url):
+            self._stored.add_trial(frozen)
+        self._pending.discard(candidate.config)
+        self._remember(frozen)
+
+    def _tell(self, trial: optuna.Trial, evaluation: Evaluation | None) -> optuna.trial.FrozenTrial:
+        if evaluation is None:
+            return self._study.tell(trial, state=TrialState.PRUNED)  # the sampler ranks it behind every time
+        return self._study.tell(trial, evaluation.us)
+
+    def _remember(self, trial: optuna.trial.FrozenTrial) -> None:
+        text = trial.user_attrs.get("evaluation")
+        evaluation = None
+        if text is not None:
+            values = json.loads(text)
+            evaluation = Evaluation(**{**values, "samples_us": tuple(values["samples_us"])})
+        else:
+            self.reasons.append(str(trial.user_attrs.get("reason", "rejected")))
+        self.evaluated[Config.parse(trial.user_attrs["config"])] = evaluation
+
+    def _trials_without_gain(self) -> int:
+        best, idle = float("inf"), 0
+        for evaluation in self.evaluated.values():
+            us = float("inf") if evaluation is None or evaluation.us is None else evaluation.us
+            idle += 1
+            if us < best * (1.0 - GAIN):
+                idle = 0
+            best = min(best, us)
+        return idle
+
+
+def searched_with(storage: optuna.storages.BaseStorage, name: str, url: str = "") -> int | None:
+    """The budget of trials with which the study of this name was brought to its end (0: not yet), None without one."""
+    with _explained(url):
+        try:
+            study_id = storage.get_study_id_from_name(name)
+        except KeyError:
+            return None
+        return int(storage.get_study_user_attrs(study_id).get(_DONE, 0))
+
+
+def release(storage: optuna.storages.BaseStorage) -> None:
+    """Close the storage's connections."""
+    storage.remove_session()
+    if isinstance(storage, optuna.storages.RDBStorage):
+        storage.engine.dispose()
+
+
+def quiet() -> None:
+    """Keep Optuna's own log off the screen; warnings stay."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
