@@ -160,7 +160,7 @@ def explained(location: Location) -> Iterator[None]:
 
 def _explain(location: Location, error: DBAPIError) -> StoreError:
     # By text, because Python 3.10 gives no SQLite error codes. SQLite's texts are stable.
-    text = without_password(str(error.orig).strip())
+    text = without_password(" ".join(str(error.orig).split()))
     lower = text.lower()
     if location.path is not None:
         return _explain_sqlite(location, text, lower)

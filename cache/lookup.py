@@ -18,7 +18,7 @@ Triton version refuses nothing, because a config is rendered and compiled anew: 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,8 @@ _PROVENANCE_ORDER = {MEASURED: 0, PREDICTED: 1, DEFAULT: 2}
 
 Accepts = Callable[[KernelSpec, Config], "str | None"]
 """Gives the reason why a config does not suit a spec, or None when it does."""
+Reproduces = Callable[[Entry], "str | None"]
+"""Gives the reason why an entry is not what its config renders to here, or None when it is."""
 TemplateDigest = Callable[[str, str], "str | None"]
 """Gives the digest of the installed template for an op and a variant, or None when there is no such variant."""
 
@@ -116,7 +118,7 @@ class Resolution:
                 continue
             lines.append(f"{step}: not used:")
             lines += [f"  {refusal.candidate} in {refusal.layer}: {refusal.reason}" for refusal in listed]
-            if counts[step] > len(listed):
+            if counts.get(step, 0) > len(listed):
                 lines.append(f"  and {counts[step] - len(listed)} more")
         return lines
 
@@ -127,8 +129,9 @@ def distance(wanted: KernelSpec, other: KernelSpec) -> float:
     Dims the op does not depend on, and the GPU, add nothing.
     """
     pairs = ((DIM_WEIGHTS[dim], getattr(wanted, dim), getattr(other, dim)) for dim in DIMS)
-    dims: float = sum(weight * abs(math.log2(a / b)) for weight, a, b in pairs if a and b)
-    return dims + FLAG_PENALTY * sum(getattr(wanted, flag) != getattr(other, flag) for flag in FLAGS)
+    dims = sum(weight * abs(math.log2(a / b)) for weight, a, b in pairs if a and b)
+    flags = sum(bool(getattr(wanted, flag) != getattr(other, flag)) for flag in FLAGS)
+    return float(dims + FLAG_PENALTY * flags)
 
 
 def lookup(
@@ -139,16 +142,18 @@ def lookup(
     architecture: str,
     accepts: Accepts,
     template_digest: TemplateDigest,
+    reproduces: Reproduces = lambda entry: None,
 ) -> Resolution:
     """Choose the config for ``spec`` from the stores in ``layers``, searched in that order; see the module's text.
 
     ``default`` is the built-in config. ``architecture`` is that of the spec's GPU (``sm_90``). ``accepts`` and
-    ``template_digest`` say what the installed templates can do.
+    ``template_digest`` say what the installed templates can do. ``reproduces`` may refuse an exact entry, the only kind
+    whose source text must come out as recorded.
 
     Raises:
         StoreError: a layer cannot be read, or holds a damaged row.
     """
-    search = _Search(spec, layers, architecture, accepts, template_digest)
+    search = _Search(spec, layers, architecture, accepts, template_digest, reproduces)
     for step in STEPS[:-1]:
         found = search.run(step)
         if found is not None:
@@ -173,12 +178,14 @@ class _Search:
         architecture: str,
         accepts: Accepts,
         template_digest: TemplateDigest,
+        reproduces: Reproduces,
     ) -> None:
         self.spec = spec
         self.layers = layers
         self.architecture = architecture
         self.accepts = accepts
         self.template_digest = template_digest
+        self.reproduces = reproduces
         self.trace: list[Refusal] = []
         self.refused: dict[str, int] = {}
 
@@ -204,16 +211,23 @@ class _Search:
             entry = layer.get(self.spec)
             if entry is None:
                 continue
-            if self._usable("exact", self.spec, entry.config, entry.template_digest, layer.location):
-                usable.append(_Found(entry, layer.location, 0.0))
-                if entry.evaluation.provenance == MEASURED:
-                    break  # nothing in a later layer can go before it
+            if not self._usable("exact", self.spec, entry.config, entry.template_digest, layer.location):
+                continue
+            reason = self.reproduces(entry)
+            if reason is not None:
+                self._refuse("exact", self.spec, layer.location, reason)
+                continue
+            usable.append(_Found(entry, layer.location, 0.0))
+            if entry.evaluation.provenance == MEASURED:
+                break  # nothing in a later layer can go before it
         if not usable:
             return None
         best = min(usable, key=lambda found: _PROVENANCE_ORDER[found.entry.evaluation.provenance])
         for other in usable[: usable.index(best)]:
-            reason = f"{other.entry.evaluation.provenance}, and a later store has it {best.entry.evaluation.provenance}"
-            self._refuse("exact", self.spec, other.layer, reason)
+            passed_over = (
+                f"only {other.entry.evaluation.provenance}: a later store has it {best.entry.evaluation.provenance}"
+            )
+            self._refuse("exact", self.spec, other.layer, passed_over)
         return best
 
     def _near(self, step: str) -> _Found | None:
@@ -235,21 +249,18 @@ class _Search:
         return None
 
     def _usable(self, step: str, spec: KernelSpec, config: Config, digest: str, layer: str) -> bool:
-        reason = next(self._reasons(config, digest), None)
+        reason = self._objection(config, digest)
         if reason is not None:
             self._refuse(step, spec, layer, reason)
         return reason is None
 
-    def _reasons(self, config: Config, digest: str) -> Iterator[str]:
+    def _objection(self, config: Config, digest: str) -> str | None:
         installed = self.template_digest(self.spec.op, config.variant)
         if installed is None:
-            yield f"no variant {config.variant!r} of {self.spec.op} is installed"
-        elif installed != digest:
-            yield f"tuned with another template {config.variant!r} ({digest[:12]}, installed is {installed[:12]})"
-        else:
-            refusal = self.accepts(self.spec, config)
-            if refusal is not None:
-                yield refusal
+            return f"no variant {config.variant!r} of {self.spec.op} is installed"
+        if installed != digest:
+            return f"tuned with another template {config.variant!r} ({digest[:12]}, installed is {installed[:12]})"
+        return self.accepts(self.spec, config)
 
     def _refuse(self, step: str, spec: KernelSpec, layer: str, reason: str) -> None:
         self.refused[step] = self.refused.get(step, 0) + 1

@@ -9,7 +9,7 @@ fail the whole query. A change here needs a new revision in ``migrations/version
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, MetaData, String, Table, Text, UniqueConstraint
+from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData, String, Table, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 REVISIONS = ("0001",)
@@ -64,10 +64,10 @@ class EntryRow(Base):
     source: Mapped[str] = mapped_column(Text)
 
     provenance: Mapped[str] = mapped_column(Text)
-    us: Mapped[float | None]
-    floor_us: Mapped[float | None]
+    us: Mapped[float | None] = mapped_column(Double)
+    floor_us: Mapped[float | None] = mapped_column(Double)
     samples_us: Mapped[str] = mapped_column(Text)
-    error: Mapped[float | None]
+    error: Mapped[float | None] = mapped_column(Double)
     registers: Mapped[int | None] = mapped_column(BigInteger)
     spills: Mapped[int | None] = mapped_column(BigInteger)
     shared_bytes: Mapped[int | None] = mapped_column(BigInteger)

@@ -48,7 +48,9 @@ class CompiledKernel:
 
 def launch_options(source: Source, kernel: str) -> dict[str, int]:
     """The ``num_warps`` and ``num_stages`` with which the emitted ``launch`` starts ``kernel``."""
-    call = re.search(rf"\b{kernel}\[.*?\n?.*?num_warps=(\d+), num_stages=(\d+)", source.text.split("def launch(")[1], re.DOTALL)
+    call = re.search(
+        rf"\b{kernel}\[.*?\n?.*?num_warps=(\d+), num_stages=(\d+)", source.text.split("def launch(")[1], re.DOTALL
+    )
     assert call is not None, f"the emitted launch() of {source.spec} does not start {kernel}"
     return {"num_warps": int(call[1]), "num_stages": int(call[2])}
 
@@ -92,7 +94,9 @@ def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
             if isinstance(error, KeyboardInterrupt | MemoryError):
                 raise
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CompileError(f"{name} of {source.spec} does not compile for {gpu.slug} with {source.config}: {reason}") from error
+            raise CompileError(
+                f"{name} of {source.spec} does not compile for {gpu.slug} with {source.config}: {reason}"
+            ) from error
         compiled.append(_inspect(name, handle, gpu))
     for kernel in compiled:
         if kernel.shared_bytes > gpu.shared_bytes_per_block:
@@ -138,6 +142,7 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
 def _amdgcn_usage(assembly: str) -> tuple[int, int]:
     """Vector registers per thread and bytes of scratch per thread from the kernel descriptor's metadata."""
     values = {
-        key: int(value) for key, value in re.findall(r"\.(vgpr_count|agpr_count|private_segment_fixed_size):\s*(\d+)", assembly)
+        key: int(value)
+        for key, value in re.findall(r"\.(vgpr_count|agpr_count|private_segment_fixed_size):\s*(\d+)", assembly)
     }
     return values["vgpr_count"], values["private_segment_fixed_size"]

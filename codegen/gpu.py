@@ -15,7 +15,7 @@ A GPU is named by a slug (``h200``) or, where the exact model is unknown or not 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,8 +93,8 @@ class Gpu:
             UsageError: ``dtype`` is none of :data:`MATRIX_DTYPES`.
         """
         if dtype not in self.matrix_flops:
-            known = ", ".join(self.matrix_flops)
-            raise UsageError(f"{self.slug}: no rate for dtype {dtype!r}{near_names(dtype, self.matrix_flops)} (known: {known})")
+            near = near_names(dtype, MATRIX_DTYPES)
+            raise UsageError(f"{self.slug} has no rate for dtype {dtype!r}{near} (known: {', '.join(MATRIX_DTYPES)})")
         return self.measured_flops.get(dtype, self.matrix_flops[dtype])
 
     @property
@@ -103,7 +103,7 @@ class Gpu:
         return self.architecture in TMA_ARCHITECTURES
 
     def floor_us(self, bytes_moved: float, flops: float, dtype: str) -> float:
-        """The least time in µs for moving ``bytes_moved`` bytes and doing ``flops`` matrix FLOPs in ``dtype``, overlapped.
+        """The least time in µs to move ``bytes_moved`` bytes and, meanwhile, do ``flops`` matrix FLOPs in ``dtype``.
 
         Raises:
             UsageError: ``dtype`` is none of :data:`MATRIX_DTYPES`.
@@ -134,7 +134,7 @@ _ARCHITECTURE_FIELDS = (
 
 @dataclass(frozen=True)
 class _Limits:
-    """What every GPU of an architecture has in common: the last four of the figures of ``_ARCHITECTURE_FIELDS`` vary."""
+    """What all GPUs of one architecture have in common; the defaults hold for every listed cuda architecture."""
 
     shared_block_kib: int
     shared_multiprocessor_kib: int
@@ -158,7 +158,7 @@ class _Limits:
 
 _CDNA = _Limits(64, 64, 2048, backend="hip", warp_size=64, registers=131072, registers_per_thread=512)
 
-ARCHITECTURES: dict[str, Any] = {
+_LIMITS = {
     "sm_80": _Limits(163, 164, 2048),
     "sm_86": _Limits(99, 100, 1536),
     "sm_89": _Limits(99, 100, 1536),
@@ -168,6 +168,8 @@ ARCHITECTURES: dict[str, Any] = {
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
 }
+
+ARCHITECTURES = tuple(_LIMITS)
 """The architectures with listed facts; their names are valid wherever a GPU is named."""
 
 
@@ -187,7 +189,7 @@ def _gpu(
     measured_flops: Mapping[str, float] | None = None,
 ) -> Gpu:
     """A listed GPU: ``tflops`` in the order of :data:`MATRIX_DTYPES`, ``source`` for what ``sources`` does not name."""
-    limits: _Limits = ARCHITECTURES[architecture]
+    limits = _LIMITS[architecture]
     own = dict.fromkeys(("multiprocessors", "l2_bytes", "memory_bytes_per_second", "matrix_flops"), source)
     return Gpu(
         slug=slug,
@@ -439,18 +441,16 @@ _LISTED = (
 def _generic(architecture: str) -> Gpu:
     """The smallest figures among the listed GPUs of ``architecture``: a kernel that fits these fits each of them."""
     listed = [gpu for gpu in _LISTED if gpu.architecture == architecture]
-    smallest: Callable[[str], Any] = lambda name: min(getattr(gpu, name) for gpu in listed)  # noqa: E731
-    limits: _Limits = ARCHITECTURES[architecture]
+    limits = _LIMITS[architecture]
     figures = (*_ARCHITECTURE_FIELDS, "multiprocessors", "l2_bytes", "memory_bytes_per_second")
-    slugs = ", ".join(gpu.slug for gpu in listed)
-    least = f"the smallest of {slugs}"
+    least = "the smallest of " + ", ".join(gpu.slug for gpu in listed)
     return Gpu(
         slug=architecture,
         name=f"any {architecture} GPU",
         driver_names=(),
         architecture=architecture,
         backend=limits.backend,
-        **{name: smallest(name) for name in figures},
+        **{name: min(getattr(gpu, name) for gpu in listed) for name in figures},
         matrix_flops={dtype: min(gpu.matrix_flops[dtype] for gpu in listed) for dtype in MATRIX_DTYPES},
         sources={**dict.fromkeys(figures, least), "matrix_flops": least, **limits.sources},
     )
@@ -486,8 +486,11 @@ def find_gpu(name: str) -> Gpu:
     if key in _BY_NAME:
         return _BY_NAME[key]
     slugs = [gpu.slug for gpu in _LISTED]
+    # "h100" is near "h200" in spelling, but its user means one of the two H100s.
+    models = [slug for slug in slugs if key and slug.startswith(f"{key}-")]
+    near = f"; did you mean {', '.join(models)}?" if models else near_names(str(name), [*slugs, *ARCHITECTURES])
     raise UnknownGpuError(
-        f"unknown GPU {str(name)!r}{near_names(str(name), [*slugs, *ARCHITECTURES])}. Listed GPUs: {', '.join(slugs)}. "
+        f"unknown GPU {str(name)!r}{near or '.'} Listed GPUs: {', '.join(slugs)}. "
         f"For another GPU name its architecture: {', '.join(ARCHITECTURES)}"
     )
 

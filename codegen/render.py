@@ -40,7 +40,7 @@ class Source:
 
     @property
     def code_digest(self) -> str:
-        """SHA-256 of the text without the module docstring: equal where only the token bucket or the GPU's name differ."""
+        """SHA-256 of the text without its docstring: equal where only the token bucket or the GPU's name differ."""
         return hashlib.sha256(self.text.split('"""', 2)[2].encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What a kernel is to compute (:class:`KernelSpec`) and how (:class:`Config`): two frozen values with one text form each.
+"""What a kernel is to compute (:class:`KernelSpec`) and how (:class:`Config`): two frozen values, one text form each.
 
 A spec holds only what its operation depends on, so equal kernels are one tuning job and one store entry. Both values
 parse and print back exactly::
@@ -20,7 +20,7 @@ from ..errors import UsageError, near_names
 from .ops import DTYPE_BYTES, OPS, Op
 
 TOKEN_BUCKETS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-"""Token counts that kernels are tuned for. The count stays a run-time argument: every kernel is right for any T >= 1."""
+"""Token counts that kernels are tuned for. The count is a run-time argument: every kernel is right for any T >= 1."""
 
 DIMS = ("d_out", "d_in", "rank", "tokens")
 DTYPES = ("weight", "activation", "adapter", "magnitude")
@@ -161,7 +161,9 @@ class KernelSpec:
             known = (*DIMS, *DTYPES) if equals else FLAGS
             if name not in known:
                 kind = "field" if equals else "flag"
-                raise SpecError(f"spec {text!r}: unknown {kind} {name!r}{near_names(name, known)} (known: {', '.join(known)})")
+                raise SpecError(
+                    f"spec {text!r}: unknown {kind} {name!r}{near_names(name, known)} (known: {', '.join(known)})"
+                )
             if name in values:
                 raise SpecError(f"spec {text!r}: {name} is given twice")
             if not equals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -67,23 +68,33 @@ def check_tensor(
         raise ArgumentError(f"{name} is a {type(tensor).__name__}, not a torch.Tensor")
     dtype = TORCH_DTYPES[operand.dtype_of(spec)]
     if tensor.dtype != dtype:
-        raise ArgumentError(f"{name} is {tensor.dtype}; this kernel takes {dtype}: convert it, or load a kernel for {tensor.dtype}")
+        raise ArgumentError(
+            f"{name} is {tensor.dtype}; this kernel takes {dtype}: convert it, or load a kernel for {tensor.dtype}"
+        )
     if tensor.device != device:
-        raise ArgumentError(f"{name} is on {tensor.device}, the kernel was loaded for {device}: move the tensor or load another kernel")
+        raise ArgumentError(
+            f"{name} is on {tensor.device}, the kernel was loaded for {device}: move the tensor or load another kernel"
+        )
     if operand.shape[0] == "tokens":
         width = int(getattr(spec, operand.shape[1]))
         if tensor.ndim < 2 or tensor.shape[-1] != width:
-            raise ArgumentError(f"{name} has shape {list(tensor.shape)}; expected [tokens, {width}] ({operand.shape[1]})")
+            raise ArgumentError(
+                f"{name} has shape {list(tensor.shape)}; expected [tokens, {width}] ({operand.shape[1]})"
+            )
         if math.prod(tensor.shape[:-1]) < 1:
             raise ArgumentError(f"{name} has shape {list(tensor.shape)}: there must be at least one token")
         if lead is not None and tuple(tensor.shape[:-1]) != lead:
-            raise ArgumentError(f"{name} has {list(tensor.shape[:-1])} tokens where the other tensors have {list(lead)}")
+            raise ArgumentError(
+                f"{name} has {list(tensor.shape[:-1])} tokens where the other tensors have {list(lead)}"
+            )
     else:
         shape = [int(getattr(spec, dim)) for dim in operand.shape]
         if list(tensor.shape) != shape:
             raise ArgumentError(f"{name} has shape {list(tensor.shape)}; expected {shape} ({', '.join(operand.shape)})")
     if not tensor.is_contiguous():
-        raise ArgumentError(f"{name} has strides {tuple(tensor.stride())}; kernels take contiguous tensors: call .contiguous()")
+        raise ArgumentError(
+            f"{name} has strides {tuple(tensor.stride())}; kernels take contiguous tensors: call .contiguous()"
+        )
 
 
 def make_outputs(
@@ -100,7 +111,7 @@ def make_outputs(
     outputs: dict[str, torch.Tensor] = {}
     for position, operand in enumerate(spec.contract.outputs_of(spec)):
         if position == 0 and out is not None:
-            check_tensor(operand, out, spec, device, lead)
+            check_tensor(replace(operand, name="out"), out, spec, device, lead)
             outputs[operand.name] = out
             continue
         shape: list[int] = []

@@ -57,7 +57,11 @@ class Kernel:
 
     @property
     def source(self) -> str:
-        return self._source.text if self._source else f"# {self.spec.op} on the CPU runs eagerly: doratune.runtime.reference\n"
+        return (
+            self._source.text
+            if self._source
+            else f"# {self.spec.op} on the CPU runs eagerly: doratune.runtime.reference\n"
+        )
 
     def explain(self) -> str:
         """Say which store entry this kernel came from, what else was looked at, and why that was refused."""
@@ -69,7 +73,11 @@ class Kernel:
         return f"Kernel({self.spec}, {self.config or 'eager reference'}, {self.provenance})"
 
     def __call__(
-        self, *tensors: torch.Tensor, scaling: float | None = None, out: torch.Tensor | None = None, **named: torch.Tensor
+        self,
+        *tensors: torch.Tensor,
+        scaling: float | None = None,
+        out: torch.Tensor | None = None,
+        **named: torch.Tensor,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run the operation.
 
@@ -84,8 +92,9 @@ class Kernel:
         inputs = bind_inputs(self.spec, tensors, named, self.device)
         outputs = make_outputs(self.spec, inputs, out, self.device)
         if self._source is None:
-            for name, value in reference(self.spec, inputs, float(scaling or 0.0)).items():
-                outputs[name].copy_(value)
+            with torch.no_grad():  # as a launched kernel: gradients are the caller's business
+                for name, value in reference(self.spec, inputs, float(scaling or 0.0)).items():
+                    outputs[name].copy_(value)
         else:
             self.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
         results = tuple(outputs.values())

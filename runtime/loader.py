@@ -1,20 +1,19 @@
-"""``load_kernel``: from an operation and its shapes to a callable, by looking up what was tuned. Nothing is searched here."""
+"""``load_kernel``: from an operation and its shapes to a callable, by looking up what was tuned. It never searches."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..codegen.spec import KernelSpec, SpecError
-from ..errors import UsageError
+from ..codegen.spec import Config, KernelSpec, SpecError
+from .device import find_device, gpu_of
 from .kernel import Kernel
 
 if TYPE_CHECKING:
+    from ..cache.entry import Entry
     from ..cache.lookup import Resolution
-    from ..codegen.gpu import Gpu
     from ..codegen.render import Source
 
 __all__ = ["Kernel", "explain", "load_kernel"]
@@ -61,7 +60,7 @@ def load_kernel(
         UnknownGpuError: the device's architecture is not supported.
         StoreError: a store cannot be read.
     """
-    where = _device(device)
+    where = find_device(device)
     spec = KernelSpec.create(
         op,
         d_out=d_out,
@@ -74,7 +73,7 @@ def load_kernel(
         bias=bias,
         delta=delta,
         save=save,
-        gpu=_gpu(where).slug if where.type == "cuda" else "cpu",
+        gpu=gpu_of(where).slug if where.type == "cuda" else "cpu",
     )
     key = (spec, where, store)
     kernel = _loaded.get(key)
@@ -98,10 +97,10 @@ def explain(spec: KernelSpec | str, store: str | None = None) -> str:
 def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source]:
     """Look ``spec`` up in the stores and render what was found, without compiling it.
 
-    An exact entry must render to the very text it was tuned with; otherwise the built-in default takes its place.
+    An exact entry must render to the very text it was tuned with; one that does not is refused.
     """
     from ..cache.layers import open_layers
-    from ..cache.lookup import Refusal, lookup
+    from ..cache.lookup import lookup
     from ..codegen.gpu import find_gpu
     from ..codegen.render import render, template_digest
     from ..codegen.variants import check_config, default_config
@@ -114,30 +113,54 @@ def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Sou
         except SpecError:
             return None
 
-    default = default_config(spec, gpu)
+    def unlike_tuned(entry: Entry) -> str | None:
+        digest = render(spec, entry.config).digest
+        if digest == entry.source_digest:
+            return None
+        return f"renders to {digest[:12]}, but was tuned as {entry.source_digest[:12]}"
+
+    def differs(entry: Entry) -> str | None:
+        digest = render(entry.spec, entry.config).digest
+        if digest == entry.source_digest:
+            return None
+        return f"renders to {digest[:12]}, but was tuned as {entry.source_digest[:12]}"
+
     layers = open_layers(store)
     try:
         resolution = lookup(
             spec,
             layers,
-            default=default,
+            default=default_config(spec, gpu),
             architecture=gpu.architecture,
             accepts=lambda wanted, config: check_config(wanted, config, gpu),
             template_digest=installed_digest,
+            reproduces=differs,
         )
     finally:
         for layer in layers:
             layer.close()
-    source = render(spec, resolution.config)
-    entry = resolution.entry
-    if resolution.step == "exact" and entry is not None and source.digest != entry.source_digest:
-        reason = f"renders to {source.digest[:12]}, but was tuned as {entry.source_digest[:12]}"
-        refusal = Refusal("exact", str(entry.spec), resolution.layer or "", reason)
-        resolution = replace(
-            resolution, step="default", config=default, entry=None, layer=None, trace=(*resolution.trace, refusal)
-        )
-        source = render(spec, default)
-    return resolution, source
+    return resolution, render(spec, resolution.config)
+
+
+def emit(spec: KernelSpec | str, *, config: str | None = None, store: str | None = None) -> tuple[str, Source]:
+    """Render the kernel of ``spec`` with ``config``, or with the config that would run; returns provenance and source.
+
+    Raises:
+        SpecError: the spec or the config is malformed, or the config cannot serve the spec.
+    """
+    from ..codegen.gpu import find_gpu
+    from ..codegen.render import render
+    from ..codegen.variants import check_config
+
+    wanted = KernelSpec.parse(spec) if isinstance(spec, str) else spec
+    if config is None:
+        resolution, source = resolve(wanted, store)
+        return (resolution.entry.evaluation.provenance if resolution.entry else "default"), source
+    given = Config.parse(config)
+    reason = check_config(wanted, given, find_gpu(wanted.gpu))
+    if reason is not None:
+        raise SpecError(f"config {given} cannot serve {wanted}: {reason}")
+    return "given", render(wanted, given)
 
 
 def _load(spec: KernelSpec, device: torch.device, store: str | None) -> Kernel:
@@ -145,33 +168,6 @@ def _load(spec: KernelSpec, device: torch.device, store: str | None) -> Kernel:
         return Kernel(spec, device)
     resolution, source = resolve(spec, store)
     return Kernel(spec, device, resolution, source)
-
-
-def _device(device: torch.device | str | int | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.device(device)
-    if where.type not in ("cuda", "cpu"):
-        raise UsageError(f"device {where} is not supported: use a CUDA or ROCm GPU ('cuda:0') or 'cpu'")
-    if where.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"device {where}: PyTorch sees no GPU here; pass device='cpu' for the eager reference")
-        index = torch.cuda.current_device() if where.index is None else where.index
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"device cuda:{index}: PyTorch sees {torch.cuda.device_count()} GPU(s)")
-        where = torch.device("cuda", index)
-    return where
-
-
-def _gpu(device: torch.device) -> Gpu:
-    from ..codegen.gpu import gpu_of_device
-
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        architecture = properties.gcnArchName.split(":")[0]
-    else:
-        architecture = f"sm_{properties.major}{properties.minor}"
-    return gpu_of_device(properties.name, architecture)
 
 
 def _dtype_name(argument: str, dtype: torch.dtype) -> str:

@@ -20,6 +20,9 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 _DENSE_ELEMENTS = 1 << 26
 """Elements of W + sBA that the fp64 definition makes at a time."""
 
+_WIDENED_ELEMENTS = 1 << 20
+"""Elements of W that the eager norm holds in fp32 at a time, so that its memory does not grow with W."""
+
 
 def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[str, torch.Tensor]:
     """Compute the outputs of ``spec`` eagerly with fp32 accumulation, in the contract's dtypes."""
@@ -27,7 +30,10 @@ def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[s
         results = _factored_norm(inputs, scaling)
     else:
         results = _FORMULAS[spec.op](spec, {name: tensor.float() for name, tensor in inputs.items()}, scaling)
-    return {operand.name: results[operand.name].to(TORCH_DTYPES[operand.dtype_of(spec)]) for operand in spec.contract.outputs_of(spec)}
+    return {
+        operand.name: results[operand.name].to(TORCH_DTYPES[operand.dtype_of(spec)])
+        for operand in spec.contract.outputs_of(spec)
+    }
 
 
 def definition(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[str, torch.Tensor]:
@@ -46,10 +52,17 @@ def _gain(inputs: Tensors, norm: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _factored_norm(inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
-    weight, lora_a, lora_b = (inputs[name].float() for name in ("weight", "lora_A", "lora_B"))
-    weight_sq = inputs["weight_sq"] if "weight_sq" in inputs else (weight * weight).sum(dim=1)
-    inner = weight @ lora_a.T + lora_b @ (0.5 * scaling * (lora_a @ lora_a.T))
-    norm = (weight_sq + 2.0 * scaling * (lora_b * inner).sum(dim=1)).clamp_min(0.0).sqrt()
+    weight, lora_a, lora_b = inputs["weight"], inputs["lora_A"].float(), inputs["lora_B"].float()
+    half_gram = 0.5 * scaling * (lora_a @ lora_a.T)
+    rows = max(1, _WIDENED_ELEMENTS // weight.shape[1])
+    dots, squares = [], []
+    for part, b in zip(weight.split(rows), lora_b.split(rows), strict=True):
+        wide = part.float()
+        dots.append((b * (wide @ lora_a.T + b @ half_gram)).sum(dim=1))
+        if "weight_sq" not in inputs:
+            squares.append((wide * wide).sum(dim=1))
+    weight_sq = torch.cat(squares) if squares else inputs["weight_sq"]
+    norm = (weight_sq + 2.0 * scaling * torch.cat(dots)).clamp_min(0.0).sqrt()
     return {"norm": norm, "weight_sq": weight_sq, **_gain(inputs, norm)}
 
 
@@ -85,7 +98,8 @@ def _compose_forward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[
 
 def _compose_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
     dy = inputs["dy"]
-    return {"dyg": inputs["g"] * dy, "dg": (dy * inputs["inner"]).sum(dim=0), "dbias": dy.sum(dim=0)}
+    tokens = tuple(range(dy.ndim - 1))
+    return {"dyg": inputs["g"] * dy, "dg": (dy * inputs["inner"]).sum(dim=tokens), "dbias": dy.sum(dim=tokens)}
 
 
 _FORMULAS = {

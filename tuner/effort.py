@@ -12,8 +12,8 @@ from ..errors import UsageError, near_names
 class Budget:
     """When one kernel's search ends.
 
-    ``trials`` is how many configurations are compiled and evaluated at most; ``patience`` after how many of them without
-    a gain the search stops early.
+    ``trials`` is how many configurations are compiled and evaluated at most; ``patience`` after how many of them
+    without a gain the search stops early.
     """
 
     trials: int
@@ -55,8 +55,8 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     effort.name: effort
     for effort in (
-        Effort("quick", measure=Budget(12, 8), predict=Budget(6, 4), shortlist=2, batch=4),
-        Effort("standard", measure=Budget(24, 14), predict=Budget(12, 7), shortlist=3, batch=6),
+        Effort("quick", measure=Budget(12, 8), predict=Budget(4, 3), shortlist=2, batch=4),
+        Effort("standard", measure=Budget(24, 14), predict=Budget(8, 5), shortlist=3, batch=6),
         Effort("full", measure=Budget(160, 48), predict=Budget(60, 24), shortlist=8, batch=12),
     )
 }

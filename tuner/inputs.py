@@ -81,7 +81,9 @@ def _bands(case: str, count: int, names: tuple[str, ...]) -> dict[str, slice]:
     return {name: slice(index * step, (index + 1) * step) for index, name in enumerate(names)}
 
 
-def _norm_inputs(spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+def _norm_inputs(
+    spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
     lora_a = normal(spec.rank, spec.d_in) * spec.d_in**-0.5
     weight = normal(spec.d_out, spec.d_in) * 0.02
     lora_b = normal(spec.d_out, spec.rank) * 0.02
@@ -101,7 +103,9 @@ def _norm_inputs(spec: KernelSpec, tokens: int, case: str, normal: Callable[...,
     return {"weight": weight, "lora_A": lora_a, "lora_B": lora_b, "weight_sq": magnitude, "magnitude": magnitude}
 
 
-def _token_inputs(spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+def _token_inputs(
+    spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
     g = 1.0 + 0.1 * normal(spec.d_out).clamp(-1.0, 1.0)
     bands = _bands(case, spec.d_out, ("large_lora", "zero_gain"))
     zero = bands["zero_gain"]

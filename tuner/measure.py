@@ -11,15 +11,15 @@ import torch
 
 from .. import __version__
 from ..cache.entry import MEASURED, Environment, Evaluation
-from ..codegen.compile import CompiledKernel
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source
 from ..codegen.spec import KernelSpec
 from ..errors import UsageError
+from ..runtime.device import find_device
 from ..runtime.kernel import bind
 from ..runtime.reference import definition
 from .accuracy import worst_error
-from .evaluation import Evaluator, Rejected
+from .evaluation import Evaluator, Rejected, Resources, floor_us
 from .inputs import make_inputs, make_outputs
 from .timing import capture, median_us, replay_us, rotations
 
@@ -39,6 +39,11 @@ SHORT_GRAPH_CALLS = 64
 class NoGpuError(UsageError):
     """Measuring was asked for where PyTorch sees no GPU."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "--evaluator measure needs a GPU and PyTorch sees none; use --evaluator predict, or run where the GPU is"
+        )
+
 
 class MeasureEvaluator(Evaluator):
     """Gate and time candidates on one GPU.
@@ -55,16 +60,12 @@ class MeasureEvaluator(Evaluator):
 
     def __init__(self, gpu: Gpu, device: torch.device | str = "cuda") -> None:
         if not torch.cuda.is_available():
-            raise NoGpuError(
-                "--evaluator measure needs a GPU and PyTorch sees none; use --evaluator predict, or run where the GPU is"
-            )
+            raise NoGpuError()
         self.gpu = gpu
-        self.device = torch.device(device)
-        if self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = find_device(device)
         torch.cuda.set_device(self.device)
         self._spec: KernelSpec | None = None
-        self._best_us = 0.0
+        self._best_us: dict[KernelSpec, float] = {}
 
     def environment(self) -> Environment:
         import triton
@@ -74,7 +75,7 @@ class MeasureEvaluator(Evaluator):
             architecture=self.gpu.architecture,
             triton=triton.__version__,
             torch=torch.__version__,
-            driver=_driver_version(),
+            driver=driver_version(),
             gpu_name=torch.cuda.get_device_name(self.device),
             doratune=__version__,
         )
@@ -85,7 +86,6 @@ class MeasureEvaluator(Evaluator):
             return
         self.finish(spec)
         self._spec = spec
-        self._best_us = 0.0
         gate_tokens = spec.tokens if spec.tokens <= 16 else min(spec.tokens, GATE_TOKENS) - 3
         self._gate_inputs, self._gate_scaling = make_inputs(spec, gate_tokens, case="mixed", seed=1, device=self.device)
         self._gate_exact = definition(spec, self._gate_inputs, self._gate_scaling)
@@ -96,7 +96,7 @@ class MeasureEvaluator(Evaluator):
             inputs, self._scaling = make_inputs(spec, spec.tokens, case="random", seed=100 + seed, device=self.device)
             self._sets.append((inputs, make_outputs(spec, spec.tokens, self.device)))
 
-    def evaluate(self, source: Source, compiled: Sequence[CompiledKernel]) -> Evaluation:
+    def evaluate(self, source: Source, compiled: Sequence[Resources]) -> Evaluation:
         """Gate and time one candidate of the started spec.
 
         Raises:
@@ -110,14 +110,15 @@ class MeasureEvaluator(Evaluator):
             samples = self._time(launch)
             error = max(error, self._check_rows(spec))
         except (RuntimeError, ValueError, TypeError) as failure:
-            raise Rejected(f"does not run: {next(iter(str(failure).splitlines()), type(failure).__name__)}") from failure
+            raise Rejected(
+                f"does not run: {next(iter(str(failure).splitlines()), type(failure).__name__)}"
+            ) from failure
         us = median_us(samples)
-        if not self._best_us or us < self._best_us:
-            self._best_us = us
+        self._best_us[spec] = min(us, self._best_us.get(spec, us))
         return Evaluation(
             provenance=MEASURED,
             us=us,
-            floor_us=self.gpu.floor_us(spec.contract.floor_bytes(spec), spec.contract.matrix_flops(spec), spec.weight or spec.activation),
+            floor_us=floor_us(spec, self.gpu),
             samples_us=tuple(samples),
             error=error,
             registers=max(kernel.registers for kernel in compiled),
@@ -160,7 +161,7 @@ class MeasureEvaluator(Evaluator):
             functools.partial(launch, *inputs.values(), *outputs.values(), *scalars) for inputs, outputs in self._sets
         ] * repeats
         graph = capture(calls)
-        return replay_us(graph, len(calls), give_up_us=GIVE_UP * self._best_us)
+        return replay_us(graph, len(calls), give_up_us=GIVE_UP * self._best_us.get(self._spec, 0.0))
 
     def _check_rows(self, spec: KernelSpec) -> float:
         """Hold some rows of the timed outputs against fp64: the first, the last and a spread between."""
@@ -179,7 +180,8 @@ class MeasureEvaluator(Evaluator):
 
 
 @functools.cache
-def _driver_version() -> str:
+def driver_version() -> str:
+    """The version of the GPU driver, as its own tool reports it."""
     tool = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     if torch.version.hip:
         tool = ["cat", "/sys/module/amdgpu/version"]

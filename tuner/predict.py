@@ -37,7 +37,7 @@ LAUNCH_GAP_US = 1.2
 of empty kernels show)."""
 
 RESERVED_SHARED_BYTES = 1024
-"""Shared memory the system takes from each block (CUDA C++ Programming Guide, compute capability 8.0 and later)."""
+"""Shared memory CUDA takes from each block (CUDA C++ Programming Guide, compute capability 8.0 and later)."""
 
 REGISTER_UNIT = 8
 """Registers a thread are allocated in units of this many (CUDA occupancy calculator)."""
@@ -65,8 +65,6 @@ assumption)."""
 
 BASE_REGISTERS, FLAT_REGISTERS = 40, 64
 """Registers a thread, guessed before the compile: beside the accumulators of a product, and without a product."""
-
-MAX_REGISTERS = 255
 
 SHORTLIST_DRAWS = 600
 """Configs drawn for :func:`shortlist`; ranking one takes some 30 us."""
@@ -151,11 +149,12 @@ def resident_programs(kernel: Resources, gpu: Gpu) -> int:
     """How many programs of a kernel a multiprocessor holds at once, 0 when it cannot hold one."""
     threads = kernel.num_warps * gpu.warp_size
     registers = -(-max(kernel.registers, 1) // REGISTER_UNIT) * REGISTER_UNIT
+    reserved = RESERVED_SHARED_BYTES if gpu.backend == "cuda" else 0
     return min(
         MAX_RESIDENT,
         gpu.max_threads_per_multiprocessor // threads,
         gpu.registers_per_multiprocessor // (registers * threads),
-        gpu.shared_bytes_per_multiprocessor // (kernel.shared_bytes + RESERVED_SHARED_BYTES),
+        gpu.shared_bytes_per_multiprocessor // max(kernel.shared_bytes + reserved, 1),
     )
 
 
@@ -189,8 +188,8 @@ def _wave_us(config: Config, work: Work, kernel: Resources, gpu: Gpu, programs: 
     matrix = 0.0
     busiest = -(-programs // gpu.multiprocessors)
     if work.matrix_flops:
-        rate = gpu.attainable_flops(work.matrix_dtype) / 1e6 / gpu.multiprocessors * _matrix_share(config, work, kernel, gpu)
-        matrix = busiest * work.matrix_flops / work.programs / rate
+        rate = gpu.attainable_flops(work.matrix_dtype) / 1e6 * _matrix_share(config, work, kernel, gpu)
+        matrix = busiest * work.matrix_flops / work.programs / (rate / gpu.multiprocessors)
     terms = (dram, l2, matrix, chain)
     slowest = max(terms)
     exposed = EXPOSED * (dram + matrix - max(dram, matrix)) / busiest
@@ -218,8 +217,8 @@ def _guess(config: Config, work: Work, gpu: Gpu) -> Resources:
     shared = min(stage * max(config.num_stages - 1, 1), gpu.shared_bytes_per_block)
     return Resources(
         work.kernel,
-        min(registers, MAX_REGISTERS),
-        4 * max(registers - MAX_REGISTERS, 0),
+        min(registers, gpu.max_registers_per_thread),
+        4 * max(registers - gpu.max_registers_per_thread, 0),
         shared,
         config.num_warps,
     )

@@ -64,9 +64,8 @@ class Space:
     def suggest(self, trial: optuna.Trial) -> Config:
         """Let a trial pick a config."""
         variant = trial.suggest_categorical(VARIANT, tuple(self.choices))
-        picked = {
-            name: trial.suggest_categorical(f"{variant}.{name}", values) for name, values in self.choices[variant].items()
-        }
+        choices = self.choices[variant]
+        picked = {name: trial.suggest_categorical(f"{variant}.{name}", values) for name, values in choices.items()}
         return Config.create(variant, **picked)
 
     def params(self, config: Config) -> dict[str, str | int]:

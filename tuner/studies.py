@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..cache.create import new_file, place
+from ..cache.create import new_file, place, wait_for_claim
 from ..cache.entry import Environment, Evaluation
 from ..cache.layers import home
 from ..cache.location import Location, without_password
@@ -44,9 +44,6 @@ TRIED_BY_SAMPLER = 12
 
 _BUSY_SECONDS = 60
 _DONE = "searched_with"
-
-# Optuna warns on each use that its sampler's multivariate and group options are experimental.
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 class StudyStorageError(DoratuneError):
@@ -71,6 +68,7 @@ def open_study_storage(url: str | None = None) -> optuna.storages.BaseStorage:
         path = Path(url.removeprefix("sqlite:///")).expanduser().absolute()
         if not path.exists():
             _create(path)
+        wait_for_claim(path)
         return _sqlite_storage(path)
 
 
@@ -81,7 +79,7 @@ def _create(path: Path) -> None:
         with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         engine.dispose()
-        _sqlite_storage(fresh).engine.dispose()
+        release(_sqlite_storage(fresh))
         place(fresh, path)
 
 
@@ -133,9 +131,17 @@ class KernelStudy:
     """
 
     def __init__(
-        self, space: Space, storage: optuna.storages.BaseStorage, name: str, url: str = "", floor_us: float = 0.0
+        self,
+        space: Space,
+        storage: optuna.storages.BaseStorage,
+        name: str,
+        *,
+        seeds: Sequence[Config],
+        floor_us: float,
+        url: str = "",
     ) -> None:
         self.space = space
+        self.seeds = tuple(seeds)
         self.floor_us = floor_us
         self.evaluated: dict[Config, Evaluation | None] = {}
         """Each config tried, in order, with its evaluation or None for a rejected one."""
@@ -147,11 +153,7 @@ class KernelStudy:
             past = [trial for trial in self._stored.get_trials(deepcopy=False) if "config" in trial.user_attrs]
         seed = int.from_bytes(hashlib.sha256(f"{space.spec}+{len(past)}".encode()).digest()[:4], "big")
         self._chance = random.Random(seed)
-        self._study = optuna.create_study(
-            sampler=optuna.samplers.TPESampler(
-                multivariate=True, group=True, constant_liar=True, n_startup_trials=4, seed=seed
-            )
-        )
+        self._study = optuna.create_study(sampler=_sampler(seed))
         self._study.add_trials(past)
         for trial in past:
             self._remember(trial)
@@ -180,7 +182,7 @@ class KernelStudy:
 
     def seeded(self, budget: Budget) -> bool:
         """Whether every seed that the budget allows for has been tried."""
-        return all(seed in self.evaluated for seed in self.space.seeds[: budget.trials])
+        return all(seed in self.evaluated for seed in self.seeds[: budget.trials])
 
     def finish(self, budget: Budget) -> None:
         """Record that the search of this effort is over."""
@@ -273,6 +275,15 @@ class KernelStudy:
                 idle = 0
             best = min(best, us)
         return idle
+
+
+def _sampler(seed: int) -> optuna.samplers.TPESampler:
+    with warnings.catch_warnings():
+        # Optuna calls the multivariate and group options experimental, on every use.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            multivariate=True, group=True, constant_liar=True, n_startup_trials=4, seed=seed
+        )
 
 
 def searched_with(storage: optuna.storages.BaseStorage, name: str, url: str = "") -> int | None:

@@ -29,7 +29,9 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replay_us(graph: torch.cuda.CUDAGraph, calls: int, *, budget_ms: float = TIMING_BUDGET_MS, give_up_us: float = 0.0) -> list[float]:
+def replay_us(
+    graph: torch.cuda.CUDAGraph, calls: int, *, budget_ms: float = TIMING_BUDGET_MS, give_up_us: float = 0.0
+) -> list[float]:
     """Time replays of a graph of ``calls`` calls; returns the microseconds of one call in each replay.
 
     The number of replays follows from ``budget_ms``. When the first replay already takes more than ``give_up_us`` a
@@ -49,9 +51,7 @@ def replay_us(graph: torch.cuda.CUDAGraph, calls: int, *, budget_ms: float = TIM
     return [1000.0 * start.elapsed_time(end) / calls for start, end in events]
 
 
-def interleaved_us(
-    graphs: Sequence[tuple[torch.cuda.CUDAGraph, int]], *, rounds: int = 20
-) -> list[list[float]]:
+def interleaved_us(graphs: Sequence[tuple[torch.cuda.CUDAGraph, int]], *, rounds: int = 20) -> list[list[float]]:
     """Time several graphs (with their numbers of calls) in turn, ``rounds`` times, so that drift hits all alike."""
     samples: list[list[float]] = [[] for _ in graphs]
     for graph, _ in graphs:

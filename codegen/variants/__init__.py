@@ -12,11 +12,18 @@ from .weight_norm import WeightNormFused, WeightNormTma
 
 __all__ = ["VARIANTS", "Variant", "Work", "check_config", "default_config", "find_variant", "variants_of"]
 
-VARIANTS: tuple[Variant, ...] = (WeightNormFused(), WeightNormTma(), LoraComposeTile(), LoraComposeTma(), ForwardTile(), BackwardColumns())
+VARIANTS: tuple[Variant, ...] = (
+    WeightNormFused(),
+    WeightNormTma(),
+    LoraComposeTile(),
+    LoraComposeTma(),
+    ForwardTile(),
+    BackwardColumns(),
+)
 
 
 def variants_of(spec: KernelSpec, gpu: Gpu) -> tuple[Variant, ...]:
-    """The variants that can run ``spec`` on ``gpu``; the first one gives the default."""
+    """The variants that can run ``spec`` on ``gpu``, in the order of the registry."""
     return tuple(v for v in VARIANTS if v.op == spec.op and v.unavailable(spec, gpu) is None)
 
 
@@ -33,8 +40,8 @@ def find_variant(op: str, name: str) -> Variant:
 
 
 def default_config(spec: KernelSpec, gpu: Gpu) -> Config:
-    """The built-in config for ``spec`` on ``gpu``: the first seed of the first variant that fits."""
-    for variant in variants_of(spec, gpu):
+    """The built-in config for ``spec`` on ``gpu``: the first seed that fits, of the variant that claims the spec."""
+    for variant in sorted(variants_of(spec, gpu), key=lambda v: v.default_order(spec)):
         for config in variant.seeds(spec, gpu):
             if check_config(spec, config, gpu) is None:
                 return config

@@ -62,6 +62,10 @@ class Variant(ABC):
         """Why this variant cannot run ``spec`` on ``gpu`` at all, or None."""
         return None
 
+    def default_order(self, spec: KernelSpec) -> int:
+        """The place of this variant among those that may give the built-in default; the lowest is tried first."""
+        return 1
+
     @abstractmethod
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
         """The values worth trying for each tile parameter and for ``num_warps`` and ``num_stages``."""
@@ -115,10 +119,14 @@ def refuse_dot_tile(m: int, n: int, k: int, warps: int) -> str | None:
 
 
 def refuse_shared_memory(stages: int, bytes_per_stage: int, gpu: Gpu) -> str | None:
-    """Why a pipeline of ``stages`` buffers of ``bytes_per_stage`` bytes does not fit ``gpu``, or None."""
-    needed = max(stages - 1, 1) * bytes_per_stage
+    """Why a pipeline of ``stages`` buffers of ``bytes_per_stage`` bytes does not fit ``gpu``, or None.
+
+    Triton makes do with one buffer less on some targets; counting them all means that what passes here does fit.
+    """
+    needed = stages * bytes_per_stage
     if needed > gpu.shared_bytes_per_block:
-        return f"{needed} bytes of shared memory for {stages} stages exceed {gpu.slug}'s {gpu.shared_bytes_per_block} a block"
+        limit = gpu.shared_bytes_per_block
+        return f"{needed} bytes of shared memory for {stages} stages exceed {gpu.slug}'s {limit} a block"
     return None
 
 
@@ -130,7 +138,9 @@ def tma_unavailable(gpu: Gpu, dtypes: tuple[str, ...], row_lengths: tuple[int, .
         return f"tensor descriptors feed products of one 16-bit dtype, not {' with '.join(dict.fromkeys(dtypes))}"
     for length in row_lengths:
         if length * dtype_bytes(dtypes[0]) % TMA_ROW_BYTES:
-            return f"rows of {length} {dtypes[0]} are not a multiple of {TMA_ROW_BYTES} bytes, as tensor descriptors need"
+            return (
+                f"rows of {length} {dtypes[0]} are not a multiple of {TMA_ROW_BYTES} bytes, as tensor descriptors need"
+            )
     return None
 
 

@@ -20,6 +20,9 @@ from .base import (
     up_to,
 )
 
+FEW_TOKENS = 128
+"""Up to this many tokens the time goes into reading B, and narrow tiles spread it over the GPU."""
+
 
 class LoraComposeTile(Variant):
     """One output tile per program: the rank-r product with pointer loads, composed with base before it is stored."""
@@ -38,12 +41,14 @@ class LoraComposeTile(Variant):
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         narrow = dtype_bytes(spec.activation) == 2 and spec.adapter == spec.activation
-        few_tokens = spec.tokens <= 128
-        shapes = (
-            ((16, 32, 128, 4, 4), (16, 64, 64, 4, 4), (32, 32, 128, 4, 3), (64, 64, 64, 4, 3))
-            if few_tokens
-            else ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3), (64, 64, 32, 4, 2))
-        )
+        shapes: tuple[tuple[int, int, int, int, int], ...]
+        if spec.tokens <= FEW_TOKENS:
+            shapes = ((16, 32, 128, 4, 4), (16, 64, 64, 4, 4), (32, 32, 128, 4, 3), (64, 64, 64, 4, 3))
+        elif narrow:
+            shapes = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3))
+        else:  # the parts of fp32 operands need registers too
+            shapes = ((64, 128, 32, 8, 2), (128, 128, 32, 8, 2), (64, 64, 32, 4, 2))
+        shapes = (*shapes, (64, 64, 32, 4, 2))
         return tuple(
             Config.create(
                 self.name,
@@ -77,7 +82,14 @@ class LoraComposeTile(Variant):
                 dram_bytes=streamed + spec.tokens * spec.rank * width + spec.d_out * spec.rank * adapter,
                 l2_bytes=streamed + factors,
                 steps=ceil_div(spec.rank, block_k) + 1,
-                matrix_flops=2 * tiles_t * block_t * tiles_n * block_n * ceil_div(spec.rank, block_k) * block_k * passes,
+                matrix_flops=2
+                * tiles_t
+                * block_t
+                * tiles_n
+                * block_n
+                * ceil_div(spec.rank, block_k)
+                * block_k
+                * passes,
                 matrix_dtype=dtype,
             ),
         )
@@ -90,6 +102,24 @@ class LoraComposeTma(LoraComposeTile):
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         return tma_unavailable(gpu, (spec.activation, spec.adapter), (spec.d_out, spec.rank))
+
+    def default_order(self, spec: KernelSpec) -> int:
+        return 0 if spec.tokens > FEW_TOKENS else 2
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        if spec.tokens <= FEW_TOKENS:
+            return super().seeds(spec, gpu)
+        return tuple(
+            Config.create(
+                self.name,
+                block_t=block_t,
+                block_n=fit(block_n, spec.d_out),
+                block_k=fit(64, spec.rank),
+                num_warps=warps,
+                num_stages=3,
+            )
+            for block_t, block_n, warps in ((128, 128, 4), (128, 128, 8), (128, 64, 4), (64, 128, 4))
+        )
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         box = max(config["block_t"], config["block_n"])

@@ -22,7 +22,7 @@ from .base import (
 
 
 class WeightNormFused(Variant):
-    """G = A @ A.T in shares, then one product over [W | B] with row dots as its epilogue, then a sum over the partial row dots.
+    """G = A @ A.T in shares, one product over [W | B] with row dots as its epilogue, a sum over the partial row dots.
 
     ``split_k`` shares the inner sum among programs: the row dots are linear in it, so a share costs one more row of
     fp32 partials and no atomics.
@@ -38,7 +38,7 @@ class WeightNormFused(Variant):
             "block_k": up_to((32, 64, 128), spec.d_in),
             "split_k": tuple(s for s in (1, 2, 4, 8, 16) if s == 1 or spec.d_in // s >= 256),
             "gram_block": up_to((16, 32, 64, 128), spec.rank),
-            "gram_block_k": up_to((64, 128), spec.d_in),
+            "gram_block_k": up_to((32, 64, 128), spec.d_in),
             "gram_share": up_to((128, 256, 512, 1024, 2048), spec.d_in),
             "num_warps": (4, 8),
             "num_stages": (2, 3, 4, 5),
@@ -46,8 +46,15 @@ class WeightNormFused(Variant):
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         block_n = fit(128, spec.rank)
-        gram = {"gram_block": fit(64, spec.rank), "gram_block_k": 64, "gram_share": 512}
         narrow = dtype_bytes(spec.weight) == 2 and spec.adapter == spec.weight
+        exact = spec.adapter == "fp32"  # several products for one: the operands' parts need registers too
+        gram = {
+            "gram_block": fit(32 if exact else 64, spec.rank),
+            "gram_block_k": 32 if exact else 64,
+            "gram_share": 512,
+        }
+        # Before Hopper the operands of a product pass through registers, which a deep tile exhausts.
+        deepest = 64 if narrow and gpu.has_tma else 32
         configs = []
         for block_m, split_rounds, block_k, warps, stages in (
             (128, 2, 64, 8, 4),
@@ -67,7 +74,7 @@ class WeightNormFused(Variant):
                     self.name,
                     block_m=block_m,
                     block_n=block_n,
-                    block_k=block_k if narrow else min(block_k, 32),
+                    block_k=min(block_k, deepest),
                     split_k=split_k,
                     num_warps=warps,
                     num_stages=stages if narrow else 2,
@@ -83,10 +90,18 @@ class WeightNormFused(Variant):
         return (
             refuse_dot_tile(block_m, block_n, block_k, config.num_warps)
             or refuse_shared_memory(config.num_stages, (block_m * width + block_n * adapter) * block_k, gpu)
-            or (f"gram_share={config['gram_share']} is less than a step of {gram_k}" if config["gram_share"] < gram_k else None)
+            or (
+                f"gram_share={config['gram_share']} is less than a step of {gram_k}"
+                if config["gram_share"] < gram_k
+                else None
+            )
             or refuse_dot_tile(gram, gram, gram_k, 4)
             or refuse_shared_memory(3, 2 * gram * gram_k * adapter, gpu)
-            or (f"split_k={config['split_k']} leaves shares without work" if config["split_k"] * block_k > max(spec.d_in, block_k) else None)
+            or (
+                f"split_k={config['split_k']} leaves shares without work"
+                if config["split_k"] * block_k > max(spec.d_in, block_k)
+                else None
+            )
         )
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
@@ -158,6 +173,9 @@ class WeightNormTma(WeightNormFused):
             return f"half_gram in {spec.weight} would overflow or lose digits: the variant is for bf16"
         return tma_unavailable(gpu, (spec.weight, spec.adapter), (spec.d_in, spec.rank))
 
+    def default_order(self, spec: KernelSpec) -> int:
+        return 0
+
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
         return {
             "block_m": up_to((64, 128, 256), spec.d_out),
@@ -166,7 +184,7 @@ class WeightNormTma(WeightNormFused):
             "block_k": up_to((32, 64, 128), spec.d_in),
             "split_k": tuple(s for s in (1, 2, 3, 4, 6, 8, 16) if s == 1 or spec.d_in // s >= 256),
             "gram_block": up_to((16, 32, 64, 128), spec.rank),
-            "gram_block_k": up_to((64, 128), spec.d_in),
+            "gram_block_k": up_to((32, 64, 128), spec.d_in),
             "gram_share": up_to((128, 256, 512, 1024, 2048), spec.d_in),
             "num_warps": (4, 8),
             "num_stages": (2, 3, 4, 5, 6),
@@ -212,10 +230,18 @@ class WeightNormTma(WeightNormFused):
         return (
             refuse_dot_tile(block_m, block_n * rank_tiles, block_k, config.num_warps)
             or refuse_shared_memory(config.num_stages, (block_m + block_n * rank_tiles) * block_k * 2, gpu)
-            or (f"gram_share={config['gram_share']} is less than a step of {gram_k}" if config["gram_share"] < gram_k else None)
+            or (
+                f"gram_share={config['gram_share']} is less than a step of {gram_k}"
+                if config["gram_share"] < gram_k
+                else None
+            )
             or refuse_dot_tile(gram, gram, gram_k, 4)
             or refuse_shared_memory(4, 2 * gram * gram_k * 2, gpu)
-            or (f"split_k={config['split_k']} leaves shares without work" if config["split_k"] * block_k > max(spec.d_in, block_k) else None)
+            or (
+                f"split_k={config['split_k']} leaves shares without work"
+                if config["split_k"] * block_k > max(spec.d_in, block_k)
+                else None
+            )
         )
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:

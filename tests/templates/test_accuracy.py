@@ -21,7 +21,9 @@ from doratune.tuner.inputs import CASES
 
 from .interpreter import complaint_of
 
-pytestmark = pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') != '1'", reason="a GPU is here: tests/gpu runs the kernels on it")
+pytestmark = pytest.mark.skipif(
+    "os.environ.get('TRITON_INTERPRET') != '1'", reason="a GPU is here: tests/gpu runs the kernels on it"
+)
 
 GPU = find_gpu("h200")
 IDS = {variant: f"{variant.op}-{variant.name}" for variant in VARIANTS}
@@ -50,7 +52,9 @@ def spec_of(op: str, dtype: str, adapter: str | None = None, **values: object) -
 
 
 CASE_TABLE = [
-    pytest.param(variant, form, id=f"{IDS[variant]}-{'-'.join(form) or 'plain'}") for variant in VARIANTS for form in forms(variant.op)
+    pytest.param(variant, form, id=f"{IDS[variant]}-{'-'.join(form) or 'plain'}")
+    for variant in VARIANTS
+    for form in forms(variant.op)
 ]
 
 
@@ -117,7 +121,12 @@ BREAKAGES = [
     ("lora_compose-tma", "g * inner", "(g * 1.002) * inner", "g off by one bf16 step"),
     ("compose_forward-tile", "y = g * inner", "y = inner", "g forgotten"),
     ("compose_backward-columns", "dg += dy * inner", "dg += dy * inner * (start < 3)", "last rows of a chunk dropped"),
-    ("compose_backward-columns", "tl.store(dyg_ptr", "tl.store(dg_ptr if False else dyg_ptr + 0 * start", "control: nothing broken"),
+    (
+        "compose_backward-columns",
+        "tl.store(dyg_ptr",
+        "tl.store(dg_ptr if False else dyg_ptr + 0 * start",
+        "control: nothing broken",
+    ),
 ]
 
 

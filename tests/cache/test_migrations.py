@@ -1,0 +1,151 @@
+"""The schema made directly, the one made by the migrations and the one in the models are the same; an older store is
+migrated by its next writer; and a reader of a present store pays for none of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, inspect, text
+
+from doratune.cache import create, migrations, schema
+from doratune.cache.errors import OlderStoreError
+from doratune.cache.layers import open_layers, user_store_path
+from doratune.cache.store import Store
+
+from .world import a_spec, an_entry
+
+NEXT_REVISION = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = "0002", "0001"
+
+
+def upgrade() -> None:
+    op.add_column("doratune_entries", sa.Column("remark", sa.Text(), nullable=True))
+    {then}
+"""
+
+
+def _differences(connection: Connection) -> list[object]:
+    options = {"version_table": schema.VERSION_TABLE, "compare_type": True}
+    return list(compare_metadata(MigrationContext.configure(connection, opts=options), schema.Base.metadata))
+
+
+def _shape(connection: Connection) -> dict[str, object]:
+    seen = inspect(connection)
+    return {
+        table: (
+            [(column["name"], str(column["type"]), column["nullable"]) for column in seen.get_columns(table)],
+            sorted((index["name"] or "", *index["column_names"]) for index in seen.get_indexes(table)),
+            sorted((unique["name"] or "", *unique["column_names"]) for unique in seen.get_unique_constraints(table)),
+            seen.get_pk_constraint(table)["constrained_columns"],
+        )
+        for table in seen.get_table_names()
+    }
+
+
+def test_down_to_nothing_and_up_again_gives_the_schema_of_the_models(place: str) -> None:
+    with Store.open(place, create=True) as store:
+        with store._writer.begin() as connection:
+            made = _shape(connection)
+            assert _differences(connection) == []
+            migrations.downgrade(connection, "base")
+            assert [*_shape(connection)] == [schema.VERSION_TABLE]
+            migrations.upgrade(connection)
+        with store._writer.begin() as connection:
+            assert _shape(connection) == made
+            assert _differences(connection) == []
+        assert store.put(an_entry())
+    with Store.open(place, readonly=True) as store:
+        assert store.get(a_spec()) == an_entry()
+
+
+def test_the_listed_revisions_are_those_in_the_folder(place: str) -> None:
+    with Store.open(place, create=True) as store, store._engine.connect() as connection:
+        scripts = ScriptDirectory.from_config(migrations.configuration(connection))
+    assert tuple(script.revision for script in scripts.walk_revisions())[::-1] == schema.REVISIONS
+
+
+def _release_next_version(monkeypatch: pytest.MonkeyPatch, folder: Path, then: str = "pass") -> None:
+    first = migrations.HERE / "versions" / "rev_0001.py"
+    (folder / "versions").mkdir()
+    (folder / "versions" / first.name).write_text(first.read_text())
+    (folder / "versions" / "rev_0002.py").write_text(NEXT_REVISION.format(then=then))
+    configuration = migrations.configuration
+    monkeypatch.setattr(
+        migrations, "configuration", lambda connection: configuration(connection, versions=folder / "versions")
+    )
+    monkeypatch.setattr(schema, "REVISIONS", ("0001", "0002"))
+
+
+def test_an_older_store_keeps_its_entries_when_its_next_writer_migrates_it(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with Store.open(place, create=True) as store:
+        store.put(an_entry())
+    _release_next_version(monkeypatch, tmp_path)
+    with pytest.raises(OlderStoreError, match=r"older doratune \(schema 0001, now 0002\).*doratune tune"):
+        Store.open(place, readonly=True)
+    with Store.open(place) as store:
+        assert store.entries() == [an_entry()]
+    with Store.open(place, readonly=True) as store, store._engine.connect() as connection:
+        assert create.read_revision(connection) == "0002"
+        assert "remark" in {column["name"] for column in inspect(connection).get_columns("doratune_entries")}
+
+
+def test_a_migration_that_fails_leaves_the_older_store_as_it_was(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with Store.open(place, create=True) as store:
+        store.put(an_entry())
+    with monkeypatch.context() as released:
+        _release_next_version(released, tmp_path, then="raise RuntimeError('power cut')")
+        with pytest.raises(RuntimeError, match="power cut"):
+            Store.open(place)
+    with Store.open(place) as store, store._engine.connect() as connection:
+        assert "remark" not in {column["name"] for column in inspect(connection).get_columns("doratune_entries")}
+        assert store.entries() == [an_entry()]
+
+
+def test_the_users_own_store_is_migrated_when_it_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with Store.open(user_store_path(), create=True) as store:
+        store.put(an_entry())
+    _release_next_version(monkeypatch, tmp_path)
+    monkeypatch.setattr("doratune.cache.layers.prebuilt_paths", list)
+    [own] = open_layers()
+    assert own.get(a_spec()) == an_entry()
+
+
+def test_the_tables_may_join_those_of_an_optuna_study(postgresql_url: str) -> None:
+    with Store.open(postgresql_url, create=True) as store, store._writer.begin() as connection:
+        connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32))"))
+        connection.execute(text("INSERT INTO alembic_version VALUES ('v3.2.0.a')"))
+    with Store.open(postgresql_url) as store:
+        assert store.put(an_entry())
+
+
+IMPORTED = """
+import sys
+import doratune, doratune.cache.entry, doratune.cache.layers, doratune.cache.lookup, doratune.cache.location
+print("sqlalchemy" in sys.modules, "alembic" in sys.modules)
+from doratune.cache.store import Store
+with Store.open(sys.argv[1], readonly=True) as store:
+    print(len(store.entries()))
+print("sqlalchemy" in sys.modules, "alembic" in sys.modules)
+"""
+
+
+def test_reading_imports_no_alembic_and_the_paths_need_no_sqlalchemy(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store.sqlite", create=True) as store:
+        store.put(an_entry())
+    reader = subprocess.run(
+        [sys.executable, "-c", IMPORTED, str(tmp_path / "store.sqlite")], capture_output=True, text=True, check=True
+    )
+    assert reader.stdout.splitlines() == ["False False", "1", "True False"]

@@ -1,0 +1,232 @@
+"""Every kind of store keeps one contract: what is put comes back equal, the better provenance stays, order is fixed.
+
+The same tests run over a SQLite file and PostgreSQL; those that only read also run over read-only and exported stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from doratune.cache.errors import CorruptRowError, InvalidEntryError, LocationError, ReadOnlyStoreError
+from doratune.cache.store import Store
+
+from .world import DEFAULT, MEASURED, PREDICTED, a_binary, a_spec, an_entry
+
+READERS = ["writable", "read-only", "exported"]
+
+
+@pytest.fixture
+def store(place: str) -> Store:
+    return Store.open(place, create=True)
+
+
+@pytest.fixture(params=READERS)
+def reader(request: pytest.FixtureRequest, place: str, tmp_path: Path) -> Callable[[], Store]:
+    """Open the store at ``place`` for a reader of this kind."""
+
+    def open_it() -> Store:
+        if request.param != "exported":
+            return Store.open(place, readonly=request.param == "read-only")
+        with Store.open(place) as original:
+            original.export(tmp_path / "exported.sqlite")
+        return Store.open(tmp_path / "exported.sqlite", readonly=True)
+
+    return open_it
+
+
+def test_what_is_put_comes_back_equal(store: Store, reader: Callable[[], Store]) -> None:
+    entries = [an_entry(a_spec(tokens=tokens, bias=tokens == 16)) for tokens in (4096, 1, 16)]
+    entries.append(an_entry(a_spec("a100"), PREDICTED, us=None))
+    assert store.put_all(entries) == 4
+    store.put_binary(a_binary())
+    with reader() as reading:
+        assert [reading.get(entry.spec) for entry in entries] == entries
+        assert reading.entries() == sorted(entries, key=lambda entry: str(entry.spec))
+        assert reading.binaries() == [a_binary()]
+        assert reading.get_binary("source-1", "compose_kernel", "3.7.1", "sm_90") == a_binary()
+        assert reading.verify() == []
+
+
+def test_what_was_never_put_is_none(store: Store, reader: Callable[[], Store]) -> None:
+    store.put(an_entry())
+    store.put_binary(a_binary())
+    with reader() as reading:
+        assert reading.get(a_spec("h100")) is None
+        assert reading.get_binary("source-1", "compose_kernel", "3.7.2", "sm_90") is None
+        assert reading.binaries("source-2") == []
+
+
+def test_entries_are_found_by_op_gpu_and_architecture(store: Store, reader: Callable[[], Store]) -> None:
+    store.put_all(an_entry(a_spec(gpu)) for gpu in ("h200", "h100", "a100"))
+    with reader() as reading:
+        assert [entry.spec.gpu for entry in reading.entries(architecture="sm_90")] == ["h100", "h200"]
+        assert [entry.spec.gpu for entry in reading.entries(gpu="a100")] == ["a100"]
+        assert reading.entries(op="weight_norm") == []
+        assert len(reading.entries(op="lora_compose")) == 3
+
+
+def test_candidates_share_op_and_dtypes_and_leave_the_spec_itself_out(
+    store: Store, reader: Callable[[], Store]
+) -> None:
+    near, other_gpu = a_spec(rank=64), a_spec("h100")
+    store.put_all(map(an_entry, (a_spec(), near, other_gpu, a_spec(dtype="fp16"), a_spec("a100"))))
+    with reader() as reading:
+        assert [candidate.spec for candidate in reading.candidates(a_spec())] == [near]
+        assert [candidate.spec for candidate in reading.candidates(a_spec(), architecture="sm_90")] == [other_gpu]
+
+
+@pytest.mark.parametrize(
+    ("held", "offered", "template", "taken"),
+    [
+        (MEASURED, MEASURED, "template-1", True),
+        (MEASURED, PREDICTED, "template-1", False),
+        (MEASURED, DEFAULT, "template-1", False),
+        (PREDICTED, MEASURED, "template-1", True),
+        (PREDICTED, PREDICTED, "template-1", True),
+        (PREDICTED, DEFAULT, "template-1", False),
+        (DEFAULT, PREDICTED, "template-1", True),
+        (MEASURED, PREDICTED, "template-2", True),
+        (MEASURED, DEFAULT, "template-2", True),
+    ],
+)
+def test_the_better_provenance_stays_unless_the_template_changed(
+    store: Store, held: str, offered: str, template: str, taken: bool
+) -> None:
+    first, second = an_entry(provenance=held), an_entry(provenance=offered, template=template, warps=8)
+    assert store.put(first)
+    assert store.put(second) is taken
+    assert store.entries() == [second if taken else first]
+
+
+def test_an_entry_without_a_date_gets_the_present_one(store: Store) -> None:
+    store.put(replace(an_entry(), created_at=""))
+    assert store.entries()[0].created_at.endswith("+00:00")
+
+
+def test_a_removed_entry_is_gone_and_its_binary_is_pruned(store: Store) -> None:
+    store.put_all([an_entry(), an_entry(a_spec("h100"), source_digest="source-2")])
+    store.put_binary(a_binary())
+    store.put_binary(a_binary("source-2"))
+    assert store.remove(a_spec())
+    assert not store.remove(a_spec())
+    assert store.prune_binaries() == 1
+    assert [binary.source_digest for binary in store.binaries()] == ["source-2"]
+
+
+def test_a_binary_compiled_again_replaces_the_earlier_one(store: Store) -> None:
+    store.put_binary(a_binary())
+    store.put_binary(a_binary(image=b"new"))
+    assert store.binaries() == [a_binary(image=b"new")]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (replace(an_entry(), template_digest=""), "template_digest"),
+        (replace(an_entry(), evaluation=replace(an_entry().evaluation, us=float("nan"))), "us=nan"),
+        (replace(an_entry(), evaluation=replace(an_entry().evaluation, provenance="guessed")), "guessed"),
+        (replace(an_entry(), evaluation=replace(an_entry().evaluation, samples_us=(1.0, -1.0))), "sample"),
+    ],
+)
+def test_an_invalid_entry_stores_nothing_of_its_batch(store: Store, wrong: object, named: str) -> None:
+    with pytest.raises(InvalidEntryError, match=named):
+        store.put_all([an_entry(a_spec("h100")), wrong])  # type: ignore[list-item]
+    assert store.entries() == []
+
+
+def test_a_binary_whose_metadata_is_no_json_is_not_stored(store: Store) -> None:
+    with pytest.raises(InvalidEntryError, match="JSON"):
+        store.put_binary(replace(a_binary(), metadata="import os"))
+    assert store.binaries() == []
+
+
+def test_a_read_only_store_refuses_every_write_and_says_where(store: Store, place: str) -> None:
+    store.put(an_entry())
+    with Store.open(place, readonly=True) as reading:
+        for write in (
+            lambda: reading.put(an_entry(warps=8)),
+            lambda: reading.put_binary(a_binary()),
+            lambda: reading.remove(a_spec()),
+            reading.prune_binaries,
+        ):
+            with pytest.raises(ReadOnlyStoreError, match="read-only") as caught:
+                write()
+            assert reading.location in str(caught.value)
+    assert store.entries() == [an_entry()]
+
+
+def test_the_database_itself_refuses_writes_on_a_read_only_connection(store: Store, place: str) -> None:
+    with Store.open(place, readonly=True) as reading:
+        reading.readonly = False  # as a bug of ours would have it
+        with pytest.raises(ReadOnlyStoreError):
+            reading.put(an_entry())
+
+
+def test_a_store_cannot_be_made_read_only(place: str) -> None:
+    with pytest.raises(LocationError, match="read-only"):
+        Store.open(place, create=True, readonly=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "complaint"),
+    [
+        ("config", "{not json", "not JSON"),
+        ("config", '{"variant": "tile"}', "num_warps"),
+        ("config", '{"variant": 3, "num_warps": 4, "num_stages": 2}', "config"),
+        ("config", '{"variant": "tile", "num_warps": "__import__", "num_stages": 2}', "num_warps"),
+        ("spec", "lora_compose/d_out=banana@h200", "banana"),
+        ("gpu", "a100", "contradicts"),
+        ("rank", 64, "contradicts"),
+        ("provenance", "sworn", "sworn"),
+        ("samples_us", "[1, null]", "sample"),
+        ("us", -3.0, "us"),
+        ("template_digest", "", "template_digest"),
+    ],
+)
+def test_a_damaged_row_is_an_error_that_names_row_and_store(
+    store: Store, column: str, value: object, complaint: str
+) -> None:
+    store.put(an_entry())
+    _spoil(store, f"UPDATE doratune_entries SET {column} = :value", value)
+    with pytest.raises(CorruptRowError, match=complaint) as caught:
+        store.entries()
+    assert store.location in str(caught.value)
+    assert "entry 1" in str(caught.value)
+    assert store.verify() == [str(caught.value)]
+
+
+def test_a_damaged_binary_is_an_error_that_names_row_and_store(store: Store) -> None:
+    store.put_binary(a_binary())
+    _spoil(store, "UPDATE doratune_binaries SET metadata = :value", "[]")
+    with pytest.raises(CorruptRowError, match="binary 1") as caught:
+        store.binaries()
+    assert store.location in str(caught.value)
+
+
+def test_a_damaged_row_is_replaced_by_tuning_again(store: Store) -> None:
+    store.put(an_entry())
+    _spoil(store, "UPDATE doratune_entries SET config = :value", "")
+    assert store.put(an_entry())
+    assert store.get(a_spec()) == an_entry()
+
+
+def test_equal_entries_export_to_equal_bytes_whatever_their_history(store: Store, tmp_path: Path) -> None:
+    specs = [a_spec(tokens=tokens) for tokens in (1, 16, 4096)]
+    store.put_all(map(an_entry, specs))
+    store.export(tmp_path / "first.sqlite")
+    for spec in specs:
+        store.remove(spec)
+    store.put_all(map(an_entry, reversed(specs)))
+    store.export(tmp_path / "second.sqlite")
+    assert (tmp_path / "first.sqlite").read_bytes() == (tmp_path / "second.sqlite").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("*.sqlite*")) == ["first.sqlite", "second.sqlite"]
+
+
+def _spoil(store: Store, statement: str, value: object) -> None:
+    with store._writer.begin() as connection:
+        connection.execute(text(statement), {"value": value})

@@ -1,0 +1,125 @@
+"""Every template compiles in bf16 to a real binary for every supported architecture, within that GPU's limits and
+without spills in its default config; what does not fit is refused with the figures.
+
+No GPU is needed: Triton takes an explicit target. Compiling runs in other processes, since this one may have Triton's
+interpreter switched on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from doratune.codegen.compile import CompileError, OverLimitError
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.ops import OPS
+from doratune.codegen.spec import Config, KernelSpec
+from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config
+from doratune.tuner.workers import compile_job
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
+TILES = Config.parse("tile:block_k=128,block_n=128,block_t=128,num_warps=8,num_stages=3")
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[ProcessPoolExecutor]:
+    switch = os.environ.pop("TRITON_INTERPRET", None)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(os.getpid).result()
+        yield pool
+    if switch is not None:
+        os.environ["TRITON_INTERPRET"] = switch
+
+
+def spec_of(op: str, gpu: str, **values: object) -> KernelSpec:
+    dims = {"d_out": 4096, "d_in": 4096, "rank": 384, "tokens": 4096}
+    return KernelSpec.create(op, **{**dims, "dtype": "bf16", "adapter": "bf16", "gpu": gpu, **values})
+
+
+def first_fitting_seed(variant: Variant, spec: KernelSpec) -> Config:
+    gpu = find_gpu(spec.gpu)
+    return next(config for config in variant.seeds(spec, gpu) if check_config(spec, config, gpu) is None)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_template_compiles_in_bf16(workers: ProcessPoolExecutor, architecture: str) -> None:
+    gpu = find_gpu(architecture)
+    jobs = {}
+    for variant in VARIANTS:
+        for values in ({}, {"adapter": "fp32"}, {"d_out": 4304, "d_in": 1152, "rank": 24}):
+            spec = spec_of(variant.op, architecture, **values)
+            if variant.unavailable(spec, gpu) is None:
+                config = first_fitting_seed(variant, spec)
+                jobs[spec, config] = workers.submit(compile_job, str(spec), str(config), architecture)
+    assert {spec.op for spec, _ in jobs} == set(OPS)
+    for (spec, config), job in jobs.items():
+        for kernel in job.result():
+            assert 0 < kernel.registers <= 512, (spec, kernel)
+            assert kernel.shared_bytes <= gpu.shared_bytes_per_block, (spec, kernel)
+            if config == default_config(spec, gpu):
+                assert kernel.spills == 0, (spec, config, kernel)
+
+
+def test_tma_variants_are_offered_only_where_the_hardware_has_it() -> None:
+    for architecture in ARCHITECTURES:
+        gpu = find_gpu(architecture)
+        offered = [v.unavailable(spec_of(v.op, architecture), gpu) is None for v in VARIANTS if v.name == "tma"]
+        assert offered
+        assert all(offered) == any(offered) == (architecture in ("sm_90", "sm_100", "sm_120"))
+
+
+@pytest.mark.parametrize("values", [{"save": True}, {"magnitude": "fp32"}, {"magnitude": "bf16", "adapter": "fp32"}])
+def test_optional_parts_of_the_norm_compile(workers: ProcessPoolExecutor, values: dict[str, object]) -> None:
+    spec = spec_of("weight_norm", "h200", **values)
+    names = [
+        kernel.name
+        for kernel in workers.submit(
+            compile_job, str(spec), str(default_config(spec, find_gpu("h200"))), "h200"
+        ).result()
+    ]
+    assert names[-1] == "finish_kernel"
+
+
+def test_a_config_beyond_the_shared_memory_is_refused_before_compiling() -> None:
+    spec = spec_of("lora_compose", "rtx4090")
+    reason = check_config(spec, TILES, find_gpu("rtx4090"))
+    assert reason is not None
+    assert "shared memory" in reason
+    assert "101376" in reason
+    assert check_config(spec, TILES, find_gpu("h200")) is None
+
+
+def test_a_binary_beyond_the_shared_memory_is_refused_after_compiling(workers: ProcessPoolExecutor) -> None:
+    spec = spec_of("lora_compose", "rtx4090")
+    with pytest.raises(OverLimitError, match=r"needs \d+ bytes of shared memory; a block on rtx4090 has 101376"):
+        workers.submit(compile_job, str(spec), str(TILES), "rtx4090").result()
+
+
+def test_text_that_triton_refuses_is_a_compile_error_with_its_reason(workers: ProcessPoolExecutor) -> None:
+    spec = spec_of("lora_compose", "h200")
+    with pytest.raises(CompileError, match="does not compile for h200"):
+        workers.submit(
+            compile_job, str(spec), "tile:block_k=48,block_n=128,block_t=128,num_warps=8,num_stages=3", "h200"
+        ).result()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("tile:block_k=64,block_n=128,block_t=100,num_warps=8,num_stages=3", "block_t=100 is not a power of two"),
+        ("tile:block_k=64,block_n=128,num_warps=8,num_stages=3", "takes block_k, block_n, block_t"),
+        ("tile:block_k=64,block_n=128,block_t=128,num_warps=3,num_stages=3", "num_warps=3"),
+        ("tile:block_k=64,block_n=128,block_t=128,num_warps=8,num_stages=9", "num_stages=9"),
+        ("tile:block_k=64,block_n=256,block_t=256,num_warps=4,num_stages=2", "do not fit the registers"),
+        ("tile:block_k=8,block_n=128,block_t=128,num_warps=4,num_stages=2", "below tl.dot's"),
+        ("tiel:block_k=64,num_warps=4,num_stages=2", "did you mean tile"),
+    ],
+)
+def test_an_invalid_config_is_refused_with_the_reason(config: str, said: str) -> None:
+    reason = check_config(spec_of("lora_compose", "h200"), Config.parse(config), find_gpu("h200"))
+    assert reason is not None
+    assert said in reason

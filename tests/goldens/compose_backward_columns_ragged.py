@@ -1,0 +1,97 @@
+"""Backward of the DoRA composition: one pass writes dYg and per-chunk column sums, a second adds the chunks.
+
+    dYg = g*dY; dg = sum_t dY*inner with inner = base + s*lora; db = sum_t dY
+
+spec    compose_backward/d_out=4304/tokens=4096/activation=bf16/bias@h200
+config  columns:block_n=512,block_t=4,chunk=64,reduce_c=32,reduce_n=64,num_warps=4,num_stages=2
+
+Emitted by doratune from templates/compose_backward_columns.py.j2; edit the template, not this text.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def compose_backward_kernel(
+    dy_ptr: "*bf16",
+    inner_ptr: "*bf16",
+    g_ptr: "*fp32",
+    dyg_ptr: "*bf16",
+    dg_chunks_ptr: "*fp32",
+    dbias_chunks_ptr: "*fp32",
+    tokens: "i32",
+):
+    """Write dYg for CHUNK rows of BLOCK_N columns, and the sums over those rows; dyg may be the memory of dy."""
+    D_OUT: tl.constexpr = 4304
+    CHUNK: tl.constexpr = 64
+    BLOCK_T: tl.constexpr = 4
+    BLOCK_N: tl.constexpr = 512
+    N_TILES: tl.constexpr = 9
+
+    chunk = tl.program_id(0) // N_TILES
+    tile_n = tl.program_id(0) % N_TILES
+    row = (chunk * CHUNK).to(tl.int64)  # tokens * D_OUT may pass 2**31; offsets inside a chunk never do
+    rows_left = tokens - chunk * CHUNK
+    t = tl.arange(0, BLOCK_T)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = n < D_OUT
+    g = tl.load(g_ptr + n, mask=in_n, other=0.0)[None, :]
+
+    dg = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
+    dbias = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
+    for start in range(0, CHUNK, BLOCK_T):
+        in_t = (start + t < rows_left)[:, None]
+        tile = (start + t)[:, None] * D_OUT + n[None, :]
+        dy = tl.load(dy_ptr + row * D_OUT + tile, mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
+        inner = tl.load(inner_ptr + row * D_OUT + tile, mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
+        tl.store(dyg_ptr + row * D_OUT + tile, (g * dy).to(tl.bfloat16), mask=in_t & in_n[None, :])
+        dg += dy * inner
+        dbias += dy
+
+    sums = chunk * D_OUT + n
+    tl.store(dg_chunks_ptr + sums, tl.sum(dg, axis=0), mask=in_n)
+    tl.store(dbias_chunks_ptr + sums, tl.sum(dbias, axis=0), mask=in_n)
+
+
+@triton.jit
+def add_chunks_kernel(
+    dg_chunks_ptr: "*fp32",
+    dbias_chunks_ptr: "*fp32",
+    dg_ptr: "*fp32",
+    dbias_ptr: "*fp32",
+    chunks: "i32",
+):
+    """Add the chunks' sums in a fixed order, so that equal inputs give equal bits."""
+    D_OUT: tl.constexpr = 4304
+    BLOCK_C: tl.constexpr = 32
+    BLOCK_N: tl.constexpr = 64
+
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_C)
+    in_n = n < D_OUT
+    dg = tl.full((BLOCK_C, BLOCK_N), 0.0, tl.float32)
+    dbias = tl.full((BLOCK_C, BLOCK_N), 0.0, tl.float32)
+    for start in range(0, chunks, BLOCK_C):
+        sums = (start + c)[:, None] * D_OUT + n[None, :]
+        dg += tl.load(dg_chunks_ptr + sums, mask=(start + c < chunks)[:, None] & in_n[None, :], other=0.0)
+        dbias += tl.load(dbias_chunks_ptr + sums, mask=(start + c < chunks)[:, None] & in_n[None, :], other=0.0)
+    tl.store(dg_ptr + n, tl.sum(dg, axis=0), mask=in_n)
+    tl.store(dbias_ptr + n, tl.sum(dbias, axis=0), mask=in_n)
+
+
+def launch(dy, inner, g, dyg, dg, dbias):
+    """Fill dyg [T, 4304], dg and dbias [4304] from dy and inner [T, 4304], g [4304]."""
+    tokens = dy.shape[0]
+    chunks = triton.cdiv(tokens, 64)
+    dg_chunks = torch.empty((chunks, 4304), dtype=torch.float32, device=dy.device)
+    dbias_chunks = torch.empty_like(dg_chunks)
+    compose_backward_kernel[(chunks * 9,)](
+        dy, inner, g, dyg, dg_chunks, dbias_chunks, tokens,
+        num_warps=4, num_stages=2,
+    )
+    add_chunks_kernel[(68,)](
+        dg_chunks, dbias_chunks, dg, dbias, chunks,
+        num_warps=4, num_stages=2,
+    )

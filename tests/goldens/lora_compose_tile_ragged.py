@@ -1,0 +1,69 @@
+"""DoRA composition as the epilogue of the rank-r product, one output tile per program.
+
+    y = g*(base + s*(h@B.T)) + b; delta form: (g-1)*base + g*s*(h@B.T)
+
+spec    lora_compose/d_out=4304/rank=24/tokens=4096/activation=bf16/adapter=bf16/bias@h200
+config  tile:block_k=32,block_n=128,block_t=128,num_warps=8,num_stages=3
+
+Emitted by doratune from templates/lora_compose_tile.py.j2; edit the template, not this text.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lora_compose_kernel(
+    base_ptr: "*bf16",
+    h_ptr: "*bf16",
+    lora_b_ptr: "*bf16",
+    g_ptr: "*fp32",
+    bias_ptr: "*bf16",
+    y_ptr: "*bf16",
+    tokens: "i32",
+    scaling: "fp32",
+):
+    """Write one [BLOCK_T, BLOCK_N] tile of y; base and y may be the same memory."""
+    D_OUT: tl.constexpr = 4304
+    RANK: tl.constexpr = 24
+    BLOCK_T: tl.constexpr = 128
+    BLOCK_N: tl.constexpr = 128
+    BLOCK_K: tl.constexpr = 32
+    N_TILES: tl.constexpr = 34
+
+    tile_t = tl.program_id(0) // N_TILES
+    tile_n = tl.program_id(0) % N_TILES
+    row = (tile_t * BLOCK_T).to(tl.int64)  # tokens * D_OUT may pass 2**31; offsets inside a tile never do
+    t = tl.arange(0, BLOCK_T)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_t = (t < tokens - tile_t * BLOCK_T)[:, None]
+    in_n = n < D_OUT
+
+    tile = t[:, None] * D_OUT + n[None, :]
+    base = tl.load(base_ptr + row * D_OUT + tile, mask=in_t & in_n[None, :], other=0.0)
+
+    h_ptrs = h_ptr + row * RANK + t[:, None] * RANK + k[None, :]
+    b_ptrs = lora_b_ptr + n[None, :] * RANK + k[:, None]
+    lora = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
+    for start in range(0, RANK, BLOCK_K):
+        in_k = k < RANK - start
+        h = tl.load(h_ptrs + start, mask=in_t & in_k[None, :], other=0.0)
+        b = tl.load(b_ptrs + start, mask=in_n[None, :] & in_k[:, None], other=0.0)
+        lora = tl.dot(h, b, lora)
+
+    g = tl.load(g_ptr + n, mask=in_n, other=0.0)[None, :]
+    inner = base.to(tl.float32) + scaling * lora
+    y = g * inner
+    y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + row * D_OUT + tile, y.to(tl.bfloat16), mask=in_t & in_n[None, :])
+
+
+def launch(base, h, lora_b, g, bias, y, scaling):
+    """Fill y from base [T, 4304], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
+    tokens = base.shape[0]
+    lora_compose_kernel[(triton.cdiv(tokens, 128) * 34,)](
+        base, h, lora_b, g, bias, y, tokens, scaling,
+        num_warps=8, num_stages=3,
+    )

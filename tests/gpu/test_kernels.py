@@ -1,0 +1,153 @@
+"""On a real GPU every variant is right in bf16, fp16, fp32 and with fp32 adapters, where each term dominates, for any
+token count, in place, unaligned and beyond 2**31 elements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import doratune
+from doratune.codegen.gpu import Gpu
+from doratune.codegen.ops import OPS
+from doratune.codegen.render import Source, render
+from doratune.codegen.spec import Config, KernelSpec
+from doratune.codegen.variants import VARIANTS, Variant, check_config
+from doratune.runtime.device import find_device, gpu_of
+from doratune.runtime.kernel import bind
+from doratune.runtime.reference import definition
+from doratune.tuner.accuracy import worst_error
+from doratune.tuner.inputs import CASES, make_inputs, make_outputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
+]
+
+IDS = {variant: f"{variant.op}-{variant.name}" for variant in VARIANTS}
+DTYPES = [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32")]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    return gpu_of(find_device("cuda"))
+
+
+def forms(op: str) -> list[dict[str, object]]:
+    contract = OPS[op]
+    return [{}, *({flag: True} for flag in contract.flags), *({role: "fp32"} for role in contract.optional_dtypes)]
+
+
+def spec_of(op: str, dtype: str, adapter: str, gpu: Gpu, **values: object) -> KernelSpec:
+    dims = {"d_out": 1040, "d_in": 2304, "rank": 72, "tokens": 512}
+    return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": adapter, "gpu": gpu.slug, **values})
+
+
+def fitting_config(variant: Variant, spec: KernelSpec, gpu: Gpu) -> Config:
+    reason = variant.unavailable(spec, gpu)
+    if reason is not None:
+        pytest.skip(reason)
+    return next(config for config in variant.seeds(spec, gpu) if check_config(spec, config, gpu) is None)
+
+
+def complaint_of(source: Source, tokens: int, case: str) -> str | None:
+    spec = source.spec
+    inputs, scaling = make_inputs(spec, tokens, case=case, device="cuda")
+    outputs = make_outputs(spec, tokens, "cuda")
+    bind(source).launch(*inputs.values(), *outputs.values(), *((scaling,) if spec.contract.scaling else ()))
+    return worst_error(spec, outputs, definition(spec, inputs, scaling))[1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    [pytest.param(v, form, id=f"{IDS[v]}-{'-'.join(form) or 'plain'}") for v in VARIANTS for form in forms(v.op)],
+)
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+def test_each_term_is_right_where_it_dominates(
+    variant: Variant, form: dict[str, object], dtype: str, adapter: str, gpu: Gpu
+) -> None:
+    if dtype != adapter and "adapter" not in OPS[variant.op].dtypes:
+        pytest.skip("the operation has no adapter")
+    spec = spec_of(variant.op, dtype, adapter, gpu, **form)
+    source = render(spec, fitting_config(variant, spec, gpu))
+    for case in CASES:
+        assert complaint_of(source, 500, case) is None, case
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)
+@pytest.mark.parametrize("tokens", [1, 16, 127, 4099])
+def test_any_token_count_is_right(variant: Variant, tokens: int, gpu: Gpu) -> None:
+    spec = spec_of(variant.op, "bf16", "bf16", gpu, tokens=16)
+    assert complaint_of(render(spec, fitting_config(variant, spec, gpu)), tokens, "mixed") is None
+
+
+@pytest.mark.parametrize("d_in", [14336, 28672])
+def test_long_rows_lose_no_digits(d_in: int, gpu: Gpu) -> None:
+    """Tensor cores drop low bits of a running sum; G over 14336 columns in one sum failed the norm's 1e-5."""
+    for variant in (v for v in VARIANTS if v.op == "weight_norm"):
+        spec = spec_of("weight_norm", "bf16", "bf16", gpu, d_out=512, d_in=d_in, rank=384)
+        for case in ("cross_term", "large_lora", "mixed"):
+            assert complaint_of(render(spec, fitting_config(variant, spec, gpu)), 1, case) is None, (variant.name, case)
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(2706, 1152, 24), (1, 1, 1), (37, 53, 7), (4304, 1152, 100)])
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_load_kernel_is_right_for_odd_shapes(op: str, d_out: int, d_in: int, rank: int, gpu: Gpu) -> None:
+    kernel = doratune.load_kernel(op, d_out=d_out, d_in=d_in, rank=rank, tokens=33)
+    inputs, scaling = make_inputs(kernel.spec, 33, device="cuda")
+    result = kernel(*inputs.values(), **({"scaling": scaling} if kernel.spec.contract.scaling else {}))
+    results = result if isinstance(result, tuple) else (result,)
+    outputs = {
+        operand.name: value
+        for operand, value in zip(kernel.spec.contract.outputs_of(kernel.spec), results, strict=True)
+    }
+    assert worst_error(kernel.spec, outputs, definition(kernel.spec, inputs, scaling))[1] is None
+
+
+def test_y_may_be_written_over_base_and_leading_dimensions_stay(gpu: Gpu) -> None:
+    kernel = doratune.load_kernel("lora_compose", d_out=1024, d_in=64, rank=64, tokens=600)
+    inputs, scaling = make_inputs(kernel.spec, 600, device="cuda")
+    expected = kernel(*inputs.values(), scaling=scaling)
+    shaped = {name: t.view(2, 300, -1) if name in ("base", "h") else t for name, t in inputs.items()}
+    result = kernel(**shaped, scaling=scaling, out=shaped["base"])
+    assert isinstance(result, torch.Tensor)
+    assert result.data_ptr() == inputs["base"].data_ptr()
+    assert result.shape == (2, 300, 1024)
+    assert torch.equal(result.view(600, 1024), expected)  # type: ignore[arg-type]
+
+
+def test_memory_that_is_not_16_byte_aligned_is_right() -> None:
+    kernel = doratune.load_kernel("compose_forward", d_out=1024, d_in=64, rank=64, tokens=64)
+    inputs, scaling = make_inputs(kernel.spec, 64, device="cuda")
+    buffer = torch.empty(64 * 1024 + 1, dtype=torch.bfloat16, device="cuda")
+    shifted = buffer[1:].view(64, 1024).copy_(inputs["base"])
+    assert shifted.data_ptr() % 16
+    result = kernel(shifted, inputs["lora"], inputs["g"], scaling=scaling)
+    assert torch.equal(result, kernel(**inputs, scaling=scaling))  # type: ignore[arg-type]
+
+
+def test_more_than_two_to_the_31_elements_are_right() -> None:
+    tokens, d_out = 530_000, 4096
+    assert tokens * d_out > 2**31
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    g = torch.rand(d_out, device="cuda")
+    base = torch.randn(tokens, d_out, device="cuda", dtype=torch.bfloat16)
+    rows = torch.tensor([0, 1, tokens // 2, tokens - 2, tokens - 1], device="cuda")
+    kept = base[rows].clone()
+    for op in ("compose_forward", "lora_compose", "compose_backward"):
+        base[rows] = kept
+        kernel = doratune.load_kernel(op, d_out=d_out, d_in=64, rank=16, tokens=tokens)
+        inputs, scaling = make_inputs(kernel.spec, 1, case="random", device="cuda")
+        if op == "lora_compose":
+            h = torch.randn(tokens, 16, device="cuda", dtype=torch.bfloat16)
+            given = {"base": base, "h": h, "lora_B": inputs["lora_B"], "g": g}
+            few = {**given, "base": kept, "h": h[rows]}
+        else:
+            names = ("base", "lora") if op == "compose_forward" else ("dy", "inner")
+            given = {names[0]: base, names[1]: base, "g": g}
+            few = {names[0]: kept, names[1]: kept, "g": g}
+        result = kernel(**given, out=base, **({"scaling": scaling} if kernel.spec.contract.scaling else {}))
+        first = result[0] if isinstance(result, tuple) else result
+        exact = definition(kernel.spec, few, scaling)
+        name = kernel.spec.contract.outputs[0].name
+        assert worst_error(kernel.spec, {name: first[rows]}, {name: exact[name]})[1] is None, op

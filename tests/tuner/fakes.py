@@ -1,0 +1,120 @@
+"""A search without compiler and GPU: candidates "compile" at once and cost what a formula says.
+
+Run as a script, it is a tuning run for the tests to kill; it logs every evaluation, a line each, in the folder given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from doratune.cache.entry import MEASURED, Environment, Evaluation
+from doratune.cache.store import Store
+from doratune.codegen.gpu import Gpu, find_gpu
+from doratune.codegen.render import Source
+from doratune.codegen.spec import Config, KernelSpec
+from doratune.tuner import search
+from doratune.tuner.evaluation import Evaluator, Resources, floor_us
+
+Cost = Callable[[KernelSpec, Config], float]
+GPU = find_gpu("h200")
+COMPILED = (Resources("fake_kernel", 64, 0, 1024, 4),)
+
+
+class FakePool:
+    """Stands in for the compile pool; ``crashing`` names configs whose compile fails, ``submitted`` what came."""
+
+    crashing: Callable[[Config], Exception | None] = staticmethod(lambda config: None)
+
+    def __init__(self, gpu: Gpu, jobs: int | None = None) -> None:
+        self.jobs = 1
+
+    def submit(self, source: Source) -> Future[tuple[Resources, ...]]:
+        future: Future[tuple[Resources, ...]] = Future()
+        error = type(self).crashing(source.config)
+        if error is None:
+            future.set_result(COMPILED)
+        else:
+            future.set_exception(error)
+        return future
+
+    def wait(self, futures: Collection[Future[tuple[Resources, ...]]], seconds: float = 0.0) -> None:
+        raise AssertionError("every compile is done at once")
+
+    def close(self) -> None:
+        pass
+
+
+class FakeEvaluator(Evaluator):
+    """Costs by ``cost``; keeps what it evaluated in order, and in ``log`` when given."""
+
+    provenance = MEASURED
+
+    def __init__(self, cost: Cost, log: Path | None = None, pause: float = 0.0) -> None:
+        self.gpu = GPU
+        self.cost = cost
+        self.log = log
+        self.pause = pause
+        self.evaluated: list[tuple[KernelSpec, Config]] = []
+        self.closed = False
+
+    def environment(self) -> Environment:
+        return Environment(gpu="h200", architecture="sm_90", triton="0.0", gpu_name="fake")
+
+    def evaluate(self, source: Source, compiled: Sequence[Resources]) -> Evaluation:
+        self.evaluated.append((source.spec, source.config))
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(f"{source.spec} {source.config}\n")
+        time.sleep(self.pause)
+        us = self.cost(source.spec, source.config)
+        return Evaluation(MEASURED, us=us, floor_us=floor_us(source.spec, GPU), samples_us=(us, us))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def steps_from(target: Config) -> Callable[[KernelSpec, Config], float]:
+    """A cost far off the floor with one optimum: 2 % more for each doubling that a parameter is off ``target``."""
+
+    def cost(spec: KernelSpec, config: Config) -> float:
+        wanted, given = target.to_dict(), config.to_dict()
+        if wanted.pop("variant") != given.pop("variant"):
+            return 20_000.0
+        return 10_000.0 * (1.0 + 0.02 * sum(abs(math.log2(given[name] / value)) for name, value in wanted.items()))
+
+    return cost
+
+
+FORWARD = Config.create("tile", block_t=2, block_n=128, num_warps=1, num_stages=2)
+
+
+def forward_spec(tokens: int, d_out: int = 4096) -> KernelSpec:
+    return KernelSpec.create("compose_forward", d_out=d_out, tokens=tokens, dtype="bf16", gpu="h200")
+
+
+SPECS = [forward_spec(tokens) for tokens in (1024, 2048, 4096)]
+TRIALS = 12
+
+
+def run(folder: Path) -> None:
+    search.CompilePool = FakePool  # type: ignore[misc, assignment]
+    with Store.open(folder / "store.sqlite", create=True) as store:
+        result = search.tune(
+            SPECS,
+            evaluator=FakeEvaluator(steps_from(FORWARD), folder / "log", pause=0.05),
+            store=store,
+            gpu=GPU,
+            trials=TRIALS,
+            study_storage=f"sqlite:///{folder / 'studies.sqlite'}",
+        )
+    print(json.dumps({"stopped": result.stopped, "outcomes": [row.outcome for row in result.rows]}))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))

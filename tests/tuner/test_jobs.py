@@ -1,0 +1,160 @@
+"""Property: the plan of a model holds each kernel that DoRA on it runs, once, in an order that never changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from doratune.codegen.gpu import UnknownGpuError
+from doratune.codegen.ops import OPS
+from doratune.codegen.spec import TOKEN_BUCKETS, KernelSpec, bucket_tokens
+from doratune.errors import UsageError
+from doratune.tuner.jobs import plan_jobs
+from doratune.tuner.models import Model, Projection, find_model, list_models
+
+LLAMA = find_model("llama-3.1-8b")
+QWEN = find_model("qwen2.5-7b")
+
+
+def test_llama_8b_at_one_rank_has_94_jobs() -> None:
+    jobs = plan_jobs(LLAMA, ranks=[384], gpu="h200")
+    assert Counter(job.op for job in jobs) == {
+        "weight_norm": 4,
+        "lora_compose": 30,
+        "compose_forward": 30,
+        "compose_backward": 30,
+    }
+    norms = [(job.d_out, job.d_in) for job in jobs if job.op == "weight_norm"]
+    assert norms == [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096)]
+
+
+def test_a_job_prints_as_a_spec_of_its_own_fields_alone() -> None:
+    jobs = plan_jobs(LLAMA, ranks=[384], tokens=[4000], gpu="H200", adapter_dtype="fp32")
+    assert [str(job) for job in jobs if job.d_out == 4096] == [
+        "weight_norm/d_out=4096/d_in=4096/rank=384/weight=bf16/adapter=fp32@h200",
+        "weight_norm/d_out=4096/d_in=14336/rank=384/weight=bf16/adapter=fp32@h200",
+        "lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=fp32@h200",
+        "compose_forward/d_out=4096/tokens=4096/activation=bf16@h200",
+        "compose_backward/d_out=4096/tokens=4096/activation=bf16@h200",
+    ]
+
+
+def test_adapters_have_the_models_dtype_unless_told_otherwise() -> None:
+    assert {job.adapter for job in plan_jobs(LLAMA, ranks=[8], dtype="fp16", gpu="sm_90")} == {"fp16", ""}
+
+
+def test_a_second_rank_adds_only_kernels_that_depend_on_the_rank() -> None:
+    one = set(plan_jobs(LLAMA, ranks=[8], gpu="h200"))
+    two = set(plan_jobs(LLAMA, ranks=[8, 64], gpu="h200"))
+    assert one < two
+    assert {(job.op, job.rank) for job in two - one} == {("weight_norm", 64), ("lora_compose", 64)}
+    assert len(two - one) == 34
+
+
+def test_biased_and_unbiased_projections_of_one_width_are_two_jobs() -> None:
+    jobs = plan_jobs(QWEN, ranks=[16], tokens=[1], gpu="h200")
+    for op in ("lora_compose", "compose_forward", "compose_backward"):
+        # q_proj (3584) has a bias, o_proj and down_proj (3584) have none; k and v (512) have one, gate and up none.
+        assert [(job.d_out, job.bias) for job in jobs if job.op == op] == [
+            (512, True),
+            (3584, False),
+            (3584, True),
+            (18944, False),
+        ]
+    assert not any(job.bias for job in jobs if job.op == "weight_norm")
+
+
+@pytest.mark.parametrize("model", list_models(), ids=lambda model: model.name)
+def test_every_listed_model_plans_and_covers_its_projections(model: Model) -> None:
+    jobs = set(plan_jobs(model, ranks=[16], adapter_dtype="fp32", gpu="mi300x"))
+    for p in model.projections:
+        fields = {"d_out": p.d_out, "d_in": p.d_in, "rank": 16, "dtype": "bf16", "adapter": "fp32", "gpu": "mi300x"}
+        assert KernelSpec.create("weight_norm", **fields) in jobs
+        for tokens in TOKEN_BUCKETS:
+            for op in ("lora_compose", "compose_forward", "compose_backward"):
+                assert KernelSpec.create(op, tokens=tokens, bias=p.bias, **fields) in jobs
+
+
+projections = st.builds(
+    Projection,
+    name=st.just("p"),
+    d_out=st.sampled_from([64, 128, 4096]),
+    d_in=st.sampled_from([64, 128]),
+    bias=st.booleans(),
+    count=st.just(1),
+)
+
+
+@given(
+    st.lists(projections, min_size=1, max_size=6),
+    st.lists(st.integers(1, 512), min_size=1, max_size=4, unique=True),
+    st.lists(st.integers(1, 40000), min_size=1, max_size=5),
+    st.randoms(use_true_random=False),
+)
+def test_the_plan_is_sorted_distinct_and_blind_to_the_order_of_its_inputs(
+    layers: list[Projection], ranks: list[int], tokens: list[int], random: Any
+) -> None:
+    jobs = plan_jobs(Model("m", "", 1, tuple(layers)), ranks=ranks, tokens=tokens, gpu="h200")
+    assert len(set(jobs)) == len(jobs)
+    order = [(list(OPS).index(job.op), job.d_out, job.tokens) for job in jobs]
+    assert order == sorted(order)
+    found = Counter(job.op for job in jobs)
+    widths, buckets = {(p.d_out, p.bias) for p in layers}, {bucket_tokens(count) for count in tokens}
+    assert found["weight_norm"] == len({(p.d_out, p.d_in) for p in layers}) * len(ranks)
+    assert found["lora_compose"] == len(widths) * len(buckets) * len(ranks)
+    assert found["compose_forward"] == found["compose_backward"] == len(widths) * len(buckets)
+    for values in (layers, ranks, tokens):
+        random.shuffle(values)
+    assert plan_jobs(Model("m", "", 1, tuple(layers)), ranks=ranks, tokens=tokens, gpu="h200") == jobs
+
+
+def test_only_the_wanted_operations_are_planned() -> None:
+    jobs = plan_jobs(LLAMA, ranks=[8], ops=["compose_backward", "weight_norm"], tokens=[1], gpu="h200")
+    assert list(dict.fromkeys(job.op for job in jobs)) == ["weight_norm", "compose_backward"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": []}, "no rank given: give at least one, such as 384"),
+        ({"ranks": [0]}, "rank 0: a rank is an integer of at least 1, such as 384"),
+        ({"ranks": [8, -8]}, "rank -8: a rank is an integer of at least 1, such as 384"),
+        ({"ranks": [True]}, "rank True: a rank is an integer of at least 1, such as 384"),
+        ({"ranks": [8.0]}, "rank 8.0: a rank is an integer of at least 1, such as 384"),
+        ({"ranks": ["8"]}, "rank '8': a rank is an integer of at least 1, such as 384"),
+        ({"ranks": [float("nan")]}, "rank nan: a rank is an integer of at least 1, such as 384"),
+        ({"ranks": [8, 16, 8]}, "rank 8 is given more than once: name each rank once"),
+        ({"ranks": 8}, "ranks=8: give a list of ranks, such as [384]"),
+        ({"ranks": "384"}, "ranks='384': give a list of ranks, such as [384]"),
+        ({"dtype": "bf8"}, "unsupported dtype 'bf8'; did you mean bf16? (use one of bf16, fp16, fp32)"),
+        ({"adapter_dtype": "int8"}, "unsupported adapter dtype 'int8' (use one of bf16, fp16, fp32)"),
+        ({"adapter_dtype": "fp16"}, "adapter dtype fp16 with bf16 weights: use bf16 or fp32"),
+        (
+            {"adapter_dtype": "fp16", "ops": ["compose_forward"]},
+            "adapter dtype fp16 with bf16 weights: use bf16 or fp32",
+        ),
+        ({"ops": "lora"}, f"ops='lora': give a list of operations out of {', '.join(OPS)}, or None for all"),
+        ({"ops": []}, f"ops=[]: give a list of operations out of {', '.join(OPS)}, or None for all"),
+        (
+            {"ops": ["weight_nrm"]},
+            f"unknown operation 'weight_nrm'; did you mean weight_norm? (known: {', '.join(OPS)})",
+        ),
+        ({"tokens": []}, "no token count given: give at least one, or None for every bucket"),
+        ({"tokens": "16"}, "tokens='16': give a list of token counts, such as [1, 4096]"),
+        ({"tokens": 16}, "tokens=16: give a list of token counts, such as [1, 4096]"),
+        ({"tokens": [0]}, "tokens=0: the number of tokens must be an integer of at least 1"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_the_remedy(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan_jobs(LLAMA, **{"ranks": [384], "gpu": "h200", **changes})
+    assert str(caught.value) == message
+
+
+def test_an_unknown_gpu_is_refused() -> None:
+    with pytest.raises(UnknownGpuError, match="unknown GPU 'h2000'; did you mean h200"):
+        plan_jobs(LLAMA, ranks=[8], gpu="h2000")

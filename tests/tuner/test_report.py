@@ -1,0 +1,79 @@
+"""A report says for every entry what it is and how its time is known; nothing predicted passes for measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
+from doratune.codegen.spec import Config, KernelSpec
+from doratune.tuner.report import report_json, report_table
+
+CONFIG = Config.create("tile", block_t=4, block_n=1024, num_warps=4, num_stages=2)
+ENTRY = Entry(
+    spec=KernelSpec.create("compose_forward", d_out=4096, tokens=512, dtype="fp16", gpu="h200"),
+    config=CONFIG,
+    template_digest="t",
+    source_digest="s",
+    source="",
+    evaluation=Evaluation(PREDICTED, us=12.34, floor_us=9.0, registers=40, spills=0, shared_bytes=4096),
+    environment=Environment("h200", "sm_90", "3.7.1"),
+)
+NORM = replace(
+    ENTRY,
+    spec=KernelSpec.create("weight_norm", d_out=4096, d_in=1024, rank=16, dtype="bf16", adapter="fp32", gpu="h200"),
+    evaluation=Evaluation(MEASURED, us=5.0, floor_us=4.0),
+)
+
+
+def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> None:
+    document = json.loads(report_json([ENTRY, NORM], model="llama-8b", gpu="h200", store="/s"))
+    rows = document.pop("rows")
+    assert document == {"schema": 1, "model": "llama-8b", "gpu": "h200", "store": "/s"}
+    assert rows[0] == {
+        "op": "compose_forward",
+        "spec": str(ENTRY.spec),
+        "d_out": 4096,
+        "d_in": None,
+        "rank": None,
+        "tokens": 512,
+        "dtype": "fp16",
+        "variant": "tile",
+        "config": str(CONFIG),
+        "registers": 40,
+        "spills": 0,
+        "shared_bytes": 4096,
+        "us": 12.34,
+        "floor_us": 9.0,
+        "provenance": "predicted",
+    }
+    assert list(rows[1]) == list(rows[0])
+    assert (rows[1]["d_in"], rows[1]["tokens"], rows[1]["dtype"], rows[1]["registers"]) == (1024, None, "bf16", None)
+    assert KernelSpec.parse(rows[1]["spec"]) == NORM.spec
+    assert Config.parse(rows[0]["config"]) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ([ENTRY], "times predicted by a model, not measured"),
+        ([NORM], "times measured"),
+        ([ENTRY, NORM], "not all times are measured"),
+        ([], "no kernels"),
+    ],
+)
+def test_the_title_says_how_the_times_are_known(entries: list[Entry], says: str) -> None:
+    assert says in str(report_table(entries, model="llama-8b", gpu="h200").title)
+
+
+def test_the_table_shows_shapes_resources_and_times() -> None:
+    console = Console(width=200, record=True, quiet=True)
+    with console.capture() as captured:
+        console.quiet = False
+        console.print(report_table([ENTRY, NORM], model="llama-8b", gpu="h200"))
+    text = captured.get()
+    for part in ("4096x1024, r 16", "40/0/4096", "-/-/-", "12.3", "9.0", "512", "predicted", "measured"):
+        assert part in text

@@ -1,0 +1,345 @@
+"""A search ends with the best config it could find in the store, whatever happens on the way.
+
+Seeds go first; refused configs reach neither compiler nor evaluator, rejected ones never win; nothing is evaluated
+twice; a run that is killed, interrupted or out of time goes on later where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import optuna
+import pytest
+
+from doratune.cache.entry import MEASURED, PREDICTED
+from doratune.cache.store import Store
+from doratune.codegen.compile import CompileError
+from doratune.codegen.render import render
+from doratune.codegen.spec import Config, KernelSpec
+from doratune.codegen.variants import check_config
+from doratune.errors import DoratuneError, UsageError
+from doratune.tuner import search
+from doratune.tuner.effort import EFFORTS, STANDARD, find_effort
+from doratune.tuner.evaluation import Rejected
+from doratune.tuner.search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
+from doratune.tuner.space import Space
+from doratune.tuner.studies import open_study_storage, release
+
+from .fakes import FORWARD, GPU, SPECS, TRIALS, FakeEvaluator, FakePool, forward_spec, steps_from
+
+BACKWARD_SPEC = KernelSpec.create("compose_backward", d_out=4096, tokens=4096, dtype="bf16", gpu="h200")
+ONE = SPECS[:1]
+
+Tune = Callable[..., TuneResult]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "store.sqlite", create=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def tune(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Tune:
+    monkeypatch.setattr(search, "CompilePool", FakePool)
+    monkeypatch.setattr(FakePool, "crashing", staticmethod(lambda config: None))
+
+    def run(specs: list[KernelSpec], evaluator: FakeEvaluator, **options: object) -> TuneResult:
+        url = f"sqlite:///{tmp_path / 'studies.sqlite'}"
+        return search.tune(specs, evaluator=evaluator, store=store, gpu=GPU, **{"study_storage": url, **options})
+
+    return run
+
+
+@pytest.mark.parametrize(("block_t", "block_n", "num_warps"), [(2, 128, 1), (8, 256, 8), (1, 2048, 2), (16, 64, 4)])
+def test_the_planted_optimum_of_a_small_space_is_found(tune: Tune, block_t: int, block_n: int, num_warps: int) -> None:
+    # 60 of 168 configs: drawn by chance, the four optima would all be found in one of sixty runs.
+    target = Config.create("tile", block_t=block_t, block_n=block_n, num_warps=num_warps, num_stages=2)
+    result = tune(ONE, FakeEvaluator(steps_from(target)), effort=EFFORTS["full"], trials=60)
+    assert result.rows[0].entry is not None
+    assert result.rows[0].entry.config == target
+
+
+def test_the_sampler_beats_the_first_configs_and_chance_in_a_large_space(tune: Tune) -> None:
+    space = Space(BACKWARD_SPEC, GPU)
+    target = Config.create(
+        "columns", block_n=256, block_t=1, chunk=16, reduce_c=8, reduce_n=128, num_warps=2, num_stages=3
+    )
+    cost = steps_from(target)
+    evaluator = FakeEvaluator(cost)
+    result = tune([BACKWARD_SPEC], evaluator, effort=EFFORTS["full"], trials=110)
+    entry = result.rows[0].entry
+    assert entry is not None
+    found = cost(BACKWARD_SPEC, entry.config)
+    chance = random.Random(0)
+    drawn = (space.draw(chance) for _ in range(len(evaluator.evaluated)))
+    by_chance = min(cost(BACKWARD_SPEC, config) for config in drawn if space.refuse(config) is None)
+    known = len(space.seeds) + EFFORTS["full"].shortlist
+    first = min(cost(spec, config) for spec, config in evaluator.evaluated[:known])
+    assert found < by_chance
+    assert found < first
+
+
+def test_seeds_are_evaluated_first_and_in_turn_over_the_variants(tune: Tune) -> None:
+    spec = KernelSpec.create("lora_compose", d_out=4096, rank=64, tokens=4096, dtype="bf16", adapter="bf16", gpu="h200")
+    seeds = Space(spec, GPU).seeds
+    evaluator = FakeEvaluator(steps_from(seeds[0]))
+    tune([spec], evaluator)
+    assert [config for _, config in evaluator.evaluated[: len(seeds)]] == list(seeds)
+    assert len({config.variant for config in seeds[:2]}) == 2
+
+
+def test_refused_configs_reach_no_evaluator_and_repeated_ones_only_once(tune: Tune) -> None:
+    target = Config.create(  # itself refused, so the sampler is drawn to refused configs
+        "columns", block_n=2048, block_t=16, chunk=1, reduce_c=64, reduce_n=128, num_warps=1, num_stages=1
+    )
+    evaluator = FakeEvaluator(steps_from(target))
+    tune([BACKWARD_SPEC], evaluator, trials=50)
+    configs = [config for _, config in evaluator.evaluated]
+    assert len(configs) > 20
+    assert [config for config in configs if check_config(BACKWARD_SPEC, config, GPU) is not None] == []
+    assert max(Counter(configs).values()) == 1
+
+
+def test_a_rejected_config_never_wins_however_fast_it_would_be(tune: Tune) -> None:
+    def cost(spec: KernelSpec, config: Config) -> float:
+        if config.num_warps > 1:
+            raise Rejected("inaccurate: y is off")
+        return steps_from(FORWARD)(spec, config)
+
+    result = tune(ONE, FakeEvaluator(cost))
+    assert result.rows[0].entry is not None
+    assert result.rows[0].entry.config.num_warps == 1
+
+
+def test_a_spec_whose_every_config_is_rejected_fails_with_the_reason_and_stores_nothing(
+    tune: Tune, store: Store
+) -> None:
+    def cost(spec: KernelSpec, config: Config) -> float:
+        raise Rejected("inaccurate: y is off")
+
+    result = tune(SPECS[:2], FakeEvaluator(cost))
+    assert [row.outcome for row in result.rows] == [FAILED, FAILED]
+    assert "y is off" in result.rows[0].note
+    assert store.get(SPECS[0]) is None
+
+
+def test_a_candidate_whose_compile_crashes_does_not_end_the_run(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crashing(config: Config) -> Exception | None:
+        return CompileError("the compiler crashed") if config.num_warps == FORWARD.num_warps else None
+
+    monkeypatch.setattr(FakePool, "crashing", staticmethod(crashing))
+    evaluator = FakeEvaluator(steps_from(FORWARD))
+    result = tune(ONE, evaluator)
+    assert result.rows[0].outcome == TUNED
+    assert result.rows[0].entry is not None
+    assert result.rows[0].entry.config.num_warps != FORWARD.num_warps
+    assert all(config.num_warps != FORWARD.num_warps for _, config in evaluator.evaluated)
+
+
+def test_a_run_is_repeatable(tune: Tune, store: Store, tmp_path: Path) -> None:
+    orders = []
+    for name in ("a", "b"):
+        evaluator = FakeEvaluator(steps_from(FORWARD))
+        tune(SPECS, evaluator, study_storage=f"sqlite:///{tmp_path / name}")
+        orders.append(evaluator.evaluated)
+        for spec in SPECS:
+            store.remove(spec)
+    assert orders[0] == orders[1]
+    assert len(orders[0]) > 3 * len(Space(SPECS[0], GPU).seeds)
+
+
+def test_the_winner_of_one_token_bucket_is_tried_at_once_on_the_next(tune: Tune) -> None:
+    evaluator = FakeEvaluator(steps_from(FORWARD))
+    result = tune(SPECS[:2], evaluator)
+    winner = result.rows[0].entry
+    assert winner is not None
+    seeds = len(Space(SPECS[1], GPU).seeds)
+    second = [config for spec, config in evaluator.evaluated if spec == SPECS[1]]
+    assert winner.config in second[: seeds + 1]
+
+
+def test_the_entry_says_what_it_was_tuned_with(tune: Tune, store: Store) -> None:
+    evaluator = FakeEvaluator(steps_from(FORWARD))
+    tune(ONE, evaluator)
+    entry = store.get(ONE[0])
+    assert entry is not None
+    source = render(ONE[0], entry.config)
+    assert (entry.source, entry.source_digest) == (source.text, source.digest)
+    assert entry.evaluation.trials == len(evaluator.evaluated)
+    assert entry.evaluation.us == min(evaluator.cost(*tried) for tried in evaluator.evaluated)
+    assert entry.evaluation.samples_us == (entry.evaluation.us,) * 2
+    assert entry.environment == evaluator.environment()
+    assert evaluator.closed
+
+
+def test_a_kernel_at_its_floor_is_not_searched_further(tune: Tune) -> None:
+    evaluator = FakeEvaluator(lambda spec, config: 1.001 * GPU.floor_us(3 * 2 * spec.d_out * spec.tokens, 0, "bf16"))
+    result = tune(ONE, evaluator)
+    assert result.rows[0].note == "at the floor"
+    assert len(evaluator.evaluated) < STANDARD.measure.trials
+
+
+def test_a_second_run_keeps_what_is_there_and_more_effort_goes_on_from_the_trials(tune: Tune) -> None:
+    first, second, third = (FakeEvaluator(steps_from(FORWARD)) for _ in range(3))
+    tune(SPECS, first)
+    again = tune(SPECS, second)
+    assert [row.outcome for row in again.rows] == [KEPT] * 3
+    assert all(row.kept and row.entry is not None for row in again.rows)
+    assert second.evaluated == []
+    tune(SPECS, third, effort=EFFORTS["full"])
+    assert third.evaluated != []
+    assert not set(third.evaluated) & set(first.evaluated)
+
+
+def test_every_level_of_effort_searches_what_the_level_before_left() -> None:
+    levels = list(EFFORTS.values())
+    for low, high in itertools.pairwise(levels):
+        for provenance in (MEASURED, PREDICTED):
+            assert low.budget(provenance).trials < high.budget(provenance).patience
+
+
+@pytest.mark.parametrize(("change", "searched"), [("template", True), ("worse", True), ("better", False)])
+def test_an_entry_is_replaced_when_its_template_changed_or_its_provenance_is_worse(
+    tune: Tune, store: Store, change: str, searched: bool
+) -> None:
+    tune(ONE, FakeEvaluator(steps_from(FORWARD)))
+    entry = store.get(ONE[0])
+    assert entry is not None
+    store.remove(ONE[0])
+    if change == "template":
+        entry = replace(entry, template_digest="0" * 64)
+    if change == "worse":
+        entry = replace(entry, evaluation=replace(entry.evaluation, provenance=PREDICTED))
+    store.put(entry)
+    evaluator = FakeEvaluator(steps_from(FORWARD))
+    if change == "better":
+        evaluator.provenance = PREDICTED  # type: ignore[misc]
+    result = tune(ONE, evaluator, trials=160)
+    assert (result.rows[0].outcome != KEPT) == searched
+
+
+def test_a_changed_search_space_starts_a_new_study(tune: Tune, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    first, second = FakeEvaluator(steps_from(FORWARD)), FakeEvaluator(steps_from(FORWARD))
+    tune(ONE, first)
+    store.remove(ONE[0])
+    monkeypatch.setattr("doratune.tuner.space.template_digest", lambda op, variant: "changed")
+    tune(ONE, second)
+    assert second.evaluated[0] == first.evaluated[0]
+
+
+def test_the_time_limit_stores_nothing_unsettled_and_leaves_the_rest_for_later(
+    tune: Tune, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def cost(spec: KernelSpec, config: Config) -> float:
+        nonlocal now
+        now += 1.0
+        return steps_from(FORWARD)(spec, config)
+
+    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: now))
+    slow = FakeEvaluator(cost)
+    specs = [forward_spec(4096, d_out) for d_out in (512, 1024, 2048)]
+    result = tune(specs, slow, timeout=2.5)
+    assert result.stopped == "timeout"
+    assert {row.outcome for row in result.rows} == {UNFINISHED}
+    assert store.entries() == []
+    rest = FakeEvaluator(steps_from(FORWARD))
+    assert [row.outcome for row in tune(specs, rest).rows] == [TUNED] * 3
+    assert len(slow.evaluated) == 3
+    assert not set(rest.evaluated) & set(slow.evaluated)
+
+
+def test_a_search_cut_short_after_its_seeds_stores_its_best_but_stays_open(tune: Tune, store: Store) -> None:
+    seeds = len(Space(ONE[0], GPU).seeds)
+    evaluator = FakeEvaluator(steps_from(FORWARD))
+
+    def cost(spec: KernelSpec, config: Config) -> float:
+        if len(evaluator.evaluated) > seeds:
+            os.kill(os.getpid(), signal.SIGINT)
+        return steps_from(FORWARD)(spec, config)
+
+    evaluator.cost = cost
+    result = tune(ONE, evaluator, trials=40)
+    assert result.stopped == "interrupt"
+    assert result.rows[0].outcome == PARTIAL
+    assert store.get(ONE[0]) is not None
+    more = FakeEvaluator(steps_from(FORWARD))
+    assert tune(ONE, more, trials=40).rows[0].outcome == TUNED
+    assert not set(more.evaluated) & set(evaluator.evaluated)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_ended_in_the_middle_goes_on_where_it_was(tmp_path: Path, number: signal.Signals) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, str(Path(__file__).with_name("fakes.py")), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    # In the middle of the second of three specs.
+    while not log.exists() or sum(str(SPECS[1]) in line for line in log.read_text().splitlines()) < 3:
+        assert started.poll() is None, started.stderr and started.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started.send_signal(number)
+    output, errors = started.communicate(timeout=30)
+    assert "Traceback" not in errors
+    if number != signal.SIGKILL:
+        assert started.returncode == 0
+        assert json.loads(output)["stopped"] == "interrupt"
+        assert json.loads(output)["outcomes"][0] == TUNED
+    with Store.open(tmp_path / "store.sqlite") as store:
+        assert store.get(SPECS[0]) is not None
+    before = log.read_text().splitlines()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(again.stdout)["outcomes"] == [KEPT, TUNED, TUNED]
+    after = log.read_text().splitlines()[len(before) :]
+    assert not any(str(SPECS[0]) in line for line in after)
+    repeated = Counter(before + after)
+    twice = [line for line, count in repeated.items() if count > 1]
+    assert len(twice) <= (1 if number == signal.SIGKILL else 0)  # the one under way when it was killed
+    for spec in SPECS:
+        assert sum(line.startswith(str(spec)) for line in repeated) <= TRIALS
+    storage = open_study_storage(f"sqlite:///{tmp_path / 'studies.sqlite'}")
+    summaries = optuna.get_all_study_summaries(storage)
+    states = {t.state for s in summaries for t in optuna.load_study(study_name=s.study_name, storage=storage).trials}
+    release(storage)
+    assert len(summaries) == 3
+    assert states == {optuna.trial.TrialState.COMPLETE}
+
+
+def test_the_study_storage_is_a_wal_file_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
+    storage = open_study_storage()
+    with storage.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 1
+    release(storage)
+    assert [path.name for path in (tmp_path / "home").glob("studies.sqlite")] == ["studies.sqlite"]
+    assert list((tmp_path / "home").glob(".*")) == []
+
+
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:////proc/nowhere/studies.sqlite"])
+def test_an_unusable_study_storage_is_explained(url: str) -> None:
+    with pytest.raises(DoratuneError, match=r"cannot be made|check the URL"):
+        open_study_storage(url)
+
+
+def test_unknown_efforts_and_empty_budgets_are_refused() -> None:
+    with pytest.raises(UsageError, match="did you mean standard"):
+        find_effort("standart")
+    with pytest.raises(UsageError, match="at least 1"):
+        STANDARD.measure.with_trials(0)

@@ -1,0 +1,152 @@
+"""Compiles run in other processes: equal code is compiled once, and a crash or a kill stays contained."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from doratune.codegen.compile import OverLimitError
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.render import Source, render
+from doratune.codegen.spec import Config, KernelSpec
+from doratune.tuner.workers import Compiled, CompilePool, CompilerCrashError
+
+GPU = find_gpu("rtx4090")
+FORWARD = Config.create("tile", block_t=1, block_n=256, num_warps=1, num_stages=2)
+
+
+def forward(tokens: int, config: Config = FORWARD, d_out: int = 512) -> Source:
+    return render(KernelSpec.create("compose_forward", d_out=d_out, tokens=tokens, dtype="bf16", gpu=GPU.slug), config)
+
+
+def settle(pool: CompilePool, *futures: Future[Compiled], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not all(future.done() for future in futures):
+        assert time.monotonic() < deadline
+        pool.wait([future for future in futures if not future.done()])
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[CompilePool]:
+    opened = CompilePool(GPU, jobs=1)
+    yield opened
+    opened.close()
+
+
+def test_a_worker_compiles_although_the_parent_interprets(pool: CompilePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    job = pool.submit(forward(16))
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    settle(pool, job)
+    (kernel,) = job.result()
+    assert (kernel.name, kernel.num_warps, kernel.spills) == ("compose_forward_kernel", 1, 0)
+    assert 0 < kernel.registers <= 255
+
+
+def test_token_buckets_of_one_shape_share_a_compile_and_other_shapes_do_not(pool: CompilePool) -> None:
+    assert pool.submit(forward(16)) is pool.submit(forward(4096))
+    assert pool.submit(forward(16)) is not pool.submit(forward(16, d_out=256))
+
+
+def test_a_kernel_beyond_the_gpu_is_a_typed_failure(pool: CompilePool) -> None:
+    spec = KernelSpec.create(
+        "lora_compose", d_out=512, rank=256, tokens=512, dtype="bf16", adapter="bf16", gpu=GPU.slug
+    )
+    config = Config.create("tile", block_t=128, block_n=128, block_k=64, num_warps=8, num_stages=5)
+    job = pool.submit(render(spec, config))
+    settle(pool, job)
+    with pytest.raises(OverLimitError, match="bytes of shared memory"):
+        job.result()
+
+
+def test_a_compile_that_kills_its_worker_is_rejected_and_the_others_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    real = triton.knobs.nvidia.ptxas.path
+    assembler = tmp_path / "ptxas"
+    # Eight warps are the mark of the kernel that this assembler does not survive, nor the process that called it.
+    assembler.write_text(
+        f'#!/bin/sh\nfor f in "$@"; do grep -qs -- "reqntid 256" "$f" && kill -9 $PPID\ndone\nexec {real} "$@"\n'
+    )
+    assembler.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(assembler))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    crashing = Config.create("tile", block_t=1, block_n=512, num_warps=8, num_stages=2)
+    pool = CompilePool(GPU, jobs=2)
+    jobs = [pool.submit(forward(16, config)) for config in (crashing, FORWARD)]
+    settle(pool, *jobs)
+    late = pool.submit(forward(16, d_out=1024))
+    settle(pool, late)
+    pool.close()
+    with pytest.raises(CompilerCrashError, match="crashed"):
+        jobs[0].result()
+    assert jobs[1].result()[0].registers > 0
+    assert late.result()[0].registers > 0
+
+
+PARENT = """
+import time
+from doratune.tuner.workers import CompilePool
+from tests_forward import GPU, source
+if __name__ == "__main__":
+    pool = CompilePool(GPU, jobs=2)
+    jobs = [pool.submit(source(d_out)) for d_out in (256, 512)]
+    pool.wait(jobs, 0.0)
+    print("started", flush=True)
+    time.sleep(60)
+"""
+
+SOURCE = """
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.render import render
+from doratune.codegen.spec import Config, KernelSpec
+GPU = find_gpu("rtx4090")
+def source(d_out):
+    spec = KernelSpec.create("compose_forward", d_out=d_out, tokens=16, dtype="bf16", gpu="rtx4090")
+    return render(spec, Config.parse("tile:block_n=256,block_t=1,num_warps=1,num_stages=2"))
+"""
+
+
+def children(pid: int) -> list[int]:
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "tests_forward.py").write_text(SOURCE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "started\n"
+    deadline = time.monotonic() + 30
+    while len(children(parent.pid)) < 3:  # two workers and multiprocessing's resource tracker
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)  # the workers are up, or about to find their parent gone
+    started = children(parent.pid)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.communicate()
+    deadline = time.monotonic() + 15
+    while any(alive(pid) for pid in started):
+        assert time.monotonic() < deadline, "orphans are left"
+        time.sleep(0.05)

@@ -1,0 +1,92 @@
+"""The outcome of a run as a table: for people with rich, for programs as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from ..cache.entry import MEASURED, PREDICTED, Entry
+
+SCHEMA = 1
+
+_SHAPE = ("d_out", "d_in", "rank", "tokens")
+
+
+def row_of(entry: Entry) -> dict[str, Any]:
+    """One entry as a row of the JSON report; what does not apply to its operation is null. Times are microseconds."""
+    spec, evaluation = entry.spec, entry.evaluation
+    return {
+        "op": spec.op,
+        "spec": str(spec),
+        **{name: getattr(spec, name) or None for name in _SHAPE},
+        "dtype": spec.weight or spec.activation,
+        "variant": entry.config.variant,
+        "config": str(entry.config),
+        "registers": evaluation.registers,
+        "spills": evaluation.spills,
+        "shared_bytes": evaluation.shared_bytes,
+        "us": evaluation.us,
+        "floor_us": evaluation.floor_us,
+        "provenance": evaluation.provenance,
+    }
+
+
+def report(entries: Iterable[Entry], *, model: str, gpu: str, store: str) -> dict[str, Any]:
+    """The whole report: a schema number, the model, GPU slug and store it is about, and a row for each entry."""
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "gpu": gpu,
+        "store": store,
+        "rows": [row_of(entry) for entry in entries],
+    }
+
+
+def report_json(entries: Iterable[Entry], *, model: str, gpu: str, store: str) -> str:
+    """The same as indented JSON text."""
+    return json.dumps(report(entries, model=model, gpu=gpu, store=store), indent=2)
+
+
+def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:
+    """A table of the entries for a terminal; its title says when times are predicted and not measured."""
+    table = Table(title=f"{model} on {gpu}: {_how_known(entries)}")
+    for name in ("op", "shape", "tokens", "variant", "config"):
+        table.add_column(name, overflow="fold")
+    for name in ("reg/spill/smem", "µs", "floor µs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("times")
+    for entry in entries:
+        spec, config, evaluation = entry.spec, entry.config, entry.evaluation
+        shape = "x".join(str(getattr(spec, dim)) for dim in ("d_out", "d_in") if getattr(spec, dim))
+        params = str(config).partition(":")[2].replace(",", " ")
+        used = (evaluation.registers, evaluation.spills, evaluation.shared_bytes)
+        table.add_row(
+            spec.op,
+            shape + (f", r {spec.rank}" if spec.rank else ""),
+            str(spec.tokens) if spec.tokens else "",
+            config.variant,
+            params,
+            "/".join("-" if value is None else str(value) for value in used),
+            _us(evaluation.us),
+            _us(evaluation.floor_us),
+            evaluation.provenance,
+        )
+    return table
+
+
+def _how_known(entries: Sequence[Entry]) -> str:
+    found = {entry.evaluation.provenance for entry in entries}
+    if not found:
+        return "no kernels"
+    if found == {MEASURED}:
+        return "times measured"
+    if found == {PREDICTED}:
+        return "times predicted by a model, not measured"
+    return "not all times are measured, see the last column"
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,375 @@
+"""The search: from specs to winners in the store.
+
+Each spec has one Optuna study (see :mod:`.studies`). Its first configs are the variants' seeds, the winner of the
+nearest token bucket, and the performance model's shortlist; after that Optuna's sampler proposes. Several studies are
+under way at once, so that the workers compile for some while this process evaluates, one candidate at a time, for
+another. Token buckets of one shape follow one another, since a winner mostly holds for its neighbours too.
+
+**What is kept.** A winner is stored as soon as its search ends. A spec is skipped when the store has an entry of the
+same template whose provenance is better, or equal with a finished search of at least this effort: the study says so,
+or, where the study is not at hand, the entry was tuned with at least the effort's patience in trials.
+
+**Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate being evaluated is finished and nothing new is
+begun. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run goes
+on from its trials. A run that is killed loses the candidates under way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from types import FrameType
+
+import optuna
+
+from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Entry
+from ..cache.store import Store
+from ..codegen.gpu import Gpu
+from ..codegen.render import Source, render, template_digest
+from ..codegen.spec import Config, KernelSpec
+from ..codegen.variants import check_config
+from .effort import STANDARD, Budget, Effort
+from .evaluation import Evaluator, Rejected, floor_us
+from .predict import shortlist
+from .progress import SilentProgress
+from .space import Space
+from .studies import (
+    Candidate,
+    KernelStudy,
+    default_study_storage,
+    open_study_storage,
+    quiet,
+    release,
+    searched_with,
+    study_name,
+)
+from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
+
+TUNED, KEPT, PARTIAL, UNFINISHED, FAILED = "tuned", "kept", "partial", "unfinished", "failed"
+
+BEHIND = 1.25
+"""A candidate guessed to take this many times the best guess so far is not compiled."""
+
+_STUDIES_PER_WORKER = 2
+_RANKS = (DEFAULT, PREDICTED, MEASURED)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of one spec.
+
+    ``outcome`` is ``tuned``; ``kept`` (the store had it); ``partial`` (stopped, but the seeds were tried and the best
+    is stored); ``unfinished`` (stopped before that; nothing stored); ``failed`` (every candidate was rejected).
+    ``entry`` is what the store holds for the spec now, None when nothing; ``note`` says why it ended.
+    """
+
+    spec: KernelSpec
+    outcome: str
+    entry: Entry | None
+    note: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the entry was already there."""
+        return self.outcome == KEPT
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The rows of a run in the order of its specs; ``stopped`` is empty, ``timeout`` or ``interrupt``."""
+
+    rows: tuple[Tuned, ...]
+    stopped: str = ""
+
+    def count(self, outcome: str) -> int:
+        """How many specs ended in this way."""
+        return sum(row.outcome == outcome for row in self.rows)
+
+
+def tune(
+    specs: Sequence[KernelSpec],
+    *,
+    evaluator: Evaluator,
+    store: Store,
+    gpu: Gpu,
+    effort: Effort = STANDARD,
+    trials: int | None = None,
+    timeout: float | None = None,
+    jobs: int | None = None,
+    study_storage: str | None = None,
+    progress: SilentProgress | None = None,
+) -> TuneResult:
+    """Find and store the best config of every spec, as far as ``effort`` and ``timeout`` (seconds) allow.
+
+    ``trials`` replaces the effort's number of configs for each kernel. ``jobs`` is the number of compile workers, by
+    default one for each core. ``study_storage`` is a URL for Optuna, by default a SQLite file in the user's folder.
+    The evaluator is closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
+    since the workers import the main module.
+
+    Raises:
+        SpecError: a spec has no variant for this GPU.
+        StoreError, StudyStorageError: a database failed.
+        UsageError: ``trials`` is below 1.
+    """
+    quiet()
+    budget = effort.budget(evaluator.provenance)
+    if trials is not None:
+        budget = budget.with_trials(trials)
+    url = study_storage or default_study_storage()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    pool = CompilePool(gpu, jobs)
+    storage = open_study_storage(url)
+    run = _Run(evaluator, store, gpu, effort, budget, storage, url, pool, progress or SilentProgress())
+    try:
+        with _interruption(run):
+            run.search(list(dict.fromkeys(specs)), deadline)
+    except KeyboardInterrupt:  # a second Ctrl-C: at once
+        run.stopped = "interrupt"
+    finally:
+        run.progress.close()
+        pool.close()
+        evaluator.close()
+        release(storage)
+    return TuneResult(tuple(run.row(spec) for spec in specs), run.stopped)
+
+
+@contextmanager
+def _interruption(run: _Run) -> Iterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop; a second Ctrl-C raises as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        run.stopped = "interrupt"
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in before:
+        signal.signal(number, ask_to_stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Search:
+    """A spec under way: its study and the batch that is being compiled."""
+
+    study: KernelStudy
+    floor_us: float
+    first: Iterator[Config]
+    best_guess: float
+    batch: list[tuple[Candidate, Source, Future[Compiled]]]
+
+    @property
+    def spec(self) -> KernelSpec:
+        return self.study.space.spec
+
+    @property
+    def compiled(self) -> bool:
+        return all(future.done() for _, _, future in self.batch)
+
+
+@dataclass
+class _Run:
+    evaluator: Evaluator
+    store: Store
+    gpu: Gpu
+    effort: Effort
+    budget: Budget
+    storage: optuna.storages.BaseStorage
+    url: str
+    pool: CompilePool
+    progress: SilentProgress
+    stopped: str = ""
+
+    def __post_init__(self) -> None:
+        self._rows: dict[KernelSpec, Tuned] = {}
+        self._deadline: float | None = None
+        self._environment = self.evaluator.environment()
+
+    def row(self, spec: KernelSpec) -> Tuned:
+        return self._rows.get(spec) or Tuned(spec, UNFINISHED, self.store.get(spec), "not begun")
+
+    def search(self, specs: list[KernelSpec], deadline: float | None) -> None:
+        self._deadline = deadline
+        spaces = {spec: Space(spec, self.gpu) for spec in specs}
+        for spec in specs:
+            entry = self._kept(spaces[spec])
+            if entry is not None:
+                self._rows[spec] = Tuned(spec, KEPT, entry, "in the store already")
+        self.progress.start(len(specs), len(self._rows))
+        families: dict[KernelSpec, list[KernelSpec]] = {}
+        for spec in specs:
+            if spec not in self._rows:
+                families.setdefault(_family(spec), []).append(spec)
+        active: dict[KernelSpec, _Search] = {}
+        most = max(2, _STUDIES_PER_WORKER * (self.pool.jobs or default_jobs()))
+        while (families or active) and not self._stopping():
+            # One search at a time in a family, so that its winner is there for the next token bucket.
+            for family in [f for f in families if f not in active][: most - len(active)]:
+                active[family] = self._begin(spaces[families[family].pop(0)])
+                if not families[family]:
+                    del families[family]
+            ready = next((family for family, search in active.items() if search.compiled), None)
+            if ready is None:
+                waiting = [future for search in active.values() for _, _, future in search.batch if not future.done()]
+                self.pool.wait(waiting, POLL_SECONDS)
+                continue
+            search = active.pop(ready)
+            if self._evaluate(search):
+                active[ready] = search  # now the last in line
+        for search in active.values():
+            self._cut_short(search)
+
+    def _stopping(self) -> bool:
+        if not self.stopped and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.stopped = "timeout"
+        return bool(self.stopped)
+
+    def _kept(self, space: Space) -> Entry | None:
+        entry = self.store.get(space.spec)
+        if entry is None or check_config(space.spec, entry.config, self.gpu) is not None:
+            return None
+        if entry.template_digest != template_digest(space.spec.op, entry.config.variant):
+            return None
+        ours, theirs = _RANKS.index(self.evaluator.provenance), _RANKS.index(entry.evaluation.provenance)
+        if theirs != ours:
+            return entry if theirs > ours else None
+        if entry.evaluation.trials >= self.budget.trials:
+            return entry
+        name = study_name(space, self._environment, self.evaluator.provenance)
+        finished = searched_with(self.storage, name, self.url)
+        if finished is None:
+            return entry if entry.evaluation.trials >= self.budget.patience else None
+        return entry if finished >= self.budget.trials else None
+
+    def _begin(self, space: Space) -> _Search:
+        spec = space.spec
+        guesses = {config: self.evaluator.screen(spec, config) for config in space.seeds}
+        known = [guess for guess in guesses.values() if guess is not None]
+        best_guess = min(known, default=float("inf"))
+        seeds = [config for config, guess in guesses.items() if guess is None or guess <= BEHIND * best_guess]
+        floor = floor_us(spec, self.gpu)
+        name = study_name(space, self._environment, self.evaluator.provenance)
+        study = KernelStudy(space, self.storage, name, seeds=seeds, floor_us=floor, url=self.url)
+        neighbour = self._neighbour(spec)
+        first = itertools.chain(
+            seeds, () if neighbour is None else (neighbour,), _lazily(lambda: shortlist(space, self.effort.shortlist))
+        )
+        search = _Search(study, floor, first, best_guess, [])
+        self._show(search)
+        self._fill(search, max(self.effort.batch, len(seeds) + 1))
+        return search
+
+    def _neighbour(self, spec: KernelSpec) -> Config | None:
+        """The winner of the nearest token bucket of the same shape that this run has finished or kept."""
+        found = [
+            (abs(other.tokens.bit_length() - spec.tokens.bit_length()), other.tokens, row.entry.config)
+            for other, row in self._rows.items()
+            if row.entry is not None and other != spec and _family(other) == _family(spec)
+        ]
+        return min(found)[2] if found else None
+
+    def _fill(self, search: _Search, count: int) -> None:
+        """Have the next candidates compiled, at most ``count`` and what the budget leaves."""
+        study = search.study
+        room = min(count, self.budget.trials - len(study.evaluated))
+        while len(search.batch) < room and study.stop(self.budget) is None:
+            known = next(search.first, None)
+            if known is not None:
+                candidate = study.propose(known)
+            else:
+                candidate = study.ask(lambda config: self._behind(search, config))
+            if candidate is not None:
+                source = render(study.space.spec, candidate.config)
+                search.batch.append((candidate, source, self.pool.submit(source)))
+
+    def _behind(self, search: _Search, config: Config) -> float | None:
+        guess = self.evaluator.screen(search.spec, config)
+        if guess is None:
+            return None
+        search.best_guess = min(search.best_guess, guess)
+        return guess if guess > BEHIND * search.best_guess else None
+
+    def _evaluate(self, search: _Search) -> bool:
+        """Evaluate a compiled batch and start the next; return whether the search goes on."""
+        if search.batch:
+            self.evaluator.start(search.spec)
+        while search.batch:
+            if self._stopping():
+                return True
+            candidate, source, future = search.batch.pop(0)
+            error = future.exception()
+            if error is not None:
+                search.study.reject(candidate, str(error))
+                continue
+            try:
+                evaluation = self.evaluator.evaluate(source, future.result())
+            except Rejected as reason:
+                search.study.reject(candidate, str(reason))
+            else:
+                search.study.accept(candidate, evaluation)
+            self._show(search)
+        self._fill(search, self.effort.batch)
+        if search.batch:
+            return True
+        search.study.finish(self.budget)
+        self.evaluator.finish(search.spec)
+        self._close(search, TUNED, search.study.stop(self.budget) or "no configs left")
+        return False
+
+    def _cut_short(self, search: _Search) -> None:
+        study = search.study
+        if study.best is not None and study.seeded(self.budget):
+            self._close(search, PARTIAL, f"stopped after {len(study.evaluated)} trials")
+        else:
+            note = f"stopped after {len(study.evaluated)} trials"
+            self._rows[search.spec] = Tuned(search.spec, UNFINISHED, self.store.get(search.spec), note)
+
+    def _close(self, search: _Search, outcome: str, note: str) -> None:
+        """Store the winner of a search and note the row."""
+        spec, best = search.spec, search.study.best
+        if best is None:
+            outcome, note = FAILED, "every config was rejected: " + (search.study.reasons or ["there is none"])[-1]
+            self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
+        else:
+            config, evaluation = best
+            source = render(spec, config)
+            entry = Entry(
+                spec=spec,
+                config=config,
+                template_digest=template_digest(spec.op, config.variant),
+                source_digest=source.digest,
+                source=source.text,
+                evaluation=replace(evaluation, trials=len(search.study.evaluated)),
+                environment=self._environment,
+                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            )
+            self.store.put(entry)
+            self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
+        self.progress.done(spec, outcome, best[1].us if best else None, search.floor_us)
+
+    def _show(self, search: _Search) -> None:
+        best = search.study.best
+        tried = len(search.study.evaluated)
+        self.progress.current(search.spec, tried, self.budget.trials, best[1].us if best else None, search.floor_us)
+
+
+def _family(spec: KernelSpec) -> KernelSpec:
+    """The spec without its token bucket: same shape, same code."""
+    return replace(spec, tokens=1) if spec.tokens else spec
+
+
+def _lazily(make: Callable[[], Sequence[Config]]) -> Iterator[Config]:
+    yield from make()

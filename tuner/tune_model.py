@@ -1,0 +1,138 @@
+"""One tuning run for a model: plan, choose the evaluator, search, store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..cache.layers import user_store_path
+from ..cache.store import Store
+from ..codegen.gpu import Gpu, find_gpu
+from ..errors import UsageError
+from ..runtime.device import find_device, gpu_of
+from .effort import find_effort
+from .evaluation import Evaluator
+from .jobs import plan_jobs
+from .models import Model, find_model, read_config
+from .predict import PredictEvaluator
+from .progress import SilentProgress
+from .search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult, tune
+
+EVALUATORS = ("auto", "measure", "predict")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``doratune tune`` was asked for; the fields are its options.
+
+    Exactly one of ``model`` and ``config`` is given; no ``ops`` or ``tokens`` means all. ``gpu`` is ``auto`` or a name
+    for :func:`~doratune.codegen.gpu.find_gpu`; ``adapter_dtype`` None means ``dtype``; ``timeout`` is in seconds.
+    """
+
+    model: str | None = None
+    config: Path | None = None
+    ranks: tuple[int, ...] = (384,)
+    dtype: str = "bf16"
+    adapter_dtype: str | None = None
+    ops: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    gpu: str = "auto"
+    evaluator: str = "auto"
+    effort: str = "standard"
+    trials: int | None = None
+    timeout: float | None = None
+    jobs: int | None = None
+    device: str | None = None
+    store: str | None = None
+    study_storage: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """What a run was for and what it gave. ``store`` is the store's location."""
+
+    model: Model
+    gpu: Gpu
+    provenance: str
+    store: str
+    result: TuneResult
+
+    def summary(self) -> str:
+        """What became of the kernels and where they are, in a sentence."""
+        counts = ((self.result.count(outcome), outcome) for outcome in (TUNED, KEPT, PARTIAL, UNFINISHED, FAILED))
+        stopped = {"": "", "timeout": "; the time limit ended the run", "interrupt": "; interrupted"}[
+            self.result.stopped
+        ]
+        again = ": the same command goes on from here" if self.result.stopped else ""
+        return (
+            f"{', '.join(f'{count} {outcome}' for count, outcome in counts if count)} in {self.store}{stopped}{again}"
+        )
+
+
+def tune_model(request: Request, progress: SilentProgress | None = None) -> ModelRun:
+    """Tune every kernel that DoRA on a model's linear projections needs.
+
+    Raises:
+        UsageError: an unknown model or GPU, a malformed config, an invalid option.
+        StoreError, StudyStorageError: a database failed.
+    """
+    if (request.model is None) == (request.config is None):
+        raise UsageError("name either a model (--model llama-8b) or a config (--config path/to/config.json)")
+    model = find_model(request.model) if request.model is not None else read_config(str(request.config))
+    gpu, evaluator = choose_evaluator(request)
+    specs = plan_jobs(
+        model,
+        ranks=request.ranks,
+        dtype=request.dtype,
+        adapter_dtype=request.adapter_dtype,
+        gpu=gpu.slug,
+        ops=request.ops or None,
+        tokens=request.tokens or None,
+    )
+    with Store.open(request.store or user_store_path(), create=True) as store:
+        result = tune(
+            specs,
+            evaluator=evaluator,
+            store=store,
+            gpu=gpu,
+            effort=find_effort(request.effort),
+            trials=request.trials,
+            timeout=request.timeout,
+            jobs=request.jobs,
+            study_storage=request.study_storage,
+            progress=progress,
+        )
+        return ModelRun(model, gpu, evaluator.provenance, store.location, result)
+
+
+def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:
+    """The target GPU and how candidates are judged: measured where the target is the GPU at hand, else predicted.
+
+    Raises:
+        UsageError: measuring was asked for a GPU that is not here, or there is neither a GPU nor a named target.
+    """
+    from .measure import MeasureEvaluator, NoGpuError
+
+    if request.evaluator not in EVALUATORS:
+        raise UsageError(f"unknown evaluator {request.evaluator!r} (known: {', '.join(EVALUATORS)})")
+    here = gpu_of(find_device(request.device or "cuda")) if torch.cuda.is_available() else None
+    if request.gpu == "auto":
+        if here is None and request.evaluator == "measure":
+            raise NoGpuError()
+        if here is None:
+            raise UsageError("no GPU is visible to PyTorch; name the one to tune for, such as --gpu h200")
+        target = here
+    else:
+        target = find_gpu(request.gpu)
+    if request.evaluator == "measure" or (request.evaluator == "auto" and here == target):
+        if here is None:
+            raise NoGpuError()
+        if here != target:
+            raise UsageError(
+                f"cannot measure for {target.slug}: the GPU here is {here.slug}; "
+                "leave --gpu out, or use --evaluator predict"
+            )
+        return target, MeasureEvaluator(target, find_device(request.device or "cuda"))
+    return target, PredictEvaluator(target)
