@@ -1,0 +1,388 @@
+"""``load_kernel`` gives a callable that computes what the contract says, tells where it came from, and takes what was
+tuned: the exact entry, else the nearest, else the architecture's, else the default, and never one it cannot reproduce.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import doratune
+from doratune import load_kernel
+from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
+from doratune.cache.errors import MissingStoreError, NotAStoreError
+from doratune.cache.store import Store
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.ops import OPS
+from doratune.codegen.render import render, template_digest
+from doratune.codegen.spec import Config, KernelSpec, SpecError
+from doratune.codegen.variants import default_config, find_variant
+from doratune.runtime import loader
+from doratune.runtime.device import DeviceError
+from doratune.runtime.loader import emit, resolve
+from doratune.runtime.reference import definition
+from doratune.tuner.accuracy import worst_error
+from doratune.tuner.inputs import make_inputs
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHAPE = {"d_out": 48, "d_in": 40, "rank": 8, "tokens": 20}
+
+
+@pytest.fixture(autouse=True)
+def _no_stores_but_those_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.delenv("DORATUNE_CACHE_PATH", raising=False)
+    monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("doratune.cache.layers._PREBUILT_FOLDER", tmp_path / "prebuilt")
+    before = dict(loader._loaded)
+    yield
+    loader._loaded.clear()
+    loader._loaded.update(before)
+
+
+# On a CPU.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapter", ["same", "fp32"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_cpu_kernel_computes_what_the_contract_says(op: str, adapter: str, dtype: str) -> None:
+    adapter_dtype = None if adapter == "same" else torch.float32
+    kernel = load_kernel(op, **SHAPE, dtype=DTYPES[dtype], adapter_dtype=adapter_dtype, device="cpu")
+    inputs, scaling = make_inputs(kernel.spec, 20)
+    given = {"scaling": scaling} if kernel.spec.contract.scaling else {}
+    results = kernel(**inputs, **given)
+    outputs = results if isinstance(results, tuple) else (results,)
+    names = [operand.name for operand in kernel.spec.contract.outputs_of(kernel.spec)]
+    exact = definition(kernel.spec, inputs, scaling)
+    assert worst_error(kernel.spec, dict(zip(names, outputs, strict=True)), exact)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("op", "flags", "names"),
+    [
+        ("weight_norm", {}, ["norm"]),
+        ("weight_norm", {"save": True}, ["norm", "weight_sq"]),
+        ("weight_norm", {"magnitude_dtype": torch.float32}, ["norm", "g"]),
+        ("lora_compose", {"bias": True, "save": True}, ["y", "inner"]),
+        ("compose_forward", {"delta": True}, ["y"]),
+        ("compose_backward", {"bias": True}, ["dyg", "dg", "dbias"]),
+    ],
+)
+def test_flags_bring_their_outputs(op: str, flags: dict[str, Any], names: list[str]) -> None:
+    kernel = load_kernel(op, **SHAPE, dtype=torch.float32, device="cpu", **flags)
+    inputs, scaling = make_inputs(kernel.spec, 20)
+    results = kernel(**inputs, **({"scaling": scaling} if kernel.spec.contract.scaling else {}))
+    outputs = dict(zip(names, results if isinstance(results, tuple) else (results,), strict=True))
+    assert worst_error(kernel.spec, outputs, definition(kernel.spec, inputs, scaling))[1] is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_cpu_kernel_says_that_it_is_the_eager_reference(op: str) -> None:
+    kernel = load_kernel(op, **SHAPE, device="cpu")
+    assert kernel.spec.op == op
+    assert kernel.spec.gpu == "cpu"
+    assert kernel.config is None
+    assert kernel.provenance == "reference"
+    assert "runs eagerly" in kernel.source
+    assert "def launch" not in kernel.source
+    assert "eager" in kernel.explain()
+    assert str(kernel.spec) in kernel.explain()
+    assert "reference" in repr(kernel)
+
+
+def test_a_cpu_kernel_looks_into_no_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", str(tmp_path / "missing.sqlite"))
+    assert load_kernel("compose_forward", **SHAPE, device="cpu").provenance == "reference"
+
+
+def test_a_second_call_gives_the_same_object() -> None:
+    first = load_kernel("lora_compose", **SHAPE, device="cpu")
+    assert load_kernel("lora_compose", **SHAPE, device=torch.device("cpu")) is first
+    assert load_kernel("lora_compose", **{**SHAPE, "tokens": 100}, device="cpu") is first  # the same token bucket
+    assert load_kernel("lora_compose", **{**SHAPE, "d_in": 4096}, device="cpu") is first  # not what it depends on
+    others = ({"bias": True}, {"dtype": torch.float32}, {"adapter_dtype": torch.float32})
+    assert all(load_kernel("lora_compose", **SHAPE, device="cpu", **other) is not first for other in others)
+
+
+def test_threads_that_ask_together_get_one_object() -> None:
+    loader._loaded.clear()
+    with ThreadPoolExecutor(8) as pool:
+        kernels = list(pool.map(lambda _: load_kernel("compose_forward", **SHAPE, device="cpu"), range(32)))
+    assert len({id(kernel) for kernel in kernels}) == 1
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "said"),
+    [
+        ("lora_compse", {}, "unknown operation 'lora_compse'; did you mean lora_compose?"),
+        ("lora_compose", {"rank": 0}, "rank=0: must be an integer of at least 1"),
+        ("lora_compose", {"rank": -8}, "rank=-8: must be an integer of at least 1"),
+        ("lora_compose", {"rank": 8.0}, "rank=8.0: must be an integer of at least 1"),
+        ("lora_compose", {"d_out": True}, "d_out=True: must be an integer of at least 1"),
+        ("lora_compose", {"d_in": 0}, "d_in=0: must be an integer of at least 1"),
+        ("lora_compose", {"tokens": 0}, "tokens=0: "),
+        ("weight_norm", {"tokens": 0}, "tokens=0: "),
+        ("weight_norm", {"d_in": "40"}, "d_in='40': must be an integer of at least 1"),
+        ("weight_norm", {"dtype": torch.float64}, "dtype=torch.float64: unsupported dtype; use one of torch.bfloat16"),
+        ("weight_norm", {"adapter_dtype": torch.int8}, "adapter_dtype=torch.int8: unsupported dtype"),
+        ("weight_norm", {"adapter_dtype": torch.float16}, "adapter=fp16 with bf16 tensors: adapters are bf16 or fp32"),
+        ("weight_norm", {"magnitude_dtype": torch.float64}, "magnitude_dtype=torch.float64: unsupported dtype"),
+        ("weight_norm", {"dtype": "bf16"}, "dtype='bf16': unsupported dtype"),
+        ("weight_norm", {"bias": True}, "weight_norm has no flag 'bias'"),
+        ("compose_backward", {"delta": True}, "compose_backward has no flag 'delta' (its flags: bias)"),
+        ("compose_forward", {"bias": True, "delta": True}, "bias and delta exclude each other"),
+    ],
+)
+def test_what_no_kernel_can_be_is_refused(op: str, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        load_kernel(op, **{**SHAPE, **wrong}, device="cpu")
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("banana", "device 'banana' is none that PyTorch knows: use 'cuda', 'cuda:0' or 'cpu'"),
+        ("meta", "device meta is not supported: use a CUDA or ROCm GPU ('cuda:0') or 'cpu'"),
+        ("cuda:0", "PyTorch sees no GPU here; 'cpu' runs the eager reference"),
+        (-1, "device -1 is none that PyTorch knows"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(device: str | int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(DeviceError) as raised:
+        load_kernel("compose_forward", **SHAPE, device=device)
+    assert said in str(raised.value)
+
+
+def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert load_kernel("compose_forward", **SHAPE).device == torch.device("cpu")
+
+
+# What a store holds.
+
+SPEC = KernelSpec.parse("lora_compose/d_out=4096/rank=64/tokens=4096/activation=bf16/adapter=bf16@h200")
+TILE = Config.parse("tile:block_k=64,block_n=64,block_t=64,num_warps=4,num_stages=2")
+
+
+def entry_of(
+    spec: KernelSpec = SPEC,
+    config: Config = TILE,
+    provenance: str = MEASURED,
+    template: str | None = None,
+    source: str | None = None,
+) -> Entry:
+    emitted = render(spec, config)
+    gpu = find_gpu(spec.gpu)
+    return Entry(
+        spec=spec,
+        config=config,
+        template_digest=template or template_digest(spec.op, config.variant),
+        source_digest=source or emitted.digest,
+        source=emitted.text,
+        evaluation=Evaluation(provenance, us=30.0, floor_us=20.0, trials=12),
+        environment=Environment(
+            gpu=gpu.slug,
+            architecture=gpu.architecture,
+            triton="3.7.1",
+            gpu_name="NVIDIA H200" if provenance == MEASURED else "",
+        ),
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Callable[..., str]:
+    """Makes a store of these entries and gives its path."""
+
+    def make(*entries: Entry, name: str = "team") -> str:
+        path = str(tmp_path / f"{name}.sqlite")
+        with Store.open(path, create=True) as opened:
+            assert opened.put_all(entries) == len(entries)
+        return path
+
+    return make
+
+
+def test_these_entries_are_not_what_the_default_would_give() -> None:
+    assert default_config(SPEC, find_gpu("h200")) != TILE
+
+
+def test_an_entry_of_the_very_spec_is_used(store: Callable[..., str]) -> None:
+    path = store(entry_of())
+    resolution, source = resolve(SPEC, path)
+    assert (resolution.step, resolution.config, resolution.distance, resolution.trace) == ("exact", TILE, 0.0, ())
+    assert (resolution.layer, source) == (path, render(SPEC, TILE))
+    said = doratune.explain(str(SPEC), path)
+    for part in (
+        "exact: an entry of this very spec",
+        path,
+        str(TILE),
+        "measured on NVIDIA H200",
+        "0 %",
+        "1.50 x its floor",
+    ):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "distance"),
+    [("tokens=2048", 1.0), ("tokens=16384", 2.0), ("d_out=8192", 1.0), ("rank=128", 2.0)],
+)
+def test_the_nearest_entry_of_the_same_gpu_serves_another_shape(
+    wanted: str, distance: float, store: Callable[..., str]
+) -> None:
+    path = store(entry_of(), entry_of(replace(SPEC, d_out=1 << 18, tokens=1)))
+    dim, value = wanted.split("=")
+    spec = replace(SPEC, **{dim: int(value)})
+    resolution, source = resolve(spec, path)
+    assert (resolution.step, resolution.config, resolution.distance) == ("nearest", TILE, distance)
+    assert resolution.entry is not None
+    assert resolution.entry.spec == SPEC
+    assert source == render(spec, TILE)  # the entry's config, the wanted shape
+    said = doratune.explain(spec, path)
+    assert f"{SPEC} on the same GPU, distance {distance:.2f}" in said
+    assert "exact: no entry in 1 store" in said
+    assert "not measured for this spec" in said
+
+
+def test_an_entry_of_the_same_architecture_serves_another_gpu(store: Callable[..., str]) -> None:
+    path = store(entry_of())
+    for gpu in ("sm_90", "h100-sxm"):
+        resolution, source = resolve(SPEC.on(gpu), path)
+        assert (resolution.step, resolution.config, source.spec.gpu) == ("architecture", TILE, gpu)
+        assert "another sm_90 GPU" in resolution.explain()
+    assert resolve(SPEC.on("a100"), path)[0].step == "default"
+
+
+def test_without_entries_the_built_in_default_is_used(tmp_path: Path) -> None:
+    resolution, source = resolve(SPEC)
+    assert (resolution.step, resolution.entry, resolution.layer, resolution.distance) == ("default", None, None, None)
+    assert resolution.config == default_config(SPEC, find_gpu("h200"))
+    assert source == render(SPEC, resolution.config)
+    assert "tune this spec" in resolution.explain()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("gpu", ["a100", "h200", "rtx5090", "mi300x"])
+def test_every_operation_has_a_default_on_every_kind_of_gpu(op: str, gpu: str) -> None:
+    spec = KernelSpec.create(op, **SHAPE, dtype="bf16", adapter="fp32", gpu=gpu)
+    assert resolve(spec)[0].step == "default"
+
+
+def test_an_entry_that_renders_to_another_text_than_was_tuned_is_refused(store: Callable[..., str]) -> None:
+    path = store(entry_of(source="0123456789abcdef"))
+    resolution, source = resolve(SPEC, path)
+    default = default_config(SPEC, find_gpu("h200"))
+    assert (resolution.step, resolution.config, resolution.entry, resolution.distance) == (
+        "default",
+        default,
+        None,
+        None,
+    )
+    assert source == render(SPEC, default)
+    (refusal,) = resolution.trace
+    assert (refusal.step, refusal.candidate, refusal.layer) == ("exact", str(SPEC), path)
+    assert refusal.reason == f"renders to {render(SPEC, TILE).digest[:12]}, but was tuned as 0123456789ab"
+    assert refusal.reason in doratune.explain(SPEC, path)
+
+
+def test_behind_a_refused_entry_the_search_goes_on(store: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = store(entry_of(source="0123456789abcdef"), name="first")
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{broken}:{store(entry_of(replace(SPEC, tokens=2048)), name='second')}")
+    resolution, _ = resolve(SPEC)
+    assert (resolution.step, resolution.config, resolution.distance) == ("nearest", TILE, 1.0)
+    assert [refusal.step for refusal in resolution.trace] == ["exact"]
+    sound = store(entry_of(provenance=PREDICTED), name="third")
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{broken}:{sound}")
+    resolution, _ = resolve(SPEC)
+    assert (resolution.step, resolution.layer) == ("exact", sound)
+
+
+def test_an_entry_of_another_template_is_refused(store: Callable[..., str]) -> None:
+    path = store(entry_of(template="fedcba9876543210"))
+    resolution, _ = resolve(SPEC, path)
+    assert resolution.step == "default"
+    assert [refusal.reason.split(" (")[0] for refusal in resolution.trace] == ["tuned with another template 'tile'"]
+
+
+def test_an_entry_of_a_variant_that_is_not_installed_is_refused(store: Callable[..., str]) -> None:
+    gone = replace(entry_of(), config=Config.create("cluster", num_warps=4, num_stages=2, block_n=64))
+    resolution, _ = resolve(SPEC, store(gone))
+    assert resolution.step == "default"
+    assert [refusal.reason for refusal in resolution.trace] == ["no variant 'cluster' of lora_compose is installed"]
+
+
+def test_a_config_that_cannot_serve_the_shape_is_refused(store: Callable[..., str]) -> None:
+    tma = next(iter(find_variant("lora_compose", "tma").seeds(SPEC, find_gpu("h200"))))
+    ragged = replace(SPEC, d_out=4097)  # rows that tensor descriptors cannot step over
+    resolution, _ = resolve(ragged, store(entry_of(config=tma)))
+    assert resolution.step == "default"
+    assert [refusal.step for refusal in resolution.trace] == ["nearest"]
+    assert "16 bytes" in resolution.trace[0].reason
+
+
+def test_the_search_path_of_the_environment_is_used(store: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", store(entry_of()))
+    assert resolve(SPEC)[0].step == "exact"
+
+
+def test_a_broken_store_is_never_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MissingStoreError, match="no such file"):
+        resolve(SPEC, str(tmp_path / "missing.sqlite"))
+    text = tmp_path / "text.sqlite"
+    text.write_text("not a database")
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", str(text))
+    with pytest.raises(NotAStoreError, match="DORATUNE_CACHE_PATH"):
+        resolve(SPEC)
+    assert text.read_text() == "not a database"
+
+
+def test_a_kernel_for_a_gpu_tells_which_entry_it_came_from(
+    store: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "find_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(loader, "gpu_of", lambda device: find_gpu("h200"))
+    path = store(entry_of())
+    shape = {"d_out": 4096, "d_in": 4096, "rank": 64}
+    kernel = load_kernel("lora_compose", **shape, tokens=4096, store=path)
+    assert (kernel.spec, kernel.config, kernel.provenance) == (SPEC, TILE, "measured")
+    assert kernel.source == render(SPEC, TILE).text
+    assert kernel.explain() == doratune.explain(SPEC, path)
+    assert str(TILE) in repr(kernel)
+    assert load_kernel("lora_compose", **shape, tokens=4096, store=path) is kernel
+    default = load_kernel("lora_compose", **shape, tokens=4096)
+    assert (default.provenance, default.config) == ("default", default_config(SPEC, find_gpu("h200")))
+
+
+def test_finding_a_tuned_kernel_imports_neither_the_tuner_nor_optuna(store: Callable[..., str], tmp_path: Path) -> None:
+    path = store(entry_of())
+    code = (
+        "import sys\nfrom doratune.runtime.loader import resolve\nfrom doratune.codegen.spec import KernelSpec\n"
+        f"resolution, source = resolve(KernelSpec.parse({str(SPEC)!r}), {path!r})\n"
+        "print(resolution.step, *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    step, *loaded = done.stdout.split()
+    assert step == "exact"
+    assert "doratune.cache.store" in loaded
+    unwanted = {"optuna", "alembic", "click", "rich", "plotly"}
+    assert not [name for name in loaded if name.split(".")[0] in unwanted or name.startswith("doratune.tuner")]
+
+
+def test_emitting_prints_what_would_run_or_the_config_given(store: Callable[..., str]) -> None:
+    path = store(entry_of(provenance=PREDICTED))
+    assert emit(str(SPEC), store=path) == ("predicted", render(SPEC, TILE))
+    assert emit(SPEC) == ("default", render(SPEC, default_config(SPEC, find_gpu("h200"))))
+    assert emit(SPEC, config=str(TILE)) == ("given", render(SPEC, TILE))
+    with pytest.raises(SpecError, match=r"config tile:.* cannot serve .*: num_warps=3 is none of 1, 2, 4, 8, 16"):
+        emit(SPEC, config=str(replace(TILE, num_warps=3)))

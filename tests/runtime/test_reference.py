@@ -1,0 +1,174 @@
+"""The eager reference meets the accuracy bounds that kernels meet, in every form and dtype and wherever a term
+dominates, and computes the norm without ever holding a second matrix of W's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from doratune.codegen.ops import OPS
+from doratune.codegen.spec import KernelSpec
+from doratune.runtime.reference import TORCH_DTYPES, definition, reference
+from doratune.tuner.accuracy import worst_error
+from doratune.tuner.inputs import CASES, make_inputs
+
+TOKENS = 37
+
+
+def spec_of(op: str, dtype: str, **values: object) -> KernelSpec:
+    dims = {"d_out": 80, "d_in": 144, "rank": 24, "tokens": TOKENS}
+    return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": dtype, "gpu": "cpu", **values})
+
+
+def forms(op: str) -> list[dict[str, object]]:
+    """The operation plain, with each flag, and with each optional operand."""
+    contract = OPS[op]
+    return [{}, *({flag: True} for flag in contract.flags), *({role: "fp32"} for role in contract.optional_dtypes)]
+
+
+FORMS = [pytest.param(op, form, id=f"{op}-{'-'.join(form) or 'plain'}") for op in OPS for form in forms(op)]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("op", "form"), FORMS)
+def test_the_reference_is_right_wherever_a_term_dominates(op: str, form: dict[str, object], dtype: str) -> None:
+    spec = spec_of(op, dtype, **form)
+    for case in CASES:
+        inputs, scaling = make_inputs(spec, TOKENS, case=case)
+        _, complaint = worst_error(spec, reference(spec, inputs, scaling), definition(spec, inputs, scaling))
+        assert complaint is None, f"{case}: {complaint}"
+
+
+@pytest.mark.parametrize("op", ["weight_norm", "lora_compose"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_fp32_adapters_on_16_bit_weights_keep_the_bounds(op: str, dtype: str) -> None:
+    spec = spec_of(op, dtype, adapter="fp32")
+    for case in CASES:
+        inputs, scaling = make_inputs(spec, TOKENS, case=case)
+        _, complaint = worst_error(spec, reference(spec, inputs, scaling), definition(spec, inputs, scaling))
+        assert complaint is None, f"{case}: {complaint}"
+
+
+@pytest.mark.parametrize(("op", "form"), FORMS)
+def test_the_reference_returns_the_outputs_of_the_contract_in_order(op: str, form: dict[str, object]) -> None:
+    spec = spec_of(op, "bf16", **form)
+    outputs = reference(spec, *make_inputs(spec, 5))
+    assert list(outputs) == [operand.name for operand in spec.contract.outputs_of(spec)]
+    for operand in spec.contract.outputs_of(spec):
+        shape = [5 if dim == "tokens" else int(getattr(spec, dim)) for dim in operand.shape]
+        assert list(outputs[operand.name].shape) == shape
+        assert outputs[operand.name].dtype == TORCH_DTYPES[operand.dtype_of(spec)]
+
+
+def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
+    """DESIGN's contracts once more, element by element where that is short, with nothing shared with the package."""
+    t = {name: tensor.double() for name, tensor in inputs.items()}
+    if spec.op == "weight_norm":
+        adapted = t["weight"] + scaling * t["lora_B"] @ t["lora_A"]
+        norm = torch.stack([row.dot(row).sqrt() for row in adapted])
+        return {"norm": norm, "g": t["magnitude"] / norm}
+    if spec.op == "compose_backward":
+        tokens = range(t["dy"].shape[0])
+        return {
+            "dyg": torch.stack([t["g"] * t["dy"][i] for i in tokens]),
+            "dg": sum((t["dy"][i] * t["inner"][i] for i in tokens), torch.zeros(spec.d_out).double()),
+            "dbias": sum((t["dy"][i] for i in tokens), torch.zeros(spec.d_out).double()),
+        }
+    lora = t["lora"] if "lora" in t else torch.einsum("tr,or->to", t["h"], t["lora_B"])
+    return {"y": t["g"] * (t["base"] + scaling * lora) + t["bias"]}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_definition_says_what_the_contract_says(op: str) -> None:
+    spec = spec_of(op, "fp32", magnitude="fp32", bias=op != "weight_norm")
+    inputs, scaling = make_inputs(spec, 7, case="random")
+    exact, by_the_book = definition(spec, inputs, scaling), dora_by_the_book(spec, inputs, scaling)
+    assert exact.keys() == by_the_book.keys()
+    for name, value in by_the_book.items():
+        torch.testing.assert_close(exact[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", ["lora_compose", "compose_forward"])
+def test_the_delta_form_added_to_the_base_output_is_the_full_form(op: str) -> None:
+    delta, full = spec_of(op, "fp32", delta=True), spec_of(op, "fp32")
+    inputs, scaling = make_inputs(full, 7, case="random")
+    added = inputs["base"].double() + definition(delta, inputs, scaling)["y"]
+    torch.testing.assert_close(added, definition(full, inputs, scaling)["y"], rtol=1e-12, atol=1e-12)
+
+
+def test_a_zero_row_has_norm_zero_and_a_finite_gain() -> None:
+    spec = spec_of("weight_norm", "bf16", magnitude="fp32")
+    inputs, scaling = make_inputs(spec, 1, case="random")
+    for name in ("weight", "lora_B", "weight_sq"):
+        inputs[name][3] = 0.0
+    outputs = reference(spec, inputs, scaling)
+    assert outputs["norm"][3] == 0.0
+    assert outputs["g"].isfinite().all()
+
+
+class Shapes(TorchDispatchMode):
+    """Records the size of every tensor that memory is taken for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, str]] = []
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:  # not a view
+                self.sizes.append((tensor.numel(), str(func)))
+        return result
+
+
+def largest_made(run: Callable[[], object]) -> tuple[int, str]:
+    with Shapes() as shapes:
+        run()
+    return max(shapes.sizes)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("form", [{}, {"save": True}, {"magnitude": "fp32"}], ids=["given", "save", "magnitude"])
+def test_the_norm_holds_no_second_matrix_of_the_size_of_w(
+    dtype: str, form: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("doratune.runtime.reference._WIDENED_ELEMENTS", 1 << 12)
+    spec = spec_of("weight_norm", dtype, d_out=512, d_in=256, rank=8, **form)
+    inputs, scaling = make_inputs(spec, 1)
+    size, what = largest_made(lambda: reference(spec, inputs, scaling))
+    factors = max(spec.d_out * spec.rank, spec.rank * spec.d_in, spec.rank**2)
+    assert size <= max(1 << 12, factors), f"{what} made {size} elements, W has {spec.d_out * spec.d_in}"
+
+
+def test_the_recorder_sees_a_dense_product() -> None:
+    a, b = torch.randn(8, 256), torch.randn(512, 8)
+    assert largest_made(lambda: (b @ a).norm(dim=1))[0] == 512 * 256
+
+
+@pytest.mark.parametrize("form", [{}, {"save": True}], ids=["given", "save"])
+def test_the_norm_is_the_same_in_however_many_blocks_of_rows_it_is_made(
+    form: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of("weight_norm", "bf16", d_out=83, **form)
+    inputs, scaling = make_inputs(spec, 1)
+    exact = definition(spec, inputs, scaling)
+    for elements in (1, 10 * spec.d_in, 1 << 20):
+        monkeypatch.setattr("doratune.runtime.reference._WIDENED_ELEMENTS", elements)
+        assert worst_error(spec, reference(spec, inputs, scaling), exact)[1] is None, elements
+
+
+def test_a_wrong_reference_would_be_noticed() -> None:
+    spec = spec_of("weight_norm", "bf16")
+    inputs, scaling = make_inputs(spec, 1)
+    exact = definition(spec, inputs, scaling)
+    for wrong in (scaling * 1.02, -scaling, 0.0):
+        assert worst_error(spec, reference(spec, inputs, wrong), exact)[1] is not None
