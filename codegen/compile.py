@@ -6,6 +6,7 @@ memory) is read back from the binary and held against the GPU's limits, which Tr
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import tempfile
@@ -46,13 +47,14 @@ class CompiledKernel:
     handle: Any = field(repr=False, compare=False, default=None)
 
 
-def launch_options(source: Source, kernel: str) -> dict[str, int]:
-    """The ``num_warps`` and ``num_stages`` with which the emitted ``launch`` starts ``kernel``."""
-    call = re.search(
-        rf"\b{kernel}\[.*?\n?.*?num_warps=(\d+), num_stages=(\d+)", source.text.split("def launch(")[1], re.DOTALL
-    )
-    assert call is not None, f"the emitted launch() of {source.spec} does not start {kernel}"
-    return {"num_warps": int(call[1]), "num_stages": int(call[2])}
+def launch_options(source: Source, kernel: str) -> dict[str, int | bool]:
+    """The ``num_warps``, ``num_stages`` and ``launch_pdl`` with which the emitted ``launch`` starts ``kernel``."""
+    launches = ast.parse(source.text).body[-1]
+    for call in (node for node in ast.walk(launches) if isinstance(node, ast.Call)):
+        started = call.func.value if isinstance(call.func, ast.Subscript) else None
+        if isinstance(started, ast.Name) and started.id == kernel:
+            return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+    raise CompileError(f"the emitted launch() of {source.spec} does not start {kernel}")
 
 
 def build(source: Source, kernel: Any, target: Any, *, aligned: bool = True) -> Any:

@@ -134,8 +134,8 @@ class _Launcher:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         start = self._compiled[grid + (1,) * (3 - len(grid))]
 
-        def run(*args: Any, num_warps: int, num_stages: int) -> None:
-            start(*args)
+        def run(*args: Any, **options: int) -> None:
+            start(*args)  # the options are compiled in
 
         return run
 

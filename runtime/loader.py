@@ -113,12 +113,6 @@ def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Sou
         except SpecError:
             return None
 
-    def unlike_tuned(entry: Entry) -> str | None:
-        digest = render(spec, entry.config).digest
-        if digest == entry.source_digest:
-            return None
-        return f"renders to {digest[:12]}, but was tuned as {entry.source_digest[:12]}"
-
     def differs(entry: Entry) -> str | None:
         digest = render(entry.spec, entry.config).digest
         if digest == entry.source_digest:

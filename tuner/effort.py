@@ -56,7 +56,7 @@ EFFORTS: dict[str, Effort] = {
     effort.name: effort
     for effort in (
         Effort("quick", measure=Budget(12, 8), predict=Budget(4, 3), shortlist=2, batch=4),
-        Effort("standard", measure=Budget(24, 14), predict=Budget(8, 5), shortlist=3, batch=6),
+        Effort("standard", measure=Budget(40, 20), predict=Budget(8, 5), shortlist=3, batch=6),
         Effort("full", measure=Budget(160, 48), predict=Budget(60, 24), shortlist=8, batch=12),
     )
 }

@@ -91,13 +91,16 @@ def tune_model(request: Request, progress: SilentProgress | None = None) -> Mode
         ops=request.ops or None,
         tokens=request.tokens or None,
     )
+    effort = find_effort(request.effort)
+    if request.trials is not None:
+        effort.budget(evaluator.provenance).with_trials(request.trials)  # before a store is made
     with Store.open(request.store or user_store_path(), create=True) as store:
         result = tune(
             specs,
             evaluator=evaluator,
             store=store,
             gpu=gpu,
-            effort=find_effort(request.effort),
+            effort=effort,
             trials=request.trials,
             timeout=request.timeout,
             jobs=request.jobs,
@@ -117,7 +120,10 @@ def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:
 
     if request.evaluator not in EVALUATORS:
         raise UsageError(f"unknown evaluator {request.evaluator!r} (known: {', '.join(EVALUATORS)})")
-    here = gpu_of(find_device(request.device or "cuda")) if torch.cuda.is_available() else None
+    named = find_device(request.device) if request.device is not None else None
+    if named is not None and named.type != "cuda":
+        raise UsageError(f"--device {request.device}: kernels are measured on a GPU; leave --device out to predict")
+    here = gpu_of(named or find_device("cuda")) if torch.cuda.is_available() else None
     if request.gpu == "auto":
         if here is None and request.evaluator == "measure":
             raise NoGpuError()
@@ -134,5 +140,5 @@ def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:
                 f"cannot measure for {target.slug}: the GPU here is {here.slug}; "
                 "leave --gpu out, or use --evaluator predict"
             )
-        return target, MeasureEvaluator(target, find_device(request.device or "cuda"))
+        return target, MeasureEvaluator(target, named or find_device("cuda"))
     return target, PredictEvaluator(target)

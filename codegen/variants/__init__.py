@@ -63,9 +63,14 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     expected = variant.choices(spec, gpu).keys() - {"num_warps", "num_stages"}
     given = {name for name, _ in config.params}
     if given != expected:
-        return f"its parameters are {', '.join(sorted(given))}; {variant.name} takes {', '.join(sorted(expected))}"
+        return f"its parameters are {', '.join(sorted(given)) or 'none'}; {variant.name} takes {', '.join(sorted(expected))}"
     for name, value in config.params:
-        if value < 1 or (value & (value - 1) and name not in variant.counts):
+        if name in variant.switches:
+            if value > 1:
+                return f"{name}={value} is neither 0 nor 1"
+        elif value < 1:
+            return f"{name}={value} is less than 1"
+        elif value & (value - 1) and name not in variant.counts:
             return f"{name}={value} is not a power of two"
     if config.num_warps not in WARPS:
         return f"num_warps={config.num_warps} is none of {', '.join(map(str, WARPS))}"

@@ -51,7 +51,9 @@ class Variant(ABC):
     op: ClassVar[str]
     name: ClassVar[str]
     counts: ClassVar[frozenset[str]] = frozenset()
-    """Parameters that count something, such as tiles a program; all others are powers of two."""
+    """Parameters that count something, such as tiles a program: any number from 1."""
+    switches: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that are 0 or 1. All that are neither counts nor switches are powers of two."""
 
     @property
     def template(self) -> str:

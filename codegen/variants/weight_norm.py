@@ -162,11 +162,13 @@ class WeightNormTma(WeightNormFused):
     """The same sums with tensor descriptors, and several rank tiles a program so that W is read once.
 
     ``rank_tiles`` tiles of ``block_n`` ranks share every tile of W: at rank 384, three tiles of 128. G is kept as a
-    high and a low bf16 part, which leaves out less than 2**-17 of it.
+    high and a low bf16 part, which leaves out less than 2**-17 of it. With ``overlap`` 1 a kernel starts while the one
+    before still runs (programmatic dependent launch), so that the product with W hides the making of G.
     """
 
     name = "tma"
     counts = frozenset({"rank_tiles", "split_k"})
+    switches = frozenset({"overlap"})
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         if spec.weight != "bf16":
@@ -186,6 +188,7 @@ class WeightNormTma(WeightNormFused):
             "gram_block": up_to((16, 32, 64, 128), spec.rank),
             "gram_block_k": up_to((32, 64, 128), spec.d_in),
             "gram_share": up_to((128, 256, 512, 1024, 2048), spec.d_in),
+            "overlap": (0, 1),
             "num_warps": (4, 8),
             "num_stages": (2, 3, 4, 5, 6),
         }
@@ -214,6 +217,7 @@ class WeightNormTma(WeightNormFused):
                     gram_block=fit(64, spec.rank),
                     gram_block_k=64,
                     gram_share=512,
+                    overlap=1,
                     num_warps=warps,
                     num_stages=stages,
                 )

@@ -3,7 +3,7 @@
     w = sqrt(nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T)))), nW = rowsum(W*W); g = m / max(w, eps)
 
 spec    weight_norm/d_out=4096/d_in=4096/rank=384/weight=bf16/adapter=bf16@h200
-config  tma:block_k=64,block_m=128,block_n=128,gram_block=64,gram_block_k=64,gram_share=512,rank_tiles=3,split_k=4,num_warps=8,num_stages=3
+config  tma:block_k=64,block_m=128,block_n=128,gram_block=64,gram_block_k=64,gram_share=512,overlap=1,rank_tiles=3,split_k=4,num_warps=8,num_stages=3
 
 Emitted by doratune from templates/weight_norm_tma.py.j2; edit the template, not this text.
 """
@@ -22,6 +22,7 @@ def gram_shares_kernel(lora_a_desc: "tensordesc<bf16[64, 64]>", gram_shares_ptr:
     BLOCK_K: tl.constexpr = 64
     SHARE: tl.constexpr = 512
 
+    tl.extra.cuda.gdc_launch_dependents()
     first_row = tl.program_id(0) * BLOCK
     first_col = tl.program_id(1) * BLOCK
     share = tl.program_id(2)
@@ -43,6 +44,8 @@ def half_gram_kernel(gram_shares_ptr: "*fp32", half_gram_ptr: "*bf16", scaling: 
     SHARES: tl.constexpr = 8
     BLOCK: tl.constexpr = 512
 
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     gram = tl.full((BLOCK,), 0.0, tl.float32)
     for share in range(0, SHARES):
@@ -96,6 +99,7 @@ def row_dots_kernel(
         a_2 = lora_a_desc.load([first_n + 2 * BLOCK_N, first_k + step * BLOCK_K])
         acc_2 = tl.dot(w, a_2.T, acc_2)
 
+    tl.extra.cuda.gdc_wait()  # started early: everything above needs nothing from the kernels before
     for step in range(0, 2 * GRAM_STEPS):  # first the high part of half_gram, then the low part
         part = (step // GRAM_STEPS) * RANK
         j = first_j + (step % GRAM_STEPS) * BLOCK_K
@@ -130,6 +134,7 @@ def finish_kernel(
     ROWS: tl.constexpr = 128
     PARTIALS: tl.constexpr = 4
 
+    tl.extra.cuda.gdc_wait()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_sq = tl.load(weight_sq_ptr + rows)
     dots = tl.full((ROWS,), 0.0, tl.float32)
@@ -147,7 +152,9 @@ def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
     gram_shares_kernel[(6, 6, 8)](
         TensorDescriptor.from_tensor(lora_a, [64, 64]), gram_shares, num_warps=4, num_stages=4
     )
-    half_gram_kernel[(288,)](gram_shares, half_gram, scaling, num_warps=4, num_stages=2)
+    half_gram_kernel[(288,)](
+        gram_shares, half_gram, scaling, num_warps=4, num_stages=2, launch_pdl=True
+    )
     row_dots_kernel[(32 * 1, 4)](
         TensorDescriptor.from_tensor(weight, [128, 64]),
         TensorDescriptor.from_tensor(lora_a, [128, 64]),
@@ -155,9 +162,9 @@ def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
         TensorDescriptor.from_tensor(half_gram, [128, 64]),
         TensorDescriptor.from_tensor(lora_b, [128, 128]),
         partials,
-        num_warps=8, num_stages=3,
+        num_warps=8, num_stages=3, launch_pdl=True,
     )
     finish_kernel[(32,)](
         weight_sq, partials, norm, scaling,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, launch_pdl=True,
     )

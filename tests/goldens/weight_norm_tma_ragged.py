@@ -3,7 +3,7 @@
     w = sqrt(nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T)))), nW = rowsum(W*W); g = m / max(w, eps)
 
 spec    weight_norm/d_out=4304/d_in=1152/rank=24/weight=bf16/adapter=bf16/magnitude=fp32/save@h200
-config  tma:block_k=64,block_m=128,block_n=32,gram_block=32,gram_block_k=64,gram_share=512,rank_tiles=1,split_k=3,num_warps=8,num_stages=3
+config  tma:block_k=64,block_m=128,block_n=32,gram_block=32,gram_block_k=64,gram_share=512,overlap=1,rank_tiles=1,split_k=3,num_warps=8,num_stages=3
 
 Emitted by doratune from templates/weight_norm_tma.py.j2; edit the template, not this text.
 """
@@ -22,6 +22,7 @@ def gram_shares_kernel(lora_a_desc: "tensordesc<bf16[32, 64]>", gram_shares_ptr:
     BLOCK_K: tl.constexpr = 64
     SHARE: tl.constexpr = 512
 
+    tl.extra.cuda.gdc_launch_dependents()
     first_row = tl.program_id(0) * BLOCK
     first_col = tl.program_id(1) * BLOCK
     share = tl.program_id(2)
@@ -43,6 +44,8 @@ def half_gram_kernel(gram_shares_ptr: "*fp32", half_gram_ptr: "*bf16", scaling: 
     SHARES: tl.constexpr = 3
     BLOCK: tl.constexpr = 512
 
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_gram = i < ELEMENTS
     gram = tl.full((BLOCK,), 0.0, tl.float32)
@@ -91,6 +94,7 @@ def row_dots_kernel(
         a_0 = lora_a_desc.load([first_n, first_k + step * BLOCK_K])
         acc_0 = tl.dot(w, a_0.T, acc_0)
 
+    tl.extra.cuda.gdc_wait()  # started early: everything above needs nothing from the kernels before
     for step in range(0, 2 * GRAM_STEPS):  # first the high part of half_gram, then the low part
         part = (step // GRAM_STEPS) * RANK
         j = first_j + (step % GRAM_STEPS) * BLOCK_K
@@ -123,6 +127,7 @@ def finish_kernel(
     COLS: tl.constexpr = 512
     EPS: tl.constexpr = 1e-12
 
+    tl.extra.cuda.gdc_wait()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     w_ptrs = weight_ptr + rows[:, None] * D_IN + cols[None, :]
@@ -149,7 +154,9 @@ def launch(weight, lora_a, lora_b, magnitude, norm, g, weight_sq, scaling):
     gram_shares_kernel[(1, 1, 3)](
         TensorDescriptor.from_tensor(lora_a, [32, 64]), gram_shares, num_warps=4, num_stages=4
     )
-    half_gram_kernel[(2,)](gram_shares, half_gram, scaling, num_warps=4, num_stages=2)
+    half_gram_kernel[(2,)](
+        gram_shares, half_gram, scaling, num_warps=4, num_stages=2, launch_pdl=True
+    )
     row_dots_kernel[(34 * 1, 3)](
         TensorDescriptor.from_tensor(weight, [128, 64]),
         TensorDescriptor.from_tensor(lora_a, [32, 64]),
@@ -157,9 +164,9 @@ def launch(weight, lora_a, lora_b, magnitude, norm, g, weight_sq, scaling):
         TensorDescriptor.from_tensor(half_gram, [32, 64]),
         TensorDescriptor.from_tensor(lora_b, [128, 32]),
         partials,
-        num_warps=8, num_stages=3,
+        num_warps=8, num_stages=3, launch_pdl=True,
     )
     finish_kernel[(538,)](
         weight, partials, magnitude, norm, g, weight_sq, scaling,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, launch_pdl=True,
     )

@@ -27,8 +27,9 @@ def spec_of(op: str, dtype: str, **values: object) -> KernelSpec:
 
 def forms(op: str) -> list[dict[str, object]]:
     """The operation plain, with each flag, and with each optional operand."""
-    contract = OPS[op]
-    return [{}, *({flag: True} for flag in contract.flags), *({role: "fp32"} for role in contract.optional_dtypes)]
+    flags: list[dict[str, object]] = [{flag: True} for flag in OPS[op].flags]
+    optional: list[dict[str, object]] = [{role: "fp32"} for role in OPS[op].optional_dtypes]
+    return [{}, *flags, *optional]
 
 
 FORMS = [pytest.param(op, form, id=f"{op}-{'-'.join(form) or 'plain'}") for op in OPS for form in forms(op)]
@@ -115,9 +116,8 @@ class Shapes(TorchDispatchMode):
     """Records the size of every tensor that memory is taken for."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: list[tuple[int, str]] = []
-        self.seen: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -131,7 +131,8 @@ class Shapes(TorchDispatchMode):
 
 
 def largest_made(run: Callable[[], object]) -> tuple[int, str]:
-    with Shapes() as shapes:
+    shapes = Shapes()
+    with shapes:
         run()
     return max(shapes.sizes)
 

@@ -46,6 +46,12 @@ def small_config(variant: Variant, spec: KernelSpec) -> Config:
     return Config.create(variant.name, **params)
 
 
+def interpretable(config: Config) -> Config:
+    """The same config without dependent launches, which the interpreter does not know."""
+    params = {name: 0 if name == "overlap" else value for name, value in config.params}
+    return Config.create(config.variant, num_warps=config.num_warps, num_stages=config.num_stages, **params)
+
+
 def spec_of(op: str, dtype: str, adapter: str | None = None, **values: object) -> KernelSpec:
     dims = {"d_out": 80, "d_in": 144, "rank": 24, "tokens": 128}
     return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": adapter or dtype, "gpu": "h200", **values})
@@ -83,7 +89,7 @@ def test_fp32_adapters_with_16_bit_weights_lose_nothing(op: str) -> None:
 def test_a_kernel_tuned_for_one_token_count_is_right_for_any_other(variant: Variant, tokens: int) -> None:
     spec = spec_of(variant.op, "fp16", tokens=16)
     for config in variant.seeds(spec, GPU)[:2]:
-        assert complaint_of(render(spec, config), tokens) is None
+        assert complaint_of(render(spec, interpretable(config)), tokens) is None
 
 
 @st.composite
@@ -109,7 +115,7 @@ def test_any_shape_is_right_with_any_config_the_gpu_accepts(case: tuple[KernelSp
     variant = find_variant(spec.op, config.variant)
     if variant.refuse(spec, config, GPU) is not None:
         return
-    assert complaint_of(render(spec, config), tokens, seed=seed) is None
+    assert complaint_of(render(spec, interpretable(config)), tokens, seed=seed) is None
 
 
 BREAKAGES = [

@@ -1,0 +1,624 @@
+"""The command line prints results on standard output and everything else on standard error; with --json standard
+output is one JSON object. A mistake is named with its remedy, without a traceback, with exit code 2 for a wrong request
+and 1 for a failure, and leaves the files it met as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from doratune import __version__
+from doratune.cache.store import Store
+from doratune.cli import main
+
+SPEC = "compose_forward/d_out=64/tokens=1/activation=bf16@sm_90"
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+}
+QUICK = [
+    "--op",
+    "compose_forward",
+    "--tokens",
+    "1",
+    "--evaluator",
+    "predict",
+    "--effort",
+    "quick",
+    "--trials",
+    "2",
+    "--jobs",
+    "1",
+]
+
+
+def run(*args: str, home: Path) -> Result:
+    """Run ``doratune`` with these arguments for a user whose folder is ``home``."""
+    return CliRunner().invoke(main, list(args), env={"DORATUNE_HOME": str(home), "DORATUNE_CACHE_PATH": None})
+
+
+def done(result: Result) -> str:
+    """The standard output of a command that must have worked."""
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def mistake(result: Result, exit_code: int) -> str:
+    """The message of a command that must have failed in the user's terms, with nothing on standard output."""
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert "Error: " in result.stderr
+    return result.stderr.split("Error: ", 1)[1].strip()
+
+
+def files_in(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, with the content of the files."""
+    found = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in found}
+
+
+def tune_tiny(home: Path, config: Path, *more: str) -> Result:
+    """Tune a few kernels of a tiny model without a GPU."""
+    return run("tune", "--config", str(config), "--gpu", "sm_90", *QUICK, *more, home=home)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A user's folder after a tuning run, and what the run printed."""
+
+    home: Path
+    config: Path
+    result: Result
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    """A tiny model, really tuned: its kernels compiled, their times predicted."""
+    folder = tmp_path_factory.mktemp("tuned")
+    config = folder / "tiny" / "config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps(TINY))
+    return Tuned(folder / "home", config, tune_tiny(folder / "home", config, "--json"))
+
+
+@pytest.fixture(autouse=True)
+def _no_prebuilt_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The stores that come with the package take no part, nor does the wait for another process to fill a new one."""
+    monkeypatch.setattr("doratune.cache.layers._PREBUILT_FOLDER", tmp_path / "prebuilt")
+    monkeypatch.setattr("doratune.cache.create._CLAIM_SECONDS", 0.05)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    return config
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+# Every command.
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands(main))
+GROUPS = [(), *sorted({path[:-1] for path in COMMANDS if len(path) > 1})]
+
+
+@pytest.mark.parametrize("path", [*GROUPS, *COMMANDS], ids=" ".join)
+def test_every_command_and_group_has_help(path: tuple[str, ...], home: Path) -> None:
+    said = done(run(*path, "--help", home=home))
+    assert said.startswith("Usage: ")
+    assert "--help" in said
+    assert done(run(*path, "-h", home=home)) == said
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_option_of_a_command_is_explained(path: tuple[str, ...]) -> None:
+    assert COMMANDS[path].help
+    options = [option for option in COMMANDS[path].params if isinstance(option, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+
+
+def test_the_version_is_the_package_version(home: Path) -> None:
+    assert done(run("--version", home=home)) == f"doratune, version {__version__}\n"
+
+
+RUNS = {
+    ("tune",): None,  # needs a config of the test's own, see below
+    ("models",): ["models"],
+    ("emit",): ["emit", SPEC],
+    ("explain",): ["explain", SPEC],
+    ("cache", "path"): ["cache", "path"],
+    ("cache", "ls"): ["cache", "ls"],
+    ("cache", "show"): ["cache", "show", SPEC],
+}
+
+
+def test_every_command_that_takes_json_is_tried_here() -> None:
+    assert {
+        path for path, command in COMMANDS.items() if any(p.name == "as_json" for p in command.params)
+    } == RUNS.keys()
+
+
+@pytest.mark.parametrize("args", [args for args in RUNS.values() if args], ids=" ".join)
+def test_with_json_standard_output_is_one_object_of_schema_1(args: list[str], tuned: Tuned) -> None:
+    data = json.loads(done(run(*args, "--json", home=tuned.home)))
+    assert data["schema"] == 1
+    assert len(data) > 1
+
+
+@pytest.mark.parametrize("args", [args for args in RUNS.values() if args], ids=" ".join)
+def test_without_json_standard_output_is_for_reading(args: list[str], tuned: Tuned) -> None:
+    said = done(run(*args, home=tuned.home))
+    assert len(said.split()) > 1
+    with pytest.raises(ValueError):
+        json.loads(said)
+
+
+# A tuning run, and what it leaves.
+
+
+def test_a_run_ends_with_a_row_for_each_kernel(tuned: Tuned) -> None:
+    data = json.loads(done(tuned.result))
+    assert (data["schema"], data["model"], data["gpu"]) == (1, "tiny", "sm_90")
+    assert data["store"] == str(tuned.home / "store.sqlite")
+    assert [row["spec"] for row in data["rows"]] == [SPEC, SPEC.replace("d_out=64", "d_out=128")]
+    for row in data["rows"]:
+        assert row["provenance"] == "predicted"
+        assert row["us"] >= row["floor_us"] > 0
+        assert row["registers"] > 0
+    assert "2 tuned in" in tuned.result.stderr
+
+
+def test_a_second_run_keeps_the_kernels_without_searching(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(self: object, source: object) -> None:
+        raise AssertionError("the second run compiles a kernel")
+
+    monkeypatch.setattr("doratune.tuner.workers.CompilePool.submit", compiled)
+    before = json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home)))
+    again = tune_tiny(tuned.home, tuned.config, "--json")
+    assert json.loads(done(again)) == json.loads(tuned.result.stdout)
+    assert "2 kept in" in again.stderr
+    assert json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home))) == before
+    table = tune_tiny(tuned.home, tuned.config)
+    assert "compose_forward" in done(table)
+    assert "times predicted by a model, not measured" in table.stdout
+
+
+def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
+    data = json.loads(done(run("explain", SPEC, "--json", home=tuned.home)))
+    assert (data["spec"], data["entry"], data["step"], data["provenance"]) == (SPEC, SPEC, "exact", "predicted")
+    assert (data["distance"], data["refused"]) == (0.0, [])
+    assert data["layer"] == str(tuned.home / "store.sqlite")
+    said = done(run("explain", SPEC, home=tuned.home))
+    assert data["config"] in said
+    assert "exact: an entry of this very spec" in said
+    assert "predicted, never timed" in said
+
+
+def test_explain_says_which_neighbour_serves_a_kernel_that_was_not_tuned(tuned: Tuned) -> None:
+    other = SPEC.replace("tokens=1/", "tokens=16/")
+    data = json.loads(done(run("explain", other, "--json", home=tuned.home)))
+    assert (data["step"], data["entry"], data["distance"]) == ("nearest", SPEC, 4.0)
+
+
+def test_without_a_store_explain_says_default(home: Path) -> None:
+    data = json.loads(done(run("explain", SPEC, "--json", home=home)))
+    assert (data["step"], data["provenance"], data["entry"], data["layer"]) == ("default", "default", None, None)
+    assert not home.exists()
+
+
+def test_cache_lists_the_tuned_kernels(tuned: Tuned) -> None:
+    store = str(tuned.home / "store.sqlite")
+    rows = json.loads(done(run("cache", "ls", "--json", home=tuned.home)))["rows"]
+    assert {row["spec"] for row in rows if row["store"] == store} >= {SPEC, SPEC.replace("64", "128")}
+    table = run("cache", "ls", "--store", store, home=tuned.home)
+    assert "predicted" in done(table)
+    assert table.stderr == "2 entries\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["--op", "compose_forward", "--gpu", "sm_90"], 2),
+        (["--gpu", "SM-90a"], 2),
+        (["--gpu", "h200"], 0),
+        (["--op", "weight_norm"], 0),
+    ],
+)
+def test_cache_lists_what_is_asked_for(options: list[str], count: int, tuned: Tuned) -> None:
+    store = str(tuned.home / "store.sqlite")
+    assert (
+        len(json.loads(done(run("cache", "ls", "--store", store, *options, "--json", home=tuned.home)))["rows"])
+        == count
+    )
+
+
+def test_cache_path_names_the_stores_in_order(tuned: Tuned, tmp_path: Path) -> None:
+    own, team = str(tuned.home / "store.sqlite"), str(tmp_path / "team.sqlite")
+    assert done(run("cache", "path", home=tuned.home)).splitlines()[0] == f"{own} (user)"
+    layers = json.loads(done(run("cache", "path", "--store", team, "--json", home=tuned.home)))["layers"]
+    assert layers[:2] == [{"location": team, "origin": "store"}, {"location": own, "origin": "user"}]
+
+
+def test_cache_show_tells_all_about_an_entry(tuned: Tuned) -> None:
+    (entry,) = json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home)))["entries"]
+    assert (entry["spec"], entry["provenance"], entry["gpu"]) == (SPEC, "predicted", "sm_90")
+    assert entry["created_at"] > "2020"
+    said = done(run("cache", "show", SPEC, "--source", home=tuned.home))
+    assert entry["source_digest"] in said
+    assert said.endswith(entry["source"])
+
+
+def test_emit_prints_the_tuned_kernel_as_python(tuned: Tuned) -> None:
+    text = done(run("emit", SPEC, home=tuned.home))
+    compile(text, "emitted", "exec")
+    assert "def launch(" in text
+    assert "@triton.jit" in text
+    data = json.loads(done(run("emit", SPEC, "--json", home=tuned.home)))
+    (entry,) = json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home)))["entries"]
+    assert (data["source"], data["digest"], data["provenance"]) == (text, entry["source_digest"], "predicted")
+    assert (data["spec"], data["config"]) == (SPEC, entry["config"])
+
+
+def test_emit_prints_a_config_of_ones_own(home: Path) -> None:
+    config = "tile:block_n=32,block_t=2,num_warps=2,num_stages=1"
+    data = json.loads(done(run("emit", SPEC, "--config", config, "--json", home=home)))
+    assert (data["config"], data["provenance"]) == (config, "given")
+    assert "32" in data["source"]
+
+
+def test_a_model_can_be_named_by_its_folder(tuned: Tuned) -> None:
+    assert json.loads(done(tune_tiny(tuned.home, tuned.config.parent, "--json")))["model"] == "tiny"
+
+
+# Mistakes in what was asked for: exit code 2.
+
+MISTAKES = [
+    (["tune"], ["name either a model (--model llama-8b) or a config (--config path/to/config.json)"]),
+    (["tune", "--model", "llama-8b", "--config", "TINY"], ["name either a model", "or a config"]),
+    (["tune", "--model", "llama-8", "--gpu", "h200"], ["unknown model 'llama-8'; did you mean llama-8b", "--config"]),
+    (["tune", "--model", "lama-3.1-8b"], ["unknown model 'lama-3.1-8b'", "llama-3.1-8b", "`doratune models`"]),
+    (["tune", "--config", "missing.json", "--gpu", "h200"], ["missing.json: no such file; give a model's config.json"]),
+    (["tune", "--config", "TINY", "--gpu", "h20"], ["unknown GPU 'h20'; did you mean h200", "sm_90"]),
+    (["tune", "--config", "TINY", "--gpu", "h100"], ["unknown GPU 'h100'; did you mean h100-sxm, h100-pcie?"]),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--rank", "0"], ["rank 0: a rank is an integer of at least 1"]),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--rank", "-8"], ["rank -8: a rank is an integer of at least 1"]),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--rank", "x"], ["'--rank': 'x' is not a valid integer"]),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--rank", "8", "--rank", "8"], ["rank 8 is given more than once"]),
+    (
+        ["tune", "--config", "TINY", "--gpu", "h200", "--dtype", "fp8"],
+        ["unsupported dtype 'fp8'; use one of bf16, fp16"],
+    ),
+    (
+        ["tune", "--config", "TINY", "--gpu", "h200", "--adapter-dtype", "fp16"],
+        ["adapter dtype fp16 with bf16", "fp32"],
+    ),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--tokens", "0"], ["tokens=0", "at least 1"]),
+    (
+        ["tune", "--config", "TINY", "--gpu", "h200", "--op", "lora_compse"],
+        ["'lora_compse'; did you mean lora_compose?"],
+    ),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--trials", "0"], ["trials=0", "at least 1 trial"]),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--effort", "quik"], ["'quik' is not one of 'quick', 'standard'"]),
+    (
+        ["tune", "--config", "TINY", "--gpu", "h200", "--evaluator", "guess"],
+        ["'guess' is not one of 'auto', 'measure'"],
+    ),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--timeout", "-1"], ["'--timeout': -1.0 is not in the range"]),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--jobs", "0"], ["'--jobs': 0 is not in the range"]),
+    (
+        ["tune", "--config", "TINY", "--gpu", "h200", "--store", "redis://x"],
+        ["no stores of scheme 'redis'", "use a file"],
+    ),
+    (["tune", "--config", "TINY", "--gpu", "auto"], ["no GPU is visible to PyTorch", "--gpu h200"]),
+    (["tune", "--config", "TINY", "--evaluator", "measure"], ["needs a GPU", "use --evaluator predict"]),
+    (["tune", "--config", "TINY", "--gpu", "h200", "--evaluator", "measure"], ["needs a GPU", "--evaluator predict"]),
+    (["emit", "SPEC", "--config", "tile"], ["config 'tile' lacks num_stages and num_warps"]),
+    (["emit", "SPEC", "--config", "tlie:num_warps=1,num_stages=1"], ["no variant 'tlie'; did you mean tile?"]),
+    (
+        ["emit", "SPEC", "--config", "tile:block_n=48,block_t=1,num_warps=1,num_stages=1"],
+        ["cannot serve", "block_n=48 is not a power of two"],
+    ),
+    (["cache", "ls", "--op", "compose_forwards"], ["'compose_forwards'; did you mean compose_forward"]),
+    (["cache", "ls", "--gpu", "h20"], ["unknown GPU 'h20'; did you mean h200"]),
+    (["cache", "ls", "--store", ""], ["names no file; use a file path"]),
+    (["cache", "path", "--store", "sqlite://"], ["names no plain file", "use a file path, sqlite:////absolute/path"]),
+    (["cache", "frobnicate"], ["No such command 'frobnicate'"]),
+    (["tunes"], ["No such command 'tunes'"]),
+    (["explain"], ["Missing argument 'SPEC'"]),
+    (["models", "--jsn"], ["No such option", "--json"]),
+]
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(("args", "said"), MISTAKES, ids=lambda value: " ".join(value[:8]))
+def test_a_wrong_request_names_the_fault_and_the_remedy(
+    args: list[str], said: list[str], tiny: Path, home: Path, tmp_path: Path
+) -> None:
+    places = {"TINY": str(tiny), "SPEC": SPEC}
+    before = files_in(tmp_path)
+    message = mistake(run(*(places.get(arg, arg) for arg in args), home=home), 2)
+    for part in said:
+        assert part in message
+    assert {path for path in files_in(tmp_path) if path not in before} <= {"home", "home/store.sqlite"}
+
+
+@pytest.mark.parametrize("command", ["explain", "emit", "cache show"])
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("compose_forwad/d_out=64/tokens=1/activation=bf16@h200", "'compose_forwad'; did you mean compose_forward"),
+        ("compose_forward/dout=64/tokens=1/activation=bf16@h200", "unknown field 'dout'; did you mean d_out?"),
+        ("compose_forward/d_out=64/tokens=1/activation=bf16/bais@h200", "unknown flag 'bais'; did you mean bias?"),
+        ("compose_forward/d_out=6x4/tokens=1/activation=bf16@h200", "d_out='6x4' is not a whole number"),
+        ("compose_forward/d_out=64/tokens=3/activation=bf16@h200", "tokens=3 is not a token bucket; use 16"),
+        ("compose_forward/d_out=64/tokens=1/activation=fp8@h200", "activation='fp8': unsupported dtype; use one of"),
+        ("compose_forward/d_out=64/tokens=1/rank=8/activation=bf16@h200", "does not depend on rank: leave it out"),
+        ("compose_forward/d_out=64/tokens=1/activation=bf16", "names no GPU: end it with @h200"),
+        ("compose_forward/d_out=64/d_out=64/tokens=1/activation=bf16@h200", "d_out is given twice"),
+        ("", "names no GPU"),
+    ],
+)
+def test_a_typo_in_a_spec_is_named(command: str, spec: str, said: str, home: Path) -> None:
+    assert said in mistake(run(*command.split(), spec, home=home), 2)
+
+
+@pytest.mark.parametrize("command", ["explain", "emit"])
+def test_an_unknown_gpu_in_a_spec_is_named(command: str, home: Path) -> None:
+    message = mistake(run(command, SPEC.replace("sm_90", "sm_91"), home=home), 2)
+    assert message.startswith("unknown GPU 'sm_91'; did you mean sm_90")
+    assert "For another GPU name its architecture" in message
+
+
+def without(field: str) -> str:
+    return json.dumps({name: value for name, value in TINY.items() if name != field})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (json.dumps(TINY)[:-9], ["not valid JSON (line 1, column", "download the model's config.json again"]),
+        ("", ["not valid JSON", "download"]),
+        ("[1, 2]", ["holds no JSON object but '[1, 2]'", "give a model's config.json"]),
+        (without("hidden_size"), ["hidden_size", "is missing", "an integer of at least 1"]),
+        (without("num_hidden_layers"), ["num_hidden_layers", "is missing"]),
+        (without("intermediate_size"), ["intermediate_size", "is missing"]),
+        (json.dumps({**TINY, "hidden_size": "64"}), ["hidden_size", "'64'", "not an integer of at least 1"]),
+        (json.dumps({**TINY, "num_attention_heads": 0}), ["num_attention_heads", "0", "not an integer of at least 1"]),
+        (json.dumps({**TINY, "num_key_value_heads": 3}), ["num_key_value_heads", "does not divide"]),
+        ("\udcff", ["cannot be read as text", "give a model's config.json"]),
+    ],
+)
+def test_a_config_that_is_no_model_is_refused(text: str, said: list[str], home: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_bytes(text.encode(errors="surrogateescape"))
+    before = files_in(tmp_path)
+    message = mistake(run("tune", "--config", str(config), "--gpu", "h200", home=home), 2)
+    assert str(config) in message
+    for part in said:
+        assert part in message
+    assert files_in(tmp_path) == before
+
+
+# Stores that cannot be used: exit code 1, and what is there stays as it is.
+
+
+def text_file(path: Path, sound: Path) -> None:
+    path.write_text("spec,config\n")
+
+
+def empty_file(path: Path, sound: Path) -> None:
+    path.write_bytes(b"")
+
+
+def folder(path: Path, sound: Path) -> None:
+    path.mkdir()
+
+
+def truncated(path: Path, sound: Path) -> None:
+    copy(sound, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+
+
+def header_alone(path: Path, sound: Path) -> None:
+    copy(sound, path)
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def foreign_database(path: Path, sound: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE songs (title TEXT)")
+        connection.commit()
+
+
+def newer_schema(path: Path, sound: Path) -> None:
+    copy(sound, path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE doratune_schema SET version_num = '9999'")
+        connection.commit()
+
+
+def copy(store: Path, path: Path) -> None:
+    """Copy a store whole into one file."""
+    with Store.open(store, readonly=True) as opened:
+        opened.export(path)
+
+
+BROKEN: list[tuple[Callable[[Path, Path], None], list[str]]] = [
+    (text_file, ["not a SQLite database and is left as it is", "name another"]),
+    (empty_file, ["the file is empty", "delete it to have a store made, or name another"]),
+    (folder, ["this is a folder", "name a file, such as"]),
+    (truncated, ["the file is damaged", "Restore it from a copy"]),
+    (header_alone, ["the file is ", "name another|Restore it from a copy"]),
+    (foreign_database, ["not of doratune, and left as it is", "name another"]),
+    (newer_schema, ["written by a newer doratune (schema 9999", "upgrade doratune or use another store"]),
+]
+
+USES = {
+    "tune": ["tune", "--config", "TINY", "--gpu", "sm_90", *QUICK],
+    "emit": ["emit", SPEC],
+    "explain": ["explain", SPEC],
+    "cache ls": ["cache", "ls"],
+    "cache show": ["cache", "show", SPEC],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(("spoil", "said"), BROKEN, ids=lambda value: value.__name__ if callable(value) else "")
+def test_a_store_that_cannot_be_used_is_named_and_left_as_it_is(
+    use: str, spoil: Callable[[Path, Path], None], said: list[str], tuned: Tuned, tiny: Path, home: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "stores"
+    place.mkdir()
+    store = place / "team.sqlite"
+    spoil(store, tuned.home / "store.sqlite")
+    before = files_in(place)
+    args = [str(tiny) if arg == "TINY" else arg for arg in USES[use]]
+    message = mistake(run(*args, "--store", str(store), home=home), 1)
+    assert message.startswith(f"store {store}")
+    for part in said:
+        assert any(choice in message for choice in part.split("|")), message
+    assert files_in(place) == before
+
+
+@pytest.mark.parametrize("use", [use for use in USES if use != "tune"])
+def test_a_store_that_is_missing_is_named_and_not_made(use: str, home: Path, tmp_path: Path) -> None:
+    store = tmp_path / "missing.sqlite"
+    message = mistake(run(*USES[use], "--store", str(store), home=home), 1)
+    assert message.startswith(f"store {store}: there is no such file; check the path")
+    assert f"doratune tune --store {store}" in message
+    assert files_in(tmp_path) == {}
+
+
+def test_a_store_named_by_the_environment_says_so(home: Path, tmp_path: Path) -> None:
+    store = tmp_path / "missing.sqlite"
+    env = {"DORATUNE_HOME": str(home), "DORATUNE_CACHE_PATH": str(store)}
+    message = mistake(CliRunner().invoke(main, ["explain", SPEC], env=env), 1)
+    assert f"store {store}: there is no such file" in message
+    assert "named by DORATUNE_CACHE_PATH" in message
+
+
+def test_a_store_cannot_be_made_below_a_file(tiny: Path, home: Path, tmp_path: Path) -> None:
+    before = files_in(tmp_path)
+    store = tiny / "store.sqlite"
+    message = mistake(tune_tiny(home, tiny, "--store", str(store)), 1)
+    assert message.startswith(f"store {store}: cannot be ")
+    assert "name a folder that you can write, or set DORATUNE_HOME" in message
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc, where nobody can make a file")
+def test_a_store_cannot_be_made_where_nobody_can_write(tiny: Path, home: Path) -> None:
+    message = mistake(tune_tiny(home, tiny, "--store", "/proc/doratune/store.sqlite"), 1)
+    assert message.startswith("store /proc/doratune/store.sqlite: cannot be made in /proc/doratune")
+    assert "name a folder that you can write" in message
+
+
+def test_a_home_that_is_a_file_is_named(tiny: Path, tmp_path: Path) -> None:
+    before = files_in(tmp_path)
+    message = mistake(tune_tiny(tiny, tiny), 1)
+    assert str(tiny) in message
+    assert "DORATUNE_HOME" in message
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("use", ["explain", "cache ls", "tune"])
+def test_a_users_own_store_that_is_damaged_is_named_and_left_as_it_is(
+    use: str, tuned: Tuned, tiny: Path, home: Path
+) -> None:
+    home.mkdir()
+    store = home / "store.sqlite"
+    truncated(store, tuned.home / "store.sqlite")
+    before = store.read_bytes()
+    args = [str(tiny) if arg == "TINY" else arg for arg in USES[use]]
+    assert mistake(run(*args, home=home), 1).startswith(f"store {store}: the file is damaged")
+    assert store.read_bytes() == before
+
+
+def test_studies_that_cannot_be_kept_are_named(tiny: Path, home: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("not a database")
+    message = mistake(tune_tiny(home, tiny, "--study-storage", f"sqlite:///{notes}"), 1)
+    assert message.startswith(f"study storage sqlite:///{notes}: ")
+    assert "name another with --study-storage" in message
+    assert notes.read_text() == "not a database"
+
+
+def test_an_entry_nobody_has_is_a_failure_that_points_to_explain(tuned: Tuned) -> None:
+    other = SPEC.replace("d_out=64", "d_out=96")
+    message = mistake(run("cache", "show", other, home=tuned.home), 1)
+    assert message == f"no store has an entry for {other}; `doratune explain` says what would run instead"
+
+
+# As a program.
+
+
+def program(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "DORATUNE_CACHE_PATH"} | {
+        "DORATUNE_HOME": str(home)
+    }
+    command = [sys.executable, "-m", "doratune.cli", *args]
+    return subprocess.run(command, env=env, cwd=home.parent, capture_output=True, text=True, timeout=120)
+
+
+def test_as_a_program_it_prints_the_result_alone(tuned: Tuned) -> None:
+    done = program("explain", SPEC, "--json", home=tuned.home)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["step"] == "exact"
+
+
+def test_as_a_program_it_fails_with_one_message(tuned: Tuned, tmp_path: Path) -> None:
+    store = tmp_path / "store.sqlite"
+    shutil.copy(tuned.config, store)
+    done = program("cache", "ls", "--json", "--store", str(store), home=tuned.home)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"Error: store {store}: the file is not a SQLite database")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_stops_early_gets_no_traceback(tuned: Tuned) -> None:
+    command = [sys.executable, "-m", "doratune.cli", "models", "--json"]
+    with subprocess.Popen(
+        command, cwd=tuned.home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # as `head` does when it has enough
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
