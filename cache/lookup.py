@@ -4,7 +4,7 @@ The steps, tried in order; the first that has an acceptable entry decides:
 
 1. ``exact``: an entry of this very spec. A measured one in any layer goes before a predicted one in any layer, and a
    predicted one before a stored default; among equals the earlier layer.
-2. ``nearest``: an entry of the same op and dtypes on the same GPU, with other dims or flags.
+2. ``nearest``: an entry of the same op and dtypes on the same GPU, with other dims, flags or magnitude.
 3. ``architecture``: the same on another GPU of the same architecture: first the same dims and flags, then the nearest.
 4. ``default``: the built-in default config.
 
@@ -126,11 +126,12 @@ class Resolution:
 def distance(wanted: KernelSpec, other: KernelSpec) -> float:
     """Return how far two specs of one op are apart: ``sum(weight * |log2(ratio)|)`` over the dims, plus flag penalties.
 
-    Dims the op does not depend on, and the GPU, add nothing.
+    A magnitude that only one of them has, or of another dtype, counts as a flag. Dims the op does not depend on, and the
+    GPU, add nothing.
     """
     pairs = ((DIM_WEIGHTS[dim], getattr(wanted, dim), getattr(other, dim)) for dim in DIMS)
     dims = sum(weight * abs(math.log2(a / b)) for weight, a, b in pairs if a and b)
-    flags = sum(bool(getattr(wanted, flag) != getattr(other, flag)) for flag in FLAGS)
+    flags = sum(bool(getattr(wanted, flag) != getattr(other, flag)) for flag in (*FLAGS, "magnitude"))
     return float(dims + FLAG_PENALTY * flags)
 
 

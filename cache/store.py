@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, CursorResult, Engine, Executable, case, de
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session, sessionmaker
 
-from ..codegen.spec import DTYPES, KernelSpec
+from ..codegen.spec import TILE_DTYPES, KernelSpec
 from . import create as making
 from .connect import connect, explained, for_writing, sqlite_engine
 from .entry import Binary, Entry
@@ -153,13 +153,15 @@ class Store:
     def candidates(self, spec: KernelSpec, *, architecture: str | None = None) -> list[Candidate]:
         """Return what could stand in for ``spec``: the same op and dtypes, other dims or flags, sorted by spec text.
 
+        The magnitude's dtype may differ or be absent: it is one vector more, where the other dtypes make the tiles.
+
         On the same GPU; or, given an ``architecture``, on the other GPUs of it (there the same dims are included).
 
         Raises:
             CorruptRowError: a row is damaged.
         """
         query = select(*CANDIDATE_COLUMNS).where(EntryRow.op == spec.op, EntryRow.spec != str(spec))
-        for role in DTYPES:
+        for role in TILE_DTYPES:
             query = query.where(getattr(EntryRow, role) == getattr(spec, role))
         if architecture is None:
             query = query.where(EntryRow.gpu == spec.gpu)

@@ -24,6 +24,8 @@ TOKEN_BUCKETS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 DIMS = ("d_out", "d_in", "rank", "tokens")
 DTYPES = ("weight", "activation", "adapter", "magnitude")
+TILE_DTYPES = ("weight", "activation", "adapter")
+"""The dtypes of the tensors that tiles are made of; the magnitude is a vector beside them."""
 FLAGS = ("bias", "delta", "save")
 
 _GPU_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]*")

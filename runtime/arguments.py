@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..codegen.ops import Operand
+from ..codegen.ops import DTYPE_BYTES, Operand
 from ..codegen.spec import KernelSpec
 from ..errors import UsageError
 from .reference import TORCH_DTYPES
@@ -68,9 +68,8 @@ def check_tensor(
         raise ArgumentError(f"{name} is a {type(tensor).__name__}, not a torch.Tensor")
     dtype = TORCH_DTYPES[operand.dtype_of(spec)]
     if tensor.dtype != dtype:
-        raise ArgumentError(
-            f"{name} is {tensor.dtype}; this kernel takes {dtype}: convert it, or load a kernel for {tensor.dtype}"
-        )
+        other = "" if operand.dtype in DTYPE_BYTES else f", or load a kernel for {tensor.dtype}"
+        raise ArgumentError(f"{name} is {tensor.dtype}; this kernel takes {dtype}: convert it{other}")
     if tensor.device != device:
         raise ArgumentError(
             f"{name} is on {tensor.device}, the kernel was loaded for {device}: move the tensor or load another kernel"

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Kernel", "explain", "load_kernel"]
 
+CPU = "cpu"
+"""What stands for the GPU in the spec of a kernel for CPU tensors."""
+
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _loaded: dict[tuple[KernelSpec, torch.device, str | None], Kernel] = {}
 _lock = threading.Lock()
@@ -73,7 +76,7 @@ def load_kernel(
         bias=bias,
         delta=delta,
         save=save,
-        gpu=gpu_of(where).slug if where.type == "cuda" else "cpu",
+        gpu=gpu_of(where).slug if where.type == "cuda" else CPU,
     )
     key = (spec, where, store)
     kernel = _loaded.get(key)
@@ -105,6 +108,8 @@ def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Sou
     from ..codegen.render import render, template_digest
     from ..codegen.variants import check_config, default_config
 
+    if spec.gpu == CPU:
+        raise SpecError(f"{spec}: CPU tensors run the eager reference, no kernel is looked up; name a GPU after the @")
     gpu = find_gpu(spec.gpu)
 
     def installed_digest(op: str, variant: str) -> str | None:

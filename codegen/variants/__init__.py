@@ -63,7 +63,8 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     expected = variant.choices(spec, gpu).keys() - {"num_warps", "num_stages"}
     given = {name for name, _ in config.params}
     if given != expected:
-        return f"its parameters are {', '.join(sorted(given)) or 'none'}; {variant.name} takes {', '.join(sorted(expected))}"
+        named = ", ".join(sorted(given)) or "none"
+        return f"its parameters are {named}; {variant.name} takes {', '.join(sorted(expected))}"
     for name, value in config.params:
         if name in variant.switches:
             if value > 1:

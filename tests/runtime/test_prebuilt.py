@@ -1,0 +1,74 @@
+"""The stores that ship with the package serve what they are for: every kernel of llama-8b at rank 384 in bf16 on an
+H200, measured, and made by the very templates of this checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import doratune
+from doratune.cache.entry import MEASURED
+from doratune.cache.layers import prebuilt_paths
+from doratune.cache.store import Store
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.render import render, template_digest
+from doratune.codegen.spec import KernelSpec
+from doratune.codegen.variants import check_config
+from doratune.runtime.loader import resolve
+from doratune.tuner.jobs import plan_jobs
+from doratune.tuner.models import find_model
+
+MODEL = find_model("llama-8b")
+
+
+@pytest.fixture(autouse=True)
+def no_other_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DORATUNE_CACHE_PATH", raising=False)
+    monkeypatch.setenv("DORATUNE_HOME", str(tmp_path))
+
+
+def test_every_kernel_of_llama_8b_is_found_exact_and_measured() -> None:
+    specs = plan_jobs(MODEL, ranks=[384], gpu="h200")
+    assert len(specs) == 94
+    for spec in specs:
+        resolution, source = resolve(spec)
+        assert (resolution.step, resolution.entry and resolution.entry.evaluation.provenance) == ("exact", MEASURED)
+        assert resolution.entry is not None
+        assert source.digest == resolution.entry.source_digest
+
+
+def test_no_entry_is_stale() -> None:
+    """After a change of a template, tune again and replace the file."""
+    for path in prebuilt_paths():
+        assert path.stat().st_size <= 4_000_000
+        with Store.open(path, readonly=True) as store:
+            entries = store.entries()
+            assert entries
+            for entry in entries:
+                assert entry.template_digest == template_digest(entry.spec.op, entry.config.variant), entry.spec
+                assert entry.source_digest == render(entry.spec, entry.config).digest, entry.spec
+                assert check_config(entry.spec, entry.config, find_gpu(entry.spec.gpu)) is None
+                evaluation = entry.evaluation
+                assert evaluation.us is not None
+                assert evaluation.floor_us is not None
+                assert evaluation.us > 0.9 * evaluation.floor_us
+                assert evaluation.error is not None
+                assert entry.environment.gpu_name
+
+
+def test_the_norm_that_also_gives_g_takes_the_config_of_the_plain_one() -> None:
+    spec = KernelSpec.create(
+        "weight_norm", d_out=4096, d_in=4096, rank=384, dtype="bf16", adapter="bf16", magnitude="fp32", gpu="h200"
+    )
+    resolution, source = resolve(spec)
+    assert resolution.step == "nearest"
+    assert resolution.entry is not None
+    assert (resolution.entry.spec.d_out, resolution.entry.spec.d_in, resolution.entry.spec.rank) == (4096, 4096, 384)
+    assert "magnitude_ptr" in source.text
+
+
+def test_a_shape_nobody_tuned_says_so() -> None:
+    text = doratune.explain("lora_compose/d_out=5120/rank=320/tokens=4096/activation=bf16/adapter=bf16@h200")
+    assert "nearest" in text
+    assert "not measured for this spec" in text
