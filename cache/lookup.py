@@ -126,8 +126,8 @@ class Resolution:
 def distance(wanted: KernelSpec, other: KernelSpec) -> float:
     """Return how far two specs of one op are apart: ``sum(weight * |log2(ratio)|)`` over the dims, plus flag penalties.
 
-    A magnitude that only one of them has, or of another dtype, counts as a flag. Dims the op does not depend on, and the
-    GPU, add nothing.
+    A magnitude that only one of them has, or of another dtype, counts as a flag. Dims the op does not depend on, and
+    the GPU, add nothing.
     """
     pairs = ((DIM_WEIGHTS[dim], getattr(wanted, dim), getattr(other, dim)) for dim in DIMS)
     dims = sum(weight * abs(math.log2(a / b)) for weight, a, b in pairs if a and b)
