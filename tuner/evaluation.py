@@ -18,6 +18,13 @@ class Rejected(DoratuneError):
     """A candidate cannot win: it is inaccurate, does not launch, or exceeds a limit. The message is the reason."""
 
 
+class GpuLostError(Rejected):
+    """A candidate faulted and took the process's GPU context with it: it is out, and the run must end.
+
+    The same command goes on in a new process, without the candidate.
+    """
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one compiled kernel uses; the part of a :class:`~doratune.codegen.compile.CompiledKernel` that travels.
@@ -47,9 +54,6 @@ class Evaluator(ABC):
     def environment(self) -> Environment:
         """Where the evaluations come from."""
 
-    def start(self, spec: KernelSpec) -> None:  # noqa: B027 - most evaluators need nothing
-        """Get ready for candidates of ``spec``: inputs, references. Called before each batch of a spec's candidates."""
-
     def screen(self, spec: KernelSpec, config: Config) -> float | None:
         """A guess in microseconds before anything is compiled, or None for an evaluator that does not guess.
 
@@ -59,14 +63,14 @@ class Evaluator(ABC):
 
     @abstractmethod
     def evaluate(self, source: Source, compiled: Sequence[Resources]) -> Evaluation:
-        """Judge one candidate of the started spec; ``compiled`` has its kernels in the order of the text.
+        """Judge one candidate; ``compiled`` has its kernels in the order of the text.
 
         Raises:
             Rejected: the candidate cannot win.
         """
 
     def finish(self, spec: KernelSpec) -> None:  # noqa: B027
-        """Let go of what :meth:`start` made; the spec's search is over."""
+        """Let go of what is kept for candidates of ``spec``; its search is over."""
 
     def close(self) -> None:  # noqa: B027
         """Let go of everything."""

@@ -19,7 +19,7 @@ from ..runtime.device import find_device
 from ..runtime.kernel import bind
 from ..runtime.reference import definition
 from .accuracy import worst_error
-from .evaluation import Evaluator, Rejected, Resources, floor_us
+from .evaluation import Evaluator, GpuLostError, Rejected, Resources, floor_us
 from .inputs import make_inputs, make_outputs
 from .timing import capture, median_us, replay_us, rotations
 
@@ -31,6 +31,9 @@ CHECKED_ROWS = 64
 
 GIVE_UP = 3.0
 """A candidate whose first replay takes this many times the best so far is not timed further."""
+
+MEMORY_SHARE = 0.7
+"""Share of the free GPU memory that the rotating inputs may take; the rest is for fp64 references and workspaces."""
 
 SHORT_GRAPH_CALLS = 64
 """Calls in a graph at least, where one call is short, so that starting the graph weighs nothing."""
@@ -80,39 +83,45 @@ class MeasureEvaluator(Evaluator):
             doratune=__version__,
         )
 
-    def start(self, spec: KernelSpec) -> None:
+    def _prepare(self, spec: KernelSpec) -> None:
         """Make the gate's inputs with their fp64 results, and the rotating inputs for timing."""
         if spec == self._spec:
             return
-        self.finish(spec)
-        self._spec = spec
+        if self._spec is not None:
+            self.finish(self._spec)
         gate_tokens = spec.tokens if spec.tokens <= 16 else min(spec.tokens, GATE_TOKENS) - 3
         self._gate_inputs, self._gate_scaling = make_inputs(spec, gate_tokens, case="mixed", seed=1, device=self.device)
         self._gate_exact = definition(spec, self._gate_inputs, self._gate_scaling)
         self._gate_outputs = make_outputs(spec, gate_tokens, self.device)
-        count = rotations(spec.contract.floor_bytes(spec), self.gpu.l2_bytes)
+        set_bytes = spec.contract.floor_bytes(spec)
+        roomy = int(MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0]) // set_bytes
+        count = max(1, min(rotations(set_bytes, self.gpu.l2_bytes), roomy))
         self._sets = []
         for seed in range(count):
             inputs, self._scaling = make_inputs(spec, spec.tokens, case="random", seed=100 + seed, device=self.device)
             self._sets.append((inputs, make_outputs(spec, spec.tokens, self.device)))
+        self._spec = spec  # only now: when memory ran out, the next candidate tries again
 
     def evaluate(self, source: Source, compiled: Sequence[Resources]) -> Evaluation:
-        """Gate and time one candidate of the started spec.
+        """Gate and time one candidate.
 
         Raises:
-            Rejected: it failed to launch, is inaccurate, or gives different bits for equal inputs.
+            Rejected: it failed to launch, is inaccurate, gives different bits for equal inputs, or its tensors do not
+                fit the GPU's memory.
+            GpuLostError: it left the GPU unusable for this process.
         """
         spec = source.spec
-        self.start(spec)
         try:
+            self._prepare(spec)
             launch = bind(source).launch
             error = self._gate(spec, launch)
             samples = self._time(launch)
             error = max(error, self._check_rows(spec))
         except (RuntimeError, ValueError, TypeError) as failure:
-            raise Rejected(
-                f"does not run: {next(iter(str(failure).splitlines()), type(failure).__name__)}"
-            ) from failure
+            reason = next(iter(str(failure).splitlines()), type(failure).__name__)
+            if not _gpu_answers():
+                raise GpuLostError(f"{source.config} of {spec} broke the GPU context: {reason}") from failure
+            raise Rejected(f"does not run: {reason}") from failure
         us = median_us(samples)
         self._best_us[spec] = min(us, self._best_us.get(spec, us))
         return Evaluation(
@@ -160,6 +169,8 @@ class MeasureEvaluator(Evaluator):
         calls = [
             functools.partial(launch, *inputs.values(), *outputs.values(), *scalars) for inputs, outputs in self._sets
         ] * repeats
+        for tensor in self._sets[-1][1].values():  # what another candidate wrote must not pass for this one's
+            tensor.fill_(float("nan"))
         graph = capture(calls)
         return replay_us(graph, len(calls), give_up_us=GIVE_UP * self._best_us.get(self._spec, 0.0))
 
@@ -177,6 +188,15 @@ class MeasureEvaluator(Evaluator):
         if complaint:
             raise Rejected(f"inaccurate at {spec.tokens} tokens: {complaint}")
         return error
+
+
+def _gpu_answers() -> bool:
+    """Whether the GPU still works for this process: a memory fault ends every later call of the process too."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache

@@ -129,12 +129,14 @@ def estimate_us(spec: KernelSpec, config: Config, gpu: Gpu) -> float:
 
 
 def shortlist(space: Space, count: int) -> tuple[Config, ...]:
-    """The ``count`` most promising configs of a space by the model, no two differing in one parameter only."""
+    """The ``count`` most promising configs of a space beside its seeds, no two differing in one parameter only."""
     if count < 1:
         return ()
     chance = random.Random(str(space.spec))
-    drawn = dict.fromkeys(space.draw(chance) for _ in range(min(SHORTLIST_DRAWS, 4 * space.size())))
-    fitting = [config for config in drawn if space.refuse(config) is None]
+    draws = min(SHORTLIST_DRAWS, 4 * space.size())
+    # Half from anywhere, half near the seeds: in a space of many parameters a plain draw seldom gets them all right.
+    drawn = dict.fromkeys(space.draw(chance, near=space.seeds if turn % 2 else ()) for turn in range(draws))
+    fitting = [config for config in drawn if config not in space.seeds and space.refuse(config) is None]
     ranked = sorted((estimate_us(space.spec, config, space.gpu), str(config), config) for config in fitting)
     chosen: list[Config] = []
     for us, _, config in ranked:

@@ -55,9 +55,9 @@ def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:
     table = Table(title=f"{model} on {gpu}: {_how_known(entries)}")
     for name in ("op", "shape", "tokens", "variant", "config"):
         table.add_column(name, overflow="fold")
-    for name in ("reg/spill/smem", "µs", "floor µs"):
+    for name in ("reg/spill/smem", _time_column(entries), "floor µs"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("times")
+    table.add_column("provenance")
     for entry in entries:
         spec, config, evaluation = entry.spec, entry.config, entry.evaluation
         shape = "x".join(str(getattr(spec, dim)) for dim in ("d_out", "d_in") if getattr(spec, dim))
@@ -86,6 +86,11 @@ def _how_known(entries: Sequence[Entry]) -> str:
     if found == {PREDICTED}:
         return "times predicted by a model, not measured"
     return "not all times are measured, see the last column"
+
+
+def _time_column(entries: Sequence[Entry]) -> str:
+    found = {entry.evaluation.provenance for entry in entries}
+    return f"{found.pop()} µs" if len(found) == 1 else "µs"
 
 
 def _us(value: float | None) -> str:

@@ -36,7 +36,7 @@ from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
 from ..codegen.variants import check_config
 from .effort import STANDARD, Budget, Effort
-from .evaluation import Evaluator, Rejected, floor_us
+from .evaluation import Evaluator, GpuLostError, Rejected, floor_us
 from .predict import shortlist
 from .progress import SilentProgress
 from .space import Space
@@ -304,8 +304,6 @@ class _Run:
 
     def _evaluate(self, search: _Search) -> bool:
         """Evaluate a compiled batch and start the next; return whether the search goes on."""
-        if search.batch:
-            self.evaluator.start(search.spec)
         while search.batch:
             if self._stopping():
                 return True
@@ -318,6 +316,8 @@ class _Run:
                 evaluation = self.evaluator.evaluate(source, future.result())
             except Rejected as reason:
                 search.study.reject(candidate, str(reason))
+                if isinstance(reason, GpuLostError):
+                    raise GpuLostError(f"{reason}. The same command goes on from here without that config") from reason
             else:
                 search.study.accept(candidate, evaluation)
             self._show(search)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+from collections.abc import Sequence
 
 import optuna
 
@@ -73,10 +74,19 @@ class Space:
         named = {f"{config.variant}.{name}": value for name, value in _values(config).items()}
         return {VARIANT: config.variant, **named}
 
-    def draw(self, chance: random.Random) -> Config:
-        """A config drawn uniformly over variants and values; it may be one that is refused."""
-        variant = chance.choice(tuple(self.choices))
-        return Config.create(variant, **{name: chance.choice(values) for name, values in self.choices[variant].items()})
+    def draw(self, chance: random.Random, near: Sequence[Config] = ()) -> Config:
+        """A config drawn uniformly over variants and values, or one of ``near`` with up to three values drawn anew.
+
+        It may be one that is refused.
+        """
+        if not near:
+            variant = chance.choice(tuple(self.choices))
+            drawn = {name: chance.choice(values) for name, values in self.choices[variant].items()}
+            return Config.create(variant, **drawn)
+        start = chance.choice(near)
+        choices = self.choices[start.variant]
+        changed = chance.sample(tuple(choices), k=chance.randint(1, min(3, len(choices))))
+        return Config.create(start.variant, **_values(start) | {name: chance.choice(choices[name]) for name in changed})
 
     def size(self) -> int:
         """The number of configs, refused ones included."""

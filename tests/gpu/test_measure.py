@@ -35,7 +35,6 @@ def evaluator_and_source(op: str, tokens: int) -> tuple[Evaluator, Source]:
 @pytest.mark.parametrize("tokens", [1, 4096])
 def test_a_good_kernel_gets_a_time_above_its_floor(op: str, tokens: int) -> None:
     evaluator, source = evaluator_and_source(op, tokens)
-    evaluator.start(source.spec)
     evaluation = evaluator.evaluate(source, USED)
     evaluator.close()
     assert evaluation.provenance == "measured"
@@ -52,7 +51,6 @@ def test_a_good_kernel_gets_a_time_above_its_floor(op: str, tokens: int) -> None
 
 def test_a_wrong_kernel_never_gets_a_time() -> None:
     evaluator, source = evaluator_and_source("lora_compose", 4096)
-    evaluator.start(source.spec)
     broken = replace(source, text=source.text.replace("g * inner", "(g * 1.01) * inner"))
     assert broken.text != source.text
     with pytest.raises(Rejected, match="inaccurate"):
@@ -62,7 +60,6 @@ def test_a_wrong_kernel_never_gets_a_time() -> None:
 
 def test_a_kernel_that_leaves_rows_unwritten_is_noticed() -> None:
     evaluator, source = evaluator_and_source("compose_forward", 4096)
-    evaluator.start(source.spec)
     broken = replace(source, text=source.text.replace("mask=in_t)", "mask=in_t & (row < 256))"))
     assert broken.text != source.text
     with pytest.raises(Rejected, match="inaccurate"):

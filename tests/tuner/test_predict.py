@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import statistics
+
 import pytest
 
 from doratune.cache.entry import PREDICTED
@@ -119,6 +122,11 @@ def test_the_shortlist_is_valid_varied_and_ahead_of_a_plain_draw() -> None:
     chosen = shortlist(space, 4)
     assert len(set(chosen)) == 4
     assert all(config in space and space.refuse(config) is None for config in chosen)
+    assert not set(chosen) & set(space.seeds)  # those are tried anyway
     best_seed = min(estimate_us(space.spec, config, H200) for config in space.seeds)
-    assert estimate_us(space.spec, chosen[0], H200) <= best_seed
+    assert estimate_us(space.spec, chosen[0], H200) <= 1.1 * best_seed
+    chance = random.Random(0)
+    plain = [config for config in (space.draw(chance) for _ in range(100)) if space.refuse(config) is None]
+    middle = statistics.median(estimate_us(space.spec, config, H200) for config in plain)
+    assert max(estimate_us(space.spec, config, H200) for config in chosen) < 0.7 * middle
     assert shortlist(space, 0) == ()

@@ -69,6 +69,14 @@ def test_the_title_says_how_the_times_are_known(entries: list[Entry], says: str)
     assert says in str(report_table(entries, model="llama-8b", gpu="h200").title)
 
 
+@pytest.mark.parametrize(
+    ("entries", "name"), [([ENTRY], "predicted µs"), ([NORM], "measured µs"), ([ENTRY, NORM], "µs"), ([], "µs")]
+)
+def test_the_time_column_says_how_its_times_are_known(entries: list[Entry], name: str) -> None:
+    headers = [column.header for column in report_table(entries, model="llama-8b", gpu="h200").columns]
+    assert headers[-3:] == [name, "floor µs", "provenance"]
+
+
 def test_the_table_shows_shapes_resources_and_times() -> None:
     console = Console(width=200, record=True, quiet=True)
     with console.capture() as captured:

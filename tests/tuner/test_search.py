@@ -32,7 +32,7 @@ from doratune.codegen.variants import check_config
 from doratune.errors import DoratuneError, UsageError
 from doratune.tuner import search
 from doratune.tuner.effort import EFFORTS, STANDARD, find_effort
-from doratune.tuner.evaluation import Rejected
+from doratune.tuner.evaluation import GpuLostError, Rejected
 from doratune.tuner.search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from doratune.tuner.space import Space
 from doratune.tuner.studies import open_study_storage, release
@@ -134,6 +134,32 @@ def test_a_spec_whose_every_config_is_rejected_fails_with_the_reason_and_stores_
     assert [row.outcome for row in result.rows] == [FAILED, FAILED]
     assert "y is off" in result.rows[0].note
     assert store.get(SPECS[0]) is None
+
+
+def test_a_candidate_that_takes_the_gpu_along_ends_the_run_and_is_not_tried_again(tune: Tune, store: Store) -> None:
+    def cost(spec: KernelSpec, config: Config) -> float:
+        if config.num_warps == 4:
+            raise GpuLostError("broke the GPU context: an illegal memory access")
+        return steps_from(FORWARD)(spec, config)
+
+    lost: list[str] = []
+    evaluators = []
+    for _ in range(30):
+        evaluators.append(FakeEvaluator(cost))
+        try:
+            result = tune(ONE, evaluators[-1])
+            break
+        except GpuLostError as error:
+            lost.append(str(error))
+    assert lost
+    assert "illegal memory access" in lost[0]
+    assert "goes on from here without that config" in lost[0]
+    tried = [config for evaluator in evaluators for _, config in evaluator.evaluated]
+    assert max(Counter(tried).values()) == 1
+    assert all(evaluator.closed for evaluator in evaluators)
+    assert result.rows[0].outcome == TUNED
+    assert result.rows[0].entry is not None
+    assert result.rows[0].entry.config.num_warps != 4
 
 
 def test_a_candidate_whose_compile_crashes_does_not_end_the_run(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
