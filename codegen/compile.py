@@ -22,6 +22,10 @@ ALIGNMENT = 16
 """Bytes every tensor must be aligned to for the 16-byte accesses that compiled kernels assume."""
 
 
+SPARE_REGISTERS = 16
+"""A kernel that leaves this many registers of a thread unused did not spill: its stack frame has another cause."""
+
+
 class CompileError(DoratuneError):
     """Triton or its assembler refused the emitted text; the message carries the first line of its reason."""
 
@@ -118,7 +122,10 @@ def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
 def _inspect(name: str, handle: Any, gpu: Gpu) -> CompiledKernel:
     binary = "cubin" if gpu.backend == "cuda" else "hsaco"
     image = handle.asm[binary]
-    registers, spills = _cubin_usage(image) if binary == "cubin" else _amdgcn_usage(handle.asm["amdgcn"])
+    registers, frame = _cubin_usage(image) if binary == "cubin" else _amdgcn_usage(handle.asm["amdgcn"])
+    threads = handle.metadata.num_warps * gpu.warp_size
+    most = min(gpu.max_registers_per_thread, gpu.registers_per_multiprocessor // threads)
+    spills = frame if registers > most - SPARE_REGISTERS else 0
     return CompiledKernel(name, registers, spills, handle.metadata.shared, handle.metadata.num_warps, image, handle)
 
 

@@ -11,9 +11,11 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
+import doratune.codegen.compile as compile_module
 from doratune.codegen.compile import CompileError, OverLimitError
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
@@ -123,3 +125,13 @@ def test_an_invalid_config_is_refused_with_the_reason(config: str, said: str) ->
     reason = check_config(spec_of("lora_compose", "h200"), Config.parse(config), find_gpu("h200"))
     assert reason is not None
     assert said in reason
+
+
+@pytest.mark.parametrize(("registers", "frame", "spills"), [(255, 136, 136), (76, 8, 0), (250, 0, 0)])
+def test_a_stack_frame_counts_as_spilled_only_where_registers_ran_out(
+    monkeypatch: pytest.MonkeyPatch, registers: int, frame: int, spills: int
+) -> None:
+    """ptxas gave a kernel of 76 registers a frame of 8 bytes for sm_120 (Triton 3.6); nothing was spilled there."""
+    handle = SimpleNamespace(asm={"cubin": b""}, metadata=SimpleNamespace(num_warps=4, shared=0))
+    monkeypatch.setattr(compile_module, "_cubin_usage", lambda cubin: (registers, frame))
+    assert compile_module._inspect("a_kernel", handle, find_gpu("rtx5090")).spills == spills
