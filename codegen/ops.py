@@ -7,17 +7,22 @@ in "Scaling DoRA" (arXiv 2603.22276): ``w = ||W + sBA||_row``, ``g = m / max(w, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .spec import KernelSpec
+from typing import Protocol
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 EPS = 1e-12
 """``g = m / max(w, EPS)``: a zero row of ``W + sBA`` gives a finite g instead of NaN."""
+
+
+class Spec(Protocol):
+    """A spec as its contract reads it: sizes, dtypes and flags by name (:class:`~doratune.codegen.spec.KernelSpec`)."""
+
+    @property
+    def op(self) -> str:
+        """The operation's name."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,18 @@ class Operand:
     dtype: str
     when: str = ""
 
-    def present(self, spec: KernelSpec) -> bool:
+    def present(self, spec: Spec) -> bool:
         """Whether this operand is part of ``spec``."""
         if not self.when:
             return True
         wanted = not self.when.startswith("!")
         return bool(getattr(spec, self.when.lstrip("!"))) == wanted
 
-    def dtype_of(self, spec: KernelSpec) -> str:
+    def dtype_of(self, spec: Spec) -> str:
         """The dtype name (``bf16``, ``fp16``, ``fp32``) of this operand in ``spec``."""
         return self.dtype if self.dtype in DTYPE_BYTES else str(getattr(spec, self.dtype))
 
-    def elements(self, spec: KernelSpec, tokens: int | None = None) -> int:
+    def elements(self, spec: Spec, tokens: int | None = None) -> int:
         """The number of elements of this operand, with ``tokens`` rows in place of the spec's bucket when given."""
         count = 1
         for dim in self.shape:
@@ -57,7 +62,8 @@ class Op:
     """A mathematical operation with a contract.
 
     ``dims`` and ``dtypes`` are the fields of :class:`~doratune.codegen.spec.KernelSpec` the operation depends on;
-    a spec holds no others. ``scaling`` says whether the operation takes the scalar s.
+    a spec holds no others. ``scaling`` says whether the operation takes the scalar s; ``matrix_dims`` are the three
+    sizes of its matrix product, none for an elementwise operation.
     """
 
     name: str
@@ -68,25 +74,25 @@ class Op:
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
     scaling: bool
-    matrix_flops: Callable[[KernelSpec], int]
+    matrix_dims: tuple[str, ...] = ()
     optional_dtypes: tuple[str, ...] = ()
 
-    def inputs_of(self, spec: KernelSpec) -> tuple[Operand, ...]:
+    def inputs_of(self, spec: Spec) -> tuple[Operand, ...]:
         """The tensors that ``spec`` takes, in argument order."""
         return tuple(operand for operand in self.inputs if operand.present(spec))
 
-    def outputs_of(self, spec: KernelSpec) -> tuple[Operand, ...]:
+    def outputs_of(self, spec: Spec) -> tuple[Operand, ...]:
         """The tensors that ``spec`` returns, in order."""
         return tuple(operand for operand in self.outputs if operand.present(spec))
 
-    def floor_bytes(self, spec: KernelSpec) -> int:
+    def floor_bytes(self, spec: Spec) -> int:
         """The fewest bytes the operation moves: every input read once, every output written once."""
         operands = self.inputs_of(spec) + self.outputs_of(spec)
         return sum(operand.elements(spec) * DTYPE_BYTES[operand.dtype_of(spec)] for operand in operands)
 
-
-def _no_matrix_product(spec: KernelSpec) -> int:
-    return 0
+    def matrix_flops(self, spec: Spec) -> int:
+        """Floating-point operations of the matrix product: two for each multiply-add."""
+        return 2 * math.prod(getattr(spec, dim) for dim in self.matrix_dims) if self.matrix_dims else 0
 
 
 WEIGHT_NORM = Op(
@@ -109,7 +115,7 @@ WEIGHT_NORM = Op(
         Operand("weight_sq", ("d_out",), "fp32", when="save"),
     ),
     scaling=True,
-    matrix_flops=lambda spec: 2 * spec.d_out * spec.d_in * spec.rank,
+    matrix_dims=("d_out", "d_in", "rank"),
 )
 
 LORA_COMPOSE = Op(
@@ -130,7 +136,7 @@ LORA_COMPOSE = Op(
         Operand("inner", ("tokens", "d_out"), "activation", when="save"),
     ),
     scaling=True,
-    matrix_flops=lambda spec: 2 * spec.tokens * spec.d_out * spec.rank,
+    matrix_dims=("tokens", "d_out", "rank"),
 )
 
 COMPOSE_FORWARD = Op(
@@ -150,7 +156,6 @@ COMPOSE_FORWARD = Op(
         Operand("inner", ("tokens", "d_out"), "activation", when="save"),
     ),
     scaling=True,
-    matrix_flops=_no_matrix_product,
 )
 
 COMPOSE_BACKWARD = Op(
@@ -170,7 +175,6 @@ COMPOSE_BACKWARD = Op(
         Operand("dbias", ("d_out",), "fp32", when="bias"),
     ),
     scaling=False,
-    matrix_flops=_no_matrix_product,
 )
 
 OPS: dict[str, Op] = {op.name: op for op in (WEIGHT_NORM, LORA_COMPOSE, COMPOSE_FORWARD, COMPOSE_BACKWARD)}

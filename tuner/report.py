@@ -94,4 +94,4 @@ def _time_column(entries: Sequence[Entry]) -> str:
 
 
 def _us(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:.{1 if value >= 1 else 2}f}"
