@@ -1,5 +1,7 @@
 # make tune   tune a model's kernels (without a GPU: predicted for GPU), in an environment it builds first
 # make test   lint, type-check and test, likewise
+#
+# Standard output holds what doratune prints and nothing else: make tune TUNE_ARGS=--json gives one JSON object.
 MODEL ?= llama-8b
 RANK ?= 384
 GPU ?= h200
@@ -26,13 +28,15 @@ lint: $(VENV)/installed-test
 	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -m doratune.cli -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@echo "building the environment in $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . >&2
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@echo "building the environment in $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]' >&2
 	@touch $@ $(VENV)/installed
 
 clean:
