@@ -1,9 +1,10 @@
 """The search: from specs to winners in the store.
 
 Each spec has one Optuna study (see :mod:`.studies`). Its first configs are the variants' seeds, the winner of the
-nearest token bucket, and the performance model's shortlist; after that Optuna's sampler proposes. Several studies are
-under way at once, so that the workers compile for some while this process evaluates, one candidate at a time, for
-another. Token buckets of one shape follow one another, since a winner mostly holds for its neighbours too.
+nearest token bucket, what a store already knows, and the performance model's shortlist; after that Optuna's sampler
+proposes. Several studies are under way at once, so that the workers compile for some while this process evaluates, one
+candidate at a time, for another. Token buckets of one shape follow one another, since a winner mostly holds for its
+neighbours too.
 
 **What is kept.** A winner is stored as soon as its search ends. A spec is skipped when the store has an entry of the
 same template whose provenance is better, or equal with a finished search of at least this effort: the study says so,
@@ -104,12 +105,14 @@ def tune(
     timeout: float | None = None,
     jobs: int | None = None,
     study_storage: str | None = None,
+    known: Callable[[KernelSpec], Config | None] | None = None,
     progress: SilentProgress | None = None,
 ) -> TuneResult:
     """Find and store the best config of every spec, as far as ``effort`` and ``timeout`` (seconds) allow.
 
     ``trials`` replaces the effort's number of configs for each kernel. ``jobs`` is the number of compile workers, by
     default one for each core. ``study_storage`` is a URL for Optuna, by default a SQLite file in the user's folder.
+    ``known`` gives a config that did well for the like of a spec elsewhere; it is tried early.
     The evaluator is closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
     since the workers import the main module.
 
@@ -126,7 +129,7 @@ def tune(
     deadline = None if timeout is None else time.monotonic() + timeout
     pool = CompilePool(gpu, jobs)
     storage = open_study_storage(url)
-    run = _Run(evaluator, store, gpu, effort, budget, storage, url, pool, progress or SilentProgress())
+    run = _Run(evaluator, store, gpu, effort, budget, storage, url, pool, known, progress or SilentProgress())
     try:
         with _interruption(run):
             run.search(list(dict.fromkeys(specs)), deadline)
@@ -190,6 +193,7 @@ class _Run:
     storage: optuna.storages.BaseStorage
     url: str
     pool: CompilePool
+    known: Callable[[KernelSpec], Config | None] | None
     progress: SilentProgress
     stopped: str = ""
 
@@ -263,13 +267,15 @@ class _Run:
         floor = floor_us(spec, self.gpu)
         name = study_name(space, self._environment, self.evaluator.provenance)
         study = KernelStudy(space, self.storage, name, seeds=seeds, floor_us=floor, url=self.url)
-        neighbour = self._neighbour(spec)
+        elsewhere = (self._neighbour(spec), self.known(spec) if self.known else None)
         first = itertools.chain(
-            seeds, () if neighbour is None else (neighbour,), _lazily(lambda: shortlist(space, self.effort.shortlist))
+            seeds,
+            (config for config in elsewhere if config is not None),
+            _lazily(lambda: shortlist(space, self.effort.shortlist)),
         )
         search = _Search(study, floor, first, best_guess, [])
         self._show(search)
-        self._fill(search, max(self.effort.batch, len(seeds) + 1))
+        self._fill(search, max(self.effort.batch, len(seeds) + len(elsewhere)))
         return search
 
     def _neighbour(self, spec: KernelSpec) -> Config | None:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
+from ..cache.entry import MEASURED
 from ..cache.layers import user_store_path
 from ..cache.store import Store
 from ..codegen.gpu import Gpu, find_gpu
+from ..codegen.spec import Config, KernelSpec
 from ..errors import UsageError
 from ..runtime.device import find_device, gpu_of
+from ..runtime.loader import resolve
 from .effort import find_effort
 from .evaluation import Evaluator
 from .jobs import plan_jobs
@@ -105,9 +108,20 @@ def tune_model(request: Request, progress: SilentProgress | None = None) -> Mode
             timeout=request.timeout,
             jobs=request.jobs,
             study_storage=request.study_storage,
+            known=measured_elsewhere if evaluator.provenance == MEASURED else None,
             progress=progress,
         )
         return ModelRun(model, gpu, evaluator.provenance, store.location, result)
+
+
+def measured_elsewhere(spec: KernelSpec) -> Config | None:
+    """The measured config that a lookup in the user's stores would give for ``spec``, or None.
+
+    For a new rank, model or GPU of the same architecture it is a better start than a built-in seed.
+    """
+    resolution, _ = resolve(spec)
+    entry = resolution.entry
+    return entry.config if entry is not None and entry.evaluation.provenance == MEASURED else None
 
 
 def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:

@@ -113,6 +113,23 @@ def test_refused_configs_reach_no_evaluator_and_repeated_ones_only_once(tune: Tu
     assert max(Counter(configs).values()) == 1
 
 
+def test_what_is_known_from_elsewhere_is_tried_right_after_the_seeds(tune: Tune) -> None:
+    evaluator = FakeEvaluator(steps_from(FORWARD))
+    result = tune(ONE, evaluator, known=lambda spec: FORWARD)
+    seeds = Space(ONE[0], GPU).seeds
+    assert FORWARD not in seeds
+    assert [config for _, config in evaluator.evaluated[: len(seeds) + 1]] == [*seeds, FORWARD]
+    assert result.rows[0].entry is not None
+    assert result.rows[0].entry.config == FORWARD
+
+
+def test_what_is_known_from_elsewhere_does_not_hinder_where_it_does_not_fit(tune: Tune) -> None:
+    alien = Config.create("tile", block_t=4096, block_n=4096, num_warps=1, num_stages=2)
+    evaluator = FakeEvaluator(steps_from(FORWARD))
+    assert tune(ONE, evaluator, known=lambda spec: alien).rows[0].outcome == TUNED
+    assert alien not in [config for _, config in evaluator.evaluated]
+
+
 def test_a_rejected_config_never_wins_however_fast_it_would_be(tune: Tune) -> None:
     def cost(spec: KernelSpec, config: Config) -> float:
         if config.num_warps > 1:
