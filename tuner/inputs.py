@@ -27,6 +27,10 @@ CASES = (
 )
 """The cases of :func:`make_inputs`; ``mixed`` has a band of rows or columns for each of the others that can share s."""
 
+FEW_VALUES = 512
+"""In tensors of fewer values than this, terms have one sign: a few sums that nearly cancel are all there is to judge
+there, and in fp32 nobody gets their last digits right."""
+
 _SCALING = {"negative_scaling": -0.7, "zero_scaling": 0.0}
 
 
@@ -91,8 +95,13 @@ def _norm_inputs(
     if case == "negative_scaling":
         bands["cross_term"] = slice(0, spec.d_out)
     cross = bands["cross_term"]
-    # Rows of W in the span of A. At s = 0.75 the cross term is 1.5 times nW, as much as it can be against the others;
-    # with a negative s it stays small, since a norm that cancels to nothing has no digits left in fp32.
+    # A norm that cancels to nothing has no digits left in fp32, whoever computes it. So the terms of BA have one sign
+    # in a column where there are fewer columns than ranks to even them out, and with s > 0 each row's cross term is
+    # positive (with s < 0 it stays small).
+    if spec.d_in < 2 * spec.rank:
+        lora_b = lora_b.abs() * torch.where(lora_a[:, 0] < 0.0, -1.0, 1.0)
+    lora_b *= torch.where(((weight @ lora_a.T) * lora_b).sum(dim=1, keepdim=True) < 0.0, -1.0, 1.0)
+    # Rows of W in the span of A: at s = 0.75 the cross term is 1.5 times nW, as much as it can be against the others.
     weight[cross] = (lora_b[cross] * (10.0 if case == "negative_scaling" else 1.0)) @ lora_a
     weight[bands["zero_weight"]] = 0.0
     lora_b[bands["large_lora"]] *= 1000.0
@@ -121,4 +130,6 @@ def _token_inputs(
         values["h"] = normal(tokens, spec.rank).clamp(-1.0, 1.0) * size
         values["lora_B"] = normal(spec.d_out, spec.rank) * 0.5 * spec.rank**-0.5
         values["lora_B"][bands["large_lora"]] *= 100.0
+    if tokens * spec.d_out < FEW_VALUES:
+        values = {name: value.abs() for name, value in values.items()}
     return values
