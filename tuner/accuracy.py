@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -38,7 +39,7 @@ def worst_error(
         error, bound = _error_and_bound(spec, name, value.double(), exact[name], value.dtype)
         if not error <= bound and complaint is None:  # NaN fails too
             complaint = f"{name} is off by {error:.3g} where {bound:.3g} is allowed"
-        worst = error if error != error else max(worst, error)
+        worst = error if math.isnan(error) else max(worst, error)
     return worst, complaint
 
 
@@ -48,10 +49,9 @@ def _error_and_bound(
     if spec.op == "weight_norm":
         relative = (value - exact).abs() / exact.abs().clamp_min(_TINY)
         return _largest(torch.where(value == exact, torch.zeros_like(relative), relative)), NORM_ERROR
-    bands = range(0, exact.shape[-1], max(1, -(-exact.shape[-1] // BANDS)))
-    width = max(1, -(-exact.shape[-1] // BANDS))
+    width = -(-exact.shape[-1] // BANDS)
     worst, worst_bound = 0.0, 1.0
-    for start in bands:
+    for start in range(0, exact.shape[-1], width):
         part, truth = value[..., start : start + width], exact[..., start : start + width]
         size = float(truth.norm())
         error = _largest((part - truth).norm() / max(size, _TINY)) if size else _largest(part.abs())
@@ -60,7 +60,9 @@ def _error_and_bound(
         else:
             rounding = float((truth.to(dtype).double() - truth).norm()) / max(size, _TINY)
             bound = max(ROUNDING_FACTOR * rounding, FP32_ERROR)
-        if not error / bound <= worst / worst_bound:
+        if math.isnan(error):  # compares false with every later band, which would then take its place
+            return error, bound
+        if error / bound > worst / worst_bound:
             worst, worst_bound = error, bound
     return worst, worst_bound
 
