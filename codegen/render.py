@@ -17,7 +17,7 @@ import jinja2
 from .gpu import find_gpu
 from .ops import EPS
 from .spec import Config, KernelSpec
-from .variants import Variant, find_variant
+from .variants import find_variant
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 
@@ -57,11 +57,6 @@ def _environment() -> jinja2.Environment:
     environment.filters["tl"] = _TL_DTYPES.__getitem__
     environment.filters["ceil_div"] = lambda value, by: -(-value // by)
     return environment
-
-
-def template_text(variant: Variant) -> str:
-    """The text of a variant's template file."""
-    return (TEMPLATES / variant.template).read_text()
 
 
 @functools.cache

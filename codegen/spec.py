@@ -13,7 +13,7 @@ parse and print back exactly::
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import UsageError, near_names
@@ -188,10 +188,6 @@ class KernelSpec:
     def contract(self) -> Op:
         """The contract of this spec's operation."""
         return OPS[self.op]
-
-    def on(self, gpu: str) -> KernelSpec:
-        """The same spec for another GPU."""
-        return replace(self, gpu=gpu)
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,6 @@ class KernelStudy:
         self._study.add_trials(past)
         for trial in past:
             self._remember(trial)
-        self.resumed = len(past)
         self._pending: set[Config] = set()
 
     @property
