@@ -272,7 +272,7 @@ def test_distance_is_symmetric_and_zero_only_for_equal_shapes(
     one = a_spec(rank=rank, d_out=width, bias=bias)
     other = a_spec("h100", rank=other_rank, d_out=other_width, bias=other_bias)
     assert distance(one, other) == pytest.approx(distance(other, one))
-    assert (distance(one, other) == 0) == (one == other.on("h200"))
+    assert (distance(one, other) == 0) == (one == replace(other, gpu="h200"))
 
 
 def test_halving_the_rank_counts_twice_as_much_as_halving_the_tokens() -> None:

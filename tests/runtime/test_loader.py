@@ -269,10 +269,10 @@ def test_the_nearest_entry_of_the_same_gpu_serves_another_shape(
 def test_an_entry_of_the_same_architecture_serves_another_gpu(store: Callable[..., str]) -> None:
     path = store(entry_of())
     for gpu in ("sm_90", "h100-sxm"):
-        resolution, source = resolve(SPEC.on(gpu), path)
+        resolution, source = resolve(replace(SPEC, gpu=gpu), path)
         assert (resolution.step, resolution.config, source.spec.gpu) == ("architecture", TILE, gpu)
         assert "another sm_90 GPU" in resolution.explain()
-    assert resolve(SPEC.on("a100"), path)[0].step == "default"
+    assert resolve(replace(SPEC, gpu="a100"), path)[0].step == "default"
 
 
 def test_without_entries_the_built_in_default_is_used(tmp_path: Path) -> None:
