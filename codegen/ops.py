@@ -13,6 +13,9 @@ from typing import Protocol
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
+ALIGNMENT = 16
+"""Bytes of the widest access: what an address and a row stride are multiples of where a kernel may use it."""
+
 EPS = 1e-12
 """``g = m / max(w, EPS)``: a zero row of ``W + sBA`` gives a finite g instead of NaN."""
 
@@ -29,6 +32,7 @@ class Spec(Protocol):
 class Operand:
     """One tensor of an operation: row-major, with named dimensions and a dtype role.
 
+    A matrix may have any row stride, as a slice of a wider one has; the elements of a row are contiguous.
     ``dtype`` is a role of the spec (``weight``, ``activation``, ``adapter``, ``magnitude``) or a dtype name.
     ``when`` names the flag or optional role that brings the operand in; ``!flag`` is its absence.
     """

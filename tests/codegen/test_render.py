@@ -1,5 +1,5 @@
-"""Emitted text is specialised: no masks where the shape divides, no bias code without bias, widths written out, 64-bit
-offsets only where a tensor can exceed 2**31 elements; and it changes only when someone means it to (goldens)."""
+"""Emitted text is specialised: no masks where the shape divides, no bias code without bias, widths written out; and it
+changes only when someone means it to (goldens)."""
 
 from __future__ import annotations
 
@@ -61,12 +61,6 @@ def test_where_the_shape_divides_only_the_token_edge_is_masked(variant: Variant)
 def test_without_bias_there_is_no_trace_of_it(variant: Variant) -> None:
     assert "bias" not in text_of(variant, EVEN).replace("db = sum_t dY", "").split('"""', 2)[2]
     assert "bias_ptr" in text_of(variant, EVEN, bias=True) or "dbias" in text_of(variant, EVEN, bias=True)
-
-
-def test_wide_offsets_come_only_with_weights_beyond_32_bits() -> None:
-    fused = find_variant("weight_norm", "fused")
-    assert "int64" not in text_of(fused, EVEN)
-    assert "int64" in text_of(fused, {**EVEN, "d_out": 1 << 17, "d_in": 1 << 15})
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op}-{v.name}")

@@ -129,8 +129,8 @@ BREAKAGES = [
     ("compose_backward-columns", "dg += dy * inner", "dg += dy * inner * (start < 3)", "last rows of a chunk dropped"),
     (
         "compose_backward-columns",
-        "tl.store(dyg_ptr",
-        "tl.store(dg_ptr if False else dyg_ptr + 0 * start",
+        "tl.store(dyg_ptrs",
+        "tl.store(dg_chunks_ptr if False else dyg_ptrs + 0 * start",
         "control: nothing broken",
     ),
 ]
