@@ -103,15 +103,32 @@ def build(source: Source, kernel: Any, target: Any, alignments: Mapping[str, int
     bytes that divide the address and the row stride of each operand, by name; None means contiguous operands.
     """
     import triton
-    from triton.compiler import ASTSource
 
-    signature = {param.name: param.annotation for param in kernel.params}
+    ast_source, signature = _signature(kernel)
     attrs = divisibility(signature, contiguous_alignments(source.spec) if alignments is None else alignments)
     return triton.compile(
-        ASTSource(kernel, signature, constexprs={}, attrs=attrs),
+        ast_source(kernel, signature, constexprs={}, attrs=attrs),
         target=target,
         options=launch_options(source, kernel.__name__),
     )
+
+
+def _signature(kernel: Any) -> tuple[Any, dict[str, str]]:
+    """The kind of source that a jit function is, and its parameters' types: in Gluon, descriptors name their layout."""
+    from triton.compiler import ASTSource
+
+    signature = {param.name: param.annotation for param in kernel.params}
+    if not kernel.is_gluon():
+        return ASTSource, signature
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    dtypes = {"bf16": gl.bfloat16, "fp16": gl.float16}
+    for name, type_ in signature.items():
+        if match := re.fullmatch(r"tensordesc<(\w+)\[(\d+), (\d+)\]>", type_):
+            layout = gl.NVMMASharedLayout.get_default_for([int(match[2]), int(match[3])], dtypes[match[1]])
+            signature[name] = f"{type_[:-1]},{layout!r}>"
+    return GluonASTSource, signature
 
 
 def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:

@@ -96,6 +96,7 @@ def render(spec: KernelSpec, config: Config) -> Source:
             template=variant.template,
             fp32_precision="tf32x3" if gpu.backend == "cuda" else "bf16x6",
             eps=EPS,
+            multiprocessors=gpu.multiprocessors,
             **dict(config.params),
         )
     )

@@ -7,16 +7,18 @@ from ..gpu import Gpu
 from ..spec import Config, KernelSpec, SpecError
 from .base import STAGES, WARPS, Variant, Work
 from .compose import BackwardColumns, ForwardTile
-from .lora_compose import LoraComposeTile, LoraComposeTma
-from .weight_norm import WeightNormFused, WeightNormTma
+from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
+from .weight_norm import WeightNormFused, WeightNormTma, WeightNormWarpSpecialized
 
 __all__ = ["VARIANTS", "Variant", "Work", "check_config", "default_config", "find_variant", "variants_of"]
 
 VARIANTS: tuple[Variant, ...] = (
     WeightNormFused(),
     WeightNormTma(),
+    WeightNormWarpSpecialized(),
     LoraComposeTile(),
     LoraComposeTma(),
+    LoraComposeWarpSpecialized(),
     ForwardTile(),
     BackwardColumns(),
 )

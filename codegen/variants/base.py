@@ -23,6 +23,12 @@ MAX_TMA_BOX = 256
 TMA_ROW_BYTES = 16
 """Row strides of a tensor descriptor are multiples of this many bytes (cuTensorMapEncodeTiled, globalStrides)."""
 
+WARPGROUP = 4
+"""Warps that issue one Hopper warp-group product together."""
+
+BARRIER_BYTES = 1024
+"""Shared memory set aside for barriers and for what Triton needs to start specialised warps."""
+
 WARPS = (1, 2, 4, 8, 16)
 STAGES = tuple(range(1, 9))
 
@@ -54,6 +60,8 @@ class Variant(ABC):
     """Parameters that count something, such as tiles a program: any number from 1."""
     switches: ClassVar[frozenset[str]] = frozenset()
     """Parameters that are 0 or 1. All that are neither counts nor switches are powers of two."""
+    interpreted: ClassVar[bool] = True
+    """Whether Triton's interpreter can run the template; it does not know Gluon."""
     descriptors: ClassVar[bool] = False
     """Whether the template addresses matrices by tensor descriptors: rows must begin at multiples of 16 bytes."""
 
@@ -131,6 +139,13 @@ def refuse_shared_memory(stages: int, bytes_per_stage: int, gpu: Gpu) -> str | N
     if needed > gpu.shared_bytes_per_block:
         limit = gpu.shared_bytes_per_block
         return f"{needed} bytes of shared memory for {stages} stages exceed {gpu.slug}'s {limit} a block"
+    return None
+
+
+def warp_specialization_unavailable(gpu: Gpu) -> str | None:
+    """Why templates with specialised warps cannot run on ``gpu``, or None: they issue Hopper's warp-group products."""
+    if gpu.architecture != "sm_90":
+        return f"{gpu.slug} ({gpu.architecture}) has no warp-group products (wgmma): they are sm_90's"
     return None
 
 

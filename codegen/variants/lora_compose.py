@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..gpu import Gpu
+from ..gpu import Gpu, find_gpu
 from ..spec import Config, KernelSpec
 from .base import (
+    BARRIER_BYTES,
     MAX_TMA_BOX,
+    MIN_DOT,
+    WARPGROUP,
     Variant,
     Work,
     ceil_div,
@@ -18,10 +21,15 @@ from .base import (
     refuse_shared_memory,
     tma_unavailable,
     up_to,
+    warp_specialization_unavailable,
 )
 
 FEW_TOKENS = 128
 """Up to this many tokens the time goes into reading B, and narrow tiles spread it over the GPU."""
+
+
+REGISTERS_OF_CONSUMERS = {2: 240, 3: 160}
+"""Registers a thread of the groups that multiply, by their number: what a multiprocessor has left beside the loader."""
 
 
 class LoraComposeTile(Variant):
@@ -127,3 +135,91 @@ class LoraComposeTma(LoraComposeTile):
         if box > MAX_TMA_BOX:
             return f"a tile side of {box} exceeds the tensor memory accelerator's {MAX_TMA_BOX}"
         return super().refuse(spec, config, gpu)
+
+
+class LoraComposeWarpSpecialized(Variant):
+    """A persistent grid with specialised warps, for Hopper: one warp moves tiles, others multiply and compose in turn.
+
+    What bounds the tiled variants at many tokens is the L2: a tile of 128x128 loads 192 KB of h and B at rank 384 for
+    64 KB of base and y. Here a program keeps its block of B in shared memory and goes through the token tiles, which
+    halves that traffic; and while one group of four warps composes and stores, another one multiplies.
+    """
+
+    op = "lora_compose"
+    name = "warp_specialized"
+    descriptors = True
+    interpreted = False
+    counts = frozenset({"consumers"})
+
+    def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
+        return warp_specialization_unavailable(gpu) or tma_unavailable(
+            gpu, (spec.activation, spec.adapter), (spec.d_out, spec.rank)
+        )
+
+    def default_order(self, spec: KernelSpec) -> int:
+        return 3
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "block_t": (64, 128),
+            "block_n": (32, 64, 128, 256),
+            "block_k": (64,) if spec.rank > 32 else (32,),
+            "consumers": (2, 3),
+            "num_warps": (4,),
+            "num_stages": (2, 3, 4, 5, 6, 7, 8),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        return tuple(
+            Config.create(
+                self.name,
+                block_t=block_t,
+                block_n=block_n,
+                block_k=64 if spec.rank > 32 else 32,
+                consumers=consumers,
+                num_warps=4,
+                num_stages=stages,
+            )
+            for block_t, block_n, consumers, stages in (
+                (64, 128, 2, 6),
+                (64, 64, 3, 6),
+                (128, 64, 2, 6),
+                (64, 64, 2, 4),
+                (64, 32, 2, 4),
+            )
+        )
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
+        consumers = config["consumers"]
+        if config.num_warps != WARPGROUP:
+            return f"num_warps={config.num_warps}: a group that multiplies has {WARPGROUP} warps"
+        if consumers not in (2, 3):
+            return f"consumers={consumers}: two or three groups take turns"
+        if block_t not in (64, 128) or not MIN_DOT <= block_n <= MAX_TMA_BOX or block_k not in (32, 64):
+            return f"tiles of {block_t}x{block_n}x{block_k} are not made of 64-row products"
+        registers = REGISTERS_OF_CONSUMERS[consumers]
+        if block_t * block_n // (WARPGROUP * 32) > registers - 64:
+            return f"{block_t}x{block_n} accumulators on {WARPGROUP} warps do not fit {registers} registers a thread"
+        resident = block_n * ceil_div(spec.rank, block_k) * block_k
+        elements = resident + config.num_stages * block_t * block_k + consumers * block_t * block_n
+        return refuse_shared_memory(1, elements * 2 + BARRIER_BYTES, gpu)
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        block_t, block_n = config["block_t"], config["block_n"]
+        tiles_t, tiles_n = ceil_div(spec.tokens, block_t), ceil_div(spec.d_out, block_n)
+        programs = min(tiles_t * tiles_n, find_gpu(spec.gpu).multiprocessors)
+        streamed = spec.tokens * spec.d_out * 2 * (3 if spec.save else 2)
+        ranks = ceil_div(spec.rank, config["block_k"]) * config["block_k"]
+        factors = (spec.tokens * tiles_n + spec.d_out * ceil_div(programs, tiles_n)) * spec.rank * 2
+        return (
+            Work(
+                "lora_compose_kernel",
+                programs=programs,
+                dram_bytes=streamed + (spec.tokens + spec.d_out) * spec.rank * 2,
+                l2_bytes=streamed + factors,
+                steps=ceil_div(tiles_t * tiles_n, programs) * (ranks // config["block_k"]),
+                matrix_flops=2 * tiles_t * block_t * tiles_n * block_n * ranks,
+                matrix_dtype=spec.activation,
+            ),
+        )

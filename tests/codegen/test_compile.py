@@ -72,6 +72,10 @@ def test_tma_variants_are_offered_only_where_the_hardware_has_it() -> None:
         offered = [v.unavailable(spec_of(v.op, architecture), gpu) is None for v in VARIANTS if v.name == "tma"]
         assert offered
         assert all(offered) == any(offered) == (architecture in ("sm_90", "sm_100", "sm_120"))
+        specialized = [v for v in VARIANTS if v.name == "warp_specialized"]
+        assert specialized
+        for variant in specialized:  # they issue wgmma, which only Hopper has
+            assert (variant.unavailable(spec_of(variant.op, architecture), gpu) is None) == (architecture == "sm_90")
 
 
 @pytest.mark.parametrize("values", [{"save": True}, {"magnitude": "fp32"}, {"magnitude": "bf16", "adapter": "fp32"}])

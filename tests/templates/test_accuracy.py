@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 GPU = find_gpu("h200")
-IDS = {variant: f"{variant.op}-{variant.name}" for variant in VARIANTS}
+INTERPRETED = [variant for variant in VARIANTS if variant.interpreted]
+IDS = {variant: f"{variant.op}-{variant.name}" for variant in INTERPRETED}
 
 
 def forms(op: str) -> list[dict[str, object]]:
@@ -59,7 +60,7 @@ def spec_of(op: str, dtype: str, adapter: str | None = None, **values: object) -
 
 CASE_TABLE = [
     pytest.param(variant, form, id=f"{IDS[variant]}-{'-'.join(form) or 'plain'}")
-    for variant in VARIANTS
+    for variant in INTERPRETED
     for form in forms(variant.op)
 ]
 
@@ -67,7 +68,7 @@ CASE_TABLE = [
 @pytest.mark.parametrize(("variant", "form"), CASE_TABLE)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_each_term_is_right_where_it_dominates(variant: Variant, form: dict[str, object], dtype: str) -> None:
-    if variant.name == "tma" and dtype == "fp32":
+    if variant.descriptors and dtype == "fp32":
         pytest.skip("tensor descriptors feed 16-bit products only")
     spec = spec_of(variant.op, dtype, **form)
     source = render(spec, small_config(variant, spec))
@@ -77,14 +78,14 @@ def test_each_term_is_right_where_it_dominates(variant: Variant, form: dict[str,
 
 @pytest.mark.parametrize("op", ["weight_norm", "lora_compose"])
 def test_fp32_adapters_with_16_bit_weights_lose_nothing(op: str) -> None:
-    variant = next(v for v in VARIANTS if v.op == op and v.name != "tma")
+    variant = next(v for v in INTERPRETED if v.op == op and not v.descriptors)
     spec = spec_of(op, "fp16", adapter="fp32")
     source = render(spec, small_config(variant, spec))
     for case in ("random", "cross_term", "large_lora", "negative_scaling", "mixed"):
         assert complaint_of(source, 37, case=case) is None, case
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)
+@pytest.mark.parametrize("variant", INTERPRETED, ids=IDS.get)
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 129, 300])
 def test_a_kernel_tuned_for_one_token_count_is_right_for_any_other(variant: Variant, tokens: int) -> None:
     spec = spec_of(variant.op, "fp16", tokens=16)
@@ -94,11 +95,11 @@ def test_a_kernel_tuned_for_one_token_count_is_right_for_any_other(variant: Vari
 
 @st.composite
 def shapes_and_configs(draw: st.DrawFn) -> tuple[KernelSpec, Config, int]:
-    variant = draw(st.sampled_from(VARIANTS))
-    step = 8 if variant.name == "tma" else 1  # tensor descriptors need rows of a multiple of 16 bytes
+    variant = draw(st.sampled_from(INTERPRETED))
+    step = 8 if variant.descriptors else 1  # tensor descriptors need rows of a multiple of 16 bytes
     size = st.integers(1, 12 if step > 1 else 90).map(lambda value: value * step)
     tokens = draw(st.integers(1, 90))
-    dtype = "fp16" if variant.name == "tma" else draw(st.sampled_from(["fp32", "fp16"]))
+    dtype = "fp16" if variant.descriptors else draw(st.sampled_from(["fp32", "fp16"]))
     spec = spec_of(variant.op, dtype, d_out=draw(size), d_in=draw(size), rank=draw(size), tokens=tokens)
     choices = variant.choices(spec, GPU)
     values = {name: draw(st.sampled_from(options)) for name, options in choices.items()}
@@ -138,7 +139,7 @@ BREAKAGES = [
 
 @pytest.mark.parametrize(("which", "text", "broken", "what"), BREAKAGES, ids=[row[3] for row in BREAKAGES])
 def test_the_gate_catches_a_wrong_term(which: str, text: str, broken: str, what: str) -> None:
-    variant = next(v for v in VARIANTS if IDS[v] == which)
+    variant = next(v for v in INTERPRETED if IDS[v] == which)
     spec = spec_of(variant.op, "fp16", tokens=64)
     source = render(spec, small_config(variant, spec))
     assert text in source.text, f"the template no longer says {text!r}: name another place to break"
@@ -152,7 +153,7 @@ def test_the_gate_catches_a_wrong_term(which: str, text: str, broken: str, what:
 
 
 def test_configs_of_these_tests_are_ones_the_tuner_could_choose() -> None:
-    for variant in VARIANTS:
+    for variant in INTERPRETED:
         spec = spec_of(variant.op, "fp16", tokens=64, d_in=1024)
         if variant.unavailable(spec, GPU) is None:
             assert check_config(spec, small_config(variant, spec), GPU) is None
