@@ -7,6 +7,7 @@ memory) is read back from the binary and held against the GPU's limits, which Tr
 from __future__ import annotations
 
 import ast
+import math
 import re
 import subprocess
 import tempfile
@@ -65,17 +66,22 @@ def build(source: Source, kernel: Any, target: Any, *, aligned: bool = True) -> 
     """Compile one jit function of an emitted module for a ``GPUTarget``; returns Triton's compiled kernel.
 
     The parameter annotations of the emitted text (``"*bf16"``, ``"i32"``) are the signature. ``aligned`` says that
-    every pointer is a multiple of :data:`ALIGNMENT` bytes.
+    every pointer is a multiple of :data:`ALIGNMENT` bytes; row strides (``x_stride`` of ``x_ptr``) are those of
+    contiguous operands.
     """
     import triton
     from triton.compiler import ASTSource
 
     signature = {param.name: param.annotation for param in kernel.params}
-    attrs = {
-        (index,): [["tt.divisibility", ALIGNMENT]]
-        for index, type_ in enumerate(signature.values())
-        if aligned and type_.startswith("*")
-    }
+    spec = source.spec
+    operands = spec.contract.inputs_of(spec) + spec.contract.outputs_of(spec)
+    row_lengths = {f"{o.name.lower()}_stride": getattr(spec, o.shape[-1]) for o in operands}
+    attrs = {}
+    for index, (name, type_) in enumerate(signature.items()):
+        if aligned and type_.startswith("*"):
+            attrs[(index,)] = [["tt.divisibility", ALIGNMENT]]
+        elif name in row_lengths:
+            attrs[(index,)] = [["tt.divisibility", math.gcd(ALIGNMENT, row_lengths[name])]]
     return triton.compile(
         ASTSource(kernel, signature, constexprs={}, attrs=attrs),
         target=target,

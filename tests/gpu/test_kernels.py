@@ -68,6 +68,8 @@ def test_each_term_is_right_where_it_dominates(
     if dtype != adapter and "adapter" not in OPS[variant.op].dtypes:
         pytest.skip("the operation has no adapter")
     spec = spec_of(variant.op, dtype, adapter, gpu, **form)
+    if variant.unavailable(spec, gpu) is not None:  # it may be one for few tokens
+        spec = spec_of(variant.op, dtype, adapter, gpu, **{**form, "tokens": 16})
     source = render(spec, fitting_config(variant, spec, gpu))
     for case in CASES:
         assert complaint_of(source, 500, case) is None, case

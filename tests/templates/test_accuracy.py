@@ -41,6 +41,8 @@ def small_config(variant: Variant, spec: KernelSpec) -> Config:
     params |= {"num_warps": 2, "num_stages": 2}
     if "split_k" in params:
         params["split_k"] = 2
+    if "programs" in params:
+        params["programs"] = 2
     if "chunk" in params:
         params["chunk"] = params["block_t"] * 4
     return Config.create(variant.name, **params)
@@ -67,18 +69,20 @@ CASE_TABLE = [
 @pytest.mark.parametrize(("variant", "form"), CASE_TABLE)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_each_term_is_right_where_it_dominates(variant: Variant, form: dict[str, object], dtype: str) -> None:
-    if variant.name == "tma" and dtype == "fp32":
-        pytest.skip("tensor descriptors feed 16-bit products only")
     spec = spec_of(variant.op, dtype, **form)
+    reason = variant.unavailable(spec, GPU)
+    if reason is not None:
+        pytest.skip(reason)
     source = render(spec, small_config(variant, spec))
     for case in CASES:
         assert complaint_of(source, 37, case=case) is None, case
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "lora_compose"])
-def test_fp32_adapters_with_16_bit_weights_lose_nothing(op: str) -> None:
-    variant = next(v for v in VARIANTS if v.op == op and v.name != "tma")
-    spec = spec_of(op, "fp16", adapter="fp32")
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if "adapter" in OPS[v.op].dtypes and not v.descriptors], ids=IDS.get
+)
+def test_fp32_adapters_with_16_bit_weights_lose_nothing(variant: Variant) -> None:
+    spec = spec_of(variant.op, "fp16", adapter="fp32")
     source = render(spec, small_config(variant, spec))
     for case in ("random", "cross_term", "large_lora", "negative_scaling", "mixed"):
         assert complaint_of(source, 37, case=case) is None, case
@@ -95,13 +99,15 @@ def test_a_kernel_tuned_for_one_token_count_is_right_for_any_other(variant: Vari
 @st.composite
 def shapes_and_configs(draw: st.DrawFn) -> tuple[KernelSpec, Config, int]:
     variant = draw(st.sampled_from(VARIANTS))
-    step = 8 if variant.name == "tma" else 1  # tensor descriptors need rows of a multiple of 16 bytes
+    step = 8 if variant.descriptors else 1  # tensor descriptors need rows of a multiple of 16 bytes
     size = st.integers(1, 12 if step > 1 else 90).map(lambda value: value * step)
     tokens = draw(st.integers(1, 90))
-    dtype = "fp16" if variant.name == "tma" else draw(st.sampled_from(["fp32", "fp16"]))
+    dtype = "fp16" if variant.descriptors else draw(st.sampled_from(["fp32", "fp16"]))
     spec = spec_of(variant.op, dtype, d_out=draw(size), d_in=draw(size), rank=draw(size), tokens=tokens)
     choices = variant.choices(spec, GPU)
     values = {name: draw(st.sampled_from(options)) for name, options in choices.items()}
+    if "programs" in values:
+        values["programs"] = draw(st.integers(1, 3))
     if "split_k" in values:
         values["split_k"] = draw(st.integers(0, 2).map(lambda power: 1 << power))
     config = Config.create(variant.name, **values)
@@ -125,6 +131,16 @@ BREAKAGES = [
     ("weight_norm-tma", "part = (step // GRAM_STEPS) * RANK", "part = 0 * step", "low part replaced by the high part"),
     ("lora_compose-tile", "+ scaling * lora", "+ tl.abs(scaling) * lora", "sign of s lost"),
     ("lora_compose-tma", "g * inner", "(g * 1.002) * inner", "g off by one bf16 step"),
+    ("dora_linear_forward-tile", "acc *= scaling", "acc *= tl.abs(scaling)", "sign of s lost"),
+    ("dora_linear_forward-tile", "acc = tl.dot(x, w, acc)", "acc = tl.dot(x, w * 0.99, acc)", "base product 1 % off"),
+    (
+        "dora_linear_forward-tma_persistent",
+        "range(tl.program_id(0), t_tiles * N_TILES",
+        "range(tl.program_id(0), t_tiles * N_TILES - 1",
+        "last tile left out",
+    ),
+    ("dora_linear_forward-split_k", "range(share * BLOCK_K, RANK", "range(0 * BLOCK_K, RANK", "ranks counted twice"),
+    ("dora_linear_forward-split_k", "tl.static_range(SPLIT_K)", "tl.static_range(SPLIT_K - 1)", "a share left out"),
     ("compose_forward-tile", "y = g * inner", "y = inner", "g forgotten"),
     ("compose_backward-columns", "dg += dy * inner", "dg += dy * inner * (start < 3)", "last rows of a chunk dropped"),
     (
