@@ -9,6 +9,7 @@ from .base import STAGES, WARPS, Variant, Work
 from .compose import BackwardColumns, ForwardTile
 from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
 from .lora_compose import LoraComposeTile, LoraComposeTma
+from .lora_compose_stationary import LoraComposeStationary
 from .weight_norm import WeightNormFused, WeightNormTma
 
 __all__ = ["VARIANTS", "Variant", "Work", "check_config", "default_config", "find_variant", "variants_of"]
@@ -18,6 +19,7 @@ VARIANTS: tuple[Variant, ...] = (
     WeightNormTma(),
     LoraComposeTile(),
     LoraComposeTma(),
+    LoraComposeStationary(),
     ForwardTile(),
     BackwardColumns(),
     DoraLinearTile(),
