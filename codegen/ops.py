@@ -67,7 +67,7 @@ class Op:
 
     ``dims`` and ``dtypes`` are the fields of :class:`~doratune.codegen.spec.KernelSpec` the operation depends on;
     a spec holds no others. ``scaling`` says whether the operation takes the scalar s; ``matrix_dims`` are the three
-    sizes of its matrix product, none for an elementwise operation.
+    sizes of its matrix product (``d_in+rank``: their sum), none for an elementwise operation.
     """
 
     name: str
@@ -96,7 +96,8 @@ class Op:
 
     def matrix_flops(self, spec: Spec) -> int:
         """Floating-point operations of the matrix product: two for each multiply-add."""
-        return 2 * math.prod(getattr(spec, dim) for dim in self.matrix_dims) if self.matrix_dims else 0
+        sizes = [sum(getattr(spec, name) for name in dim.split("+")) for dim in self.matrix_dims]
+        return 2 * math.prod(sizes) if sizes else 0
 
 
 WEIGHT_NORM = Op(
@@ -181,4 +182,28 @@ COMPOSE_BACKWARD = Op(
     scaling=False,
 )
 
-OPS: dict[str, Op] = {op.name: op for op in (WEIGHT_NORM, LORA_COMPOSE, COMPOSE_FORWARD, COMPOSE_BACKWARD)}
+DORA_LINEAR_FORWARD = Op(
+    name="dora_linear_forward",
+    maths="y = g*(x@W.T + s*(h@B.T)) + b, one sum over d_in + rank",
+    dims=("d_out", "d_in", "rank", "tokens"),
+    dtypes=("weight", "activation", "adapter"),
+    flags=("bias", "save"),
+    inputs=(
+        Operand("x", ("tokens", "d_in"), "activation"),
+        Operand("weight", ("d_out", "d_in"), "weight"),
+        Operand("h", ("tokens", "rank"), "activation"),
+        Operand("lora_B", ("d_out", "rank"), "adapter"),
+        Operand("g", ("d_out",), "fp32"),
+        Operand("bias", ("d_out",), "activation", when="bias"),
+    ),
+    outputs=(
+        Operand("y", ("tokens", "d_out"), "activation"),
+        Operand("inner", ("tokens", "d_out"), "activation", when="save"),
+    ),
+    scaling=True,
+    matrix_dims=("tokens", "d_out", "d_in+rank"),
+)
+
+OPS: dict[str, Op] = {
+    op.name: op for op in (WEIGHT_NORM, LORA_COMPOSE, COMPOSE_FORWARD, COMPOSE_BACKWARD, DORA_LINEAR_FORWARD)
+}

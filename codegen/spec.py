@@ -118,6 +118,8 @@ class KernelSpec:
             raise SpecError(f"{op.name} does not depend on the {role} dtype: leave it out")
         if value not in DTYPE_BYTES:
             raise SpecError(f"{role}={value!r}: unsupported dtype; use one of {', '.join(DTYPE_BYTES)}")
+        if role == "activation" and self.weight and value != self.weight:
+            raise SpecError(f"activation={value} with {self.weight} weights: a product takes one dtype for both")
         if role == "adapter":
             wide = self.weight or self.activation
             if value not in (wide, "fp32"):

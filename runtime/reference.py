@@ -92,6 +92,11 @@ def _lora_compose(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str
     return _compose(spec, inputs, inputs["h"] @ inputs["lora_B"].T, scaling)
 
 
+def _dora_linear_forward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    base = inputs["x"] @ inputs["weight"].T
+    return _compose(spec, {**inputs, "base": base}, inputs["h"] @ inputs["lora_B"].T, scaling)
+
+
 def _compose_forward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
     return _compose(spec, inputs, inputs["lora"], scaling)
 
@@ -106,4 +111,5 @@ _FORMULAS = {
     "lora_compose": _lora_compose,
     "compose_forward": _compose_forward,
     "compose_backward": _compose_backward,
+    "dora_linear_forward": _dora_linear_forward,
 }

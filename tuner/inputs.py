@@ -116,7 +116,8 @@ def _token_inputs(
     spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     g = 1.0 + 0.1 * normal(spec.d_out).clamp(-1.0, 1.0)
-    bands = _bands(case, spec.d_out, ("large_lora", "zero_gain"))
+    names = ("large_lora", "zero_gain", "zero_weight") if spec.d_in else ("large_lora", "zero_gain")
+    bands = _bands(case, spec.d_out, names)
     zero = bands["zero_gain"]
     g[zero][::2] = 0.0
     g[zero][1::2] *= 1e-6
@@ -126,7 +127,11 @@ def _token_inputs(
         values[name] = normal(tokens, spec.d_out).clamp(-1.0, 1.0) * size
     values["dy"] = normal(tokens, spec.d_out)
     values["lora"][:, bands["large_lora"]] *= 100.0
-    if spec.op == "lora_compose":
+    if spec.d_in:
+        values["x"] = normal(tokens, spec.d_in).clamp(-1.0, 1.0) * size
+        values["weight"] = normal(spec.d_out, spec.d_in) * spec.d_in**-0.5
+        values["weight"][bands["zero_weight"]] = 0.0
+    if spec.rank:
         values["h"] = normal(tokens, spec.rank).clamp(-1.0, 1.0) * size
         values["lora_B"] = normal(spec.d_out, spec.rank) * 0.5 * spec.rank**-0.5
         values["lora_B"][bands["large_lora"]] *= 100.0

@@ -24,7 +24,8 @@ def plan_jobs(
     """Return the distinct specs of DoRA on every projection of ``model``.
 
     ``weight_norm`` depends on (d_out, d_in, rank), ``lora_compose`` on (d_out, rank, tokens, bias), ``compose_forward``
-    and ``compose_backward`` on (d_out, tokens, bias); projections that agree in these share a job.
+    and ``compose_backward`` on (d_out, tokens, bias), ``dora_linear_forward`` on all of these; projections that agree
+    in them share a job.
 
     Args:
         ranks: the adapter ranks, each an integer of at least 1, without repeats.

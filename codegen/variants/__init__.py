@@ -7,7 +7,9 @@ from ..gpu import Gpu
 from ..spec import Config, KernelSpec, SpecError
 from .base import STAGES, WARPS, Variant, Work
 from .compose import BackwardColumns, ForwardTile
+from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
+from .lora_compose_stationary import LoraComposeStationary
 from .weight_norm import WeightNormFused, WeightNormTma, WeightNormWarpSpecialized
 
 __all__ = ["VARIANTS", "Variant", "Work", "check_config", "default_config", "find_variant", "variants_of"]
@@ -19,8 +21,12 @@ VARIANTS: tuple[Variant, ...] = (
     LoraComposeTile(),
     LoraComposeTma(),
     LoraComposeWarpSpecialized(),
+    LoraComposeStationary(),
     ForwardTile(),
     BackwardColumns(),
+    DoraLinearTile(),
+    DoraLinearTmaPersistent(),
+    DoraLinearSplitK(),
 )
 
 

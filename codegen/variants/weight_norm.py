@@ -330,9 +330,7 @@ class WeightNormWarpSpecialized(Variant):
         if config.num_warps != 2 * WARPGROUP:
             return f"num_warps={config.num_warps}: {self.ROWS} rows are two groups of {WARPGROUP} warps"
         if rank_block not in (64, 128) or gram not in (64, 128) or gram_k not in (64, 128) or rank_tiles > 3:
-            return (
-                f"{rank_tiles} rank tiles of {rank_block}, tiles of G of {gram}x{gram_k}: not made of 64-row products"
-            )
+            return f"{rank_tiles} rank tiles of {rank_block}, tiles of G of {gram}x{gram_k}: not 64-row products"
         if (rank_tiles - 1) * rank_block >= spec.rank:
             return f"{rank_tiles} tiles of {rank_block} ranks: the last one is beyond rank {spec.rank}"
         stage_rows = 256 if self.ROWS + rank_block * rank_tiles <= 256 else 512

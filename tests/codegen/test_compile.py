@@ -52,7 +52,9 @@ def test_every_template_compiles_in_bf16(workers: ProcessPoolExecutor, architect
     gpu = find_gpu(architecture)
     jobs = {}
     for variant in VARIANTS:
-        for values in ({}, {"adapter": "fp32"}, {"d_out": 4304, "d_in": 1152, "rank": 24}):
+        for values in ({}, {"adapter": "fp32"}, {"d_out": 4304, "d_in": 1152, "rank": 24}, {"tokens": 16}):
+            if "tokens" in values and variant.unavailable(spec_of(variant.op, architecture), gpu) is None:
+                continue  # it has been compiled for many tokens
             spec = spec_of(variant.op, architecture, **values)
             if variant.unavailable(spec, gpu) is None:
                 config = first_fitting_seed(variant, spec)

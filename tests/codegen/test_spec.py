@@ -102,6 +102,10 @@ GOOD = "lora_compose/d_out=64/rank=8/tokens=16/activation=bf16/adapter=bf16"
         (GOOD + "/biass@h200", "unknown flag 'biass'; did you mean bias"),
         (GOOD + "/bias/delta@h200", "bias and delta exclude each other"),
         ("compose_backward/d_out=4/tokens=1/activation=bf16/save@h200", "has no flag 'save'"),
+        (
+            "dora_linear_forward/d_out=4/d_in=4/rank=2/tokens=1/weight=bf16/activation=fp16/adapter=fp32@h200",
+            "activation=fp16 with bf16 weights: a product takes one dtype for both",
+        ),
         ("", "names no GPU"),
     ],
 )

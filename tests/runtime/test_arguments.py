@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from doratune import Kernel, load_kernel
+from doratune.codegen.ops import OPS
 from doratune.errors import UsageError
 from doratune.runtime.arguments import ArgumentError
 from doratune.tuner.inputs import make_inputs
@@ -65,6 +66,8 @@ UNSUITABLE = [
     ),
     ("compose_backward", changed("inner", lambda x: x[:3]), ["inner has [3] tokens", "[5]"]),
     ("compose_backward", changed("dy", lambda x: x.to("meta")), ["dy is on meta", "cpu"]),
+    ("dora_linear_forward", changed("x", lambda x: x[:, :-1]), ["x has shape [5, 23]", "[tokens, 24] (d_in)"]),
+    ("dora_linear_forward", changed("h", lambda h: h[1:]), ["h has [4] tokens", "[5]"]),
 ]
 
 
@@ -85,7 +88,7 @@ def test_an_argument_error_is_both_a_usage_error_and_a_value_error() -> None:
     assert issubclass(ArgumentError, ValueError)
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "lora_compose", "compose_forward", "compose_backward"])
+@pytest.mark.parametrize("op", OPS)
 def test_each_missing_tensor_is_named(op: str) -> None:
     kernel = kernel_of(op)
     inputs, _ = make_inputs(kernel.spec, TOKENS)
@@ -233,7 +236,7 @@ def test_position_and_name_are_the_same() -> None:
         assert torch.equal(value, by_name)
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "lora_compose", "compose_forward", "compose_backward"])
+@pytest.mark.parametrize("op", OPS)
 def test_a_kernel_tracks_no_gradients_also_on_a_cpu(op: str) -> None:
     kernel = kernel_of(op)
     inputs, _ = make_inputs(kernel.spec, TOKENS)

@@ -69,6 +69,7 @@ def complaint_of(kernel: Kernel, names: list[str]) -> str | None:
         ("lora_compose", ["y"]),
         ("compose_forward", ["y"]),
         ("compose_backward", ["dyg", "dg"]),
+        ("dora_linear_forward", ["y"]),
     ],
 )
 def test_a_cpu_kernel_computes_what_the_contract_says(op: str, names: list[str], adapter: str, dtype: str) -> None:
@@ -85,6 +86,7 @@ def test_a_cpu_kernel_computes_what_the_contract_says(op: str, names: list[str],
         ("lora_compose", {"bias": True, "save": True}, ["y", "inner"]),
         ("compose_forward", {"delta": True}, ["y"]),
         ("compose_backward", {"bias": True}, ["dyg", "dg", "dbias"]),
+        ("dora_linear_forward", {"bias": True, "save": True}, ["y", "inner"]),
     ],
 )
 def test_flags_bring_their_outputs(op: str, flags: dict[str, Any], names: list[str]) -> None:

@@ -45,7 +45,7 @@ def test_the_reference_is_right_wherever_a_term_dominates(op: str, form: dict[st
         assert complaint is None, f"{case}: {complaint}"
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "lora_compose"])
+@pytest.mark.parametrize("op", ["weight_norm", "lora_compose", "dora_linear_forward"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_fp32_adapters_on_16_bit_weights_keep_the_bounds(op: str, dtype: str) -> None:
     spec = spec_of(op, dtype, adapter="fp32")
@@ -81,7 +81,8 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
             "dbias": sum((t["dy"][i] for i in tokens), torch.zeros(spec.d_out).double()),
         }
     lora = t["lora"] if "lora" in t else torch.einsum("tr,or->to", t["h"], t["lora_B"])
-    return {"y": t["g"] * (t["base"] + scaling * lora) + t["bias"]}
+    base = t["base"] if "base" in t else torch.einsum("ti,oi->to", t["x"], t["weight"])
+    return {"y": t["g"] * (base + scaling * lora) + t["bias"]}
 
 
 @pytest.mark.parametrize("op", OPS)

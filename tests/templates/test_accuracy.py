@@ -42,6 +42,9 @@ def small_config(variant: Variant, spec: KernelSpec) -> Config:
     params |= {"num_warps": 2, "num_stages": 2}
     if "split_k" in params:
         params["split_k"] = 2
+    for name in ("programs", "programs_t"):
+        if name in params:
+            params[name] = 2
     if "chunk" in params:
         params["chunk"] = params["block_t"] * 4
     return Config.create(variant.name, **params)
@@ -58,6 +61,12 @@ def spec_of(op: str, dtype: str, adapter: str | None = None, **values: object) -
     return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": adapter or dtype, "gpu": "h200", **values})
 
 
+def served_spec(variant: Variant, dtype: str, **values: object) -> KernelSpec:
+    """A spec for few tokens, or for many where the variant is for those alone."""
+    few, many = (spec_of(variant.op, dtype, **{**values, "tokens": tokens}) for tokens in (128, 4096))
+    return few if variant.unavailable(few, GPU) is None else many
+
+
 CASE_TABLE = [
     pytest.param(variant, form, id=f"{IDS[variant]}-{'-'.join(form) or 'plain'}")
     for variant in INTERPRETED
@@ -70,16 +79,17 @@ CASE_TABLE = [
 def test_each_term_is_right_where_it_dominates(variant: Variant, form: dict[str, object], dtype: str) -> None:
     if variant.descriptors and dtype == "fp32":
         pytest.skip("tensor descriptors feed 16-bit products only")
-    spec = spec_of(variant.op, dtype, **form)
+    spec = served_spec(variant, dtype, **form)
     source = render(spec, small_config(variant, spec))
     for case in CASES:
         assert complaint_of(source, 37, case=case) is None, case
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "lora_compose"])
-def test_fp32_adapters_with_16_bit_weights_lose_nothing(op: str) -> None:
-    variant = next(v for v in INTERPRETED if v.op == op and not v.descriptors)
-    spec = spec_of(op, "fp16", adapter="fp32")
+@pytest.mark.parametrize(
+    "variant", [v for v in INTERPRETED if "adapter" in OPS[v.op].dtypes and not v.descriptors], ids=IDS.get
+)
+def test_fp32_adapters_with_16_bit_weights_lose_nothing(variant: Variant) -> None:
+    spec = spec_of(variant.op, "fp16", adapter="fp32")
     source = render(spec, small_config(variant, spec))
     for case in ("random", "cross_term", "large_lora", "negative_scaling", "mixed"):
         assert complaint_of(source, 37, case=case) is None, case
@@ -103,6 +113,9 @@ def shapes_and_configs(draw: st.DrawFn) -> tuple[KernelSpec, Config, int]:
     spec = spec_of(variant.op, dtype, d_out=draw(size), d_in=draw(size), rank=draw(size), tokens=tokens)
     choices = variant.choices(spec, GPU)
     values = {name: draw(st.sampled_from(options)) for name, options in choices.items()}
+    for name in ("programs", "programs_t"):
+        if name in values:
+            values[name] = draw(st.integers(1, 3))
     if "split_k" in values:
         values["split_k"] = draw(st.integers(0, 2).map(lambda power: 1 << power))
     config = Config.create(variant.name, **values)
@@ -126,6 +139,18 @@ BREAKAGES = [
     ("weight_norm-tma", "part = (step // GRAM_STEPS) * RANK", "part = 0 * step", "low part replaced by the high part"),
     ("lora_compose-tile", "+ scaling * lora", "+ tl.abs(scaling) * lora", "sign of s lost"),
     ("lora_compose-tma", "g * inner", "(g * 1.002) * inner", "g off by one bf16 step"),
+    ("dora_linear_forward-tile", "acc *= scaling", "acc *= tl.abs(scaling)", "sign of s lost"),
+    ("dora_linear_forward-tile", "acc = tl.dot(x, w, acc)", "acc = tl.dot(x, w * 0.99, acc)", "base product 1 % off"),
+    (
+        "dora_linear_forward-tma_persistent",
+        "range(tl.program_id(0), t_tiles * N_TILES",
+        "range(tl.program_id(0), t_tiles * N_TILES - 1",
+        "last tile left out",
+    ),
+    ("dora_linear_forward-split_k", "range(share * BLOCK_K, RANK", "range(0 * BLOCK_K, RANK", "ranks counted twice"),
+    ("dora_linear_forward-split_k", "tl.static_range(SPLIT_K)", "tl.static_range(SPLIT_K - 1)", "a share left out"),
+    ("lora_compose-stationary", "acc = tl.dot(b_1", "acc = tl.dot(b_0", "first ranks of B used twice"),
+    ("lora_compose-stationary", "base = tl.load(base_ptr + t[", "base = tl.load(base_ptr + 0 * t[", "base of row 0"),
     ("compose_forward-tile", "y = g * inner", "y = inner", "g forgotten"),
     ("compose_backward-columns", "dg += dy * inner", "dg += dy * inner * (start < 3)", "last rows of a chunk dropped"),
     (

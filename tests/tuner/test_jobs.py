@@ -20,13 +20,14 @@ LLAMA = find_model("llama-3.1-8b")
 QWEN = find_model("qwen2.5-7b")
 
 
-def test_llama_8b_at_one_rank_has_94_jobs() -> None:
+def test_llama_8b_at_one_rank_has_134_jobs() -> None:
     jobs = plan_jobs(LLAMA, ranks=[384], gpu="h200")
     assert Counter(job.op for job in jobs) == {
         "weight_norm": 4,
         "lora_compose": 30,
         "compose_forward": 30,
         "compose_backward": 30,
+        "dora_linear_forward": 40,
     }
     norms = [(job.d_out, job.d_in) for job in jobs if job.op == "weight_norm"]
     assert norms == [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096)]
@@ -40,6 +41,8 @@ def test_a_job_prints_as_a_spec_of_its_own_fields_alone() -> None:
         "lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=fp32@h200",
         "compose_forward/d_out=4096/tokens=4096/activation=bf16@h200",
         "compose_backward/d_out=4096/tokens=4096/activation=bf16@h200",
+        "dora_linear_forward/d_out=4096/d_in=4096/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
+        "dora_linear_forward/d_out=4096/d_in=14336/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
     ]
 
 
@@ -51,8 +54,12 @@ def test_a_second_rank_adds_only_kernels_that_depend_on_the_rank() -> None:
     one = set(plan_jobs(LLAMA, ranks=[8], gpu="h200"))
     two = set(plan_jobs(LLAMA, ranks=[8, 64], gpu="h200"))
     assert one < two
-    assert {(job.op, job.rank) for job in two - one} == {("weight_norm", 64), ("lora_compose", 64)}
-    assert len(two - one) == 34
+    assert {(job.op, job.rank) for job in two - one} == {
+        ("weight_norm", 64),
+        ("lora_compose", 64),
+        ("dora_linear_forward", 64),
+    }
+    assert len(two - one) == 74
 
 
 def test_biased_and_unbiased_projections_of_one_width_are_two_jobs() -> None:
@@ -75,7 +82,7 @@ def test_every_listed_model_plans_and_covers_its_projections(model: Model) -> No
         fields = {"d_out": p.d_out, "d_in": p.d_in, "rank": 16, "dtype": "bf16", "adapter": "fp32", "gpu": "mi300x"}
         assert KernelSpec.create("weight_norm", **fields) in jobs
         for tokens in TOKEN_BUCKETS:
-            for op in ("lora_compose", "compose_forward", "compose_backward"):
+            for op in ("lora_compose", "compose_forward", "compose_backward", "dora_linear_forward"):
                 assert KernelSpec.create(op, tokens=tokens, bias=p.bias, **fields) in jobs
 
 
@@ -103,9 +110,11 @@ def test_the_plan_is_sorted_distinct_and_blind_to_the_order_of_its_inputs(
     order = [(list(OPS).index(job.op), job.d_out, job.tokens) for job in jobs]
     assert order == sorted(order)
     found = Counter(job.op for job in jobs)
+    shapes = {(p.d_out, p.d_in, p.bias) for p in layers}
     widths, buckets = {(p.d_out, p.bias) for p in layers}, {bucket_tokens(count) for count in tokens}
     assert found["weight_norm"] == len({(p.d_out, p.d_in) for p in layers}) * len(ranks)
     assert found["lora_compose"] == len(widths) * len(buckets) * len(ranks)
+    assert found["dora_linear_forward"] == len(shapes) * len(buckets) * len(ranks)
     assert found["compose_forward"] == found["compose_backward"] == len(widths) * len(buckets)
     for values in (layers, ranks, tokens):
         random.shuffle(values)

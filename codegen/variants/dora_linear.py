@@ -1,0 +1,307 @@
+"""The variants of ``dora_linear_forward``: the base product, the rank-r product and the composition in one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..gpu import Gpu
+from ..spec import Config, KernelSpec
+from .base import (
+    MAX_TMA_BOX,
+    Variant,
+    Work,
+    ceil_div,
+    dot_passes,
+    dtype_bytes,
+    fit,
+    refuse_dot_tile,
+    refuse_shared_memory,
+    tma_unavailable,
+    up_to,
+)
+
+FEW_TOKENS = 128
+"""Up to this many tokens reading W takes longer than multiplying by it (H200: 745 TFLOP/s over 4.27 TB/s is 174)."""
+
+EXACT_BLOCK_K = 32
+"""The deepest step of fp32 products: inside a step tensor cores drop low bits of the running sum, between steps the
+addition rounds. At 64 the loss alone would come near the bound of 1e-6."""
+
+FINISH_COLUMNS = 256
+"""Columns a program of the finishing kernel adds; the template says the same."""
+
+
+def _narrow(spec: KernelSpec) -> bool:
+    """Whether each product is one tensor-core product."""
+    return dtype_bytes(spec.activation) == 2 and spec.adapter == spec.activation
+
+
+def _deepest(spec: KernelSpec, wanted: int) -> int:
+    return wanted if _narrow(spec) else min(wanted, EXACT_BLOCK_K)
+
+
+def _read_bytes(spec: KernelSpec, rows_t: int, rows_n: int) -> int:
+    """Bytes of ``rows_t`` rows of x and h and of ``rows_n`` rows of W and B."""
+    of_tokens = rows_t * (spec.d_in + spec.rank) * dtype_bytes(spec.activation)
+    return of_tokens + rows_n * (spec.d_in * dtype_bytes(spec.weight) + spec.rank * dtype_bytes(spec.adapter))
+
+
+def _written_bytes(spec: KernelSpec) -> int:
+    return spec.tokens * spec.d_out * dtype_bytes(spec.activation) * (2 if spec.save else 1)
+
+
+def _tile_flops(spec: KernelSpec, block_t: int, block_n: int, block_k: int) -> int:
+    """Tensor core work of one output tile, padding and extra passes included."""
+    base_passes = dot_passes(spec.activation, spec.weight)[1]
+    lora_passes = dot_passes(spec.activation, spec.adapter)[1]
+    steps = ceil_div(spec.d_in, block_k) * base_passes + ceil_div(spec.rank, block_k) * lora_passes
+    return 2 * block_t * block_n * block_k * steps
+
+
+class DoraLinearTile(Variant):
+    """One output tile per program with pointer loads, in an order that keeps rows of x and W in the L2."""
+
+    op = "dora_linear_forward"
+    name = "tile"
+    counts = frozenset({"group_t"})
+
+    def default_order(self, spec: KernelSpec) -> int:
+        return 1
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "block_t": up_to((16, 32, 64, 128, 256), spec.tokens),
+            "block_n": up_to((32, 64, 128, 256), spec.d_out),
+            "block_k": up_to((32, 64, 128) if _narrow(spec) else (16, 32), spec.d_in),
+            "group_t": (1, 4, 8, 16),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        narrow = _narrow(spec)
+        shapes: tuple[tuple[int, int, int, int, int], ...]
+        if spec.tokens <= FEW_TOKENS:
+            shapes = ((64, 64, 64, 4, 4), (16, 32, 128, 4, 4), (128, 64, 64, 4, 4))
+        elif narrow:
+            shapes = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (256, 128, 64, 8, 3))
+        else:  # the parts of fp32 operands need registers too
+            shapes = ((64, 128, 32, 8, 2), (128, 128, 32, 8, 2))
+        shapes = (*shapes, (64, 64, 32, 4, 2))
+        return tuple(
+            Config.create(
+                self.name,
+                block_t=fit(block_t, spec.tokens),
+                block_n=fit(block_n, spec.d_out),
+                block_k=fit(_deepest(spec, block_k), spec.d_in),
+                group_t=8,
+                num_warps=warps,
+                num_stages=stages if narrow else 2,
+            )
+            for block_t, block_n, block_k, warps, stages in shapes
+        )
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
+        wide = max(dtype_bytes(spec.weight), dtype_bytes(spec.adapter))
+        stage = (block_t * dtype_bytes(spec.activation) + block_n * wide) * block_k
+        return (
+            _refuse_depth(spec, block_k)
+            or refuse_dot_tile(block_t, block_n, block_k, config.num_warps)
+            or refuse_shared_memory(config.num_stages, stage, gpu)
+        )
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        tiles = ceil_div(spec.tokens, config["block_t"]) * ceil_div(spec.d_out, config["block_n"])
+        return (self._product(spec, config, tiles, programs=tiles),)
+
+    def _product(self, spec: KernelSpec, config: Config, tiles: int, programs: int) -> Work:
+        """The launch, where ``programs`` programs share ``tiles`` tiles and all wait for the one with the most."""
+        block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
+        walked = ceil_div(tiles, programs)
+        return Work(
+            "dora_linear_kernel",
+            programs=programs,
+            dram_bytes=_read_bytes(spec, spec.tokens, spec.d_out) + _written_bytes(spec),
+            l2_bytes=programs * walked * _read_bytes(spec, block_t, block_n) + _written_bytes(spec),
+            steps=walked * (ceil_div(spec.d_in, block_k) + ceil_div(spec.rank, block_k)),
+            matrix_flops=programs * walked * _tile_flops(spec, block_t, block_n, block_k),
+            matrix_dtype=dot_passes(spec.activation, spec.adapter)[0],
+        )
+
+
+class DoraLinearTmaPersistent(DoraLinearTile):
+    """``programs`` programs walk over the tiles; tiles move by tensor descriptors, and y leaves in ``parts`` parts."""
+
+    name = "tma_persistent"
+    counts = frozenset({"group_t", "programs", "parts"})
+    descriptors = True
+
+    def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
+        return tma_unavailable(gpu, (spec.activation, spec.weight, spec.adapter), (spec.d_in, spec.rank, spec.d_out))
+
+    def default_order(self, spec: KernelSpec) -> int:
+        return 0 if spec.tokens > FEW_TOKENS else 3
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "block_t": up_to((64, 128, 256), spec.tokens),
+            "block_n": up_to((64, 128, 256), spec.d_out),
+            "block_k": up_to((32, 64, 128), spec.d_in),
+            "group_t": (1, 4, 8, 16),
+            "programs": (gpu.multiprocessors, 2 * gpu.multiprocessors),
+            "parts": (1, 2),
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        return tuple(
+            Config.create(
+                self.name,
+                block_t=fit(block_t, spec.tokens),
+                block_n=fit(block_n, spec.d_out, smallest=32),
+                block_k=fit(64, spec.d_in),
+                group_t=8,
+                programs=rounds * gpu.multiprocessors,
+                parts=parts,
+                num_warps=warps,
+                num_stages=stages,
+            )
+            for block_t, block_n, rounds, parts, warps, stages in (
+                (128, 256, 1, 2, 8, 4),
+                (128, 256, 1, 2, 8, 3),
+                (128, 128, 2, 1, 4, 3),
+                (256, 128, 1, 1, 8, 3),
+                (128, 128, 1, 1, 8, 4),
+                (128, 128, 1, 1, 8, 2),
+                (64, 64, 1, 1, 4, 2),
+            )
+        )
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
+        if max(block_t, block_n, block_k) > MAX_TMA_BOX:
+            return f"a tile side exceeds the tensor memory accelerator's {MAX_TMA_BOX}"
+        if config["parts"] > 2 or block_n // config["parts"] < 16:
+            return f"{config['parts']} parts of {block_n} columns: y leaves in 1 or 2 parts of at least 16 columns"
+        width = dtype_bytes(spec.activation)
+        stage = (block_t + block_n) * block_k * width
+        # The buffers of the pipeline, of y on its way out and of h and B where they are one step are never shared.
+        apart = block_t * block_n // config["parts"] * width + (stage if spec.rank <= block_k else 0)
+        needed = config.num_stages * stage + apart
+        if needed > gpu.shared_bytes_per_block:
+            limit = gpu.shared_bytes_per_block
+            return f"{needed} bytes of shared memory for tiles of x, W and y exceed {gpu.slug}'s {limit} a block"
+        return super().refuse(spec, config, gpu)
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        tiles = ceil_div(spec.tokens, config["block_t"]) * ceil_div(spec.d_out, config["block_n"])
+        return (self._product(spec, config, tiles, programs=min(tiles, config["programs"])),)
+
+
+class DoraLinearSplitK(Variant):
+    """For few tokens: ``split_k`` programs share each tile's sum so that the whole GPU reads W; a second kernel adds.
+
+    The shares are interleaved blocks of columns of W, and of B: each share has its part of both products. With
+    ``overlap`` 1 the second kernel starts while the first still runs (programmatic dependent launch).
+    """
+
+    op = "dora_linear_forward"
+    name = "split_k"
+    counts = frozenset({"split_k"})
+    switches = frozenset({"overlap"})
+
+    def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
+        if spec.tokens > FEW_TOKENS:
+            return f"with more than {FEW_TOKENS} tokens there are tiles enough to fill a GPU without splitting the sum"
+        return None
+
+    def default_order(self, spec: KernelSpec) -> int:
+        return 0
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "block_t": up_to((16, 32, 64, 128), spec.tokens),
+            "block_n": up_to((16, 32, 64, 128), spec.d_out),
+            "block_k": up_to((32, 64, 128, 256) if _narrow(spec) else (16, 32), spec.d_in),
+            "split_k": tuple(s for s in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if s == 1 or spec.d_in // s >= 128),
+            "overlap": (0, 1) if gpu.has_tma else (0,),
+            "num_warps": (2, 4, 8),
+            "num_stages": (2, 3, 4, 5, 6),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        narrow = _narrow(spec)
+        block_t = fit(FEW_TOKENS, min(spec.tokens, FEW_TOKENS))
+        configs = []
+        for block_n, block_k, rounds, warps, stages in (
+            (64, 128, 2, 4, 4),
+            (64, 128, 4, 4, 3),
+            (32, 256, 2, 4, 3),
+            (128, 64, 1, 4, 5),
+            (64, 64, 2, 4, 3),
+            (64, 32, 2, 4, 2),
+        ):
+            tiles = ceil_div(spec.d_out, block_n)
+            wanted = max(1, min(rounds * gpu.multiprocessors // tiles, 32, spec.d_in // 128))
+            configs.append(
+                Config.create(
+                    self.name,
+                    block_t=block_t,
+                    block_n=fit(block_n, spec.d_out),
+                    block_k=fit(_deepest(spec, block_k), spec.d_in),
+                    split_k=max(s for s in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if s <= wanted),
+                    overlap=int(gpu.has_tma),
+                    num_warps=warps,
+                    num_stages=stages if narrow else 2,
+                )
+            )
+        return tuple(configs)
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
+        wide = max(dtype_bytes(spec.weight), dtype_bytes(spec.adapter))
+        stage = (block_t * dtype_bytes(spec.activation) + block_n * wide) * block_k
+        if config["overlap"] and not gpu.has_tma:
+            return f"{gpu.slug} ({gpu.architecture}) has no programmatic dependent launch: overlap must be 0"
+        return (
+            _refuse_depth(spec, block_k)
+            or refuse_dot_tile(block_n, block_t, block_k, config.num_warps)
+            or refuse_shared_memory(config.num_stages, stage, gpu)
+            or (
+                f"split_k={config['split_k']} leaves shares without work"
+                if (config["split_k"] - 1) * block_k >= spec.d_in
+                else None
+            )
+        )
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
+        split_k = config["split_k"]
+        tiles = ceil_div(spec.tokens, block_t) * ceil_div(spec.d_out, block_n)
+        partials = split_k * spec.tokens * spec.d_out * 4
+        return (
+            Work(
+                "shares_kernel",
+                programs=tiles * split_k,
+                dram_bytes=_read_bytes(spec, spec.tokens, spec.d_out),
+                l2_bytes=tiles * _read_bytes(spec, block_t, block_n) + partials,
+                steps=ceil_div(spec.d_in, block_k * split_k) + ceil_div(spec.rank, block_k * split_k),
+                matrix_flops=tiles * _tile_flops(spec, block_t, block_n, block_k),
+                matrix_dtype=dot_passes(spec.activation, spec.adapter)[0],
+            ),
+            Work(
+                "finish_kernel",
+                programs=spec.tokens * ceil_div(spec.d_out, FINISH_COLUMNS),
+                dram_bytes=_written_bytes(spec),
+                l2_bytes=partials + _written_bytes(spec),
+                steps=1,
+            ),
+        )
+
+
+def _refuse_depth(spec: KernelSpec, block_k: int) -> str | None:
+    if spec.activation == "fp32" and block_k > EXACT_BLOCK_K:
+        return f"block_k={block_k} in fp32: steps beyond {EXACT_BLOCK_K} lose digits in the tensor cores"
+    return None
