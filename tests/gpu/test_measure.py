@@ -31,7 +31,9 @@ def evaluator_and_source(op: str, tokens: int) -> tuple[Evaluator, Source]:
     return MeasureEvaluator(gpu), render(spec, default_config(spec, gpu))
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "lora_compose", "compose_forward", "compose_backward"])
+@pytest.mark.parametrize(
+    "op", ["weight_norm", "lora_compose", "compose_forward", "compose_backward", "dora_linear_forward"]
+)
 @pytest.mark.parametrize("tokens", [1, 4096])
 def test_a_good_kernel_gets_a_time_above_its_floor(op: str, tokens: int) -> None:
     evaluator, source = evaluator_and_source(op, tokens)
