@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ..tuner.inputs import make_inputs, make_outputs
 from ..tuner.timing import capture, interleaved_us, rotations
 from .dorafactors import Dorafactors
 from .peers import PEERS, Inputs, Peer, Run, peers_of
-from .results import OURS, Row, peak_mb, require_gpu, timing
+from .results import OURS, Outcome, Row, peak_mb, require_gpu, timing
 
 NORM_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (8192, 28672))
 TOKEN_SHAPES = ((1, 4096), (16, 4096), (64, 4096), (4096, 4096), (8192, 4096), (4096, 14336))
@@ -49,15 +49,6 @@ class Case:
 
     spec: KernelSpec
     tokens: int = 0
-
-
-@dataclass
-class Outcome:
-    """The rows of a run, and what went wrong on the way: peers left out, and kernels of ours that are inaccurate."""
-
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
 
 
 def kernel_cases(gpu: str, ops: Collection[str] = ()) -> Iterator[Case]:

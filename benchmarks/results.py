@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
-from ..errors import DoratuneError, UsageError
+from ..errors import UsageError
 from ..tuner.measure import driver_version
 
 if TYPE_CHECKING:
@@ -32,8 +33,13 @@ _CASE = ("bench", "model", "op", "shape", "rank", "dtype", "adapter", "flags")
 Row = dict[str, Any]
 
 
-class BenchError(DoratuneError):
-    """A benchmark cannot run here, or one of its implementations is wrong."""
+@dataclass
+class Outcome:
+    """The rows of a run, and what went wrong on the way: peers left out, and kernels of ours that are inaccurate."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 def require_gpu() -> None:
@@ -59,7 +65,8 @@ def case_name(row: Mapping[str, Any]) -> str:
 
 def timing(samples_us: Sequence[float]) -> dict[str, float]:
     """Median and 20th and 80th percentile of microseconds, under the names that rows have."""
-    low, *_, high = statistics.quantiles(samples_us, n=5) if len(samples_us) > 1 else (samples_us[0], samples_us[0])
+    several = len(samples_us) > 1
+    low, *_, high = statistics.quantiles(samples_us, n=5, method="inclusive") if several else [samples_us[0]] * 2
     return {"us": statistics.median(samples_us), "us_p20": low, "us_p80": high}
 
 

@@ -131,6 +131,30 @@ _KERNELS = "issue 3"
 _RUNTIME = "issue 4"
 
 
+def _llama(layers: int) -> Callable[[Row], bool]:
+    return lambda row: row["model"] == "llama-8b" and row["shape"] == [layers, 4096] and row["rank"] == 384
+
+
+def _whole(adapter: str) -> Callable[[Row], bool]:
+    return lambda row: _llama(32)(row) and row["adapter"] == adapter and "checkpointing" in row["flags"]
+
+
+def _uncheckpointed(row: Row) -> bool:
+    return _llama(4)(row) and "checkpointing" not in row["flags"]
+
+
+def _model(
+    what: str,
+    where: Callable[[Row], bool],
+    measure: tuple[str, Measure],
+    bound: float,
+    *,
+    op: str = "step",
+    **more: Any,
+) -> Target:
+    return Target(_RUNTIME, what, "model", op, where, *measure, bound, **more)
+
+
 def _kernel(
     op: str, what: str, where: Callable[[Row], bool], measure: tuple[str, Measure], bound: Any, **more: Any
 ) -> Target:
@@ -164,6 +188,15 @@ TARGETS: tuple[Target, ...] = (
         _kernel(op, "precision", lambda row: True, ("outputs beyond their bounds", inaccurate), 0, worst_only=True)
         for op in ("weight_norm", "lora_compose", "compose_forward", "compose_backward", "dora_linear_forward")
     ),
+    _model("32 layers, autocast", _whole("fp32"), times("peft_lora"), 0.95),
+    _model("32 layers, autocast", _whole("fp32"), speedup("peft_dora"), 2.1, at_least=True),
+    _model("32 layers, autocast", _whole("fp32"), speedup("dorafactors"), 1.75, at_least=True),
+    _model("32 layers, bf16 adapters", _whole("bf16"), times("peft_lora"), 1.02),
+    _model("32 layers, bf16 adapters", _whole("bf16"), speedup("peft_dora"), 1.5, at_least=True),
+    _model("32 layers, bf16 adapters", _whole("bf16"), speedup("dorafactors"), 1.7, at_least=True),
+    _model("32 layers, without merging", _llama(32), times("peft_lora"), 0.85, op="inference"),
+    _model("32 layers", lambda row: _whole(row["adapter"])(row), memory_times("peft_lora"), 1.02),
+    _model("4 layers, compiled", _uncheckpointed, times("peft_lora_compiled"), 1.02, impl="doratune_compiled"),
 )
 """Every target that a benchmark can judge, in the order of the lists that they come from."""
 

@@ -15,9 +15,19 @@ import torch
 from click.testing import CliRunner, Result
 
 from doratune.benchmarks import kernels
-from doratune.benchmarks.kernels import Case, Outcome, kernel_cases, kernel_row
+from doratune.benchmarks.kernels import Case, kernel_cases, kernel_row
 from doratune.benchmarks.peers import Peer
-from doratune.benchmarks.results import OURS, case_of, document, environment, peak_mb, read_rows, results_table, timing
+from doratune.benchmarks.results import (
+    OURS,
+    Outcome,
+    case_of,
+    document,
+    environment,
+    peak_mb,
+    read_rows,
+    results_table,
+    timing,
+)
 from doratune.cli import main
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
@@ -134,8 +144,10 @@ def test_an_inaccurate_kernel_is_a_failure_with_its_case(on_the_cpu: Any, monkey
     json.loads(document({}, outcome.rows), parse_constant=pytest.fail)  # NaN is no JSON
 
 
-def test_one_sample_has_no_spread() -> None:
+def test_percentiles_stay_within_the_samples_however_few() -> None:
     assert timing([3.0]) == {"us": 3.0, "us_p20": 3.0, "us_p80": 3.0}
+    few = timing([1.0, 100.0])
+    assert 1.0 <= few["us_p20"] < few["us"] == 50.5 < few["us_p80"] <= 100.0
 
 
 @needs_no_gpu
