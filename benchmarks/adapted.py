@@ -143,8 +143,9 @@ def with_dora(model: nn.Module, mode: Mode, *, rank: int, targets: Sequence[str]
             "this benchmark compares with PEFT, which is not installed: pip install 'doratune[peft]'"
         ) from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), use_dora=True)
-    adapted: nn.Module = get_peft_model(shared_copy(model), config, autocast_adapter_dtype=mode.autocast)
     device = next(model.parameters()).device
+    with device:  # adapters are made where they stay
+        adapted: nn.Module = get_peft_model(shared_copy(model), config, autocast_adapter_dtype=mode.autocast)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

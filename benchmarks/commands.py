@@ -57,7 +57,7 @@ def _finish(
     else:
         _print(results_table(outcome.rows))
     if targets:
-        _print_targets(outcome.rows, to_stderr=as_json)
+        _print_targets([outcome.rows], to_stderr=as_json)
     for note in dict.fromkeys(outcome.notes):
         click.echo(f"note: {note}", err=True)
     for failure in outcome.failures:
@@ -77,10 +77,10 @@ def _print(table: Any, *, to_stderr: bool = False) -> None:
     Console(stderr=to_stderr, width=None if console.is_terminal else 200).print(table)
 
 
-def _print_targets(rows: list[Row], *, to_stderr: bool = False) -> None:
+def _print_targets(runs: list[list[Row]], *, to_stderr: bool = False) -> None:
     from .targets import judge, targets_table
 
-    verdicts = judge(rows)
+    verdicts = judge(*runs)
     _print(targets_table(verdicts), to_stderr=to_stderr)
     outcomes = [verdict.outcome for verdict in verdicts]
     counts = [f"{outcomes.count(name)} {name}" for name in dict.fromkeys(outcomes)]
@@ -183,4 +183,4 @@ def bench_targets(files: tuple[Path, ...]) -> None:
     """Print how the results in FILES stand against the targets. Needs no GPU."""
     from .results import read_rows
 
-    _print_targets([row for file in files for row in read_rows(file)])
+    _print_targets([read_rows(file) for file in files])

@@ -201,15 +201,16 @@ TARGETS: tuple[Target, ...] = (
 """Every target that a benchmark can judge, in the order of the lists that they come from."""
 
 
-def judge(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Verdict]:
-    """Hold rows against the targets of the benchmarks they come from.
+def judge(*runs: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Verdict]:
+    """Hold the rows of each run against the targets of the benchmarks they come from; runs are never compared.
 
     A target gives a verdict for each case that it speaks of, and one ``not measured`` where there is none.
     """
     groups: dict[tuple[object, ...], dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault(case_of(row), {})[row["impl"]] = row
-    benches = {row["bench"] for row in rows}
+    for run, rows in enumerate(runs):
+        for row in rows:
+            groups.setdefault((run, *case_of(row)), {})[row["impl"]] = row
+    benches = {row["bench"] for rows in runs for row in rows}
     verdicts: list[Verdict] = []
     for target in targets:
         if target.bench not in benches:

@@ -42,6 +42,12 @@ def test_a_speedup_must_be_at_least_its_bound(us: float, outcome: str) -> None:
     assert verdict([row(OURS, 20.0), row("peft_eager", us)], "peft_eager / time").outcome == outcome
 
 
+def test_runs_are_not_compared_with_each_other() -> None:
+    ours, peer = [row(OURS, 20.0)], [row("peft_eager", 1000.0)]
+    assert {v.outcome for v in judge(ours, peer) if v.target.figure == "peft_eager / time"} == {UNMEASURED}
+    assert {v.outcome for v in judge(ours + peer) if v.target.figure == "peft_eager / time"} == {MET}
+
+
 def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     verdicts = judge([row(OURS, 20.0), row("peft_eager", 200.0)])
     outcomes = {(v.target.op, v.target.figure): v.outcome for v in verdicts}
