@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .benchmarks.commands import bench
 from .errors import DoratuneError, UsageError, near_names
 
 if TYPE_CHECKING:
@@ -360,6 +361,9 @@ def cache_show(spec: str, source: bool, store: str | None, as_json: bool) -> Non
             click.echo(f"{name:16} {'-' if value in (None, '') else value}")
         if source:
             click.echo(f"\n{entry.source}", nl=False)
+
+
+main.add_command(bench)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""Rows of measurements: what a row says, the environment it holds for, and the files and tables made of rows.
+
+A row is one implementation on one case. ``case_of`` names the fields that make a case; rows of one case and one run
+were measured in the same process and in turn, and may be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__
+from ..errors import UsageError
+from ..tuner.measure import driver_version
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA = 1
+OURS = "doratune"
+_CASE = ("bench", "model", "op", "shape", "rank", "dtype", "adapter", "flags")
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    """The rows of a run, and what went wrong on the way: peers left out, and kernels of ours that are inaccurate."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def require_gpu() -> None:
+    """Raise a UsageError where PyTorch sees no GPU."""
+    if not torch.cuda.is_available():
+        raise UsageError("this benchmark needs a GPU and PyTorch sees none: run it where the GPU is")
+
+
+def case_of(row: Mapping[str, Any]) -> tuple[object, ...]:
+    """What was measured, apart from the implementation. Fields that a row lacks count as empty."""
+    values = (row.get(name) for name in _CASE)
+    return tuple((tuple(value) if isinstance(value, list) else value) or None for value in values)
+
+
+def case_name(row: Mapping[str, Any]) -> str:
+    """The case for people: ``weight_norm 4096×4096 r=384 bf16``; adapters and flags where they say something."""
+    parts = [row.get("model"), row["op"], "×".join(map(str, row["shape"]))]
+    parts += [f"r={row['rank']}" if row["rank"] else None, row["dtype"]]
+    if row.get("adapter") not in (None, row["dtype"]):
+        parts.append(f"{row['adapter']} adapters")
+    return " ".join([*filter(None, parts), *(row.get("flags") or ())])
+
+
+def timing(samples_us: Sequence[float]) -> dict[str, float]:
+    """Median and 20th and 80th percentile of microseconds, under the names that rows have."""
+    several = len(samples_us) > 1
+    low, *_, high = statistics.quantiles(samples_us, n=5, method="inclusive") if several else [samples_us[0]] * 2
+    return {"us": statistics.median(samples_us), "us_p20": low, "us_p80": high}
+
+
+def peak_mb(call: Callable[[], object]) -> float | None:
+    """The megabytes (10**6 bytes) that a call adds to the GPU memory in use while it runs, its result included.
+
+    The call runs once before, so that what it keeps for later calls is not counted. None without a GPU.
+    """
+    call()
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def environment(commit: str | None = None, **peers: str) -> dict[str, str]:
+    """What the results hold for: GPU, driver, versions of the libraries and ``peers``, commit and date.
+
+    ``commit`` is asked of git when None; the version stands for it where doratune is not run from a checkout.
+    """
+    versions = {"torch": str(torch.__version__)}
+    for library in ("triton", "peft", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "driver": driver_version() if gpu else "none",
+        **versions,
+        **peers,
+        "doratune_commit": commit or _commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file is tracked in, or the version."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not whatever repository the environment lies in
+        return git("describe", "--always", "--dirty", "--abbrev=40").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return f"{__version__}, not a git checkout"
+
+
+def document(env: Mapping[str, str], rows: Sequence[Row]) -> str:
+    """The results as JSON text."""
+    return json.dumps({"schema": SCHEMA, "env": env, "rows": rows}, indent=1) + "\n"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results file.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = data["rows"] if data["schema"] == SCHEMA else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a results file of doratune bench: {error}") from error
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"bench", "op", "impl"} <= row.keys() for row in rows
+    ):
+        raise UsageError(f"{path} has schema {data['schema']!r} or other rows than this doratune ({SCHEMA}) reads")
+    return rows
+
+
+def results_table(rows: Iterable[Row]) -> Table:
+    """One line a case: doratune's time, then every peer's as a multiple of it; plain times where doratune is absent."""
+    from rich.table import Table
+
+    table = Table("case", "doratune", "floor", "peers (× doratune's time)", "peak MB: doratune / peers")
+    cases: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault(case_of(row), []).append(row)
+    for group in cases.values():
+        ours = next((row for row in group if row["impl"] == OURS and row["us"]), None)
+        peers = [row for row in group if row is not ours and row["us"]]
+        times = [
+            f"{peer['impl']} {peer['us'] / ours['us']:.2f}" if ours else f"{peer['impl']} {_time(peer['us'])}"
+            for peer in peers
+        ]
+        table.add_row(
+            case_name(group[0]),
+            _time(ours["us"]) if ours else "",
+            _time(group[0].get("floor_us")),
+            ", ".join(times),
+            " / ".join([_megabytes(ours), ", ".join(map(_megabytes, peers))]),
+        )
+    return table
+
+
+def _time(us: float | None) -> str:
+    if us is None:
+        return ""
+    return f"{us:.1f} µs" if us < 1e4 else f"{us / 1e3:.1f} ms"
+
+
+def _megabytes(row: Row | None) -> str:
+    return "" if row is None or row.get("peak_mb") is None else f"{row['peak_mb']:.0f}"

@@ -1,0 +1,256 @@
+"""What doratune has set out to reach, as data, and how measured rows stand against it.
+
+A target compares doratune's row of a case with a peer's row of the same case, or with a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .results import OURS, Row, case_name, case_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Measure = Callable[[Row, Mapping[str, Row]], float | None]
+"""A figure of one row and its peers in the same case, by implementation; None where it cannot be had."""
+
+MET, MISSED, UNMEASURED = "met", "missed", "not measured"
+
+LARGE_WEIGHT = 32_000_000
+"""Elements of W, or of [tokens, d_out], from which launch costs and tails weigh nothing."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise: a figure of every row that ``where`` selects is at most, or at least, ``bound``.
+
+    ``worst_only`` gives one verdict, that of the worst row, where every row counts but only the worst is worth a line.
+    ``impl`` is whose rows are judged; ``source`` says where the promise was made; ``bound`` may depend on the row.
+    """
+
+    source: str
+    what: str
+    bench: str
+    op: str
+    where: Callable[[Row], bool]
+    figure: str
+    measure: Measure
+    bound: float | Callable[[Row], float]
+    at_least: bool = False
+    worst_only: bool = False
+    impl: str = OURS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target on one case: what was measured (None: nothing) and ``met``, ``missed`` or ``not measured``."""
+
+    target: Target
+    case: str
+    measured: float | None
+    bound: float | None
+
+    @property
+    def outcome(self) -> str:
+        if self.measured is None or self.bound is None:
+            return UNMEASURED
+        ahead = self.measured >= self.bound if self.target.at_least else self.measured <= self.bound
+        return MET if ahead else MISSED  # NaN is missed
+
+
+def times(peer: str) -> tuple[str, Measure]:
+    """doratune's time as a multiple of a peer's."""
+
+    def measure(row: Row, group: Mapping[str, Row]) -> float | None:
+        return row["us"] / group[peer]["us"] if row["us"] and peer in group and group[peer]["us"] else None
+
+    return f"time / {peer}", measure
+
+
+def speedup(peer: str) -> tuple[str, Measure]:
+    """A peer's time as a multiple of doratune's."""
+
+    def measure(row: Row, group: Mapping[str, Row]) -> float | None:
+        return group[peer]["us"] / row["us"] if row["us"] and peer in group and group[peer]["us"] else None
+
+    return f"{peer} / time", measure
+
+
+def memory_times(peer: str) -> tuple[str, Measure]:
+    """doratune's peak memory as a multiple of a peer's."""
+
+    def measure(row: Row, group: Mapping[str, Row]) -> float | None:
+        theirs = group[peer].get("peak_mb") if peer in group else None
+        return row["peak_mb"] / theirs if theirs and row.get("peak_mb") is not None else None
+
+    return f"peak memory / {peer}", measure
+
+
+def field(name: str) -> tuple[str, Measure]:
+    """A field of the row itself."""
+    return name, lambda row, _: row.get(name)
+
+
+def above_floor(row: Row, _: Mapping[str, Row]) -> float | None:
+    return row["us"] / row["floor_us"] if row["us"] and row.get("floor_us") else None
+
+
+def inaccurate(row: Row, _: Mapping[str, Row]) -> float | None:
+    return float(bool(row.get("complaint")))
+
+
+def _plain(row: Row) -> bool:
+    """bf16 throughout, without flags; compose_backward may take its output, which moves the same bytes."""
+    return (
+        row["dtype"] == "bf16" and row.get("adapter") in (None, "bf16") and not set(row.get("flags") or ()) - {"output"}
+    )
+
+
+def _norm(rank: int, condition: Callable[[int, int], bool] = lambda d_out, d_in: True) -> Callable[[Row], bool]:
+    return lambda row: _plain(row) and row["rank"] == rank and condition(*row["shape"])
+
+
+def _tokens(condition: Callable[[int], bool]) -> Callable[[Row], bool]:
+    return lambda row: _plain(row) and row["rank"] == 384 and condition(row["shape"][0])
+
+
+def _large(row: Row) -> bool:
+    return _plain(row) and math.prod(row["shape"]) >= LARGE_WEIGHT
+
+
+def _factored_mb(row: Row) -> float:
+    """Megabytes for the factored norm's workspace: 8 bytes for each of d_out·r + r² values (fp32, twice), and 1 MB."""
+    return float(8 * (row["shape"][0] * row["rank"] + row["rank"] ** 2) / 1e6 + 1.0)
+
+
+_KERNELS = "issue 3"
+_RUNTIME = "issue 4"
+
+
+def _llama(layers: int) -> Callable[[Row], bool]:
+    return lambda row: row["model"] == "llama-8b" and row["shape"] == [layers, 4096] and row["rank"] == 384
+
+
+def _whole(adapter: str) -> Callable[[Row], bool]:
+    return lambda row: _llama(32)(row) and row["adapter"] == adapter and "checkpointing" in row["flags"]
+
+
+def _uncheckpointed(row: Row) -> bool:
+    return _llama(4)(row) and "checkpointing" not in row["flags"]
+
+
+def _model(
+    what: str,
+    where: Callable[[Row], bool],
+    measure: tuple[str, Measure],
+    bound: float,
+    *,
+    op: str = "step",
+    **more: Any,
+) -> Target:
+    return Target(_RUNTIME, what, "model", op, where, *measure, bound, **more)
+
+
+def _kernel(
+    op: str, what: str, where: Callable[[Row], bool], measure: tuple[str, Measure], bound: Any, **more: Any
+) -> Target:
+    return Target(_KERNELS, what, "kernels", op, where, *measure, bound, **more)
+
+
+TARGETS: tuple[Target, ...] = (
+    _kernel(
+        "weight_norm", "r = 384, large W", _norm(384, lambda m, n: m * n >= LARGE_WEIGHT), times("cublas_product"), 1.25
+    ),
+    _kernel("weight_norm", "r = 384, 4096×4096", _norm(384, lambda m, n: m == n == 4096), times("cublas_product"), 1.4),
+    _kernel("weight_norm", "r = 384", _norm(384), speedup("peft_eager"), 7.0, at_least=True),
+    _kernel("weight_norm", "r = 384", _norm(384), speedup("dense_ba"), 3.0, at_least=True),
+    _kernel("weight_norm", "r = 384", _norm(384), speedup("dorafactors"), 15.0, at_least=True),
+    _kernel("weight_norm", "r = 64", _norm(64), times("cublas_product"), 1.6),
+    _kernel("weight_norm", "accuracy", lambda row: True, field("rel_err"), 1e-5, worst_only=True),
+    _kernel(
+        "weight_norm",
+        "transient memory",
+        _norm(384, lambda m, n: (m, n) == (8192, 28672)),
+        field("peak_mb"),
+        _factored_mb,
+    ),
+    _kernel("lora_compose", "T ≥ 4096, r = 384", _tokens(lambda t: t >= 4096), times("cublas_product"), 1.30),
+    _kernel("lora_compose", "T ≥ 4096, r = 384", _tokens(lambda t: t >= 4096), times("lora_eager"), 0.55),
+    _kernel("lora_compose", "T = 1 and 16, r = 384", _tokens(lambda t: t in (1, 16)), times("cublas_product"), 1.2),
+    _kernel("compose_forward", "share of the copy bandwidth", _large, speedup("copy"), 0.92, at_least=True),
+    _kernel("compose_backward", "the three-pass floor", _large, ("time / floor", above_floor), 1.25),
+    _kernel("compose_backward", "against dorafactors", _large, times("dorafactors"), 0.5),
+    *(
+        _kernel(op, "precision", lambda row: True, ("outputs beyond their bounds", inaccurate), 0, worst_only=True)
+        for op in ("weight_norm", "lora_compose", "compose_forward", "compose_backward", "dora_linear_forward")
+    ),
+    _model("32 layers, autocast", _whole("fp32"), times("peft_lora"), 0.95),
+    _model("32 layers, autocast", _whole("fp32"), speedup("peft_dora"), 2.1, at_least=True),
+    _model("32 layers, autocast", _whole("fp32"), speedup("dorafactors"), 1.75, at_least=True),
+    _model("32 layers, bf16 adapters", _whole("bf16"), times("peft_lora"), 1.02),
+    _model("32 layers, bf16 adapters", _whole("bf16"), speedup("peft_dora"), 1.5, at_least=True),
+    _model("32 layers, bf16 adapters", _whole("bf16"), speedup("dorafactors"), 1.7, at_least=True),
+    _model("32 layers, without merging", _llama(32), times("peft_lora"), 0.85, op="inference"),
+    _model("32 layers", lambda row: _whole(row["adapter"])(row), memory_times("peft_lora"), 1.02),
+    _model("4 layers, compiled", _uncheckpointed, times("peft_lora_compiled"), 1.02, impl="doratune_compiled"),
+)
+"""Every target that a benchmark can judge, in the order of the lists that they come from."""
+
+
+def judge(*runs: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Verdict]:
+    """Hold the rows of each run against the targets of the benchmarks they come from; runs are never compared.
+
+    A target gives a verdict for each case that it speaks of, and one ``not measured`` where there is none.
+    """
+    groups: dict[tuple[object, ...], dict[str, Row]] = {}
+    for run, rows in enumerate(runs):
+        for row in rows:
+            groups.setdefault((run, *case_of(row)), {})[row["impl"]] = row
+    benches = {row["bench"] for rows in runs for row in rows}
+    verdicts: list[Verdict] = []
+    for target in targets:
+        if target.bench not in benches:
+            continue
+        found = [
+            Verdict(target, case_name(row), target.measure(row, group), _bound(target, row))
+            for group in groups.values()
+            if (row := group.get(target.impl, {}))
+            and (row["bench"], row["op"]) == (target.bench, target.op)
+            and target.where(row)
+        ]
+        if target.worst_only:
+            found = sorted(found, key=_badness)[-1:]
+        verdicts += found or [Verdict(target, f"{target.op} {target.what}", None, None)]
+    return verdicts
+
+
+def _badness(verdict: Verdict) -> tuple[bool, float]:
+    value = math.nan if verdict.measured is None else verdict.measured
+    return math.isnan(value), -value if verdict.target.at_least else value
+
+
+def _bound(target: Target, row: Row) -> float:
+    return target.bound(row) if callable(target.bound) else float(target.bound)
+
+
+def targets_table(verdicts: Iterable[Verdict]) -> Table:
+    """One line a verdict."""
+    from rich.table import Table
+
+    table = Table("source", "target", "case", "figure", "bound", "measured", "outcome")
+    for verdict in verdicts:
+        sign = "≥" if verdict.target.at_least else "≤"
+        table.add_row(
+            verdict.target.source,
+            verdict.target.what,
+            verdict.case,
+            verdict.target.figure,
+            "" if verdict.bound is None else f"{sign} {verdict.bound:.4g}",
+            "" if verdict.measured is None else f"{verdict.measured:.3g}",
+            verdict.outcome,
+        )
+    return table

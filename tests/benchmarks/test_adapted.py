@@ -1,0 +1,304 @@
+"""Every implementation of DoRA runs the same model: the same parameters and inputs, only other code; and what the clock
+compares is the same work.
+
+These run on a CPU, where times mean nothing: what is tested is which code runs, and what the rows say.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+import doratune
+from doratune.benchmarks import adapted
+from doratune.benchmarks.adapted import (
+    MODES,
+    Contender,
+    contender,
+    measure,
+    relative_errors,
+    shared_copy,
+    touch,
+    with_dora,
+)
+from doratune.benchmarks.dorafactors import Dorafactors, PeerError
+from doratune.benchmarks.layer import Projection, layer_shapes
+from doratune.benchmarks.results import Row
+from doratune.benchmarks.targets import MET, MISSED, judge
+from doratune.cli import main
+
+pytest.importorskip("peft")
+CPU = torch.device("cpu")
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+}
+needs_accelerate = pytest.mark.skipif(
+    not hasattr(doratune, "accelerate"), reason="this doratune has no accelerate() for PEFT models"
+)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    base = Projection(24, 40, CPU).requires_grad_(False)
+    return with_dora(base, MODES["autocast"], rank=4, targets=["proj"])
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+def bench(*args: str) -> Result:
+    return CliRunner().invoke(main, ["bench", *args])
+
+
+def exact(model: nn.Module, x: torch.Tensor, *, dora: bool) -> torch.Tensor:
+    """The formula in fp64 from the parameters of the model."""
+    t = {name.split("proj.")[1]: p.detach().double() for name, p in model.named_parameters()}
+    weight, lora = t["base_layer.weight"], t["lora_B.default.weight"] @ t["lora_A.default.weight"]
+    if not dora:
+        return x.double() @ (weight + lora).T
+    g = t["lora_magnitude_vector.default.weight"] / (weight + lora).norm(dim=1)
+    return g * (x.double() @ (weight + lora).T)
+
+
+def distance(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+def test_lora_and_dora_are_the_same_layer_with_and_without_the_magnitude(model: nn.Module) -> None:
+    x = torch.randn(5, 40).bfloat16()
+    stock, plain = contender("peft_dora", model, None).model, contender("peft_lora", model, None).model
+    with MODES["autocast"].context(CPU), torch.no_grad():
+        dora, lora = stock(x), plain(x)
+    assert distance(dora, exact(model, x, dora=True)) < 0.01 < distance(dora, exact(model, x, dora=False))
+    assert distance(lora, exact(model, x, dora=False)) < 0.01 < distance(lora, exact(model, x, dora=True))
+
+
+def test_contenders_share_every_tensor_and_no_module(model: nn.Module) -> None:
+    copied = shared_copy(model)
+    assert [id(p) for p in copied.parameters()] == [id(p) for p in model.parameters()]
+    assert not {id(m) for m in copied.modules()} & {id(m) for m in model.modules()}
+
+
+def test_the_modes_keep_adapters_in_their_dtypes() -> None:
+    for mode in MODES.values():
+        base = Projection(24, 40, CPU).requires_grad_(False)
+        trained = [p for p in with_dora(base, mode, rank=4, targets=["proj"]).parameters() if p.requires_grad]
+        assert len(trained) == 3
+        assert {p.dtype for p in trained} == {torch.float32 if mode.adapter == "fp32" else torch.bfloat16}
+        assert all(bool(p.any()) for p in trained)  # B starts at zero in PEFT: half the formula would be idle
+
+
+def test_dorafactors_runs_in_place_of_pefts_layer_and_can_be_taken_out(
+    dorafactors: Dorafactors, model: nn.Module
+) -> None:
+    x = torch.randn(5, 40).bfloat16()
+    theirs = contender("dorafactors", model, dorafactors).model
+    with MODES["autocast"].context(CPU), torch.no_grad():
+        assert distance(theirs(x), exact(model, x, dora=True)) < 0.01
+    (layer,) = (m for m in theirs.modules() if type(m).__name__ == "DoraLinearLayer")
+    assert type(layer).__module__ == "peft.tuners.lora.dorafactors_dora"
+    assert theirs.state_dict().keys() == model.state_dict().keys()
+    dorafactors.deactivate(theirs)
+    assert not any(type(m).__module__ == "peft.tuners.lora.dorafactors_dora" for m in theirs.modules())
+    with pytest.raises(PeerError, match="no DoRA linear layer"):
+        dorafactors.activate(nn.Linear(3, 3))
+
+
+def test_a_step_starts_without_gradients_and_with_weights_that_have_been_written() -> None:
+    weight, frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3), requires_grad=False)
+    weight.grad = torch.ones(3)
+    version = weight._version
+    touch([weight, frozen])()
+    assert weight.grad is None
+    assert weight._version > version
+    assert frozen._version == 0
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_rounds_are_interleaved_and_a_contender_that_fails_is_left_out() -> None:
+    class Named(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+    called: list[str] = []
+
+    def call(model: nn.Module) -> None:
+        if model.name == "bad":
+            raise RuntimeError("does not fit\nlong tail")
+        called.append(str(model.name))
+
+    notes: list[str] = []
+    running = [Contender(name, Named(name)) for name in ("a", "bad", "b")]
+    samples = measure(
+        running, call, before=lambda: called.append("-"), rounds=2, device=CPU, hide_host=True, notes=notes
+    )
+    assert list(samples) == ["a", "b"]
+    assert notes == ["bad left out: RuntimeError: does not fit"]
+    assert "".join(called).endswith("-a-b-a-b-")
+    for sample in samples.values():
+        columns = sample.columns()
+        assert len(sample.us) == 2
+        assert columns["us_p20"] <= columns["us"] <= columns["us_p80"]
+        assert columns["cpu_us"] > 0.0
+        assert columns["peak_mb"] is None
+
+
+def test_distances_are_those_to_stock_peft_and_not_of_lora() -> None:
+    outputs = {"peft_lora": torch.zeros(4), "peft_dora": torch.ones(4), "doratune": torch.tensor([1.0, 1.0, 1.0, 2.0])}
+    assert relative_errors(outputs) == {"doratune": 0.5}
+    assert relative_errors({"doratune": torch.ones(4)}) == {}
+
+
+def rows_of(result: Result) -> list[Row]:
+    assert result.exit_code == 0, result.output
+    rows: list[Row] = json.loads(result.stdout)["rows"]
+    return rows
+
+
+TRY = ("--device", "cpu", "--rank", "4", "--rounds", "2", "--json")
+
+
+def test_a_model_is_measured_in_every_implementation_and_mode(tiny: Path) -> None:
+    rows = rows_of(bench("model", "--config", str(tiny), "--seq", "16", "--loss-tokens", "8", *TRY))
+    found = {(row["op"], row["adapter"], tuple(row["flags"]), row["impl"]) for row in rows}
+    expected = {
+        (op, adapter, (*flags, *(["checkpointing"] if op == "step" else [])), impl)
+        for op in ("step", "inference")
+        for adapter, flags in (("fp32", ["autocast"]), ("bf16", []))
+        for impl in ("peft_lora", "peft_dora", *(["doratune"] if hasattr(doratune, "accelerate") else []))
+    }
+    assert found == expected
+    for row in rows:
+        assert (row["bench"], row["model"], row["shape"], row["rank"]) == ("model", "tiny", [2, 16], 4)
+        assert 0.0 < row["us_p20"] <= row["us"] <= row["us_p80"]
+        if row["impl"] == "doratune" and row["op"] == "inference":
+            assert row["rel_err"] < 0.03
+
+
+def test_layers_and_modes_narrow_a_run_and_checkpointing_can_be_left_out(tiny: Path) -> None:
+    narrow = ("--layers", "1", "--modes", "bf16", "--no-checkpointing", "--impl", "peft_lora")
+    rows = rows_of(bench("model", "--config", str(tiny), "--seq", "16", *narrow, *TRY))
+    assert [(r["op"], r["shape"], r["flags"], r["impl"]) for r in rows] == [
+        ("step", [1, 16], [], "peft_lora"),
+        ("inference", [1, 16], [], "peft_lora"),
+    ]
+
+
+def test_checkpointing_computes_every_layer_again_in_each_contender(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    calls = {"forward": 0}
+    forward = Linear.forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls["forward"] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Linear, "forward", counted)
+    counts = []
+    for option in ("--checkpointing", "--no-checkpointing"):
+        calls["forward"] = 0
+        narrow = ("--modes", "bf16", "--impl", "peft_dora", option)
+        rows_of(bench("model", "--config", str(tiny), "--seq", "16", *narrow, *TRY))
+        counts.append(calls["forward"])
+    projections = 2 * 7
+    steps = 2 + 1 + 1 + 2  # warm-up, memory, host time, rounds
+    assert counts[0] - counts[1] == steps * projections
+
+
+def test_a_compiled_contender_runs_the_same_model(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compiler(module, backend="aot_eager", **options))
+    torch.compiler.reset()
+    x = torch.randn(5, 40).bfloat16()
+    for dora, name in ((True, "peft_dora_compiled"), (False, "peft_lora_compiled")):
+        compiled = contender(name, model, None).model
+        with MODES["autocast"].context(CPU):
+            y = compiled(x)
+        assert distance(y.detach(), exact(model, x, dora=dora)) < 0.01
+        assert torch._dynamo.config.recompile_limit >= len(adapted.IMPLEMENTATIONS) * 2
+
+
+@needs_accelerate
+def test_a_layer_in_doratune_agrees_with_stock_peft(tiny: Path) -> None:
+    rows = rows_of(bench("layer", "--config", str(tiny), "--tokens", "6", "--no-compile", *TRY))
+    ours = [row for row in rows if row["impl"] == "doratune" and row["op"] == "inference"]
+    assert ours
+    assert all(row["rel_err"] < 0.02 for row in ours)
+
+
+def test_a_layer_is_measured_in_every_shape_of_the_model(tiny: Path) -> None:
+    only = ("--impl", "peft_dora", "--impl", "peft_lora", "--modes", "autocast")
+    rows = rows_of(bench("layer", "--config", str(tiny), "--tokens", "6", *only, *TRY))
+    name, shapes = layer_shapes("", tiny)
+    assert name == "tiny"
+    assert set(shapes) == {(32, 32), (16, 32), (48, 32), (32, 48)}
+    assert {tuple(row["shape"]) for row in rows} == {(6, *shape) for shape in shapes}
+    assert {row["op"] for row in rows} == {"step", "inference"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("model", "--modes", "fp8", "--device", "cpu"), "unknown mode 'fp8'"),
+        (("model", "--impl", "pefdora", "--device", "cpu"), "unknown implementation 'pefdora'; did you mean"),
+        (("layer", "--impl", "dorafactors", "--device", "cpu"), "needs --peer-path"),
+        (("layer", "--model", "lama-8b", "--device", "cpu"), "unknown model 'lama-8b'"),
+        (("model", "--config", "/nowhere", "--device", "cpu"), "/nowhere"),
+    ],
+)
+def test_a_wrong_request_is_named(args: tuple[str, ...], message: str) -> None:
+    result = bench(*args)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+@pytest.mark.parametrize("command", ["layer", "model"])
+def test_without_a_gpu_the_cpu_must_be_asked_for(command: str) -> None:
+    result = bench(command)
+    assert result.exit_code == 2
+    assert "needs a GPU and PyTorch sees none; --device cpu" in result.stderr
+
+
+def model_row(impl: str, us: float, **values: Any) -> Row:
+    case = {"bench": "model", "model": "llama-8b", "op": "step", "shape": [32, 4096], "rank": 384, "dtype": "bf16"}
+    facts = {"adapter": "fp32", "flags": ["autocast", "checkpointing"], "us": us, "peak_mb": 100.0, "floor_us": None}
+    return {**case, "impl": impl, **facts, **values}
+
+
+def test_the_targets_for_models_are_judged_like_those_for_kernels() -> None:
+    rows = [model_row("doratune", 540.0, peak_mb=103.0), model_row("peft_lora", 578.0), model_row("peft_dora", 1100.0)]
+    uncheckpointed: dict[str, Any] = {"shape": [4, 4096], "flags": ["autocast"]}
+    rows += [
+        model_row(f"{name}_compiled", us, **uncheckpointed) for name, us in (("doratune", 1.0), ("peft_lora", 1.0))
+    ]
+    outcomes = {(v.target.figure, v.case): v.outcome for v in judge(rows) if v.measured is not None}
+    whole = "llama-8b step 32×4096 r=384 bf16 fp32 adapters autocast checkpointing"
+    assert outcomes == {
+        ("time / peft_lora", whole): MET,
+        ("peft_dora / time", whole): MISSED,
+        ("peak memory / peft_lora", whole): MISSED,
+        ("time / peft_lora_compiled", "llama-8b step 4×4096 r=384 bf16 fp32 adapters autocast"): MET,
+    }
