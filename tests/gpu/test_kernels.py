@@ -8,7 +8,7 @@ import torch
 
 import doratune
 from doratune.codegen.gpu import Gpu
-from doratune.codegen.ops import OPS
+from doratune.codegen.ops import OPS, SMALLEST_GAIN
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
@@ -78,6 +78,28 @@ def test_each_term_is_right_where_it_dominates(
 def test_any_token_count_is_right(variant: Variant, tokens: int, gpu: Gpu) -> None:
     spec = spec_of(variant.op, "bf16", "bf16", gpu, tokens=16)
     assert complaint_of(render(spec, fitting_config(variant, spec, gpu)), tokens, "mixed") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dg_from_the_output_is_exact_where_y_says_nothing(dtype: torch.dtype) -> None:
+    """The backward of a step that kept y, with columns of g = 0, of g just below the bound, and of NaN."""
+    shape = {"d_out": 2048, "d_in": 1024, "rank": 64, "tokens": 1000, "dtype": dtype}
+    backward = doratune.load_kernel("compose_backward", output=True, **shape)
+    exact = doratune.load_kernel("compose_backward_exact", **shape)
+    inputs, scaling = make_inputs(exact.spec, 1000, case="random", device="cuda")
+    inputs["g"][3], inputs["g"][700] = 0.0, SMALLEST_GAIN[exact.spec.activation] / 2
+    inputs["g"][2047] = float("nan")
+    inner = inputs["x"].double() @ inputs["weight"].double().T
+    inner += scaling * (inputs["h"].double() @ inputs["lora_B"].double().T)
+    y = (inputs["g"] * inner).to(dtype)
+    _, first = backward(inputs["dy"], y, inputs["g"])
+    assert first[[3, 700, 2047]].tolist() == [0.0, 0.0, 0.0]
+    dg = exact(**{**inputs, "dg": first}, scaling=scaling, out=first)
+    assert isinstance(dg, torch.Tensor)
+    wanted = (inputs["dy"].double() * inner).sum(dim=0)
+    tiny = [3, 700, 2047]
+    assert (dg - wanted)[tiny].norm() / wanted[tiny].norm() < 1e-5
+    assert (dg - wanted).norm() / wanted.norm() < (1e-5 if dtype == torch.float32 else 2e-3)  # y is rounded
 
 
 @pytest.mark.parametrize("d_in", [14336, 28672])
