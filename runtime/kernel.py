@@ -25,9 +25,8 @@ class Kernel:
     """A DoRA operation bound to one device.
 
     Call it with the operation's tensors in the contract's order or by name, ``scaling`` where the operation has one,
-    and optionally ``out`` for the first output (which may be the memory of ``base``, ``lora`` or ``dy``). Rows of a
-    matrix may lie apart. It returns
-    the output, or a tuple when there are several.
+    and optionally ``out`` for the first output (which may be the memory of ``base``, ``lora``, ``dy`` or ``dg``). The
+    rows of a matrix may lie apart. It returns the output, or a tuple when there are several.
 
     Attributes:
         spec: what it computes.

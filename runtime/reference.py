@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..codegen.ops import EPS
+from ..codegen.ops import EPS, SMALLEST_GAIN
 from ..codegen.spec import KernelSpec
 
 Tensors = Mapping[str, torch.Tensor]
@@ -26,10 +26,11 @@ _WIDENED_ELEMENTS = 1 << 20
 
 def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[str, torch.Tensor]:
     """Compute the outputs of ``spec`` eagerly with fp32 accumulation, in the contract's dtypes."""
+    inputs = _autocast(spec, inputs)
     if spec.op == "weight_norm":
         results = _factored_norm(inputs, scaling)
     else:
-        results = _FORMULAS[spec.op](spec, {name: tensor.float() for name, tensor in inputs.items()}, scaling)
+        results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float32), scaling)
     return {
         operand.name: results[operand.name].to(TORCH_DTYPES[operand.dtype_of(spec)])
         for operand in spec.contract.outputs_of(spec)
@@ -38,11 +39,25 @@ def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[s
 
 def definition(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[str, torch.Tensor]:
     """Compute the outputs of ``spec`` in fp64 from the contract's formula (for the norm: the rows of W + sBA)."""
+    inputs = _autocast(spec, inputs)
     if spec.op == "weight_norm":
         results = _dense_norm(inputs, scaling)
     else:
-        results = _FORMULAS[spec.op](spec, {name: tensor.double() for name, tensor in inputs.items()}, scaling)
+        results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float64), scaling)
     return {operand.name: results[operand.name] for operand in spec.contract.outputs_of(spec)}
+
+
+def _autocast(spec: KernelSpec, inputs: Tensors) -> Tensors:
+    """The inputs with A and B rounded to the dtype of W and x where ``spec`` says so, as torch.autocast does."""
+    if not spec.autocast:
+        return inputs
+    dtype = TORCH_DTYPES[spec.weight or spec.activation]
+    return {name: tensor.to(dtype) if name in ("lora_A", "lora_B") else tensor for name, tensor in inputs.items()}
+
+
+def _widened(inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The inputs in ``dtype``, but for W, which is widened where it is used, in parts."""
+    return {name: tensor if name == "weight" else tensor.to(dtype) for name, tensor in inputs.items()}
 
 
 def _gain(inputs: Tensors, norm: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -102,9 +117,24 @@ def _compose_forward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[
 
 
 def _compose_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
-    dy = inputs["dy"]
+    dy, g = inputs["dy"], inputs["g"]
     tokens = tuple(range(dy.ndim - 1))
-    return {"dyg": inputs["g"] * dy, "dg": (dy * inputs["inner"]).sum(dim=tokens), "dbias": dy.sum(dim=tokens)}
+    if spec.output:
+        divisible = g.abs() >= SMALLEST_GAIN[spec.activation]
+        sums = (dy * inputs["y"]).sum(dim=tokens)
+        dg = torch.where(divisible, sums / torch.where(divisible, g, 1.0), 0.0)
+    else:
+        dg = (dy * inputs["inner"]).sum(dim=tokens)
+    return {"dyg": g * dy, "dg": dg, "dbias": dy.sum(dim=tokens)}
+
+
+def _compose_backward_exact(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    dy, dg = inputs["dy"], inputs["dg"].clone()
+    [tiny] = torch.nonzero(~(inputs["g"].abs() >= SMALLEST_GAIN[spec.activation]), as_tuple=True)
+    for part in tiny.split(max(1, _WIDENED_ELEMENTS // spec.d_in)):
+        inner = inputs["x"] @ inputs["weight"][part].to(dg.dtype).T + scaling * (inputs["h"] @ inputs["lora_B"][part].T)
+        dg[part] = (dy[..., part] * inner).sum(dim=tuple(range(dy.ndim - 1)))
+    return {"dg_exact": dg}
 
 
 _FORMULAS = {
@@ -112,4 +142,5 @@ _FORMULAS = {
     "compose_forward": _compose_forward,
     "compose_backward": _compose_backward,
     "dora_linear_forward": _dora_linear_forward,
+    "compose_backward_exact": _compose_backward_exact,
 }

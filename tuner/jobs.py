@@ -8,7 +8,7 @@ from ..codegen.gpu import find_gpu
 from ..codegen.ops import DTYPE_BYTES, OPS
 from ..codegen.spec import TOKEN_BUCKETS, KernelSpec, bucket_tokens
 from ..errors import UsageError, near_names
-from .models import Model
+from .models import Model, Projection
 
 
 def plan_jobs(
@@ -17,6 +17,7 @@ def plan_jobs(
     ranks: Sequence[int],
     dtype: str = "bf16",
     adapter_dtype: str | None = None,
+    autocast: bool = False,
     gpu: str,
     ops: Sequence[str] | None = None,
     tokens: Iterable[int] | None = None,
@@ -24,13 +25,15 @@ def plan_jobs(
     """Return the distinct specs of DoRA on every projection of ``model``.
 
     ``weight_norm`` depends on (d_out, d_in, rank), ``lora_compose`` on (d_out, rank, tokens, bias), ``compose_forward``
-    and ``compose_backward`` on (d_out, tokens, bias), ``dora_linear_forward`` on all of these; projections that agree
-    in them share a job.
+    and ``compose_backward`` on (d_out, tokens, bias), the others on (d_out, d_in, rank, tokens); projections that agree
+    in these share a job. With a bias the backward takes ``inner`` and needs no exact columns; without one it seldom
+    finds any, and ``compose_backward_exact`` is planned for the most tokens only.
 
     Args:
         ranks: the adapter ranks, each an integer of at least 1, without repeats.
         dtype: of the weights and activations: bf16, fp16 or fp32.
         adapter_dtype: of A and B; None means ``dtype``, fp32 beside bf16 is PEFT's default.
+        autocast: fp32 adapters are rounded to ``dtype``, as torch.autocast does, instead of kept exact.
         gpu: a slug or an architecture, as :func:`~doratune.codegen.gpu.find_gpu` takes it.
         ops: the operations to plan; None means all.
         tokens: token counts, each rounded up to its bucket; None means every bucket.
@@ -43,7 +46,7 @@ def plan_jobs(
     """
     adapter = dtype if adapter_dtype is None else adapter_dtype
     checked_ranks = _check_ranks(ranks)
-    _check_dtypes(dtype, adapter)
+    _check_dtypes(dtype, adapter, autocast)
     names = _check_ops(ops)
     slug = find_gpu(gpu).slug
     buckets = _check_tokens(tokens)
@@ -56,16 +59,25 @@ def plan_jobs(
             tokens=bucket,
             dtype=dtype,
             adapter=adapter,
-            bias=projection.bias and "bias" in OPS[op].flags,
             gpu=slug,
+            **_flags(op, projection, autocast),
         )
         for op in names
         for projection in model.projections
+        if op != "compose_backward_exact" or not projection.bias
         for rank in checked_ranks
-        for bucket in buckets
+        for bucket in (buckets[-1:] if op == "compose_backward_exact" else buckets)
     }
     order = list(OPS)
-    return sorted(specs, key=lambda s: (order.index(s.op), s.d_out, s.tokens, s.d_in, s.rank, s.bias))
+    return sorted(specs, key=lambda s: (order.index(s.op), s.d_out, s.tokens, s.d_in, s.rank, s.bias, s.output))
+
+
+def _flags(op: str, projection: Projection, autocast: bool) -> dict[str, bool]:
+    """The form in which a training step runs ``op``: it keeps y for the backward, and where y has a bias inner."""
+    if op == "compose_backward":
+        return {"output": not projection.bias}
+    flags = {"bias": projection.bias, "autocast": autocast}
+    return {flag: wanted for flag, wanted in flags.items() if flag in OPS[op].flags}
 
 
 def _check_ranks(ranks: object) -> tuple[int, ...]:
@@ -83,13 +95,17 @@ def _check_ranks(ranks: object) -> tuple[int, ...]:
     return checked
 
 
-def _check_dtypes(dtype: str, adapter: str) -> None:
+def _check_dtypes(dtype: str, adapter: str, autocast: bool) -> None:
     for role, value in (("dtype", dtype), ("adapter dtype", adapter)):
         if value not in DTYPE_BYTES:
             near = near_names(str(value), DTYPE_BYTES)
             raise UsageError(f"unsupported {role} {value!r}{near} (use one of {', '.join(DTYPE_BYTES)})")
     if adapter not in (dtype, "fp32"):
         raise UsageError(f"adapter dtype {adapter} with {dtype} weights: use {dtype} or fp32")
+    if autocast and (adapter != "fp32" or dtype == "fp32"):
+        raise UsageError(
+            f"autocast with adapter dtype {adapter} and {dtype} weights: it rounds fp32 adapters beside 16-bit weights"
+        )
 
 
 def _check_ops(ops: Sequence[str] | None) -> tuple[str, ...]:

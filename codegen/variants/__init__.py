@@ -7,6 +7,7 @@ from ..gpu import Gpu
 from ..spec import Config, KernelSpec, SpecError
 from .base import STAGES, WARPS, Variant, Work
 from .compose import BackwardColumns, ForwardTile
+from .compose_backward_exact import BackwardExactTiles
 from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
 from .lora_compose_stationary import LoraComposeStationary
@@ -27,6 +28,7 @@ VARIANTS: tuple[Variant, ...] = (
     DoraLinearTile(),
     DoraLinearTmaPersistent(),
     DoraLinearSplitK(),
+    BackwardExactTiles(),
 )
 
 

@@ -28,6 +28,8 @@ WARPGROUP = 4
 
 BARRIER_BYTES = 1024
 """Shared memory set aside for barriers and for what Triton needs to start specialised warps."""
+ADAPTER_TILE = 2048
+"""Elements of a tile of adapter_parts_kernel."""
 
 WARPS = (1, 2, 4, 8, 16)
 STAGES = tuple(range(1, 9))
@@ -113,6 +115,20 @@ def fit(value: int, extent: int, smallest: int = MIN_DOT) -> int:
     return value
 
 
+def adapter_parts(spec: KernelSpec) -> int:
+    """The 16-bit parts in which a template with tensor descriptors takes each adapter (see _adapter_parts.j2)."""
+    return 2 if spec.adapter == "fp32" and not spec.autocast else 1
+
+
+def adapter_parts_work(spec: KernelSpec, elements: int) -> tuple[Work, ...]:
+    """The launch that rounds or splits ``elements`` of fp32 adapters, where they are fp32."""
+    if spec.adapter != "fp32":
+        return ()
+    moved = elements * (4 + 2 * adapter_parts(spec))
+    programs = ceil_div(elements, ADAPTER_TILE)
+    return (Work("adapter_parts_kernel", programs=programs, dram_bytes=moved, l2_bytes=moved, steps=1),)
+
+
 def dot_passes(left: str, right: str) -> tuple[str, int]:
     """The dtype in which a product of these operand dtypes runs, and how many products make one (see _macros.j2)."""
     if left == right:
@@ -142,8 +158,10 @@ def refuse_shared_memory(stages: int, bytes_per_stage: int, gpu: Gpu) -> str | N
     return None
 
 
-def warp_specialization_unavailable(gpu: Gpu) -> str | None:
-    """Why templates with specialised warps cannot run on ``gpu``, or None: they issue Hopper's warp-group products."""
+def warp_specialization_unavailable(spec: KernelSpec, gpu: Gpu) -> str | None:
+    """Why templates with specialised warps cannot run ``spec`` on ``gpu``, or None: they issue Hopper's products."""
+    if adapter_parts(spec) > 1:
+        return "fp32 adapters that are kept exact need two passes over the ranks, for which there is no such template"
     if gpu.architecture != "sm_90":
         return f"{gpu.slug} ({gpu.architecture}) has no warp-group products (wgmma): they are sm_90's"
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from doratune.codegen.gpu import find_gpu
+from doratune.codegen.ops import OPS
 from doratune.codegen.render import render, template_digest
 from doratune.codegen.spec import Config, KernelSpec, SpecError
 from doratune.codegen.variants import VARIANTS, Variant, find_variant
@@ -24,13 +25,24 @@ def text_of(variant: Variant, values: dict[str, object], **flags: object) -> str
     return render(spec, variant.seeds(spec, H200)[0]).text
 
 
+def biased(variant: Variant) -> dict[str, bool]:
+    return {"bias": True} if "bias" in OPS[variant.op].flags else {}
+
+
 def golden_cases() -> dict[str, tuple[Variant, dict[str, object]]]:
     """One plain even-shaped and one ragged, flag-rich text for each variant."""
     cases: dict[str, tuple[Variant, dict[str, object]]] = {}
     for variant in VARIANTS:
-        rich = {"weight_norm": {"magnitude": "fp32", "save": True}}.get(variant.op, {"bias": True})
+        rich = {"weight_norm": {"magnitude": "fp32", "save": True}}.get(variant.op, biased(variant))
         cases[f"{variant.op}_{variant.name}"] = (variant, EVEN)
         cases[f"{variant.op}_{variant.name}_ragged"] = (variant, {**RAGGED, **rich})
+        if variant.descriptors:  # where fp32 adapters take a kernel of their own
+            exact = {**EVEN, "adapter": "fp32"}
+            if variant.unavailable(KernelSpec.create(variant.op, **exact), H200) is None:
+                cases[f"{variant.op}_{variant.name}_fp32_adapters"] = (variant, exact)
+            if "autocast" in OPS[variant.op].flags:
+                rounded = {**RAGGED, "adapter": "fp32", "autocast": True}
+                cases[f"{variant.op}_{variant.name}_autocast"] = (variant, rounded)
     return cases
 
 
@@ -53,11 +65,11 @@ def test_there_is_no_golden_without_a_case() -> None:
 def test_where_the_shape_divides_only_the_token_edge_is_masked(variant: Variant) -> None:
     text = text_of(variant, EVEN)
     masked = [line for line in text.splitlines() if "mask=" in line]
-    assert all(any(edge in line for edge in ("in_t", "< chunks", "mask=needed")) for line in masked), masked
+    assert all(any(edge in line for edge in ("in_t", "< chunks", "mask=needed", "tiny")) for line in masked), masked
     assert any("mask=" in line for line in text_of(variant, RAGGED).splitlines())
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.op != "weight_norm"], ids=lambda v: f"{v.op}-{v.name}")
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if biased(v)], ids=lambda v: f"{v.op}-{v.name}")
 def test_without_bias_there_is_no_trace_of_it(variant: Variant) -> None:
     assert "bias" not in text_of(variant, EVEN).replace("db = sum_t dY", "").split('"""', 2)[2]
     assert "bias_ptr" in text_of(variant, EVEN, bias=True) or "dbias" in text_of(variant, EVEN, bias=True)
@@ -65,7 +77,10 @@ def test_without_bias_there_is_no_trace_of_it(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op}-{v.name}")
 def test_emitted_text_reads_like_a_kernel_someone_wrote(variant: Variant) -> None:
-    for values in (EVEN, RAGGED):
+    forms = [EVEN, RAGGED]
+    if "autocast" in OPS[variant.op].flags:
+        forms += [{**v, "adapter": "fp32", "autocast": autocast} for v in (EVEN, RAGGED) for autocast in (False, True)]
+    for values in forms:
         text = text_of(variant, values)
         tree = ast.parse(text)
         docstring = ast.get_docstring(tree) or ""

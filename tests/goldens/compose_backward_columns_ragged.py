@@ -1,6 +1,6 @@
 """Backward of the DoRA composition: one pass writes dYg and per-chunk column sums, a second adds the chunks.
 
-    dYg = g*dY; dg = sum_t dY*inner with inner = base + s*lora; db = sum_t dY
+    dYg = g*dY; dg = sum_t dY*inner with inner = base + s*lora, or y/g (0 where g is tiny); db = sum_t dY
 
 spec    compose_backward/d_out=4304/tokens=4096/activation=bf16/bias@h200
 config  columns:block_n=512,block_t=4,chunk=64,reduce_c=32,reduce_n=64,num_warps=4,num_stages=2

@@ -111,13 +111,13 @@ def row_dots_kernel(
         half_gram_2 = half_gram_desc.load([part + first_n + 2 * BLOCK_N, j])
         acc_2 = tl.dot(b_part, half_gram_2.T, acc_2)
 
+    rows = first_m + tl.arange(0, BLOCK_M)
     b_0 = lora_b_tile_desc.load([first_m, first_n]).to(tl.float32)
     dots = tl.sum(acc_0 * b_0, axis=1)
     b_1 = lora_b_tile_desc.load([first_m, first_n + BLOCK_N]).to(tl.float32)
     dots += tl.sum(acc_1 * b_1, axis=1)
     b_2 = lora_b_tile_desc.load([first_m, first_n + 2 * BLOCK_N]).to(tl.float32)
     dots += tl.sum(acc_2 * b_2, axis=1)
-    rows = first_m + tl.arange(0, BLOCK_M)
     partial = group * SPLIT_K + share
     tl.store(partials_ptr + partial * D_OUT + rows, dots)
 

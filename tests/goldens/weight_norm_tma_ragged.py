@@ -102,9 +102,9 @@ def row_dots_kernel(
         half_gram_0 = half_gram_desc.load([part + first_n, j])
         acc_0 = tl.dot(b_part, half_gram_0.T, acc_0)
 
+    rows = first_m + tl.arange(0, BLOCK_M)
     b_0 = lora_b_tile_desc.load([first_m, first_n]).to(tl.float32)
     dots = tl.sum(acc_0 * b_0, axis=1)
-    rows = first_m + tl.arange(0, BLOCK_M)
     partial = group * SPLIT_K + share
     tl.store(partials_ptr + partial * D_OUT + rows, dots, mask=rows < D_OUT)
 
