@@ -122,10 +122,16 @@ def test_long_rows_lose_no_digits(d_in: int, gpu: Gpu) -> None:
                 assert complaint_of(source, 1, case) is None, (variant.name, adapter, case)
 
 
-@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(2706, 1152, 24), (1, 1, 1), (37, 53, 7), (4304, 1152, 100)])
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "rank"),
+    [(2706, 1152, 24), (1, 1, 1), (37, 53, 7), (4304, 1152, 100), (1040, 2304, 1024), (96, 4096, 384)],
+)
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("op", sorted(OPS))
-def test_load_kernel_is_right_for_odd_shapes(op: str, d_out: int, d_in: int, rank: int, gpu: Gpu) -> None:
-    kernel = doratune.load_kernel(op, d_out=d_out, d_in=d_in, rank=rank, tokens=33)
+def test_load_kernel_is_right_for_odd_shapes(
+    op: str, adapter: torch.dtype, d_out: int, d_in: int, rank: int, gpu: Gpu
+) -> None:
+    kernel = doratune.load_kernel(op, d_out=d_out, d_in=d_in, rank=rank, tokens=33, adapter_dtype=adapter)
     inputs, scaling = make_inputs(kernel.spec, 33, device="cuda")
     result = kernel(*inputs.values(), **({"scaling": scaling} if kernel.spec.contract.scaling else {}))
     results = result if isinstance(result, tuple) else (result,)
