@@ -105,8 +105,6 @@ class KernelSpec:
                 f"autocast with {self.adapter} adapters and {wide} tensors: it rounds fp32 adapters to the 16-bit "
                 "dtype of the tensors, and there is nothing else to round; leave it out"
             )
-        if self.weight and self.activation and self.weight != self.activation:
-            raise SpecError(f"weight={self.weight} with activation={self.activation}: {self.op} multiplies one dtype")
         if not _GPU_PATTERN.fullmatch(self.gpu):
             raise SpecError(f"gpu={self.gpu!r}: a GPU is named like h200, rtx4090 or sm_90")
 

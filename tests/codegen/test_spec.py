@@ -110,7 +110,7 @@ GOOD = "lora_compose/d_out=64/rank=8/tokens=16/activation=bf16/adapter=bf16"
         ("compose_forward/d_out=4/tokens=1/activation=bf16/autocast@h200", "compose_forward has no flag 'autocast'"),
         (
             "compose_backward_exact/d_out=4/d_in=4/rank=4/tokens=1/weight=bf16/activation=fp16/adapter=bf16@h200",
-            "weight=bf16 with activation=fp16",
+            "activation=fp16 with bf16 weights: a product takes one dtype for both",
         ),
         ("compose_backward/d_out=4/tokens=1/activation=bf16/save@h200", "has no flag 'save'"),
         (
