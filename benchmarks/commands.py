@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 F = Callable[..., Any]
 
 _PATH = click.Path(path_type=Path)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 
 
 def _results_options(rounds: int) -> Callable[[F], F]:
     """The options that every benchmark has; ``rounds`` is the default number of timing rounds."""
     options = (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output."),
+        _json_option,
         click.option("--targets", is_flag=True, help="Print how the results stand against the targets."),
         click.option("--commit", help="The commit measured; asked of git by default."),
         click.option("--peer-path", type=_PATH, metavar="DIR", help="A checkout of sockeye44/dorafactors to run too."),
@@ -179,8 +181,14 @@ def model(
 
 @bench.command("targets")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def bench_targets(files: tuple[Path, ...]) -> None:
+@_json_option
+def bench_targets(files: tuple[Path, ...], as_json: bool) -> None:
     """Print how the results in FILES stand against the targets. Needs no GPU."""
-    from .results import read_rows
+    from .results import SCHEMA, read_rows
+    from .targets import judge
 
-    _print_targets([read_rows(file) for file in files])
+    runs = [read_rows(file) for file in files]
+    if as_json:
+        click.echo(json.dumps({"schema": SCHEMA, "verdicts": [verdict.row() for verdict in judge(*runs)]}, indent=2))
+    else:
+        _print_targets(runs)

@@ -61,6 +61,20 @@ class Verdict:
         ahead = self.measured >= self.bound if self.target.at_least else self.measured <= self.bound
         return MET if ahead else MISSED  # NaN is missed
 
+    def row(self) -> dict[str, Any]:
+        """The verdict for programs."""
+        target = self.target
+        return {
+            "source": target.source,
+            "target": target.what,
+            "case": self.case,
+            "figure": target.figure,
+            "at_least": target.at_least,
+            "bound": self.bound,
+            "measured": self.measured,
+            "outcome": self.outcome,
+        }
+
 
 def times(peer: str) -> tuple[str, Measure]:
     """doratune's time as a multiple of a peer's."""

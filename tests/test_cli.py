@@ -24,6 +24,7 @@ from doratune import __version__
 from doratune.cache.store import Store
 from doratune.cli import main
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "kernels.json"
 SPEC = "compose_forward/d_out=64/tokens=1/activation=bf16@sm_90"
 TINY = {
     "model_type": "llama",
@@ -167,6 +168,10 @@ RUNS = {
     ("cache", "path"): ["cache", "path"],
     ("cache", "ls"): ["cache", "ls"],
     ("cache", "show"): ["cache", "show", SPEC],
+    ("bench", "kernels"): None,  # these three measure: see tests/benchmarks and tests/gpu
+    ("bench", "layer"): None,
+    ("bench", "model"): None,
+    ("bench", "targets"): ["bench", "targets", str(RESULTS)],
 }
 
 

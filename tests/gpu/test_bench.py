@@ -1,0 +1,66 @@
+"""The benchmarks time doratune and every peer on the GPU, in one run, and know what each call takes in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import doratune
+from doratune.benchmarks.kernels import SCALING, Case, run_case
+from doratune.benchmarks.peers import peers_of
+from doratune.benchmarks.results import OURS, Outcome
+from doratune.cli import main
+from doratune.codegen.ops import OPS
+from doratune.codegen.spec import KernelSpec
+from doratune.runtime.device import find_device, gpu_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
+]
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "compose_backward_exact"])
+def test_a_kernel_is_timed_beside_every_peer(op: str) -> None:
+    gpu = gpu_of(find_device("cuda"))
+    sizes: dict[str, Any] = {"d_out": 512, "d_in": 1024, "rank": 64, "tokens": 128, "dtype": "bf16", "adapter": "bf16"}
+    case = Case(KernelSpec.create(op, **sizes, gpu=gpu.slug), 0 if op == "weight_norm" else 100)
+    peers = peers_of(case.spec, SCALING)
+    outcome = Outcome()
+    run_case(case, peers, gpu, 2, outcome)
+    torch.compiler.reset()
+    assert outcome.notes == []
+    assert outcome.failures == []
+    assert [row["impl"] for row in outcome.rows] == [OURS, *(peer.name for peer in peers)]
+    for row in outcome.rows:
+        assert row["us"] > 0.9 * row["floor_us"] or row["impl"] != OURS
+        assert row["peak_mb"] >= 0.0
+    whole = {peer.name for peer in peers if peer.outputs is not None}
+    assert all(row["rel_err"] < 0.05 for row in outcome.rows if row["impl"] in {OURS, *whole})
+
+
+@pytest.mark.parametrize("command", ["layer", "model"])
+def test_layers_and_models_have_times_and_peaks(command: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 512, **shape}))
+    size = ["--tokens", "128"] if command == "layer" else ["--seq", "128", "--loss-tokens", "64"]
+    options = ["--config", str(config), *size, "--rank", "16", "--no-compile", "--rounds", "2", "--json"]
+    result = CliRunner().invoke(main, ["bench", command, *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    expected = {"peft_lora", "peft_dora"} | ({"doratune"} if hasattr(doratune, "accelerate") else set())
+    assert {row["impl"] for row in rows} == expected
+    for row in rows:
+        assert row["us"] > 0.0
+        assert row["cpu_us"] > 0.0
+        assert row["peak_mb"] > 0.0
+        if row["impl"] == "doratune" and row["op"] == "inference":
+            assert row["rel_err"] < 0.05
