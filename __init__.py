@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from .runtime.loader import explain as explain
     from .runtime.loader import load_kernel as load_kernel
     from .runtime.norm import weight_norm as weight_norm
+    from .runtime.peft import accelerate as accelerate
+    from .runtime.peft import restore as restore
 
 __version__ = "0.1.0"
-__all__ = ["Kernel", "__version__", "dora_linear", "explain", "load_kernel", "weight_norm"]
+__all__ = ["Kernel", "__version__", "accelerate", "dora_linear", "explain", "load_kernel", "restore", "weight_norm"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from .runtime.norm import weight_norm
 
         return weight_norm
+    if name in ("accelerate", "restore"):
+        from .runtime import peft
+
+        return getattr(peft, name)
     if name in __all__:
         from .runtime import loader
 
