@@ -106,10 +106,11 @@ def is_untouched(layer: nn.Module) -> bool:
 
 
 def multiply(base: Any, layer: BaseLayer, rows: torch.Tensor) -> torch.Tensor:
-    """``rows @ W.T`` [n, d_out] in fp32, of rows [n, d_in], without the bias; in the dtype that the layer computes in.
+    """``rows @ W.T`` [..., d_out] of a quantised layer, of rows [..., d_in], in the dtype that the layer computes in.
 
-    The bias is never added and taken off again: in 16 bits a large one would leave nothing of a small product.
+    Without the bias: added and taken off again, a large one would leave nothing of a small product in 16 bits.
     """
+    product: torch.Tensor
     if layer.kind == BNB_4BIT:
         from bitsandbytes import matmul_4bit
 
@@ -119,14 +120,13 @@ def multiply(base: Any, layer: BaseLayer, rows: torch.Tensor) -> torch.Tensor:
         product = base.matmul(rows.to(base.compute_dtype))
     else:
         product = torch.nn.functional.linear(rows.to(layer.weight.dtype), layer.weight)
-    result: torch.Tensor = product.float()
-    return result
+    return product
 
 
 def products(base: Any, layer: BaseLayer, lora_A: torch.Tensor) -> torch.Tensor:
     """``W @ A.T`` [d_out, r] in fp32 of a quantised layer, A [r, d_in]."""
     if layer.kind != BNB_8BIT:
-        return multiply(base, layer, lora_A).T
+        return multiply(base, layer, lora_A).float().T
     wide = lora_A.float().T
     return torch.cat([rows @ wide for rows in _int8_rows(base, layer)])
 
@@ -141,7 +141,7 @@ def row_squares(base: Any, layer: BaseLayer, d_out: int, d_in: int) -> torch.Ten
     for start in range(0, d_in, step):
         units = torch.zeros(min(step, d_in - start), d_in, device=device)
         units[:, start:].fill_diagonal_(1.0)
-        part = multiply(base, layer, units).square_().sum(dim=0)
+        part = multiply(base, layer, units).float().square_().sum(dim=0)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total

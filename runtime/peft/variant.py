@@ -24,7 +24,7 @@ from ..differentiation import without_autocast
 from ..linear import dora_linear
 from ..norm import norm_from_products
 from ..norm_cache import NormCache
-from .base_layers import BNB_8BIT, products, row_squares
+from .base_layers import BNB_8BIT, multiply, products, row_squares
 from .examine import PLAIN_TENSORS, DoraLayer, examine
 
 
@@ -69,8 +69,9 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
                 return result + dora_linear(x, matrix, *adapter, norm=norm, delta=True)
             norm = self._norm(module, active_adapter, dora)
             if matrix is None:
-                return result + dora_compose(dora.layer(x), x, *adapter, bias, norm=norm, delta=True)
-            product = nn.functional.linear(x, matrix)  # as PEFT does: W is trained too, and gets its gradient here
+                product = multiply(dora.layer, dora.base, x)
+            else:
+                product = nn.functional.linear(x, matrix)  # as PEFT does: W is trained too, and gets its gradient here
             return result + dora_compose(product, x, *adapter, norm=norm, delta=True)
         if dora.base.plain and type(module) is PeftLinear and _is_alone(module):
             assert matrix is not None
