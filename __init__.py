@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import nn as nn
     from .runtime.linear import dora_linear as dora_linear
     from .runtime.loader import Kernel as Kernel
     from .runtime.loader import explain as explain
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
     from .runtime.peft import restore as restore
 
 __version__ = "0.1.0"
-__all__ = ["Kernel", "__version__", "accelerate", "dora_linear", "explain", "load_kernel", "restore", "weight_norm"]
+__all__ = [
+    "Kernel",
+    "__version__",
+    "accelerate",
+    "dora_linear",
+    "explain",
+    "load_kernel",
+    "nn",
+    "restore",
+    "weight_norm",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from .runtime.linear import dora_linear
 
         return dora_linear
+    if name == "nn":
+        import importlib
+
+        return importlib.import_module(".nn", __name__)
     if name == "weight_norm":
         from .runtime.norm import weight_norm
 

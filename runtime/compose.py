@@ -44,7 +44,7 @@ def dora_compose(
         ArgumentError: shapes, dtypes or devices that do not fit each other.
         DifferentiationError: under ``torch.func`` transforms, and when a gradient is differentiated again.
     """
-    refuse_transforms("dora_compose")
+    refuse_transforms("dora_compose", base, x, lora_A, lora_B, magnitude, bias)
     if base.ndim < 1 or x.ndim < 1:
         raise ArgumentError(f"base is {list(base.shape)} and x {list(x.shape)}; expected [..., d_out] and [..., d_in]")
     d_out, d_in = base.shape[-1], x.shape[-1]

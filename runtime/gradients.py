@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import operations
-from .differentiation import DifferentiationError, once_only, without_autocast
+from .differentiation import once_only, without_autocast
 from .norm import norm_of, safe_norm
 from .norm_cache import NormCache
 
@@ -104,7 +104,7 @@ def _forward(
         norm = safe_norm(norm)
         g = magnitude / norm
 
-        overwrite = form.overwrite
+        overwrite = form.overwrite and not torch.compiler.is_compiling()  # a compiler sees to memory itself
         if base is None:
             assert weight is not None
             base, overwrite = rows @ weight.to(dtype).T, True
@@ -112,19 +112,19 @@ def _forward(
             base = base.reshape(rows.shape[0], -1)
         extra = None if bias is None else bias.to(dtype)
         if extra is not None and form.base_has_bias:
-            if form.delta:
-                base, overwrite, extra = base - extra, True, None
-            else:
-                extra = ((1.0 - g) * extra).to(dtype)  # g*(base - b) + b, without a pass that subtracts b
+            # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
+            # a zero row (base = b, g = m/eps) must give y = b.
+            base, overwrite = base.sub_(extra) if overwrite else base - extra, True
+        if form.delta:
+            extra = None
 
         h = (rows.to(a.dtype) if form.exact else rows) @ a.T
         left, right = _split(h, b, dtype) if form.exact else (h, b)
         y, inner = operations.lora_compose(
             base, left, right, g, scaling, bias=extra, delta=form.delta, save=save, overwrite=overwrite
         )
-    if overwrite:
-        y = y.detach()  # not a view of base in autograd's eyes: in-place operations on y are the caller's right
-    return y.view(*x.shape[:-1], y.shape[-1]), _Saved(a, b, g, norm, h, inner)
+    # Detached, y is no view in autograd's eyes: to change it in place is the caller's right.
+    return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, inner)
 
 
 def _split(h: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,6 +167,7 @@ class _Dora(torch.autograd.Function):
         y, saved = _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, save=need_m)
         ctx.form, ctx.owns_base = form, weight is not None
         ctx.adapter_dtype, ctx.magnitude_dtype = lora_A.dtype, magnitude.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(
             x if need_a else None,
             weight if need_x else None,
@@ -176,7 +177,6 @@ class _Dora(torch.autograd.Function):
             saved.norm if need_m else None,
             saved.h if need_b else None,
             saved.inner,
-            bias if need_m or ctx.needs_input_grad[6] else None,
         )
         return y
 
@@ -188,34 +188,25 @@ class _Dora(torch.autograd.Function):
             return grads
         return once_only(ctx.form.function, grads, (dy, *ctx.saved_tensors))
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> torch.Tensor:
-        raise DifferentiationError(
-            f"{ctx.form.function} has no forward-mode derivative: use loss.backward() or torch.autograd.grad"
-        )
-
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, weight, a, b, g, norm, h, inner, bias = ctx.saved_tensors
+    x, weight, a, b, g, norm, h, inner = ctx.saved_tensors
     need_x, need_base, _, need_a, need_b, need_m, need_bias, *_ = ctx.needs_input_grad
     form: Form = ctx.form
     rows = dy.reshape(-1, dy.shape[-1])
     # The gradient of the base. In the delta form it has lost g's digits where g is near 1, so there g goes into the
     # products of rank r instead, which take dY itself.
     gain = g - 1.0 if form.delta else g
-    bias_in_inner = bias is not None and form.base_has_bias and not form.delta
     dbase = dx = da = db = dmagnitude = dbias = None
     if need_m:
-        dbase, dg, total = operations.compose_backward(rows, inner, gain, bias=need_bias or bias_in_inner)
-        if bias_in_inner:
-            dg = dg - bias * total  # inner was made from base + b
+        dbase, dg, total = operations.compose_backward(rows, inner, gain, bias=need_bias)
         dmagnitude = (dg / norm).to(ctx.magnitude_dtype)
     else:
         dbase = (rows * gain).to(rows.dtype)
         total = rows.sum(dim=0, dtype=g.dtype) if need_bias else None
     if need_bias:
         assert total is not None
-        dbias = _bias_gradient(form, ctx.owns_base, g, total).to(bias.dtype)
+        dbias = _bias_gradient(form, ctx.owns_base, g, total).to(ctx.bias_dtype)
 
     if need_x or need_a or need_b:
         low, down = (rows, (b * g[:, None]).to(b.dtype)) if form.delta else (dbase, b)

@@ -7,7 +7,7 @@ import torch
 from .arguments import ArgumentError
 from .differentiation import refuse_transforms
 from .gradients import Form, dora
-from .norm import check_adapters
+from .norm import check_adapters, check_plain
 from .norm_cache import NormCache
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -47,7 +47,8 @@ def dora_linear(
         ArgumentError: shapes, dtypes or devices that do not fit each other.
         DifferentiationError: under ``torch.func`` transforms, and when a gradient is differentiated again.
     """
-    refuse_transforms("dora_linear")
+    refuse_transforms("dora_linear", x, lora_A, lora_B, magnitude, bias)
+    check_plain(weight=weight)
     check_adapters(weight.shape, lora_A, lora_B, weight.device)
     d_out, d_in = weight.shape
     check_layer(x, d_in, d_out, magnitude, bias, base, norm, weight.device)
@@ -101,6 +102,7 @@ def check_layer(
     device: torch.device,
 ) -> None:
     """Raise an ArgumentError unless the tensors beside A and B fit a layer [d_out, d_in] on ``device``."""
+    check_plain(x=x, magnitude=magnitude, bias=bias, base=base)
     if x.ndim < 1 or x.shape[-1] != d_in:
         raise ArgumentError(f"x has shape {list(x.shape)}; expected [..., {d_in}] (d_in of the layer)")
     if base is not None and base.shape != (*x.shape[:-1], d_out):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..codegen.ops import EPS
-from . import operations
+from . import (
+    library,  # noqa: F401  the operators that torch.compile puts in its graph
+    operations,
+)
 from .arguments import ArgumentError
 from .differentiation import without_autocast
 
@@ -30,6 +33,7 @@ def weight_norm(
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit each other.
     """
+    check_plain(weight=weight)
     check_adapters(weight.shape, lora_A, lora_B, weight.device)
     wide = _norm_dtype(weight)
     if weight_sq is not None and (weight_sq.shape != weight.shape[:1] or weight_sq.dtype != wide):
@@ -88,6 +92,7 @@ def check_adapters(
             f"weight has shape {list(shape)}; expected [d_out, d_in]: a quantised weight needs dora_compose"
         )
     d_out, d_in = shape
+    check_plain(lora_A=lora_A, lora_B=lora_B)
     if lora_A.ndim != 2 or lora_A.shape[1] != d_in or lora_A.shape[0] < 1:
         raise ArgumentError(f"lora_A has shape {list(lora_A.shape)}; expected [r, {d_in}] beside W [{d_out}, {d_in}]")
     if lora_B.shape != (d_out, lora_A.shape[0]):
@@ -98,6 +103,18 @@ def check_adapters(
         raise ArgumentError(
             f"lora_A is on {lora_A.device}, lora_B on {lora_B.device}, the layer on {device}: move them"
         )
+
+
+def check_plain(**tensors: torch.Tensor | None) -> None:
+    """Raise an ArgumentError for a tensor whose values are not simply in its memory: sharded, quantised, …"""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise ArgumentError(
+                f"{name} is a {type(tensor).__name__}: give a plain torch.Tensor (gather a sharded one first; for a "
+                "quantised weight use doratune.runtime.compose.dora_compose)"
+            )
 
 
 def _norm_dtype(tensor: torch.Tensor) -> torch.dtype:

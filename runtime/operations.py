@@ -89,7 +89,11 @@ def lora_compose(
         results = _eager(_spec(*key), inputs, scaling)
         return results["y"], results.get("inner")
     tensors = _ready(inputs)
-    y = tensors[0] if overwrite else torch.empty_like(tensors[0])
+    if overwrite:
+        y = tensors[0]
+        torch.autograd.graph.increment_version(y)  # a launch does not show in it, and autograd must see the write
+    else:
+        y = torch.empty_like(tensors[0])
     if not save:
         kernel.launch(tensors, (y,), scaling)
         return y, None

@@ -31,7 +31,8 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = Fals
 
     Args:
         model: any module with PEFT LoRA layers in it, e.g. a ``PeftModel``.
-        norm_reuse: ``auto`` reuses row norms where they cannot have changed; ``off`` computes them in every forward.
+        norm_reuse: a policy of :class:`~doratune.runtime.norm_cache.NormCache`: ``auto`` (in checkpoint recomputes),
+            ``tracked`` (also from one forward to the next) or ``off``.
         quiet: do not print the report.
 
     Raises:

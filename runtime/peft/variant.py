@@ -98,7 +98,7 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         with torch.no_grad(), without_autocast(a.device):  # the base layer's product in the dtype it chooses itself
             squares = self.squares.get(base.weight, lambda: row_squares(dora.layer, base, b.shape[0], a.shape[1]))
             return self.norms.get(
-                (base.weight, a, b),
+                (squares, a, b),  # a quantised W may have no storage to tell it by; its squares are new when it is
                 dora.scaling,
                 lambda: norm_from_products(squares, products(dora.layer, base, a), a, b, dora.scaling),
             )
