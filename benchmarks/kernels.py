@@ -153,7 +153,7 @@ def run_case(spec: KernelSpec, peers: dict[str, Implementation], gpu: Gpu, round
         raise SystemExit(f"{spec}: {complaint}")
 
     implementations = {"doratune": ours, **peers}
-    count = rotations(spec.contract.floor_bytes(spec), gpu.l2_bytes)
+    count = rotations(spec.contract.operand_bytes(spec), gpu.l2_bytes)
     sets = [
         (make_inputs(spec, tokens, case="random", seed=seed, device="cuda")[0], make_outputs(spec, tokens, "cuda"))
         for seed in range(count)

@@ -20,6 +20,9 @@ from .schema import BinaryRow, EntryRow
 PROVENANCES = (MEASURED, PREDICTED, DEFAULT)
 """Best first."""
 
+_SPEC_COLUMNS = tuple(name for name in SPEC_FIELDS if hasattr(EntryRow, name))
+"""The fields of a spec with a column of their own. Flags that nobody searches by are in the spec's text only."""
+
 _ENVIRONMENT_TEXTS = ("triton", "torch", "driver", "gpu_name", "doratune", "architecture")
 _COUNTS = ("registers", "spills", "shared_bytes")
 _FIGURES = ("us", "floor_us", "error")
@@ -47,7 +50,7 @@ def entry_values(entry: Entry) -> dict[str, Any]:
     """
     evaluation, environment = entry.evaluation, entry.environment
     values: dict[str, Any] = {"spec": str(entry.spec)}
-    values |= {name: getattr(entry.spec, name) for name in SPEC_FIELDS}
+    values |= {name: getattr(entry.spec, name) for name in _SPEC_COLUMNS}
     values |= {name: getattr(evaluation, name) for name in (*_FIGURES, *_COUNTS, "provenance", "trials")}
     values |= {name: getattr(environment, name) for name in _ENVIRONMENT_TEXTS}
     values |= {
@@ -101,7 +104,7 @@ def entry_of(row: EntryRow, store: str) -> Entry:
 
 
 CANDIDATE_COLUMNS = (EntryRow.id, EntryRow.spec, EntryRow.config, EntryRow.template_digest, EntryRow.provenance)
-CANDIDATE_COLUMNS += tuple(getattr(EntryRow, name) for name in SPEC_FIELDS)
+CANDIDATE_COLUMNS += tuple(getattr(EntryRow, name) for name in _SPEC_COLUMNS)
 
 
 def candidate_of(row: Mapping[Any, Any], store: str) -> Candidate:
@@ -199,7 +202,7 @@ def _spec(values: dict[str, Any]) -> KernelSpec:
     spec = KernelSpec.parse(values["spec"])
     if str(spec) != values["spec"]:
         raise _BadValue(f"the spec is not in its canonical form {str(spec)!r}")
-    for name in SPEC_FIELDS:
+    for name in _SPEC_COLUMNS:
         if getattr(spec, name) != values[name]:
             raise _BadValue(f"the column {name}={values[name]!r} contradicts the spec")
     return spec

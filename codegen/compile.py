@@ -7,20 +7,20 @@ memory) is read back from the binary and held against the GPU's limits, which Tr
 from __future__ import annotations
 
 import ast
+import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DoratuneError
 from .gpu import Gpu
 from .module import kernel_names, load_module
+from .ops import ALIGNMENT, DTYPE_BYTES
 from .render import Source
-
-ALIGNMENT = 16
-"""Bytes every tensor must be aligned to for the 16-byte accesses that compiled kernels assume."""
-
+from .spec import KernelSpec
 
 SPARE_REGISTERS = 16
 """A kernel that leaves this many registers of a thread unused did not spill: its stack frame has another cause."""
@@ -61,21 +61,52 @@ def launch_options(source: Source, kernel: str) -> dict[str, int | bool]:
     raise CompileError(f"the emitted launch() of {source.spec} does not start {kernel}")
 
 
-def build(source: Source, kernel: Any, target: Any, *, aligned: bool = True) -> Any:
+def contiguous_alignments(spec: KernelSpec) -> dict[str, int]:
+    """The bytes (up to :data:`ALIGNMENT`) that divide the row stride of each operand when its rows follow each other.
+
+    Addresses are taken to be multiples of :data:`ALIGNMENT`, as those of memory that PyTorch allocates are.
+    """
+    return {
+        operand.name: math.gcd(ALIGNMENT, getattr(spec, operand.shape[1]) * DTYPE_BYTES[operand.dtype_of(spec)])
+        if len(operand.shape) == 2
+        else ALIGNMENT
+        for operand in spec.contract.inputs_of(spec) + spec.contract.outputs_of(spec)
+    }
+
+
+def divisibility(
+    signature: Mapping[str, str], alignments: Mapping[str, int]
+) -> dict[tuple[int, ...], list[list[str | int]]]:
+    """What the compiler may assume of a kernel's parameters, in the form of Triton's attributes.
+
+    Parameters ``x_ptr`` and ``x_stride`` belong to the operand x, whose address and row stride are multiples of
+    ``alignments[x]`` bytes. Pointers to no operand are a launch's own workspace, which is fully aligned.
+    """
+    by_name = {name.lower(): value for name, value in alignments.items()}
+    attrs: dict[tuple[int, ...], list[list[str | int]]] = {}
+    for index, (name, type_) in enumerate(signature.items()):
+        divisor = 1
+        if type_.startswith("*"):
+            divisor = by_name.get(name.removesuffix("_ptr"), ALIGNMENT)
+        elif name.endswith("_stride"):
+            operand = name.removesuffix("_stride")
+            divisor = by_name.get(operand, 1) // DTYPE_BYTES[signature[f"{operand}_ptr"].removeprefix("*")]
+        if divisor > 1:
+            attrs[(index,)] = [["tt.divisibility", divisor]]
+    return attrs
+
+
+def build(source: Source, kernel: Any, target: Any, alignments: Mapping[str, int] | None = None) -> Any:
     """Compile one jit function of an emitted module for a ``GPUTarget``; returns Triton's compiled kernel.
 
-    The parameter annotations of the emitted text (``"*bf16"``, ``"i32"``) are the signature. ``aligned`` says that
-    every pointer is a multiple of :data:`ALIGNMENT` bytes.
+    The parameter annotations of the emitted text (``"*bf16"``, ``"i32"``) are the signature. ``alignments`` are the
+    bytes that divide the address and the row stride of each operand, by name; None means contiguous operands.
     """
     import triton
     from triton.compiler import ASTSource
 
     signature = {param.name: param.annotation for param in kernel.params}
-    attrs = {
-        (index,): [["tt.divisibility", ALIGNMENT]]
-        for index, type_ in enumerate(signature.values())
-        if aligned and type_.startswith("*")
-    }
+    attrs = divisibility(signature, contiguous_alignments(source.spec) if alignments is None else alignments)
     return triton.compile(
         ASTSource(kernel, signature, constexprs={}, attrs=attrs),
         target=target,

@@ -13,8 +13,21 @@ from typing import Protocol
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
+ALIGNMENT = 16
+"""Bytes of the widest access: what an address and a row stride are multiples of where a kernel may use it."""
+
 EPS = 1e-12
 """``g = m / max(w, EPS)``: a zero row of ``W + sBA`` gives a finite g instead of NaN."""
+
+
+SMALLEST_GAIN = {"bf16": 2.0**-32, "fp16": 2.0**-7, "fp32": 2.0**-32}
+"""The least |g| by which y can be divided to get base + s*lora back with the digits that y's dtype has.
+
+What must not happen is that y = g*inner leaves the normal numbers. In fp16 they end at 2**-14: from g = 2**-7 on, every
+|inner| of 2**-7 or more keeps its digits, and smaller ones add little to a sum of such values. In bf16 and fp32 they
+end at 2**-126: g = 2**-32 leaves room for |dY*inner| down to 2**-94. Below the bound dg comes from
+``compose_backward_exact``, as it does for g = 0, where y says nothing, and for NaN.
+"""
 
 
 class Spec(Protocol):
@@ -29,14 +42,17 @@ class Spec(Protocol):
 class Operand:
     """One tensor of an operation: row-major, with named dimensions and a dtype role.
 
+    A matrix may have any row stride, as a slice of a wider one has; the elements of a row are contiguous.
     ``dtype`` is a role of the spec (``weight``, ``activation``, ``adapter``, ``magnitude``) or a dtype name.
-    ``when`` names the flag or optional role that brings the operand in; ``!flag`` is its absence.
+    ``when`` names the flag or optional role that brings the operand in; ``!flag`` is its absence. A ``rare`` operand is
+    read for exceptional values only, and no part of the floor.
     """
 
     name: str
     shape: tuple[str, ...]
     dtype: str
     when: str = ""
+    rare: bool = False
 
     def present(self, spec: Spec) -> bool:
         """Whether this operand is part of ``spec``."""
@@ -86,9 +102,18 @@ class Op:
         return tuple(operand for operand in self.outputs if operand.present(spec))
 
     def floor_bytes(self, spec: Spec) -> int:
-        """The fewest bytes the operation moves: every input read once, every output written once."""
-        operands = self.inputs_of(spec) + self.outputs_of(spec)
-        return sum(operand.elements(spec) * DTYPE_BYTES[operand.dtype_of(spec)] for operand in operands)
+        """The fewest bytes the operation moves: every input but rare ones read once, every output written once."""
+        return sum(self._bytes(operand, spec) for operand in self._operands(spec) if not operand.rare)
+
+    def operand_bytes(self, spec: Spec) -> int:
+        """The bytes of all inputs and outputs."""
+        return sum(self._bytes(operand, spec) for operand in self._operands(spec))
+
+    def _operands(self, spec: Spec) -> tuple[Operand, ...]:
+        return self.inputs_of(spec) + self.outputs_of(spec)
+
+    def _bytes(self, operand: Operand, spec: Spec) -> int:
+        return operand.elements(spec) * DTYPE_BYTES[operand.dtype_of(spec)]
 
     def matrix_flops(self, spec: Spec) -> int:
         """Floating-point operations of the matrix product: two for each multiply-add."""
@@ -160,13 +185,14 @@ COMPOSE_FORWARD = Op(
 
 COMPOSE_BACKWARD = Op(
     name="compose_backward",
-    maths="dYg = g*dY; dg = sum_t dY*inner with inner = base + s*lora; db = sum_t dY",
+    maths="dYg = g*dY; dg = sum_t dY*inner with inner = base + s*lora, or y/g (0 where g is tiny); db = sum_t dY",
     dims=("d_out", "tokens"),
     dtypes=("activation",),
-    flags=("bias",),
+    flags=("bias", "output"),
     inputs=(
         Operand("dy", ("tokens", "d_out"), "activation"),
-        Operand("inner", ("tokens", "d_out"), "activation"),
+        Operand("inner", ("tokens", "d_out"), "activation", when="!output"),
+        Operand("y", ("tokens", "d_out"), "activation", when="output"),
         Operand("g", ("d_out",), "fp32"),
     ),
     outputs=(
@@ -177,4 +203,25 @@ COMPOSE_BACKWARD = Op(
     scaling=False,
 )
 
-OPS: dict[str, Op] = {op.name: op for op in (WEIGHT_NORM, LORA_COMPOSE, COMPOSE_FORWARD, COMPOSE_BACKWARD)}
+COMPOSE_BACKWARD_EXACT = Op(
+    name="compose_backward_exact",
+    maths="dg = sum_t dY*(x@W.T + s*(h@B.T)) in the columns whose g is too small to divide y by, dg elsewhere",
+    dims=("d_out", "d_in", "rank", "tokens"),
+    dtypes=("weight", "activation", "adapter"),
+    flags=(),
+    inputs=(
+        Operand("dy", ("tokens", "d_out"), "activation", rare=True),
+        Operand("x", ("tokens", "d_in"), "activation", rare=True),
+        Operand("weight", ("d_out", "d_in"), "weight", rare=True),
+        Operand("h", ("tokens", "rank"), "activation", rare=True),
+        Operand("lora_B", ("d_out", "rank"), "adapter", rare=True),
+        Operand("g", ("d_out",), "fp32"),
+        Operand("dg", ("d_out",), "fp32"),
+    ),
+    outputs=(Operand("dg_exact", ("d_out",), "fp32"),),
+    scaling=True,
+)
+
+OPS: dict[str, Op] = {
+    op.name: op for op in (WEIGHT_NORM, LORA_COMPOSE, COMPOSE_FORWARD, COMPOSE_BACKWARD, COMPOSE_BACKWARD_EXACT)
+}

@@ -15,7 +15,7 @@ from pathlib import Path
 import jinja2
 
 from .gpu import find_gpu
-from .ops import EPS
+from .ops import EPS, SMALLEST_GAIN
 from .spec import Config, KernelSpec
 from .variants import find_variant
 
@@ -56,6 +56,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["tl"] = _TL_DTYPES.__getitem__
     environment.filters["ceil_div"] = lambda value, by: -(-value // by)
+    environment.filters["smallest_gain"] = SMALLEST_GAIN.__getitem__
     return environment
 
 

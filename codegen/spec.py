@@ -26,7 +26,7 @@ DIMS = ("d_out", "d_in", "rank", "tokens")
 DTYPES = ("weight", "activation", "adapter", "magnitude")
 TILE_DTYPES = ("weight", "activation", "adapter")
 """The dtypes of the tensors that tiles are made of; the magnitude is a vector beside them."""
-FLAGS = ("bias", "delta", "save")
+FLAGS = ("bias", "delta", "save", "output")
 
 _GPU_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
@@ -74,6 +74,7 @@ class KernelSpec:
     bias: bool = False
     delta: bool = False
     save: bool = False
+    output: bool = False
     gpu: str = "h200"
 
     def __post_init__(self) -> None:
@@ -92,6 +93,13 @@ class KernelSpec:
                 raise SpecError(f"{self.op} has no flag {flag!r} (its flags: {', '.join(op.flags) or 'none'})")
         if self.bias and self.delta:
             raise SpecError("bias and delta exclude each other: the delta form is added to an output that has the bias")
+        if self.bias and self.output:
+            raise SpecError(
+                "bias and output exclude each other: y holds the bias, and y - b has no digits left where b is of y's "
+                "size; a layer with a bias saves inner"
+            )
+        if self.weight and self.activation and self.weight != self.activation:
+            raise SpecError(f"weight={self.weight} with activation={self.activation}: {self.op} multiplies one dtype")
         if not _GPU_PATTERN.fullmatch(self.gpu):
             raise SpecError(f"gpu={self.gpu!r}: a GPU is named like h200, rtx4090 or sm_90")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..codegen.ops import DTYPE_BYTES, Operand
+from ..codegen.ops import ALIGNMENT, DTYPE_BYTES, Operand
 from ..codegen.spec import KernelSpec
 from ..errors import UsageError
 from .reference import TORCH_DTYPES
@@ -23,7 +23,8 @@ def bind_inputs(
 ) -> dict[str, torch.Tensor]:
     """Match positional and named tensors to the inputs of ``spec`` and check each one.
 
-    Operands with a token dimension may have any leading dimensions, ``[..., width]``.
+    Operands with a token dimension may have any leading dimensions, ``[..., width]``. Rows may lie apart (a slice of a
+    wider matrix), but the elements of a row are contiguous.
 
     Raises:
         ArgumentError: a missing, surplus or unsuitable argument.
@@ -90,9 +91,9 @@ def check_tensor(
         shape = [int(getattr(spec, dim)) for dim in operand.shape]
         if list(tensor.shape) != shape:
             raise ArgumentError(f"{name} has shape {list(tensor.shape)}; expected {shape} ({', '.join(operand.shape)})")
-    if not tensor.is_contiguous():
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ArgumentError(
-            f"{name} has strides {tuple(tensor.stride())}; kernels take contiguous tensors: call .contiguous()"
+            f"{name} has strides {tuple(tensor.stride())}; kernels take a contiguous last dimension: call .contiguous()"
         )
 
 
@@ -102,7 +103,7 @@ def make_outputs(
     """Allocate the outputs of ``spec``; ``out``, when given, becomes the first one.
 
     Raises:
-        ArgumentError: ``out`` has the wrong shape, dtype, device or strides.
+        ArgumentError: ``out`` has the wrong shape, dtype, device or strides, or rows that share memory.
     """
     lead: tuple[int, ...] = next(
         (tuple(inputs[o.name].shape[:-1]) for o in spec.contract.inputs_of(spec) if o.shape[0] == "tokens"), ()
@@ -111,6 +112,12 @@ def make_outputs(
     for position, operand in enumerate(spec.contract.outputs_of(spec)):
         if position == 0 and out is not None:
             check_tensor(replace(operand, name="out"), out, spec, device, lead)
+            if any(
+                size > 1 and stride < out.shape[-1] for size, stride in zip(out.shape[:-1], out.stride(), strict=False)
+            ):
+                raise ArgumentError(
+                    f"out has shape {list(out.shape)} and strides {tuple(out.stride())}: its rows share memory"
+                )
             outputs[operand.name] = out
             continue
         shape: list[int] = []
@@ -118,3 +125,25 @@ def make_outputs(
             shape += lead if dim == "tokens" else (int(getattr(spec, dim)),)
         outputs[operand.name] = torch.empty(shape, dtype=TORCH_DTYPES[operand.dtype_of(spec)], device=device)
     return outputs
+
+
+def as_rows(tensor: torch.Tensor, *, descriptor: bool) -> torch.Tensor:
+    """``tensor`` as a kernel addresses it: a vector, or ``[rows, width]`` of one row stride.
+
+    It is the same memory where one row stride describes it and, for a tensor ``descriptor``, where address and row
+    stride are multiples of :data:`~doratune.codegen.ops.ALIGNMENT` bytes; otherwise a contiguous copy.
+    """
+    if tensor.ndim < 2:
+        return tensor
+    rows = tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+    if descriptor and (alignment_of(rows) < ALIGNMENT or rows.stride(0) < rows.shape[1]):
+        return rows.clone(memory_format=torch.contiguous_format)
+    return rows
+
+
+def alignment_of(tensor: torch.Tensor) -> int:
+    """The bytes, up to :data:`~doratune.codegen.ops.ALIGNMENT`, that divide its address and its row stride."""
+    bits = tensor.data_ptr() | ALIGNMENT
+    if tensor.ndim == 2:
+        bits |= tensor.stride(0) * tensor.element_size()
+    return bits & -bits

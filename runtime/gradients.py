@@ -1,13 +1,17 @@
 """DoRA's forward and hand-written backward: one autograd function for both public forms.
 
     forward    y = g*(base + s*h@B.T) + b, h = x@A.T, g = m / max(w, eps); delta form: (g-1)*base + g*s*h@B.T
-    backward   dYg = g*dY, dg = sum_t dY*inner (one pass), t = s*dYg@B
+    backward   dYg = g*dY, dg = sum_t dY*y/g or sum_t dY*inner (one pass), t = s*dYg@B
                dX = dYg@W + t@A, dB = s*dYg.T@h, dA = t.T@x, dm = dg / max(w, eps), db = sum_t dY
 
 Either the function owns the base product (``weight`` is given: dX has both terms, one GEMM accumulated into the other,
 and the graph of ``base`` gets no gradient), or ``base`` is somebody else's and its whole gradient is dYg. w carries no
 gradient (DoRA, arXiv 2402.09353, section 4.3). s is folded into the products of rank r, so that no pass over
 [T, d_out] is spent on it.
+
+For dg the forward pass keeps y, which most often the next operation keeps anyway, and not a tensor inner of its own;
+but inner where y does not lead back to it: with a bias, in the delta form, and where x and W are not at hand for the
+columns whose g is too small to divide by.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ class Form:
     ``function`` is the public name, for messages. ``dtype`` is what products run in. ``exact`` keeps fp32 adapters
     beside 16-bit activations as they are, where autocast would round them. ``base_has_bias``: ``base`` already
     contains the bias. ``overwrite``: y may take the memory of ``base``. ``train``: save for a backward pass.
+    ``keep_inner``: keep inner even where y would do.
     """
 
     function: str
@@ -40,6 +45,7 @@ class Form:
     base_has_bias: bool = False
     overwrite: bool = False
     train: bool = False
+    keep_inner: bool = False
 
 
 @dataclass
@@ -147,6 +153,31 @@ def _product(
     return torch.addmm(like, left, right, beta=0, alpha=scaling).to(dtype)  # beta=0: like is not read
 
 
+def _leads_back(form: Form, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    """Whether dg can be had from y: there is nothing in y but g*inner, and x and W for the columns with a tiny g."""
+    plain = bias is None and not form.delta and not form.exact and not form.keep_inner
+    return plain and weight is not None and weight.dtype == x.dtype
+
+
+class _Output:
+    """Tells whether y was changed in place after the forward pass, as its owner may do, without keeping it alive."""
+
+    def __init__(self, y: torch.Tensor) -> None:
+        self._counter: torch.Tensor | None = None
+        if not torch.compiler.is_compiling():  # a compiler makes in-place operations new tensors
+            self._counter = y.detach()  # shares y's version counter
+            self._counter.data = y.new_empty(0)  # and none of its memory
+            self._version = self._counter._version
+
+    def changed(self) -> bool:
+        return self._counter is not None and self._counter._version != self._version
+
+
+def _unwatched(y: torch.Tensor) -> torch.Tensor:
+    """y for ``save_for_backward``, which shall not refuse it when it has changed: :class:`_Output` sees to that."""
+    return y if torch.compiler.is_compiling() else y.data
+
+
 class _Dora(torch.autograd.Function):
     """The function of this module's head. Inputs: x, base, weight, A, B, m, bias, w, form."""
 
@@ -164,19 +195,22 @@ class _Dora(torch.autograd.Function):
         form: Form,
     ) -> torch.Tensor:
         need_x, _, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
-        y, saved = _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, save=need_m)
+        from_y = need_m and _leads_back(form, x, weight, bias)
+        save_inner = need_m and not from_y
+        y, saved = _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, save=save_inner)
         ctx.form, ctx.owns_base = form, weight is not None
         ctx.adapter_dtype, ctx.magnitude_dtype = lora_A.dtype, magnitude.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.output = _Output(y) if from_y else None
         ctx.save_for_backward(
-            x if need_a else None,
-            weight if need_x else None,
+            x if need_a or from_y else None,
+            weight if need_x or from_y else None,
             saved.lora_A if need_x else None,
-            saved.lora_B if need_x or need_a or need_b else None,
+            saved.lora_B if need_x or need_a or need_b or from_y else None,
             saved.g,
             saved.norm if need_m else None,
-            saved.h if need_b else None,
-            saved.inner,
+            saved.h if need_b or from_y else None,
+            _unwatched(y) if from_y else saved.inner,
         )
         return y
 
@@ -190,20 +224,30 @@ class _Dora(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, weight, a, b, g, norm, h, inner = ctx.saved_tensors
+    x, weight, a, b, g, norm, h, kept = ctx.saved_tensors
     need_x, need_base, _, need_a, need_b, need_m, need_bias, *_ = ctx.needs_input_grad
     form: Form = ctx.form
     rows = dy.reshape(-1, dy.shape[-1])
     # The gradient of the base. In the delta form it has lost g's digits where g is near 1, so there g goes into the
     # products of rank r instead, which take dY itself.
     gain = g - 1.0 if form.delta else g
-    dbase = dx = da = db = dmagnitude = dbias = None
+    dx = da = db = dmagnitude = dbias = total = None
     if need_m:
-        dbase, dg, total = operations.compose_backward(rows, inner, gain, bias=need_bias)
+        kept = kept.reshape(rows.shape)
+        if ctx.output is None:
+            dbase, dg, total = operations.compose_backward(rows, kept, gain, bias=need_bias)
+        else:
+            samples = x.reshape(-1, x.shape[-1])
+            if ctx.output.changed():  # in place, by whoever had it: the columns of y say nothing, so make inner again
+                inner = operations.lora_compose(samples @ weight.T, h, b, torch.ones_like(g), form.scaling)[0]
+                dbase, dg, _ = operations.compose_backward(rows, inner, g)
+            else:
+                dbase, dg = operations.compose_backward_from_output(rows, kept, g, samples, weight, h, b, form.scaling)
         dmagnitude = (dg / norm).to(ctx.magnitude_dtype)
     else:
         dbase = (rows * gain).to(rows.dtype)
-        total = rows.sum(dim=0, dtype=g.dtype) if need_bias else None
+        if need_bias:
+            total = rows.sum(dim=0, dtype=g.dtype)
     if need_bias:
         assert total is not None
         dbias = _bias_gradient(form, ctx.owns_base, g, total).to(ctx.bias_dtype)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..codegen.spec import Config, KernelSpec
-from .arguments import ArgumentError, bind_inputs, make_outputs
+from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_outputs
 from .reference import reference
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Kernel:
     """A DoRA operation bound to one device.
 
     Call it with the operation's tensors in the contract's order or by name, ``scaling`` where the operation has one,
-    and optionally ``out`` for the first output (which may be the memory of ``base``, ``lora`` or ``dy``). It returns
-    the output, or a tuple when there are several.
+    and optionally ``out`` for the first output (which may be the memory of ``base``, ``lora``, ``dy`` or ``dg``). The
+    rows of a matrix may lie apart. It returns the output, or a tuple when there are several.
 
     Attributes:
         spec: what it computes.
@@ -42,7 +42,8 @@ class Kernel:
         self.device = device
         self._resolution = resolution
         self._source = source
-        self._launchers: dict[bool, Callable[..., None]] = {}
+        self._launchers: dict[tuple[int, ...], Callable[..., None]] = {}
+        self._descriptors = source is not None and uses_descriptors(source)
 
     @property
     def config(self) -> Config | None:
@@ -105,24 +106,30 @@ class Kernel:
     ) -> None:
         """Launch on checked tensors, in the contract's order, on the current stream of the kernel's device.
 
-        Token operands may have leading dimensions; nothing is allocated but the variant's own workspace.
+        Token operands may have leading dimensions. Nothing is allocated but the variant's own workspace, and a copy of
+        each matrix that the kernel cannot address (:func:`~doratune.runtime.arguments.as_rows`).
         """
-        tensors = [t if t.ndim <= 2 else t.view(-1, t.shape[-1]) for t in (*inputs, *outputs)]
-        aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
-        launcher = self._launchers.get(aligned) or self._bind(aligned)
+        tensors = [as_rows(tensor, descriptor=self._descriptors) for tensor in (*inputs, *outputs)]
+        alignments = tuple(map(alignment_of, tensors))
+        launcher = self._launchers.get(alignments) or self._bind(alignments)
         scalars = () if scaling is None else (float(scaling),)
         if self.device.index == torch.cuda.current_device():
             launcher(*tensors, *scalars)
         else:
             with torch.cuda.device(self.device):
                 launcher(*tensors, *scalars)
+        for output, written in zip(outputs, tensors[len(inputs) :], strict=True):
+            if written.data_ptr() != output.data_ptr():
+                output.copy_(written.view(output.shape))
 
-    def _bind(self, aligned: bool) -> Callable[..., None]:
+    def _bind(self, alignments: tuple[int, ...]) -> Callable[..., None]:
         assert self._source is not None
+        operands = self.spec.contract.inputs_of(self.spec) + self.spec.contract.outputs_of(self.spec)
+        names = [operand.name for operand in operands]
         with torch.cuda.device(self.device):
-            module = bind(self._source, aligned=aligned)
-        self._launchers[aligned] = module.launch
-        return self._launchers[aligned]
+            module = bind(self._source, dict(zip(names, alignments, strict=True)))
+        self._launchers[alignments] = module.launch
+        return self._launchers[alignments]
 
 
 class _Launcher:
@@ -140,8 +147,19 @@ class _Launcher:
         return run
 
 
-def bind(source: Source, *, aligned: bool = True) -> ModuleType:
-    """Compile an emitted module for the current GPU and put the binaries in place of its jit functions."""
+def uses_descriptors(source: Source) -> bool:
+    """Whether an emitted module addresses its matrices by tensor descriptors."""
+    from ..codegen.variants import find_variant
+
+    return find_variant(source.spec.op, source.config.variant).descriptors
+
+
+def bind(source: Source, alignments: Mapping[str, int] | None = None) -> ModuleType:
+    """Compile an emitted module for the current GPU and put the binaries in place of its jit functions.
+
+    ``alignments`` are the bytes that divide the address and the row stride of each operand, by name; None means
+    contiguous operands.
+    """
     from triton.runtime import driver
 
     from ..codegen.compile import build
@@ -150,5 +168,5 @@ def bind(source: Source, *, aligned: bool = True) -> ModuleType:
     module = load_module(source)
     target = driver.active.get_current_target()
     for name in kernel_names(module):
-        setattr(module, name, _Launcher(build(source, getattr(module, name), target, aligned=aligned)))
+        setattr(module, name, _Launcher(build(source, getattr(module, name), target, alignments)))
     return module

@@ -83,3 +83,32 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dg = torch.empty_like(g)
     return dy.new_empty(dy.shape), dg, torch.empty_like(g) if bias else _absent(g)
+
+
+@torch.library.custom_op("doratune::compose_backward_from_output", mutates_args=())
+def compose_backward_from_output(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dYg and dg."""
+    return operations.compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
+
+
+@compose_backward_from_output.register_fake
+def _(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return dy.new_empty(dy.shape), torch.empty_like(g)

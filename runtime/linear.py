@@ -26,6 +26,7 @@ def dora_linear(
     norm: torch.Tensor | NormCache | None = None,
     delta: bool = False,
     overwrite_base: bool = False,
+    keep_inner: bool = False,
 ) -> torch.Tensor:
     """Return ``y = g*(x@W.T + s*(x@A.T)@B.T) + b`` with ``g = m / max(||W + sBA||_row, 1e-12)``.
 
@@ -42,6 +43,8 @@ def dora_linear(
         delta: return ``(g-1)*(x@W.T) + g*s*(x@A.T)@B.T`` instead, what DoRA adds to the base output (for PEFT's
             dropout, where x is the dropped input); b only says what ``base`` contains.
         overwrite_base: y may take the memory of ``base``, whose values are then lost.
+        keep_inner: keep a tensor of y's size for the gradient of m, where y itself would do. Only for what follows the
+            layer overwriting y unseen by PyTorch, as fused kernels do that write gradients over their inputs.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit each other.
@@ -68,6 +71,7 @@ def dora_linear(
         base_has_bias=base is not None and bias is not None,
         overwrite=overwrite_base,
         train=trains(x, lora_A, lora_B, magnitude, bias),
+        keep_inner=keep_inner,
     )
     if base is not None:
         base = base.detach().to(dtype)

@@ -39,6 +39,7 @@ def load_kernel(
     bias: bool = False,
     delta: bool = False,
     save: bool = False,
+    output: bool = False,
     device: torch.device | str | int | None = None,
     store: str | None = None,
 ) -> Kernel:
@@ -49,12 +50,13 @@ def load_kernel(
     the eager fp32-accumulating reference, and its ``provenance`` says so.
 
     Args:
-        op: ``weight_norm``, ``lora_compose``, ``compose_forward`` or ``compose_backward``.
+        op: ``weight_norm``, ``lora_compose``, ``compose_forward``, ``compose_backward``, ``compose_backward_exact``.
         d_out, d_in, rank: sizes of W [d_out, d_in], A [rank, d_in], B [d_out, rank].
         tokens: the number of tokens expected; the kernel is right for any number.
         dtype: of W and of the activations. adapter_dtype: of A and B, ``dtype`` when None.
         magnitude_dtype: ``weight_norm`` also takes m of this dtype and returns g.
         bias: add (or, backward, sum up) a bias. delta: the delta form. save: also return nW or inner.
+            output: ``compose_backward`` takes y instead of inner.
         device: the current GPU when None, the CPU where there is none.
         store: a path or URL of the one store to ask first, instead of ``DORATUNE_CACHE_PATH``.
 
@@ -76,6 +78,7 @@ def load_kernel(
         bias=bias,
         delta=delta,
         save=save,
+        output=output,
         gpu=gpu_of(where).slug if where.type == "cuda" else CPU,
     )
     key = (spec, where, store)

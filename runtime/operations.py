@@ -39,16 +39,15 @@ def weight_norm(
         norm, squares = torch.ops.doratune.weight_norm(weight, lora_A, lora_B, weight_sq, scaling)
         return norm, squares if weight_sq is None else weight_sq
     d_out, d_in = weight.shape
-    save = weight_sq is None
     inputs = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if weight_sq is not None:
         inputs["weight_sq"] = weight_sq
-    key = ("weight_norm", d_out, d_in, lora_A.shape[0], 1, weight.dtype, lora_A.dtype, False, False, save)
+    flags = ("save",) if weight_sq is None else ()
+    key = ("weight_norm", d_out, d_in, lora_A.shape[0], 1, weight.dtype, lora_A.dtype, flags)
     kernel = _kernel(*key, weight.device)
     if kernel is None:
         results = _eager(_spec(*key), inputs, scaling)
-        norm = results["norm"]
-        return norm, results["weight_sq"] if weight_sq is None else weight_sq
+        return results["norm"], results["weight_sq"] if weight_sq is None else weight_sq
     norm = torch.empty(d_out, dtype=torch.float32, device=weight.device)
     if weight_sq is not None:
         kernel.launch(_ready(inputs), (norm,), scaling)
@@ -82,23 +81,22 @@ def lora_compose(
     inputs = {"base": base, "h": h, "lora_B": lora_B, "g": g}
     if bias is not None:
         inputs["bias"] = bias
-    bucket = bucket_tokens(max(tokens, 1))
-    key = ("lora_compose", d_out, 1, h.shape[1], bucket, base.dtype, lora_B.dtype, bias is not None, delta, save)
+    flags = _flags(bias=bias is not None, delta=delta, save=save)
+    key = ("lora_compose", d_out, 1, h.shape[1], _bucket(tokens), base.dtype, lora_B.dtype, flags)
     kernel = _kernel(*key, base.device) if tokens else None
     if kernel is None:
         results = _eager(_spec(*key), inputs, scaling)
         return results["y"], results.get("inner")
-    tensors = _ready(inputs)
-    if overwrite:
-        y = tensors[0]
-        torch.autograd.graph.increment_version(y)  # a launch does not show in it, and autograd must see the write
+    if overwrite and base.stride(-1) == 1:
+        y = base
+        torch.autograd.graph.increment_version(base)  # a launch does not show in it, and autograd must see the write
     else:
-        y = torch.empty_like(tensors[0])
+        y = base.new_empty(base.shape)
     if not save:
-        kernel.launch(tensors, (y,), scaling)
+        kernel.launch(_ready(inputs), (y,), scaling)
         return y, None
-    inner = torch.empty_like(tensors[0])
-    kernel.launch(tensors, (y, inner), scaling)
+    inner = base.new_empty(base.shape)
+    kernel.launch(_ready(inputs), (y, inner), scaling)
     return y, inner
 
 
@@ -109,27 +107,69 @@ def compose_backward(
     if torch.compiler.is_compiling():
         dyg, dg, dbias = torch.ops.doratune.compose_backward(dy, inner, g, bias)
         return dyg, dg, dbias if bias else None
+    return _compose_backward({"dy": dy, "inner": inner, "g": g}, _flags(bias=bias))
+
+
+def compose_backward_from_output(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dYg = g*dY [T, d_out] and dg = sum_t dY*y/g [d_out] fp32 for y = g*(x@W.T + s*h@B.T).
+
+    Columns whose |g| is too small to divide by get their dg from x [T, d_in], weight, h and lora_B.
+    """
+    if torch.compiler.is_compiling():
+        dyg, dg = torch.ops.doratune.compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
+        return dyg, dg
+    dyg, dg, _ = _compose_backward({"dy": dy, "y": y, "g": g}, ("output",))
+    tokens, d_in = x.shape
+    inputs = {"dy": dy, "x": x, "weight": weight, "h": h, "lora_B": lora_B, "g": g, "dg": dg}
+    d_out, rank = lora_B.shape
+    key = ("compose_backward_exact", d_out, d_in, rank, _bucket(tokens), dy.dtype, lora_B.dtype, ())
+    kernel = _kernel(*key, dy.device) if tokens else None
+    if kernel is None:
+        return dyg, _eager(_spec(*key), inputs, scaling)["dg_exact"]
+    kernel.launch(_ready(inputs), (dg,), scaling)
+    return dyg, dg
+
+
+def _compose_backward(
+    inputs: Tensors, flags: tuple[str, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    dy = inputs["dy"]
     tokens, d_out = dy.shape
-    inputs = {"dy": dy, "inner": inner, "g": g}
-    key = ("compose_backward", d_out, 1, 1, bucket_tokens(max(tokens, 1)), dy.dtype, dy.dtype, bias, False, False)
+    key = ("compose_backward", d_out, 1, 1, _bucket(tokens), dy.dtype, dy.dtype, flags)
     kernel = _kernel(*key, dy.device) if tokens else None
     if kernel is None:
         results = _eager(_spec(*key), inputs, 1.0)
         return results["dyg"], results["dg"], results.get("dbias")
-    tensors = _ready(inputs)
-    dyg = torch.empty_like(tensors[0])
+    dyg = dy.new_empty(dy.shape)
     dg = torch.empty(d_out, dtype=torch.float32, device=dy.device)
-    if not bias:
-        kernel.launch(tensors, (dyg, dg))
+    if "bias" not in flags:
+        kernel.launch(_ready(inputs), (dyg, dg))
         return dyg, dg, None
     dbias = torch.empty_like(dg)
-    kernel.launch(tensors, (dyg, dg, dbias))
+    kernel.launch(_ready(inputs), (dyg, dg, dbias))
     return dyg, dg, dbias
 
 
+def _flags(**flags: bool) -> tuple[str, ...]:
+    return tuple(name for name, on in flags.items() if on)
+
+
+def _bucket(tokens: int) -> int:
+    return bucket_tokens(tokens) if tokens else 1  # no token: nothing is launched
+
+
 def _ready(inputs: Tensors) -> tuple[torch.Tensor, ...]:
-    """The inputs in a layout that kernels read: contiguous."""
-    return tuple(t if t.is_contiguous() else t.contiguous() for t in inputs.values())
+    """The inputs in a layout that kernels read: any row stride, but rows without gaps between their elements."""
+    return tuple(t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in inputs.values())
 
 
 def _eager(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
@@ -147,9 +187,7 @@ def _kernel(
     bucket: int,
     dtype: torch.dtype,
     adapter: torch.dtype,
-    bias: bool,
-    delta: bool,
-    save: bool,
+    flags: tuple[str, ...],
     device: torch.device,
 ) -> Kernel | None:
     """The kernel for these tensors; None where the eager reference runs. No text is made once it is cached."""
@@ -166,9 +204,10 @@ def _kernel(
             tokens=bucket,
             dtype=dtype,
             adapter_dtype=adapter,
-            bias=bias,
-            delta=delta,
-            save=save,
+            bias="bias" in flags,
+            delta="delta" in flags,
+            save="save" in flags,
+            output="output" in flags,
             device=device,
         )
     except UnknownGpuError:
@@ -184,9 +223,7 @@ def _spec(
     bucket: int,
     dtype: torch.dtype,
     adapter: torch.dtype,
-    bias: bool,
-    delta: bool,
-    save: bool,
+    flags: tuple[str, ...],
 ) -> KernelSpec:
     """The spec by which the eager reference knows what to compute."""
     return KernelSpec.create(
@@ -197,8 +234,6 @@ def _spec(
         tokens=bucket,
         dtype=_SPEC_DTYPES[dtype],
         adapter=_SPEC_DTYPES[adapter],
-        bias=bias,
-        delta=delta,
-        save=save,
         gpu=CPU,
+        **dict.fromkeys(flags, True),
     )

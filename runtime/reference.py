@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..codegen.ops import EPS
+from ..codegen.ops import EPS, SMALLEST_GAIN
 from ..codegen.spec import KernelSpec
 
 Tensors = Mapping[str, torch.Tensor]
@@ -29,7 +29,7 @@ def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[s
     if spec.op == "weight_norm":
         results = _factored_norm(inputs, scaling)
     else:
-        results = _FORMULAS[spec.op](spec, {name: tensor.float() for name, tensor in inputs.items()}, scaling)
+        results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float32), scaling)
     return {
         operand.name: results[operand.name].to(TORCH_DTYPES[operand.dtype_of(spec)])
         for operand in spec.contract.outputs_of(spec)
@@ -41,8 +41,13 @@ def definition(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[
     if spec.op == "weight_norm":
         results = _dense_norm(inputs, scaling)
     else:
-        results = _FORMULAS[spec.op](spec, {name: tensor.double() for name, tensor in inputs.items()}, scaling)
+        results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float64), scaling)
     return {operand.name: results[operand.name] for operand in spec.contract.outputs_of(spec)}
+
+
+def _widened(inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The inputs in ``dtype``, but for W, which is widened where it is used, in parts."""
+    return {name: tensor if name == "weight" else tensor.to(dtype) for name, tensor in inputs.items()}
 
 
 def _gain(inputs: Tensors, norm: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -97,13 +102,29 @@ def _compose_forward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[
 
 
 def _compose_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
-    dy = inputs["dy"]
+    dy, g = inputs["dy"], inputs["g"]
     tokens = tuple(range(dy.ndim - 1))
-    return {"dyg": inputs["g"] * dy, "dg": (dy * inputs["inner"]).sum(dim=tokens), "dbias": dy.sum(dim=tokens)}
+    if spec.output:
+        divisible = g.abs() >= SMALLEST_GAIN[spec.activation]
+        sums = (dy * inputs["y"]).sum(dim=tokens)
+        dg = torch.where(divisible, sums / torch.where(divisible, g, 1.0), 0.0)
+    else:
+        dg = (dy * inputs["inner"]).sum(dim=tokens)
+    return {"dyg": g * dy, "dg": dg, "dbias": dy.sum(dim=tokens)}
+
+
+def _compose_backward_exact(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    dy, dg = inputs["dy"], inputs["dg"].clone()
+    [tiny] = torch.nonzero(~(inputs["g"].abs() >= SMALLEST_GAIN[spec.activation]), as_tuple=True)
+    for part in tiny.split(max(1, _WIDENED_ELEMENTS // spec.d_in)):
+        inner = inputs["x"] @ inputs["weight"][part].to(dg.dtype).T + scaling * (inputs["h"] @ inputs["lora_B"][part].T)
+        dg[part] = (dy[..., part] * inner).sum(dim=tuple(range(dy.ndim - 1)))
+    return {"dg_exact": dg}
 
 
 _FORMULAS = {
     "lora_compose": _lora_compose,
     "compose_forward": _compose_forward,
     "compose_backward": _compose_backward,
+    "compose_backward_exact": _compose_backward_exact,
 }

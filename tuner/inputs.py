@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..codegen.ops import SMALLEST_GAIN
 from ..codegen.spec import KernelSpec
 from ..runtime.reference import TORCH_DTYPES
 
@@ -116,7 +117,7 @@ def _token_inputs(
     spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     g = 1.0 + 0.1 * normal(spec.d_out).clamp(-1.0, 1.0)
-    bands = _bands(case, spec.d_out, ("large_lora", "zero_gain"))
+    bands = _bands(case, spec.d_out, ("large_lora", "zero_gain", "zero_weight"))
     zero = bands["zero_gain"]
     g[zero][::2] = 0.0
     g[zero][1::2] *= 1e-6
@@ -126,10 +127,20 @@ def _token_inputs(
         values[name] = normal(tokens, spec.d_out).clamp(-1.0, 1.0) * size
     values["dy"] = normal(tokens, spec.d_out)
     values["lora"][:, bands["large_lora"]] *= 100.0
-    if spec.op == "lora_compose":
+    if spec.rank:
         values["h"] = normal(tokens, spec.rank).clamp(-1.0, 1.0) * size
         values["lora_B"] = normal(spec.d_out, spec.rank) * 0.5 * spec.rank**-0.5
         values["lora_B"][bands["large_lora"]] *= 100.0
+    if spec.d_in:
+        values["x"] = normal(tokens, spec.d_in).clamp(-1.0, 1.0) * size
+        values["weight"] = normal(spec.d_out, spec.d_in) * spec.d_in**-0.5
+        values["weight"][bands["zero_weight"]] = 0.0
+    if spec.op == "compose_backward_exact":
+        if case != "random":  # the usual case, of which time is taken: no column is below the bound
+            g[1::3] = 0.0
+            g[2::6] = SMALLEST_GAIN[spec.activation] / 2
+        values["dg"] = torch.where(g.abs() >= SMALLEST_GAIN[spec.activation], normal(spec.d_out), 0.0)
     if tokens * spec.d_out < FEW_VALUES:
         values = {name: value.abs() for name, value in values.items()}
+    values["y"] = values["g"] * values["inner"]
     return values

@@ -8,7 +8,7 @@ from ..codegen.gpu import find_gpu
 from ..codegen.ops import DTYPE_BYTES, OPS
 from ..codegen.spec import TOKEN_BUCKETS, KernelSpec, bucket_tokens
 from ..errors import UsageError, near_names
-from .models import Model
+from .models import Model, Projection
 
 
 def plan_jobs(
@@ -24,7 +24,8 @@ def plan_jobs(
     """Return the distinct specs of DoRA on every projection of ``model``.
 
     ``weight_norm`` depends on (d_out, d_in, rank), ``lora_compose`` on (d_out, rank, tokens, bias), ``compose_forward``
-    and ``compose_backward`` on (d_out, tokens, bias); projections that agree in these share a job.
+    and ``compose_backward`` on (d_out, tokens, bias), ``compose_backward_exact`` on (d_out, d_in, rank, tokens);
+    projections that agree in these share a job. With a bias the backward takes ``inner`` and needs no exact columns.
 
     Args:
         ranks: the adapter ranks, each an integer of at least 1, without repeats.
@@ -55,16 +56,24 @@ def plan_jobs(
             tokens=bucket,
             dtype=dtype,
             adapter=adapter,
-            bias=projection.bias and "bias" in OPS[op].flags,
             gpu=slug,
+            **_flags(op, projection),
         )
         for op in names
         for projection in model.projections
+        if op != "compose_backward_exact" or not projection.bias
         for rank in checked_ranks
         for bucket in buckets
     }
     order = list(OPS)
-    return sorted(specs, key=lambda s: (order.index(s.op), s.d_out, s.tokens, s.d_in, s.rank, s.bias))
+    return sorted(specs, key=lambda s: (order.index(s.op), s.d_out, s.tokens, s.d_in, s.rank, s.bias, s.output))
+
+
+def _flags(op: str, projection: Projection) -> dict[str, bool]:
+    """The form in which a training step runs ``op``: it keeps y for the backward, and where y has a bias inner."""
+    if op == "compose_backward":
+        return {"output": not projection.bias}
+    return {"bias": projection.bias and "bias" in OPS[op].flags}
 
 
 def _check_ranks(ranks: object) -> tuple[int, ...]:

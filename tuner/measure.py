@@ -93,7 +93,7 @@ class MeasureEvaluator(Evaluator):
         self._gate_inputs, self._gate_scaling = make_inputs(spec, gate_tokens, case="mixed", seed=1, device=self.device)
         self._gate_exact = definition(spec, self._gate_inputs, self._gate_scaling)
         self._gate_outputs = make_outputs(spec, gate_tokens, self.device)
-        set_bytes = spec.contract.floor_bytes(spec)
+        set_bytes = spec.contract.operand_bytes(spec)
         roomy = int(MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0]) // set_bytes
         count = max(1, min(rotations(set_bytes, self.gpu.l2_bytes), roomy))
         self._sets = []

@@ -7,6 +7,7 @@ from ..gpu import Gpu
 from ..spec import Config, KernelSpec, SpecError
 from .base import STAGES, WARPS, Variant, Work
 from .compose import BackwardColumns, ForwardTile
+from .compose_backward_exact import BackwardExactTiles
 from .lora_compose import LoraComposeTile, LoraComposeTma
 from .weight_norm import WeightNormFused, WeightNormTma
 
@@ -19,6 +20,7 @@ VARIANTS: tuple[Variant, ...] = (
     LoraComposeTma(),
     ForwardTile(),
     BackwardColumns(),
+    BackwardExactTiles(),
 )
 
 

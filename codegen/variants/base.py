@@ -54,6 +54,8 @@ class Variant(ABC):
     """Parameters that count something, such as tiles a program: any number from 1."""
     switches: ClassVar[frozenset[str]] = frozenset()
     """Parameters that are 0 or 1. All that are neither counts nor switches are powers of two."""
+    descriptors: ClassVar[bool] = False
+    """Whether the template addresses matrices by tensor descriptors: rows must begin at multiples of 16 bytes."""
 
     @property
     def template(self) -> str:

@@ -99,6 +99,7 @@ class LoraComposeTma(LoraComposeTile):
     """The same tiling with tensor descriptors: on Hopper and later, tiles move without a thread computing addresses."""
 
     name = "tma"
+    descriptors = True
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         return tma_unavailable(gpu, (spec.activation, spec.adapter), (spec.d_out, spec.rank))

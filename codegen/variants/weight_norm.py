@@ -167,6 +167,7 @@ class WeightNormTma(WeightNormFused):
     """
 
     name = "tma"
+    descriptors = True
     counts = frozenset({"rank_tiles", "split_k"})
     switches = frozenset({"overlap"})
 

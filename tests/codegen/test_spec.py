@@ -19,8 +19,8 @@ def specs(draw: st.DrawFn) -> KernelSpec:
     op = draw(st.sampled_from(sorted(OPS)))
     dtype = draw(st.sampled_from(sorted(DTYPE_BYTES)))
     flags = {flag: draw(st.booleans()) for flag in OPS[op].flags}
-    if flags.get("bias") and flags.get("delta"):
-        flags["delta"] = False
+    if flags.get("bias"):
+        flags |= {flag: False for flag in ("delta", "output") if flag in flags}
     return KernelSpec.create(
         op,
         d_out=draw(st.integers(1, 1 << 20)),
@@ -101,6 +101,11 @@ GOOD = "lora_compose/d_out=64/rank=8/tokens=16/activation=bf16/adapter=bf16"
         (GOOD + "/weight=bf16@h200", "does not depend on the weight dtype"),
         (GOOD + "/biass@h200", "unknown flag 'biass'; did you mean bias"),
         (GOOD + "/bias/delta@h200", "bias and delta exclude each other"),
+        ("compose_backward/d_out=4/tokens=1/activation=bf16/bias/output@h200", "y - b has no digits left"),
+        (
+            "compose_backward_exact/d_out=4/d_in=4/rank=4/tokens=1/weight=bf16/activation=fp16/adapter=bf16@h200",
+            "weight=bf16 with activation=fp16",
+        ),
         ("compose_backward/d_out=4/tokens=1/activation=bf16/save@h200", "has no flag 'save'"),
         ("", "names no GPU"),
     ],
@@ -140,12 +145,17 @@ def test_json_that_is_no_config_is_refused(data: object) -> None:
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(spec_module).failed == 0
-    assert set(FLAGS) == {"bias", "delta", "save"}
+    assert set(FLAGS) == {"bias", "delta", "save", "output"}
 
 
 def test_floors_count_every_operand_once() -> None:
     spec = KernelSpec.create("compose_forward", d_out=100, tokens=16, dtype="bf16", bias=True, save=True, gpu="h200")
     assert spec.contract.floor_bytes(spec) == 4 * 16 * 100 * 2 + 100 * 4 + 100 * 2
+    exact = KernelSpec.create(
+        "compose_backward_exact", d_out=100, d_in=50, rank=4, tokens=16, dtype="bf16", adapter="bf16", gpu="h200"
+    )
+    assert exact.contract.floor_bytes(exact) == 3 * 100 * 4  # where y can be divided by every g
+    assert exact.contract.operand_bytes(exact) == 3 * 100 * 4 + 2 * (16 * (100 + 50 + 4) + 100 * 54)
     norm = KernelSpec.create("weight_norm", d_out=100, d_in=50, rank=4, dtype="bf16", adapter="fp32", gpu="h200")
     assert norm.contract.floor_bytes(norm) == 100 * 50 * 2 + 4 * (50 + 100) * 4 + 2 * 100 * 4
     assert norm.contract.matrix_flops(norm) == 2 * 100 * 50 * 4

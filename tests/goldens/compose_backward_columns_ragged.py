@@ -1,6 +1,6 @@
 """Backward of the DoRA composition: one pass writes dYg and per-chunk column sums, a second adds the chunks.
 
-    dYg = g*dY; dg = sum_t dY*inner with inner = base + s*lora; db = sum_t dY
+    dYg = g*dY; dg = sum_t dY*inner with inner = base + s*lora, or y/g (0 where g is tiny); db = sum_t dY
 
 spec    compose_backward/d_out=4304/tokens=4096/activation=bf16/bias@h200
 config  columns:block_n=512,block_t=4,chunk=64,reduce_c=32,reduce_n=64,num_warps=4,num_stages=2
@@ -16,9 +16,12 @@ import triton.language as tl
 @triton.jit
 def compose_backward_kernel(
     dy_ptr: "*bf16",
+    dy_stride: "i64",
     inner_ptr: "*bf16",
+    inner_stride: "i64",
     g_ptr: "*fp32",
     dyg_ptr: "*bf16",
+    dyg_stride: "i64",
     dg_chunks_ptr: "*fp32",
     dbias_chunks_ptr: "*fp32",
     tokens: "i32",
@@ -32,25 +35,26 @@ def compose_backward_kernel(
 
     chunk = tl.program_id(0) // N_TILES
     tile_n = tl.program_id(0) % N_TILES
-    row = (chunk * CHUNK).to(tl.int64)  # tokens * D_OUT may pass 2**31; offsets inside a chunk never do
-    rows_left = tokens - chunk * CHUNK
-    t = tl.arange(0, BLOCK_T)
+    t = chunk * CHUNK + tl.arange(0, BLOCK_T)
+    row = t.to(tl.int64)[:, None]  # times a row stride it may pass 2**31
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < D_OUT
     g = tl.load(g_ptr + n, mask=in_n, other=0.0)[None, :]
+    dy_ptrs = dy_ptr + row * dy_stride + n[None, :]
+    inner_ptrs = inner_ptr + row * inner_stride + n[None, :]
+    dyg_ptrs = dyg_ptr + row * dyg_stride + n[None, :]
 
     dg = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
     dbias = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
     for start in range(0, CHUNK, BLOCK_T):
-        in_t = (start + t < rows_left)[:, None]
-        tile = (start + t)[:, None] * D_OUT + n[None, :]
-        dy = tl.load(dy_ptr + row * D_OUT + tile, mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
-        inner = tl.load(inner_ptr + row * D_OUT + tile, mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
-        tl.store(dyg_ptr + row * D_OUT + tile, (g * dy).to(tl.bfloat16), mask=in_t & in_n[None, :])
+        in_t = (t < tokens - start)[:, None]
+        dy = tl.load(dy_ptrs + start * dy_stride, mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
+        inner = tl.load(inner_ptrs + start * inner_stride, mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
+        tl.store(dyg_ptrs + start * dyg_stride, (g * dy).to(tl.bfloat16), mask=in_t & in_n[None, :])
         dg += dy * inner
         dbias += dy
 
-    sums = chunk * D_OUT + n
+    sums = chunk.to(tl.int64) * D_OUT + n
     tl.store(dg_chunks_ptr + sums, tl.sum(dg, axis=0), mask=in_n)
     tl.store(dbias_chunks_ptr + sums, tl.sum(dbias, axis=0), mask=in_n)
 
@@ -74,7 +78,7 @@ def add_chunks_kernel(
     dg = tl.full((BLOCK_C, BLOCK_N), 0.0, tl.float32)
     dbias = tl.full((BLOCK_C, BLOCK_N), 0.0, tl.float32)
     for start in range(0, chunks, BLOCK_C):
-        sums = (start + c)[:, None] * D_OUT + n[None, :]
+        sums = (start + c).to(tl.int64)[:, None] * D_OUT + n[None, :]
         dg += tl.load(dg_chunks_ptr + sums, mask=(start + c < chunks)[:, None] & in_n[None, :], other=0.0)
         dbias += tl.load(dbias_chunks_ptr + sums, mask=(start + c < chunks)[:, None] & in_n[None, :], other=0.0)
     tl.store(dg_ptr + n, tl.sum(dg, axis=0), mask=in_n)
@@ -88,7 +92,7 @@ def launch(dy, inner, g, dyg, dg, dbias):
     dg_chunks = torch.empty((chunks, 4304), dtype=torch.float32, device=dy.device)
     dbias_chunks = torch.empty_like(dg_chunks)
     compose_backward_kernel[(chunks * 9,)](
-        dy, inner, g, dyg, dg_chunks, dbias_chunks, tokens,
+        dy, dy.stride(0), inner, inner.stride(0), g, dyg, dyg.stride(0), dg_chunks, dbias_chunks, tokens,
         num_warps=4, num_stages=2,
     )
     add_chunks_kernel[(68,)](

@@ -16,10 +16,13 @@ import triton.language as tl
 @triton.jit
 def compose_forward_kernel(
     base_ptr: "*bf16",
+    base_stride: "i64",
     lora_ptr: "*bf16",
+    lora_stride: "i64",
     g_ptr: "*fp32",
     bias_ptr: "*bf16",
     y_ptr: "*bf16",
+    y_stride: "i64",
     tokens: "i32",
     scaling: "fp32",
 ):
@@ -31,26 +34,25 @@ def compose_forward_kernel(
 
     tile_t = tl.program_id(0) // N_TILES
     tile_n = tl.program_id(0) % N_TILES
-    row = (tile_t * BLOCK_T).to(tl.int64)  # tokens * D_OUT may pass 2**31; offsets inside a tile never do
-    t = tl.arange(0, BLOCK_T)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = t.to(tl.int64)[:, None]  # times a row stride it may pass 2**31
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_t = (t < tokens - tile_t * BLOCK_T)[:, None]
+    in_t = (t < tokens)[:, None]
     in_n = n < D_OUT
 
-    tile = t[:, None] * D_OUT + n[None, :]
-    base = tl.load(base_ptr + row * D_OUT + tile, mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
-    lora = tl.load(lora_ptr + row * D_OUT + tile, mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
+    base = tl.load(base_ptr + row * base_stride + n[None, :], mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
+    lora = tl.load(lora_ptr + row * lora_stride + n[None, :], mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
     g = tl.load(g_ptr + n, mask=in_n, other=0.0)[None, :]
     inner = base + scaling * lora
     y = g * inner
     y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + row * D_OUT + tile, y.to(tl.bfloat16), mask=in_t & in_n[None, :])
+    tl.store(y_ptr + row * y_stride + n[None, :], y.to(tl.bfloat16), mask=in_t & in_n[None, :])
 
 
 def launch(base, lora, g, bias, y, scaling):
     """Fill y from base and lora [T, 4304], g [4304], bias [4304]."""
     tokens = base.shape[0]
     compose_forward_kernel[(triton.cdiv(tokens, 4) * 5,)](
-        base, lora, g, bias, y, tokens, scaling,
+        base, base.stride(0), lora, lora.stride(0), g, bias, y, y.stride(0), tokens, scaling,
         num_warps=4, num_stages=2,
     )

@@ -16,15 +16,18 @@ import triton.language as tl
 @triton.jit
 def lora_compose_kernel(
     base_ptr: "*bf16",
+    base_stride: "i64",
     h_ptr: "*bf16",
+    h_stride: "i64",
     lora_b_ptr: "*bf16",
+    lora_b_stride: "i64",
     g_ptr: "*fp32",
     y_ptr: "*bf16",
+    y_stride: "i64",
     tokens: "i32",
     scaling: "fp32",
 ):
     """Write one [BLOCK_T, BLOCK_N] tile of y; base and y may be the same memory."""
-    D_OUT: tl.constexpr = 4096
     RANK: tl.constexpr = 384
     BLOCK_T: tl.constexpr = 128
     BLOCK_N: tl.constexpr = 128
@@ -33,17 +36,16 @@ def lora_compose_kernel(
 
     tile_t = tl.program_id(0) // N_TILES
     tile_n = tl.program_id(0) % N_TILES
-    row = (tile_t * BLOCK_T).to(tl.int64)  # tokens * D_OUT may pass 2**31; offsets inside a tile never do
-    t = tl.arange(0, BLOCK_T)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = t.to(tl.int64)[:, None]  # times a row stride it may pass 2**31
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    in_t = (t < tokens - tile_t * BLOCK_T)[:, None]
+    in_t = (t < tokens)[:, None]
 
-    tile = t[:, None] * D_OUT + n[None, :]
-    base = tl.load(base_ptr + row * D_OUT + tile, mask=in_t, other=0.0)
+    base = tl.load(base_ptr + row * base_stride + n[None, :], mask=in_t, other=0.0)
 
-    h_ptrs = h_ptr + row * RANK + t[:, None] * RANK + k[None, :]
-    b_ptrs = lora_b_ptr + n[None, :] * RANK + k[:, None]
+    h_ptrs = h_ptr + row * h_stride + k[None, :]
+    b_ptrs = lora_b_ptr + n.to(tl.int64)[None, :] * lora_b_stride + k[:, None]
     lora = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
     for start in range(0, RANK, BLOCK_K):
         h = tl.load(h_ptrs + start, mask=in_t, other=0.0)
@@ -53,13 +55,14 @@ def lora_compose_kernel(
     g = tl.load(g_ptr + n)[None, :]
     inner = base.to(tl.float32) + scaling * lora
     y = g * inner
-    tl.store(y_ptr + row * D_OUT + tile, y.to(tl.bfloat16), mask=in_t)
+    tl.store(y_ptr + row * y_stride + n[None, :], y.to(tl.bfloat16), mask=in_t)
 
 
 def launch(base, h, lora_b, g, y, scaling):
     """Fill y from base [T, 4096], h [T, 384], lora_b [4096, 384], g [4096]."""
     tokens = base.shape[0]
     lora_compose_kernel[(triton.cdiv(tokens, 128) * 32,)](
-        base, h, lora_b, g, y, tokens, scaling,
+        base, base.stride(0), h, h.stride(0), lora_b, lora_b.stride(0), g, y, y.stride(0),
+        tokens, scaling,
         num_warps=8, num_stages=3,
     )

@@ -16,11 +16,15 @@ import triton.language as tl
 @triton.jit
 def lora_compose_kernel(
     base_ptr: "*bf16",
+    base_stride: "i64",
     h_ptr: "*bf16",
+    h_stride: "i64",
     lora_b_ptr: "*bf16",
+    lora_b_stride: "i64",
     g_ptr: "*fp32",
     bias_ptr: "*bf16",
     y_ptr: "*bf16",
+    y_stride: "i64",
     tokens: "i32",
     scaling: "fp32",
 ):
@@ -34,18 +38,17 @@ def lora_compose_kernel(
 
     tile_t = tl.program_id(0) // N_TILES
     tile_n = tl.program_id(0) % N_TILES
-    row = (tile_t * BLOCK_T).to(tl.int64)  # tokens * D_OUT may pass 2**31; offsets inside a tile never do
-    t = tl.arange(0, BLOCK_T)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = t.to(tl.int64)[:, None]  # times a row stride it may pass 2**31
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    in_t = (t < tokens - tile_t * BLOCK_T)[:, None]
+    in_t = (t < tokens)[:, None]
     in_n = n < D_OUT
 
-    tile = t[:, None] * D_OUT + n[None, :]
-    base = tl.load(base_ptr + row * D_OUT + tile, mask=in_t & in_n[None, :], other=0.0)
+    base = tl.load(base_ptr + row * base_stride + n[None, :], mask=in_t & in_n[None, :], other=0.0)
 
-    h_ptrs = h_ptr + row * RANK + t[:, None] * RANK + k[None, :]
-    b_ptrs = lora_b_ptr + n[None, :] * RANK + k[:, None]
+    h_ptrs = h_ptr + row * h_stride + k[None, :]
+    b_ptrs = lora_b_ptr + n.to(tl.int64)[None, :] * lora_b_stride + k[:, None]
     lora = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
     for start in range(0, RANK, BLOCK_K):
         in_k = k < RANK - start
@@ -57,13 +60,14 @@ def lora_compose_kernel(
     inner = base.to(tl.float32) + scaling * lora
     y = g * inner
     y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + row * D_OUT + tile, y.to(tl.bfloat16), mask=in_t & in_n[None, :])
+    tl.store(y_ptr + row * y_stride + n[None, :], y.to(tl.bfloat16), mask=in_t & in_n[None, :])
 
 
 def launch(base, h, lora_b, g, bias, y, scaling):
     """Fill y from base [T, 4304], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
     tokens = base.shape[0]
     lora_compose_kernel[(triton.cdiv(tokens, 128) * 34,)](
-        base, h, lora_b, g, bias, y, tokens, scaling,
+        base, base.stride(0), h, h.stride(0), lora_b, lora_b.stride(0), g, bias, y, y.stride(0),
+        tokens, scaling,
         num_warps=8, num_stages=3,
     )

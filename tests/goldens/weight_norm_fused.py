@@ -14,9 +14,8 @@ import triton.language as tl
 
 
 @triton.jit
-def gram_shares_kernel(lora_a_ptr: "*bf16", gram_shares_ptr: "*fp32"):
+def gram_shares_kernel(lora_a_ptr: "*bf16", lora_a_stride: "i64", gram_shares_ptr: "*fp32"):
     """Write one [BLOCK, BLOCK] tile of A @ A.T over one share of the columns of A."""
-    D_IN: tl.constexpr = 4096
     RANK: tl.constexpr = 384
     BLOCK: tl.constexpr = 64
     BLOCK_K: tl.constexpr = 64
@@ -26,8 +25,8 @@ def gram_shares_kernel(lora_a_ptr: "*bf16", gram_shares_ptr: "*fp32"):
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     share = tl.program_id(2)
     k = share * SHARE + tl.arange(0, BLOCK_K)
-    row_ptrs = lora_a_ptr + rows[:, None] * D_IN + k[None, :]
-    col_ptrs = lora_a_ptr + cols[None, :] * D_IN + k[:, None]
+    row_ptrs = lora_a_ptr + rows.to(tl.int64)[:, None] * lora_a_stride + k[None, :]
+    col_ptrs = lora_a_ptr + cols.to(tl.int64)[None, :] * lora_a_stride + k[:, None]
     gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
     for start in range(0, SHARE, BLOCK_K):
         left = tl.load(row_ptrs + start)
@@ -55,14 +54,16 @@ def half_gram_kernel(gram_shares_ptr: "*fp32", half_gram_ptr: "*fp32", scaling: 
 @triton.jit
 def row_dots_kernel(
     weight_ptr: "*bf16",
+    weight_stride: "i64",
     lora_a_ptr: "*bf16",
+    lora_a_stride: "i64",
     lora_b_ptr: "*bf16",
+    lora_b_stride: "i64",
     half_gram_ptr: "*fp32",
     partials_ptr: "*fp32",
 ):
     """Write sum_n B[:, n] * (W @ A.T + B @ (s/2)G)[:, n] for BLOCK_M rows, BLOCK_N ranks and one share of the inner sums."""
     D_OUT: tl.constexpr = 4096
-    D_IN: tl.constexpr = 4096
     RANK: tl.constexpr = 384
     BLOCK_M: tl.constexpr = 128
     BLOCK_N: tl.constexpr = 128
@@ -80,15 +81,16 @@ def row_dots_kernel(
     k = share * (K_STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
     j = share * (GRAM_STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
 
-    w_ptrs = weight_ptr + rows[:, None] * D_IN + k[None, :]
-    a_ptrs = lora_a_ptr + n[None, :] * D_IN + k[:, None]
+    w_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride + k[None, :]
+    a_ptrs = lora_a_ptr + n.to(tl.int64)[None, :] * lora_a_stride + k[:, None]
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for step in range(0, K_STEPS):
         w = tl.load(w_ptrs + step * BLOCK_K)
         a = tl.load(a_ptrs + step * BLOCK_K)
         acc = tl.dot(w, a, acc)
 
-    b_ptrs = lora_b_ptr + rows[:, None] * RANK + j[None, :]
+    b_rows = lora_b_ptr + rows.to(tl.int64)[:, None] * lora_b_stride
+    b_ptrs = b_rows + j[None, :]
     gram_ptrs = half_gram_ptr + n[None, :] + j[:, None] * RANK
     for step in range(0, GRAM_STEPS):
         b_part = tl.load(b_ptrs + step * BLOCK_K)
@@ -98,7 +100,7 @@ def row_dots_kernel(
         acc = tl.dot(b_part, half_gram_high, acc)
         acc = tl.dot(b_part, half_gram_low, acc)
 
-    b = tl.load(lora_b_ptr + rows[:, None] * RANK + n[None, :])
+    b = tl.load(b_rows + n[None, :])
     dots = tl.sum(acc * b.to(tl.float32), axis=1)
     partial = tile_n * SPLIT_K + share
     tl.store(partials_ptr + partial * D_OUT + rows, dots)
@@ -130,10 +132,11 @@ def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
     gram_shares = torch.empty((8, 384, 384), dtype=torch.float32, device=weight.device)
     half_gram = torch.empty((384, 384), dtype=torch.float32, device=weight.device)
     partials = torch.empty((6, 4096), dtype=torch.float32, device=weight.device)
-    gram_shares_kernel[(6, 6, 8)](lora_a, gram_shares, num_warps=4, num_stages=3)
+    gram_shares_kernel[(6, 6, 8)](lora_a, lora_a.stride(0), gram_shares, num_warps=4, num_stages=3)
     half_gram_kernel[(288,)](gram_shares, half_gram, scaling, num_warps=4, num_stages=2)
     row_dots_kernel[(32 * 3, 2)](
-        weight, lora_a, lora_b, half_gram, partials, num_warps=8, num_stages=4
+        weight, weight.stride(0), lora_a, lora_a.stride(0), lora_b, lora_b.stride(0), half_gram, partials,
+        num_warps=8, num_stages=4,
     )
     finish_kernel[(32,)](
         weight_sq, partials, norm, scaling,

@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def gram_shares_kernel(lora_a_ptr: "*bf16", gram_shares_ptr: "*fp32"):
+def gram_shares_kernel(lora_a_ptr: "*bf16", lora_a_stride: "i64", gram_shares_ptr: "*fp32"):
     """Write one [BLOCK, BLOCK] tile of A @ A.T over one share of the columns of A."""
     D_IN: tl.constexpr = 1152
     RANK: tl.constexpr = 24
@@ -26,8 +26,8 @@ def gram_shares_kernel(lora_a_ptr: "*bf16", gram_shares_ptr: "*fp32"):
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     share = tl.program_id(2)
     k = share * SHARE + tl.arange(0, BLOCK_K)
-    row_ptrs = lora_a_ptr + rows[:, None] * D_IN + k[None, :]
-    col_ptrs = lora_a_ptr + cols[None, :] * D_IN + k[:, None]
+    row_ptrs = lora_a_ptr + rows.to(tl.int64)[:, None] * lora_a_stride + k[None, :]
+    col_ptrs = lora_a_ptr + cols.to(tl.int64)[None, :] * lora_a_stride + k[:, None]
     gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
     for start in range(0, SHARE, BLOCK_K):
         left = tl.load(row_ptrs + start, mask=(rows < RANK)[:, None] & (k < D_IN - start)[None, :], other=0.0)
@@ -56,8 +56,11 @@ def half_gram_kernel(gram_shares_ptr: "*fp32", half_gram_ptr: "*fp32", scaling: 
 @triton.jit
 def row_dots_kernel(
     weight_ptr: "*bf16",
+    weight_stride: "i64",
     lora_a_ptr: "*bf16",
+    lora_a_stride: "i64",
     lora_b_ptr: "*bf16",
+    lora_b_stride: "i64",
     half_gram_ptr: "*fp32",
     partials_ptr: "*fp32",
 ):
@@ -83,8 +86,8 @@ def row_dots_kernel(
     in_m = (rows < D_OUT)[:, None]
     in_n = n < RANK
 
-    w_ptrs = weight_ptr + rows[:, None] * D_IN + k[None, :]
-    a_ptrs = lora_a_ptr + n[None, :] * D_IN + k[:, None]
+    w_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride + k[None, :]
+    a_ptrs = lora_a_ptr + n.to(tl.int64)[None, :] * lora_a_stride + k[:, None]
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for step in range(0, K_STEPS):
         in_k = k < D_IN - step * BLOCK_K
@@ -92,7 +95,8 @@ def row_dots_kernel(
         a = tl.load(a_ptrs + step * BLOCK_K, mask=in_n[None, :] & in_k[:, None], other=0.0)
         acc = tl.dot(w, a, acc)
 
-    b_ptrs = lora_b_ptr + rows[:, None] * RANK + j[None, :]
+    b_rows = lora_b_ptr + rows.to(tl.int64)[:, None] * lora_b_stride
+    b_ptrs = b_rows + j[None, :]
     gram_ptrs = half_gram_ptr + n[None, :] + j[:, None] * RANK
     for step in range(0, GRAM_STEPS):
         in_j = j < RANK - step * BLOCK_K
@@ -103,7 +107,7 @@ def row_dots_kernel(
         acc = tl.dot(b_part, half_gram_high, acc)
         acc = tl.dot(b_part, half_gram_low, acc)
 
-    b = tl.load(lora_b_ptr + rows[:, None] * RANK + n[None, :], mask=in_m & in_n[None, :], other=0.0)
+    b = tl.load(b_rows + n[None, :], mask=in_m & in_n[None, :], other=0.0)
     dots = tl.sum(acc * b.to(tl.float32), axis=1)
     partial = tile_n * SPLIT_K + share
     tl.store(partials_ptr + partial * D_OUT + rows, dots, mask=rows < D_OUT)
@@ -112,6 +116,7 @@ def row_dots_kernel(
 @triton.jit
 def finish_kernel(
     weight_ptr: "*bf16",
+    weight_stride: "i64",
     partials_ptr: "*fp32",
     magnitude_ptr: "*fp32",
     norm_ptr: "*fp32",
@@ -129,7 +134,7 @@ def finish_kernel(
 
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
-    w_ptrs = weight_ptr + rows[:, None] * D_IN + cols[None, :]
+    w_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride + cols[None, :]
     squares = tl.full((ROWS, COLS), 0.0, tl.float32)
     for start in range(0, D_IN, COLS):
         w = tl.load(w_ptrs + start, mask=(cols < D_IN - start)[None, :], other=0.0).to(tl.float32)
@@ -150,12 +155,13 @@ def launch(weight, lora_a, lora_b, magnitude, norm, g, weight_sq, scaling):
     gram_shares = torch.empty((3, 24, 24), dtype=torch.float32, device=weight.device)
     half_gram = torch.empty((24, 24), dtype=torch.float32, device=weight.device)
     partials = torch.empty((4, 4304), dtype=torch.float32, device=weight.device)
-    gram_shares_kernel[(1, 1, 3)](lora_a, gram_shares, num_warps=4, num_stages=3)
+    gram_shares_kernel[(1, 1, 3)](lora_a, lora_a.stride(0), gram_shares, num_warps=4, num_stages=3)
     half_gram_kernel[(2,)](gram_shares, half_gram, scaling, num_warps=4, num_stages=2)
     row_dots_kernel[(34 * 1, 4)](
-        weight, lora_a, lora_b, half_gram, partials, num_warps=8, num_stages=4
+        weight, weight.stride(0), lora_a, lora_a.stride(0), lora_b, lora_b.stride(0), half_gram, partials,
+        num_warps=8, num_stages=4,
     )
     finish_kernel[(538,)](
-        weight, partials, magnitude, norm, g, weight_sq, scaling,
+        weight, weight.stride(0), partials, magnitude, norm, g, weight_sq, scaling,
         num_warps=4, num_stages=2,
     )

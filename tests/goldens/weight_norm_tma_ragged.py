@@ -112,6 +112,7 @@ def row_dots_kernel(
 @triton.jit
 def finish_kernel(
     weight_ptr: "*bf16",
+    weight_stride: "i64",
     partials_ptr: "*fp32",
     magnitude_ptr: "*fp32",
     norm_ptr: "*fp32",
@@ -130,7 +131,7 @@ def finish_kernel(
     tl.extra.cuda.gdc_wait()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
-    w_ptrs = weight_ptr + rows[:, None] * D_IN + cols[None, :]
+    w_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride + cols[None, :]
     squares = tl.full((ROWS, COLS), 0.0, tl.float32)
     for start in range(0, D_IN, COLS):
         w = tl.load(w_ptrs + start, mask=(cols < D_IN - start)[None, :], other=0.0).to(tl.float32)
@@ -167,6 +168,6 @@ def launch(weight, lora_a, lora_b, magnitude, norm, g, weight_sq, scaling):
         num_warps=8, num_stages=3, launch_pdl=True,
     )
     finish_kernel[(538,)](
-        weight, partials, magnitude, norm, g, weight_sq, scaling,
+        weight, weight.stride(0), partials, magnitude, norm, g, weight_sq, scaling,
         num_warps=4, num_stages=2, launch_pdl=True,
     )

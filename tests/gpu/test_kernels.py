@@ -1,5 +1,5 @@
 """On a real GPU every variant is right in bf16, fp16, fp32 and with fp32 adapters, where each term dominates, for any
-token count, in place, unaligned and beyond 2**31 elements."""
+token count, in place, unaligned, in slices of wider matrices and beyond 2**31 elements."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 import doratune
 from doratune.codegen.gpu import Gpu
-from doratune.codegen.ops import OPS
+from doratune.codegen.ops import OPS, SMALLEST_GAIN
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
 from doratune.runtime.device import find_device, gpu_of
-from doratune.runtime.kernel import bind
+from doratune.runtime.kernel import Kernel, bind
 from doratune.runtime.reference import definition
 from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import CASES, make_inputs, make_outputs
@@ -80,6 +80,28 @@ def test_any_token_count_is_right(variant: Variant, tokens: int, gpu: Gpu) -> No
     assert complaint_of(render(spec, fitting_config(variant, spec, gpu)), tokens, "mixed") is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dg_from_the_output_is_exact_where_y_says_nothing(dtype: torch.dtype) -> None:
+    """The backward of a step that kept y, with columns of g = 0, of g just below the bound, and of NaN."""
+    shape = {"d_out": 2048, "d_in": 1024, "rank": 64, "tokens": 1000, "dtype": dtype}
+    backward = doratune.load_kernel("compose_backward", output=True, **shape)
+    exact = doratune.load_kernel("compose_backward_exact", **shape)
+    inputs, scaling = make_inputs(exact.spec, 1000, case="random", device="cuda")
+    inputs["g"][3], inputs["g"][700] = 0.0, SMALLEST_GAIN[exact.spec.activation] / 2
+    inputs["g"][2047] = float("nan")
+    inner = inputs["x"].double() @ inputs["weight"].double().T
+    inner += scaling * (inputs["h"].double() @ inputs["lora_B"].double().T)
+    y = (inputs["g"] * inner).to(dtype)
+    _, first = backward(inputs["dy"], y, inputs["g"])
+    assert first[[3, 700, 2047]].tolist() == [0.0, 0.0, 0.0]
+    dg = exact(**{**inputs, "dg": first}, scaling=scaling, out=first)
+    assert isinstance(dg, torch.Tensor)
+    wanted = (inputs["dy"].double() * inner).sum(dim=0)
+    tiny = [3, 700, 2047]
+    assert (dg - wanted)[tiny].norm() / wanted[tiny].norm() < 1e-5
+    assert (dg - wanted).norm() / wanted.norm() < (1e-5 if dtype == torch.float32 else 2e-3)  # y is rounded
+
+
 @pytest.mark.parametrize("d_in", [14336, 28672])
 def test_long_rows_lose_no_digits(d_in: int, gpu: Gpu) -> None:
     """Tensor cores drop low bits of a running sum; G over 14336 columns in one sum failed the norm's 1e-5."""
@@ -113,6 +135,43 @@ def test_y_may_be_written_over_base_and_leading_dimensions_stay(gpu: Gpu) -> Non
     assert result.data_ptr() == inputs["base"].data_ptr()
     assert result.shape == (2, 300, 1024)
     assert torch.equal(result.view(600, 1024), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("padding", [8, 3], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)
+def test_rows_may_lie_apart(variant: Variant, padding: int, gpu: Gpu) -> None:
+    """Slices of wider matrices, also where tensor descriptors need a copy; what lies between the rows stays."""
+    spec = spec_of(variant.op, "bf16", "bf16", gpu)
+    kernel = Kernel(spec, find_device("cuda"), source=render(spec, fitting_config(variant, spec, gpu)))
+    plain, scaling = make_inputs(spec, 300, device="cuda")
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim < 2:
+            return tensor
+        wide = torch.full((tensor.shape[0], tensor.shape[1] + 2 * padding), float("nan")).to(tensor)
+        wide[:, padding:-padding] = tensor
+        return wide[:, padding:-padding]
+
+    outputs = {name: apart(tensor) for name, tensor in make_outputs(spec, 300, "cuda").items()}
+    inputs = [apart(tensor) for tensor in plain.values()]
+    kernel.launch(inputs, tuple(outputs.values()), scaling if spec.contract.scaling else None)
+    assert worst_error(spec, outputs, definition(spec, plain, scaling))[1] is None
+    for tensor in (*inputs, *outputs.values()):
+        wide = tensor._base
+        assert wide is None or bool(wide[:, :padding].isnan().all() & wide[:, -padding:].isnan().all())
+
+
+def test_a_row_stride_may_reach_beyond_two_to_the_31_elements(gpu: Gpu) -> None:
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    spec = spec_of("compose_forward", "bf16", "bf16", gpu, d_out=1024, tokens=16)
+    memory = torch.empty(5 * 2**30, device="cuda", dtype=torch.bfloat16)
+    inputs, scaling = make_inputs(spec, 5, device="cuda")
+    base = memory.as_strided((5, 1024), (2**30, 1)).copy_(inputs["base"])
+    y = memory.as_strided((5, 1024), (2**30, 1), 4096)
+    kernel = doratune.load_kernel("compose_forward", d_out=1024, d_in=64, rank=64, tokens=5)
+    kernel(base, inputs["lora"], inputs["g"], scaling=scaling, out=y)
+    assert torch.equal(y, kernel(**inputs, scaling=scaling))  # type: ignore[arg-type]
 
 
 def test_memory_that_is_not_16_byte_aligned_is_right() -> None:

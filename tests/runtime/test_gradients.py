@@ -123,18 +123,24 @@ def saved_for_backward(run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
 
 
 def test_only_what_a_gradient_asks_for_is_kept_for_the_backward_pass() -> None:
-    tokens, d_out, d_in, rank = 64, 48, 40, 6
+    tokens, d_out, rank = 64, 48, 6
 
-    def kept(*trained: str) -> int:
+    def kept(*trained: str, **options: bool) -> int:
         layer = make_layer(tokens=(tokens,), trained=trained)
-        given = {tensor.data_ptr() for tensor in layer.tensors.values()}
-        saved = saved_for_backward(lambda: dora_linear(*layer.args))
+        outputs: list[torch.Tensor] = []
+
+        def run() -> torch.Tensor:
+            outputs.append(dora_linear(*layer.args, **options))
+            return outputs[0]
+
+        saved = saved_for_backward(run)
+        given = {tensor.data_ptr() for tensor in (*layer.tensors.values(), *outputs)}
         return sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in given)
 
-    assert kept("x", "lora_A", "lora_B", "magnitude") == tokens * (d_out + rank) + 2 * d_out
+    assert kept("x", "lora_A", "lora_B", "magnitude") == tokens * rank + 2 * d_out  # h, g and w; y is there anyway
+    assert kept("x", "lora_A", "lora_B", "magnitude", keep_inner=True) == tokens * (d_out + rank) + 2 * d_out
     assert kept("x", "lora_A", "lora_B") == tokens * rank + d_out
     assert kept("x", "lora_A") == kept("x") == d_out
-    assert (tokens, d_out, d_in, rank) == (64, 48, 40, 6)
 
 
 def test_nothing_is_kept_and_no_graph_made_without_gradients() -> None:
@@ -259,12 +265,25 @@ def test_zero_rows_and_zero_magnitudes_are_finite() -> None:
     assert all(grad is None or grad.isfinite().all() for grad in gradients(y, layer).values())
 
 
-def test_the_output_may_be_changed_in_place() -> None:
-    for form in ("own", "given base, bias, overwritten"):
-        layer = make_layer()
-        y = FORMS[form](layer)
-        y += 1.0
-        gradients(y, layer)
+@pytest.mark.parametrize("form", ["own", "own, bias", "given base", "given base, bias, overwritten", "foreign base"])
+@pytest.mark.parametrize("through_a_view", [False, True])
+def test_the_output_may_be_changed_in_place(form: str, through_a_view: bool) -> None:
+    layer, again = make_layer(), make_layer()
+    wanted = gradients(torch.tanh(FORMS[form](layer) * 3.0), layer)
+    y = FORMS[form](again)
+    (y.view(-1, 48) if through_a_view else y).mul_(3.0).tanh_()
+    assert_close(gradients(y, again), wanted, 1e-12, form)
+
+
+def test_keeping_inner_is_right_where_y_is_overwritten_unseen() -> None:
+    layer, again = make_layer(), make_layer()
+    wanted = gradients(dora_linear(*layer.args), layer)
+    y = dora_linear(*again.args, keep_inner=True)
+    y.data.zero_()
+    assert_close(gradients(y, again), wanted, 1e-13, "keep_inner")
+    y = dora_linear(*again.args)
+    y.data.zero_()
+    assert gradients(y, again)["magnitude"].count_nonzero() == 0  # type: ignore[union-attr]
 
 
 def test_an_overwritten_foreign_base_cannot_be_used_in_a_backward_pass_unnoticed(

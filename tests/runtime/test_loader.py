@@ -150,7 +150,7 @@ def test_threads_that_ask_together_get_one_object(monkeypatch: pytest.MonkeyPatc
         ("weight_norm", {"magnitude_dtype": torch.float64}, "magnitude_dtype=torch.float64: unsupported dtype"),
         ("weight_norm", {"dtype": "bf16"}, "dtype='bf16': unsupported dtype"),
         ("weight_norm", {"bias": True}, "weight_norm has no flag 'bias'"),
-        ("compose_backward", {"delta": True}, "compose_backward has no flag 'delta' (its flags: bias)"),
+        ("compose_backward", {"delta": True}, "compose_backward has no flag 'delta' (its flags: bias, output)"),
         ("compose_forward", {"bias": True, "delta": True}, "bias and delta exclude each other"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from doratune.codegen.ops import OPS
+from doratune.codegen.ops import OPS, SMALLEST_GAIN
 from doratune.codegen.spec import KernelSpec
 from doratune.runtime.reference import TORCH_DTYPES, definition, reference
 from doratune.tuner.accuracy import worst_error
@@ -73,6 +73,11 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
         adapted = t["weight"] + scaling * t["lora_B"] @ t["lora_A"]
         norm = torch.stack([row.dot(row).sqrt() for row in adapted])
         return {"norm": norm, "g": t["magnitude"] / norm}
+    if spec.op == "compose_backward_exact":
+        inner = torch.einsum("ti,oi->to", t["x"], t["weight"]) + scaling * torch.einsum(
+            "tr,or->to", t["h"], t["lora_B"]
+        )
+        return {"dg_exact": torch.where(t["g"].abs() < 2.0**-32, (t["dy"] * inner).sum(dim=0), t["dg"])}
     if spec.op == "compose_backward":
         tokens = range(t["dy"].shape[0])
         return {
@@ -86,8 +91,8 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_definition_says_what_the_contract_says(op: str) -> None:
-    spec = spec_of(op, "fp32", magnitude="fp32", bias=op != "weight_norm")
-    inputs, scaling = make_inputs(spec, 7, case="random")
+    spec = spec_of(op, "fp32", magnitude="fp32", bias="bias" in OPS[op].flags)
+    inputs, scaling = make_inputs(spec, 7, case="mixed" if op == "compose_backward_exact" else "random")
     exact, by_the_book = definition(spec, inputs, scaling), dora_by_the_book(spec, inputs, scaling)
     assert exact.keys() == by_the_book.keys()
     for name, value in by_the_book.items():
@@ -100,6 +105,26 @@ def test_the_delta_form_added_to_the_base_output_is_the_full_form(op: str) -> No
     inputs, scaling = make_inputs(full, 7, case="random")
     added = inputs["base"].double() + definition(delta, inputs, scaling)["y"]
     torch.testing.assert_close(added, definition(full, inputs, scaling)["y"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_dg_from_the_output_is_dg_from_inner_and_exact_where_y_says_nothing(dtype: str) -> None:
+    """The backward of a step that kept y: y/g in most columns, the product again where g is 0, tiny or NaN."""
+    spec, exact = spec_of("compose_backward", dtype, output=True), spec_of("compose_backward_exact", dtype)
+    inputs, scaling = make_inputs(exact, 64, case="random")
+    inputs["g"][[0, 5, 7]] = torch.tensor([0.0, SMALLEST_GAIN[dtype] / 2, float("nan")])
+    inputs["g"][6] = SMALLEST_GAIN[dtype]
+    inner = inputs["x"].double() @ inputs["weight"].double().T
+    inner += scaling * inputs["h"].double() @ inputs["lora_B"].double().T
+    y = (inputs["g"] * inner).to(TORCH_DTYPES[dtype])
+    first = reference(spec, {"dy": inputs["dy"], "y": y, "g": inputs["g"]})["dg"]
+    assert first[[0, 5, 7]].tolist() == [0.0, 0.0, 0.0]
+    dg = reference(exact, {**inputs, "dg": first}, scaling)["dg_exact"]
+    wanted = (inputs["dy"].double() * inner).sum(dim=0)
+    rounding = {"bf16": 2e-3, "fp16": 2e-3, "fp32": 1e-6}[dtype]
+    assert (dg - wanted).norm() / wanted.norm() < rounding
+    assert (dg - wanted)[[0, 5, 7]].norm() / wanted[[0, 5, 7]].norm() < 1e-6
+    assert dg[6] == pytest.approx(float(wanted[6]), rel=0.05, abs=rounding * float(wanted.norm()))
 
 
 def test_a_zero_row_has_norm_zero_and_a_finite_gain() -> None:

@@ -13,11 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from doratune.codegen.gpu import find_gpu
+from doratune.codegen.module import load_module
 from doratune.codegen.ops import OPS
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config, find_variant
-from doratune.tuner.inputs import CASES
+from doratune.runtime.reference import definition
+from doratune.tuner.accuracy import worst_error
+from doratune.tuner.inputs import CASES, make_inputs
 
 from .interpreter import complaint_of
 
@@ -84,6 +87,32 @@ def test_fp32_adapters_with_16_bit_weights_lose_nothing(op: str) -> None:
         assert complaint_of(source, 37, case=case) is None, case
 
 
+def test_dg_from_the_output_catches_a_wrong_bound() -> None:
+    variant = find_variant("compose_backward", "columns")
+    spec = spec_of("compose_backward", "fp16", output=True)
+    source = render(spec, small_config(variant, spec))
+    for broken in (">= SMALLEST_GAIN", "dg, axis=0) / tl.where(divisible, g, 1.0)"):
+        assert broken in source.text
+    assert complaint_of(source, 37) is None
+    mutant = replace(source, text=source.text.replace("tl.where(divisible, g, 1.0)", "1.0"))
+    assert complaint_of(mutant, 37) is not None
+    assert complaint_of(replace(source, text=source.text.replace(">= SMALLEST_GAIN", "> 0.0")), 37) is not None
+
+
+@pytest.mark.parametrize("op", ["compose_backward_exact"])
+@pytest.mark.parametrize("gains", ["all", "last", "nan"])
+def test_columns_that_y_says_nothing_about_are_exact_wherever_they_are(op: str, gains: str) -> None:
+    variant = find_variant(op, "tiles")
+    spec = spec_of(op, "fp16", d_out=150)
+    source = render(spec, small_config(variant, spec))
+    inputs, scaling = make_inputs(spec, 37, case="random")
+    inputs["g"][slice(None) if gains == "all" else slice(-1, None)] = float("nan") if gains == "nan" else 0.0
+    exact = definition(spec, inputs, scaling)
+    outputs = {"dg_exact": inputs["dg"]}  # also in place
+    load_module(source).launch(*inputs.values(), inputs["dg"], scaling)
+    assert worst_error(spec, outputs, exact)[1] is None
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 129, 300])
 def test_a_kernel_tuned_for_one_token_count_is_right_for_any_other(variant: Variant, tokens: int) -> None:
@@ -127,10 +156,13 @@ BREAKAGES = [
     ("lora_compose-tma", "g * inner", "(g * 1.002) * inner", "g off by one bf16 step"),
     ("compose_forward-tile", "y = g * inner", "y = inner", "g forgotten"),
     ("compose_backward-columns", "dg += dy * inner", "dg += dy * inner * (start < 3)", "last rows of a chunk dropped"),
+    ("compose_backward_exact-tiles", "inner += scaling * share", "inner += 1.01 * scaling * share", "B's term 1 % off"),
+    ("compose_backward_exact-tiles", "inner += share", "inner += share * (first == 0)", "x's later columns dropped"),
+    ("compose_backward_exact-tiles", "tl.where(tiny, sums, dg)", "sums", "good columns replaced too"),
     (
         "compose_backward-columns",
-        "tl.store(dyg_ptr",
-        "tl.store(dg_ptr if False else dyg_ptr + 0 * start",
+        "tl.store(dyg_ptrs",
+        "tl.store(dg_chunks_ptr if False else dyg_ptrs + 0 * start",
         "control: nothing broken",
     ),
 ]

@@ -20,13 +20,14 @@ LLAMA = find_model("llama-3.1-8b")
 QWEN = find_model("qwen2.5-7b")
 
 
-def test_llama_8b_at_one_rank_has_94_jobs() -> None:
+def test_llama_8b_at_one_rank_has_134_jobs() -> None:
     jobs = plan_jobs(LLAMA, ranks=[384], gpu="h200")
     assert Counter(job.op for job in jobs) == {
         "weight_norm": 4,
         "lora_compose": 30,
         "compose_forward": 30,
         "compose_backward": 30,
+        "compose_backward_exact": 40,
     }
     norms = [(job.d_out, job.d_in) for job in jobs if job.op == "weight_norm"]
     assert norms == [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096)]
@@ -39,7 +40,9 @@ def test_a_job_prints_as_a_spec_of_its_own_fields_alone() -> None:
         "weight_norm/d_out=4096/d_in=14336/rank=384/weight=bf16/adapter=fp32@h200",
         "lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=fp32@h200",
         "compose_forward/d_out=4096/tokens=4096/activation=bf16@h200",
-        "compose_backward/d_out=4096/tokens=4096/activation=bf16@h200",
+        "compose_backward/d_out=4096/tokens=4096/activation=bf16/output@h200",
+        "compose_backward_exact/d_out=4096/d_in=4096/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
+        "compose_backward_exact/d_out=4096/d_in=14336/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
     ]
 
 
@@ -51,13 +54,17 @@ def test_a_second_rank_adds_only_kernels_that_depend_on_the_rank() -> None:
     one = set(plan_jobs(LLAMA, ranks=[8], gpu="h200"))
     two = set(plan_jobs(LLAMA, ranks=[8, 64], gpu="h200"))
     assert one < two
-    assert {(job.op, job.rank) for job in two - one} == {("weight_norm", 64), ("lora_compose", 64)}
-    assert len(two - one) == 34
+    assert {(job.op, job.rank) for job in two - one} == {
+        ("weight_norm", 64),
+        ("lora_compose", 64),
+        ("compose_backward_exact", 64),
+    }
+    assert len(two - one) == 74
 
 
 def test_biased_and_unbiased_projections_of_one_width_are_two_jobs() -> None:
     jobs = plan_jobs(QWEN, ranks=[16], tokens=[1], gpu="h200")
-    for op in ("lora_compose", "compose_forward", "compose_backward"):
+    for op in ("lora_compose", "compose_forward"):
         # q_proj (3584) has a bias, o_proj and down_proj (3584) have none; k and v (512) have one, gate and up none.
         assert [(job.d_out, job.bias) for job in jobs if job.op == op] == [
             (512, True),
@@ -68,6 +75,14 @@ def test_biased_and_unbiased_projections_of_one_width_are_two_jobs() -> None:
     assert not any(job.bias for job in jobs if job.op == "weight_norm")
 
 
+def test_the_backward_takes_inner_where_y_holds_a_bias_and_else_y_with_an_exact_path_beside_it() -> None:
+    jobs = plan_jobs(QWEN, ranks=[16], tokens=[1], gpu="h200")
+    backward = [(job.d_out, job.output) for job in jobs if job.op == "compose_backward"]
+    assert backward == [(512, False), (3584, False), (3584, True), (18944, True)]
+    exact = {(job.d_out, job.d_in) for job in jobs if job.op == "compose_backward_exact"}
+    assert exact == {(3584, 3584), (3584, 18944), (18944, 3584)}
+
+
 @pytest.mark.parametrize("model", list_models(), ids=lambda model: model.name)
 def test_every_listed_model_plans_and_covers_its_projections(model: Model) -> None:
     jobs = set(plan_jobs(model, ranks=[16], adapter_dtype="fp32", gpu="mi300x"))
@@ -75,8 +90,11 @@ def test_every_listed_model_plans_and_covers_its_projections(model: Model) -> No
         fields = {"d_out": p.d_out, "d_in": p.d_in, "rank": 16, "dtype": "bf16", "adapter": "fp32", "gpu": "mi300x"}
         assert KernelSpec.create("weight_norm", **fields) in jobs
         for tokens in TOKEN_BUCKETS:
-            for op in ("lora_compose", "compose_forward", "compose_backward"):
+            for op in ("lora_compose", "compose_forward"):
                 assert KernelSpec.create(op, tokens=tokens, bias=p.bias, **fields) in jobs
+            assert KernelSpec.create("compose_backward", tokens=tokens, output=not p.bias, **fields) in jobs
+            exact = KernelSpec.create("compose_backward_exact", tokens=tokens, **fields)
+            assert p.bias or exact in jobs
 
 
 projections = st.builds(
@@ -107,6 +125,8 @@ def test_the_plan_is_sorted_distinct_and_blind_to_the_order_of_its_inputs(
     assert found["weight_norm"] == len({(p.d_out, p.d_in) for p in layers}) * len(ranks)
     assert found["lora_compose"] == len(widths) * len(buckets) * len(ranks)
     assert found["compose_forward"] == found["compose_backward"] == len(widths) * len(buckets)
+    unbiased = {(p.d_out, p.d_in) for p in layers if not p.bias}
+    assert found["compose_backward_exact"] == len(unbiased) * len(buckets) * len(ranks)
     for values in (layers, ranks, tokens):
         random.shuffle(values)
     assert plan_jobs(Model("m", "", 1, tuple(layers)), ranks=ranks, tokens=tokens, gpu="h200") == jobs
