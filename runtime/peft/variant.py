@@ -68,10 +68,8 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
                 norm = self._norm(module, active_adapter, dora, owned=True)
                 return result + dora_linear(x, matrix, *adapter, norm=norm, delta=True)
             norm = self._norm(module, active_adapter, dora)
-            if matrix is None:
-                product = multiply(dora.layer, dora.base, x)
-            else:
-                product = nn.functional.linear(x, matrix)  # as PEFT does: W is trained too, and gets its gradient here
+            # A dense W that comes here is trained too and gets its gradient in this product, as with PEFT.
+            product = multiply(dora.layer, dora.base, x) if matrix is None else nn.functional.linear(x, matrix)
             return result + dora_compose(product, x, *adapter, norm=norm, delta=True)
         if dora.base.plain and type(module) is PeftLinear and _is_alone(module):
             assert matrix is not None
