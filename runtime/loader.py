@@ -44,6 +44,7 @@ def load_kernel(
     delta: bool = False,
     save: bool = False,
     output: bool = False,
+    autocast: bool = False,
     device: torch.device | str | int | None = None,
     store: str | None = None,
 ) -> Kernel:
@@ -60,7 +61,8 @@ def load_kernel(
         dtype: of W and of the activations. adapter_dtype: of A and B, ``dtype`` when None.
         magnitude_dtype: ``weight_norm`` also takes m of this dtype and returns g.
         bias: add (or, backward, sum up) a bias. delta: the delta form. save: also return nW or inner.
-            output: ``compose_backward`` takes y instead of inner.
+            output: ``compose_backward`` takes y instead of inner. autocast: fp32 A and B are rounded to ``dtype``, as
+            torch.autocast does, instead of kept exact.
         device: the current GPU when None, the CPU where there is none.
         store: a path or URL of the one store to ask first, instead of ``DORATUNE_CACHE_PATH``.
 
@@ -93,6 +95,7 @@ def load_kernel(
         delta=delta,
         save=save,
         output=output,
+        autocast=autocast,
         gpu=gpu_of(where).slug if where.type == "cuda" else CPU,
     )
     key = (spec, where, store)
