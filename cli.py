@@ -92,6 +92,7 @@ def main() -> None:
     "--dtype", type=_Dtype(), default="bf16", show_default=True, help="Of weights and activations: bf16, fp16, fp32."
 )
 @click.option("--adapter-dtype", type=_Dtype(), help="Of A and B; as --dtype by default. PEFT keeps adapters in fp32.")
+@click.option("--autocast", is_flag=True, help="Round fp32 adapters to --dtype, as torch.autocast does; else exact.")
 @click.option("--op", "ops", multiple=True, metavar="OP", help="Only this operation; repeatable.")
 @click.option("--tokens", type=int, multiple=True, help="Only this token count's bucket; repeatable.")
 @click.option("--gpu", default="auto", show_default=True, metavar="NAME", help="Target: auto, h200, rtx4090, sm_90, …")

@@ -126,7 +126,7 @@ WEIGHT_NORM = Op(
     dims=("d_out", "d_in", "rank"),
     dtypes=("weight", "adapter"),
     optional_dtypes=("magnitude",),
-    flags=("save",),
+    flags=("save", "autocast"),
     inputs=(
         Operand("weight", ("d_out", "d_in"), "weight"),
         Operand("lora_A", ("rank", "d_in"), "adapter"),
@@ -148,7 +148,7 @@ LORA_COMPOSE = Op(
     maths="y = g*(base + s*(h@B.T)) + b; delta form: (g-1)*base + g*s*(h@B.T)",
     dims=("d_out", "rank", "tokens"),
     dtypes=("activation", "adapter"),
-    flags=("bias", "delta", "save"),
+    flags=("bias", "delta", "save", "autocast"),
     inputs=(
         Operand("base", ("tokens", "d_out"), "activation"),
         Operand("h", ("tokens", "rank"), "activation"),
@@ -208,7 +208,7 @@ COMPOSE_BACKWARD_EXACT = Op(
     maths="dg = sum_t dY*(x@W.T + s*(h@B.T)) in the columns whose g is too small to divide y by, dg elsewhere",
     dims=("d_out", "d_in", "rank", "tokens"),
     dtypes=("weight", "activation", "adapter"),
-    flags=(),
+    flags=("autocast",),
     inputs=(
         Operand("dy", ("tokens", "d_out"), "activation", rare=True),
         Operand("x", ("tokens", "d_in"), "activation", rare=True),

@@ -56,6 +56,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["tl"] = _TL_DTYPES.__getitem__
     environment.filters["ceil_div"] = lambda value, by: -(-value // by)
+    environment.filters["power_of_two"] = lambda value: 1 << (value - 1).bit_length()
     environment.filters["smallest_gain"] = SMALLEST_GAIN.__getitem__
     return environment
 

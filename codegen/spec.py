@@ -26,7 +26,7 @@ DIMS = ("d_out", "d_in", "rank", "tokens")
 DTYPES = ("weight", "activation", "adapter", "magnitude")
 TILE_DTYPES = ("weight", "activation", "adapter")
 """The dtypes of the tensors that tiles are made of; the magnitude is a vector beside them."""
-FLAGS = ("bias", "delta", "save", "output")
+FLAGS = ("bias", "delta", "save", "output", "autocast")
 
 _GPU_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
@@ -75,6 +75,7 @@ class KernelSpec:
     delta: bool = False
     save: bool = False
     output: bool = False
+    autocast: bool = False
     gpu: str = "h200"
 
     def __post_init__(self) -> None:
@@ -97,6 +98,12 @@ class KernelSpec:
             raise SpecError(
                 "bias and output exclude each other: y holds the bias, and y - b has no digits left where b is of y's "
                 "size; a layer with a bias saves inner"
+            )
+        wide = self.weight or self.activation
+        if self.autocast and (self.adapter != "fp32" or wide == "fp32"):
+            raise SpecError(
+                f"autocast with {self.adapter} adapters and {wide} tensors: it rounds fp32 adapters to the 16-bit "
+                "dtype of the tensors, and there is nothing else to round; leave it out"
             )
         if self.weight and self.activation and self.weight != self.activation:
             raise SpecError(f"weight={self.weight} with activation={self.activation}: {self.op} multiplies one dtype")

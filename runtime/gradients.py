@@ -115,7 +115,7 @@ def _forward(
             assert weight is not None
             base, overwrite = rows @ weight.to(dtype).T, True
         else:
-            base = base.reshape(rows.shape[0], -1)
+            base = base.reshape(-1, base.shape[-1])
         extra = None if bias is None else bias.to(dtype)
         if extra is not None and form.base_has_bias:
             # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and

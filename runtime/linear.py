@@ -60,7 +60,7 @@ def dora_linear(
     if delta and base is None and bias is not None:
         raise ArgumentError("the delta form has no bias of its own: leave bias out, or give the base that contains it")
     dtype = product_dtype(x.device, weight.dtype)
-    if base is None and x.dtype != dtype and dtype == weight.dtype:
+    if base is None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
         raise ArgumentError(f"x is {x.dtype} and weight {weight.dtype}: convert x, or run under torch.autocast")
     form = Form(
         function="dora_linear",

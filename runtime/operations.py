@@ -91,11 +91,11 @@ def lora_compose(
         y = base
         torch.autograd.graph.increment_version(base)  # a launch does not show in it, and autograd must see the write
     else:
-        y = base.new_empty(base.shape)
+        y = torch.empty_like(base, memory_format=torch.contiguous_format)
     if not save:
         kernel.launch(_ready(inputs), (y,), scaling)
         return y, None
-    inner = base.new_empty(base.shape)
+    inner = torch.empty_like(base, memory_format=torch.contiguous_format)
     kernel.launch(_ready(inputs), (y, inner), scaling)
     return y, inner
 
@@ -149,7 +149,7 @@ def _compose_backward(
     if kernel is None:
         results = _eager(_spec(*key), inputs, 1.0)
         return results["dyg"], results["dg"], results.get("dbias")
-    dyg = dy.new_empty(dy.shape)
+    dyg = torch.empty_like(dy, memory_format=torch.contiguous_format)
     dg = torch.empty(d_out, dtype=torch.float32, device=dy.device)
     if "bias" not in flags:
         kernel.launch(_ready(inputs), (dyg, dg))

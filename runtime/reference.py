@@ -26,6 +26,7 @@ _WIDENED_ELEMENTS = 1 << 20
 
 def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[str, torch.Tensor]:
     """Compute the outputs of ``spec`` eagerly with fp32 accumulation, in the contract's dtypes."""
+    inputs = _autocast(spec, inputs)
     if spec.op == "weight_norm":
         results = _factored_norm(inputs, scaling)
     else:
@@ -38,11 +39,20 @@ def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[s
 
 def definition(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[str, torch.Tensor]:
     """Compute the outputs of ``spec`` in fp64 from the contract's formula (for the norm: the rows of W + sBA)."""
+    inputs = _autocast(spec, inputs)
     if spec.op == "weight_norm":
         results = _dense_norm(inputs, scaling)
     else:
         results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float64), scaling)
     return {operand.name: results[operand.name] for operand in spec.contract.outputs_of(spec)}
+
+
+def _autocast(spec: KernelSpec, inputs: Tensors) -> Tensors:
+    """The inputs with A and B rounded to the dtype of W and x where ``spec`` says so, as torch.autocast does."""
+    if not spec.autocast:
+        return inputs
+    dtype = TORCH_DTYPES[spec.weight or spec.activation]
+    return {name: tensor.to(dtype) if name in ("lora_A", "lora_B") else tensor for name, tensor in inputs.items()}
 
 
 def _widened(inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:

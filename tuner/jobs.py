@@ -17,6 +17,7 @@ def plan_jobs(
     ranks: Sequence[int],
     dtype: str = "bf16",
     adapter_dtype: str | None = None,
+    autocast: bool = False,
     gpu: str,
     ops: Sequence[str] | None = None,
     tokens: Iterable[int] | None = None,
@@ -31,6 +32,7 @@ def plan_jobs(
         ranks: the adapter ranks, each an integer of at least 1, without repeats.
         dtype: of the weights and activations: bf16, fp16 or fp32.
         adapter_dtype: of A and B; None means ``dtype``, fp32 beside bf16 is PEFT's default.
+        autocast: fp32 adapters are rounded to ``dtype``, as torch.autocast does, instead of kept exact.
         gpu: a slug or an architecture, as :func:`~doratune.codegen.gpu.find_gpu` takes it.
         ops: the operations to plan; None means all.
         tokens: token counts, each rounded up to its bucket; None means every bucket.
@@ -43,7 +45,7 @@ def plan_jobs(
     """
     adapter = dtype if adapter_dtype is None else adapter_dtype
     checked_ranks = _check_ranks(ranks)
-    _check_dtypes(dtype, adapter)
+    _check_dtypes(dtype, adapter, autocast)
     names = _check_ops(ops)
     slug = find_gpu(gpu).slug
     buckets = _check_tokens(tokens)
@@ -57,7 +59,7 @@ def plan_jobs(
             dtype=dtype,
             adapter=adapter,
             gpu=slug,
-            **_flags(op, projection),
+            **_flags(op, projection, autocast),
         )
         for op in names
         for projection in model.projections
@@ -69,11 +71,12 @@ def plan_jobs(
     return sorted(specs, key=lambda s: (order.index(s.op), s.d_out, s.tokens, s.d_in, s.rank, s.bias, s.output))
 
 
-def _flags(op: str, projection: Projection) -> dict[str, bool]:
+def _flags(op: str, projection: Projection, autocast: bool) -> dict[str, bool]:
     """The form in which a training step runs ``op``: it keeps y for the backward, and where y has a bias inner."""
     if op == "compose_backward":
         return {"output": not projection.bias}
-    return {"bias": projection.bias and "bias" in OPS[op].flags}
+    flags = {"bias": projection.bias, "autocast": autocast}
+    return {flag: wanted for flag, wanted in flags.items() if flag in OPS[op].flags}
 
 
 def _check_ranks(ranks: object) -> tuple[int, ...]:
@@ -91,13 +94,17 @@ def _check_ranks(ranks: object) -> tuple[int, ...]:
     return checked
 
 
-def _check_dtypes(dtype: str, adapter: str) -> None:
+def _check_dtypes(dtype: str, adapter: str, autocast: bool) -> None:
     for role, value in (("dtype", dtype), ("adapter dtype", adapter)):
         if value not in DTYPE_BYTES:
             near = near_names(str(value), DTYPE_BYTES)
             raise UsageError(f"unsupported {role} {value!r}{near} (use one of {', '.join(DTYPE_BYTES)})")
     if adapter not in (dtype, "fp32"):
         raise UsageError(f"adapter dtype {adapter} with {dtype} weights: use {dtype} or fp32")
+    if autocast and (adapter != "fp32" or dtype == "fp32"):
+        raise UsageError(
+            f"autocast with adapter dtype {adapter} and {dtype} weights: it rounds fp32 adapters beside 16-bit weights"
+        )
 
 
 def _check_ops(ops: Sequence[str] | None) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ class Request:
     ranks: tuple[int, ...] = (384,)
     dtype: str = "bf16"
     adapter_dtype: str | None = None
+    autocast: bool = False
     ops: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     gpu: str = "auto"
@@ -90,6 +91,7 @@ def tune_model(request: Request, progress: SilentProgress | None = None) -> Mode
         ranks=request.ranks,
         dtype=request.dtype,
         adapter_dtype=request.adapter_dtype,
+        autocast=request.autocast,
         gpu=gpu.slug,
         ops=request.ops or None,
         tokens=request.tokens or None,

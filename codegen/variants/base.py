@@ -23,6 +23,9 @@ MAX_TMA_BOX = 256
 TMA_ROW_BYTES = 16
 """Row strides of a tensor descriptor are multiples of this many bytes (cuTensorMapEncodeTiled, globalStrides)."""
 
+ADAPTER_TILE = 2048
+"""Elements of a tile of adapter_parts_kernel."""
+
 WARPS = (1, 2, 4, 8, 16)
 STAGES = tuple(range(1, 9))
 
@@ -103,6 +106,20 @@ def fit(value: int, extent: int, smallest: int = MIN_DOT) -> int:
     while value > smallest and value // 2 >= extent:
         value //= 2
     return value
+
+
+def adapter_parts(spec: KernelSpec) -> int:
+    """The 16-bit parts in which a template with tensor descriptors takes each adapter (see _adapter_parts.j2)."""
+    return 2 if spec.adapter == "fp32" and not spec.autocast else 1
+
+
+def adapter_parts_work(spec: KernelSpec, elements: int) -> tuple[Work, ...]:
+    """The launch that rounds or splits ``elements`` of fp32 adapters, where they are fp32."""
+    if spec.adapter != "fp32":
+        return ()
+    moved = elements * (4 + 2 * adapter_parts(spec))
+    programs = ceil_div(elements, ADAPTER_TILE)
+    return (Work("adapter_parts_kernel", programs=programs, dram_bytes=moved, l2_bytes=moved, steps=1),)
 
 
 def dot_passes(left: str, right: str) -> tuple[str, int]:

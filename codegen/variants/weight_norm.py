@@ -10,6 +10,8 @@ from .base import (
     MAX_TMA_BOX,
     Variant,
     Work,
+    adapter_parts,
+    adapter_parts_work,
     ceil_div,
     dot_passes,
     dtype_bytes,
@@ -105,20 +107,35 @@ class WeightNormFused(Variant):
         )
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
-        return self._work(spec, config, config["block_n"])
+        adapter = spec.weight if spec.autocast else spec.adapter
+        dtype, passes = dot_passes(spec.weight, adapter)
+        gram_passes = 2 if adapter == "bf16" else 1
+        return self._work(spec, config, config["block_n"], adapter, dtype, (passes, gram_passes))
 
-    def _work(self, spec: KernelSpec, config: Config, block_n: int) -> tuple[Work, ...]:
-        """The launches, where a program covers ``block_n`` ranks."""
+    def _work(
+        self,
+        spec: KernelSpec,
+        config: Config,
+        block_n: int,
+        gram_dtype: str,
+        dtype: str,
+        passes: tuple[int, int],
+        parts: int = 0,
+    ) -> tuple[Work, ...]:
+        """The launches, where a program covers ``block_n`` ranks and makes ``passes`` products of W and of G.
+
+        ``parts`` are those of each adapter in the dtype of W, 0 where kernels take the adapters as they are.
+        """
         block_m, block_k = config["block_m"], config["block_k"]
         split_k, gram = config["split_k"], config["gram_block"]
-        width, adapter = dtype_bytes(spec.weight), dtype_bytes(spec.adapter)
+        width = dtype_bytes(spec.weight)
+        adapter = parts * width or dtype_bytes(spec.adapter)
+        reads = max(parts, 1)
         rows, ranks = ceil_div(spec.d_out, block_m), ceil_div(spec.rank, block_n)
         gram_tiles = ceil_div(spec.rank, gram) ** 2
-        dtype, passes = dot_passes(spec.weight, spec.adapter)
-        gram_passes = 2 if spec.adapter == "bf16" else 1
         padded = 2 * rows * block_m * ranks * block_n
         partials = ranks * split_k * spec.d_out * 4
-        tile_bytes = rows * ranks * (block_m * width + block_n * adapter) * spec.d_in
+        tile_bytes = rows * ranks * (block_m * width * reads + block_n * adapter) * spec.d_in
         weight_bytes = spec.d_out * spec.d_in * width
         shares = ceil_div(spec.d_in, config["gram_share"])
         share_bytes = shares * spec.rank * spec.rank * 4
@@ -128,9 +145,9 @@ class WeightNormFused(Variant):
                 programs=gram_tiles * shares,
                 dram_bytes=spec.rank * spec.d_in * adapter,
                 l2_bytes=gram_tiles * 2 * gram * spec.d_in * adapter + share_bytes,
-                steps=ceil_div(config["gram_share"], config["gram_block_k"]),
-                matrix_flops=2 * gram_tiles * gram * gram * spec.d_in,
-                matrix_dtype=spec.adapter,
+                steps=ceil_div(config["gram_share"], config["gram_block_k"]) * (2 * reads - 1),
+                matrix_flops=2 * gram_tiles * gram * gram * spec.d_in * (2 * reads - 1),
+                matrix_dtype=gram_dtype,
             ),
             Work(
                 "half_gram_kernel",
@@ -144,8 +161,8 @@ class WeightNormFused(Variant):
                 programs=rows * ranks * split_k,
                 dram_bytes=weight_bytes + (spec.rank * spec.d_in + spec.d_out * spec.rank) * adapter + partials,
                 l2_bytes=tile_bytes + rows * ranks * (block_m * adapter + block_n * 4) * spec.rank + partials,
-                steps=ceil_div(spec.d_in, block_k * split_k) + ceil_div(spec.rank, block_k * split_k),
-                matrix_flops=padded * (spec.d_in * passes + spec.rank * gram_passes),
+                steps=ceil_div(spec.d_in, block_k * split_k) * reads + ceil_div(spec.rank, block_k * split_k),
+                matrix_flops=padded * (spec.d_in * passes[0] + spec.rank * passes[1]),
                 matrix_dtype=dtype,
             ),
             Work(
@@ -163,7 +180,8 @@ class WeightNormTma(WeightNormFused):
 
     ``rank_tiles`` tiles of ``block_n`` ranks share every tile of W: at rank 384, three tiles of 128. G is kept as a
     high and a low bf16 part, which leaves out less than 2**-17 of it. With ``overlap`` 1 a kernel starts while the one
-    before still runs (programmatic dependent launch), so that the product with W hides the making of G.
+    before still runs (programmatic dependent launch), so that the product with W hides the making of G. fp32 adapters
+    are rounded (autocast) or split in two by a kernel before; W then meets both parts of A, tile by tile.
     """
 
     name = "tma"
@@ -174,7 +192,7 @@ class WeightNormTma(WeightNormFused):
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         if spec.weight != "bf16":
             return f"half_gram in {spec.weight} would overflow or lose digits: the variant is for bf16"
-        return tma_unavailable(gpu, (spec.weight, spec.adapter), (spec.d_in, spec.rank))
+        return tma_unavailable(gpu, (spec.weight,), (spec.d_in, spec.rank))
 
     def default_order(self, spec: KernelSpec) -> int:
         return 0
@@ -197,12 +215,13 @@ class WeightNormTma(WeightNormFused):
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         block_n = fit(128, spec.rank)
         tiles_n = ceil_div(spec.rank, block_n)
+        most = 3 if adapter_parts(spec) == 1 else 2  # exact rows of B take registers beside the sums
         configs = []
         for block_m, rank_tiles, block_k, rounds, warps, stages in (
-            (128, min(3, tiles_n), 64, 1, 8, 3),
+            (128, min(most, tiles_n), 64, 1, 8, 3),
             (128, 1, 64, 3, 8, 3),
             (128, min(2, tiles_n), 64, 2, 8, 4),
-            (64, min(3, tiles_n), 64, 1, 4, 3),
+            (64, min(most, tiles_n), 64, 1, 4, 3),
         ):
             tiles = ceil_div(spec.d_out, block_m) * ceil_div(tiles_n, rank_tiles)
             split_k = max(1, min(rounds * gpu.multiprocessors // tiles, 16, spec.d_in // 256))
@@ -250,4 +269,7 @@ class WeightNormTma(WeightNormFused):
         )
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
-        return self._work(spec, config, config["block_n"] * config["rank_tiles"])
+        parts = adapter_parts(spec)
+        ranks = config["block_n"] * config["rank_tiles"]
+        main = self._work(spec, config, ranks, spec.weight, spec.weight, (parts, parts + 1), parts)
+        return adapter_parts_work(spec, (spec.d_in + spec.d_out) * spec.rank) + main

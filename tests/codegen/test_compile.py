@@ -23,7 +23,7 @@ from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config
 from doratune.tuner.workers import compile_job
 
-ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
 TILES = Config.parse("tile:block_k=128,block_n=128,block_t=128,num_warps=8,num_stages=3")
 
 
@@ -52,7 +52,11 @@ def test_every_template_compiles_in_bf16(workers: ProcessPoolExecutor, architect
     gpu = find_gpu(architecture)
     jobs = {}
     for variant in VARIANTS:
-        for values in ({}, {"adapter": "fp32"}, {"d_out": 4304, "d_in": 1152, "rank": 24}):
+        forms = [{}, {"adapter": "fp32"}, {"d_out": 4304, "d_in": 1152, "rank": 24}]
+        forms += [
+            {flag: True} if flag != "autocast" else {flag: True, "adapter": "fp32"} for flag in OPS[variant.op].flags
+        ]
+        for values in forms:
             spec = spec_of(variant.op, architecture, **values)
             if variant.unavailable(spec, gpu) is None:
                 config = first_fitting_seed(variant, spec)

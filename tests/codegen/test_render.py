@@ -36,6 +36,10 @@ def golden_cases() -> dict[str, tuple[Variant, dict[str, object]]]:
         rich = {"weight_norm": {"magnitude": "fp32", "save": True}}.get(variant.op, biased(variant))
         cases[f"{variant.op}_{variant.name}"] = (variant, EVEN)
         cases[f"{variant.op}_{variant.name}_ragged"] = (variant, {**RAGGED, **rich})
+        if variant.descriptors:  # where fp32 adapters take a kernel of their own
+            cases[f"{variant.op}_{variant.name}_fp32_adapters"] = (variant, {**EVEN, "adapter": "fp32"})
+            rounded = {**RAGGED, "adapter": "fp32", "autocast": True}
+            cases[f"{variant.op}_{variant.name}_autocast"] = (variant, rounded)
     return cases
 
 
@@ -70,7 +74,10 @@ def test_without_bias_there_is_no_trace_of_it(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op}-{v.name}")
 def test_emitted_text_reads_like_a_kernel_someone_wrote(variant: Variant) -> None:
-    for values in (EVEN, RAGGED):
+    forms = [EVEN, RAGGED]
+    if "autocast" in OPS[variant.op].flags:
+        forms += [{**v, "adapter": "fp32", "autocast": autocast} for v in (EVEN, RAGGED) for autocast in (False, True)]
+    for values in forms:
         text = text_of(variant, values)
         tree = ast.parse(text)
         docstring = ast.get_docstring(tree) or ""

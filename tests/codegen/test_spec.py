@@ -21,6 +21,9 @@ def specs(draw: st.DrawFn) -> KernelSpec:
     flags = {flag: draw(st.booleans()) for flag in OPS[op].flags}
     if flags.get("bias"):
         flags |= {flag: False for flag in ("delta", "output") if flag in flags}
+    adapter = draw(st.sampled_from([dtype, "fp32"]))
+    if "autocast" in flags:
+        flags["autocast"] &= adapter == "fp32" != dtype
     return KernelSpec.create(
         op,
         d_out=draw(st.integers(1, 1 << 20)),
@@ -28,7 +31,7 @@ def specs(draw: st.DrawFn) -> KernelSpec:
         rank=draw(st.integers(1, 4096)),
         tokens=draw(st.integers(1, 1 << 20)),
         dtype=dtype,
-        adapter=draw(st.sampled_from([dtype, "fp32"])),
+        adapter=adapter,
         magnitude=draw(st.sampled_from([None, "fp32", "bf16"])),
         gpu=draw(st.sampled_from(["h200", "rtx4090", "sm_90", "gfx942", "cpu"])),
         **flags,
@@ -102,6 +105,9 @@ GOOD = "lora_compose/d_out=64/rank=8/tokens=16/activation=bf16/adapter=bf16"
         (GOOD + "/biass@h200", "unknown flag 'biass'; did you mean bias"),
         (GOOD + "/bias/delta@h200", "bias and delta exclude each other"),
         ("compose_backward/d_out=4/tokens=1/activation=bf16/bias/output@h200", "y - b has no digits left"),
+        (GOOD + "/autocast@h200", "autocast with bf16 adapters and bf16 tensors"),
+        (GOOD.replace("bf16", "fp32") + "/autocast@h200", "autocast with fp32 adapters and fp32 tensors"),
+        ("compose_forward/d_out=4/tokens=1/activation=bf16/autocast@h200", "compose_forward has no flag 'autocast'"),
         (
             "compose_backward_exact/d_out=4/d_in=4/rank=4/tokens=1/weight=bf16/activation=fp16/adapter=bf16@h200",
             "weight=bf16 with activation=fp16",
@@ -145,7 +151,7 @@ def test_json_that_is_no_config_is_refused(data: object) -> None:
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(spec_module).failed == 0
-    assert set(FLAGS) == {"bias", "delta", "save", "output"}
+    assert set(FLAGS) == {"bias", "delta", "save", "output", "autocast"}
 
 
 def test_floors_count_every_operand_once() -> None:

@@ -33,7 +33,7 @@ def gram_shares_kernel(lora_a_ptr: "*bf16", lora_a_stride: "i64", gram_shares_pt
         left = tl.load(row_ptrs + start, mask=(rows < RANK)[:, None] & (k < D_IN - start)[None, :], other=0.0)
         right = tl.load(col_ptrs + start, mask=(cols < RANK)[None, :] & (k < D_IN - start)[:, None], other=0.0)
         gram = tl.dot(left, right, gram)
-    out = share * (RANK * RANK) + rows[:, None] * RANK + cols[None, :]
+    out = share.to(tl.int64) * (RANK * RANK) + rows[:, None] * RANK + cols[None, :]
     tl.store(gram_shares_ptr + out, gram, mask=(rows < RANK)[:, None] & (cols < RANK)[None, :])
 
 
@@ -47,8 +47,10 @@ def half_gram_kernel(gram_shares_ptr: "*fp32", half_gram_ptr: "*fp32", scaling: 
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_gram = i < ELEMENTS
     gram = tl.full((BLOCK,), 0.0, tl.float32)
-    for share in range(0, SHARES):
-        gram += tl.load(gram_shares_ptr + share * ELEMENTS + i, mask=in_gram, other=0.0)
+    share_ptrs = gram_shares_ptr + i
+    for _ in range(0, SHARES):
+        gram += tl.load(share_ptrs, mask=in_gram, other=0.0)
+        share_ptrs += ELEMENTS
     half_gram = 0.5 * scaling * gram
     tl.store(half_gram_ptr + i, half_gram, mask=in_gram)
 
@@ -110,7 +112,7 @@ def row_dots_kernel(
     b = tl.load(b_rows + n[None, :], mask=in_m & in_n[None, :], other=0.0)
     dots = tl.sum(acc * b.to(tl.float32), axis=1)
     partial = tile_n * SPLIT_K + share
-    tl.store(partials_ptr + partial * D_OUT + rows, dots, mask=rows < D_OUT)
+    tl.store(partials_ptr + partial.to(tl.int64) * D_OUT + rows, dots, mask=rows < D_OUT)
 
 
 @triton.jit
@@ -142,8 +144,10 @@ def finish_kernel(
     weight_sq = tl.sum(squares, axis=1)
     tl.store(weight_sq_ptr + rows, weight_sq)
     dots = tl.full((ROWS,), 0.0, tl.float32)
-    for partial in range(0, PARTIALS):
-        dots += tl.load(partials_ptr + partial * D_OUT + rows)
+    partial_ptrs = partials_ptr + rows
+    for _ in range(0, PARTIALS):
+        dots += tl.load(partial_ptrs)
+        partial_ptrs += D_OUT
     norm = tl.sqrt(tl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
     tl.store(norm_ptr + rows, norm)
     magnitude = tl.load(magnitude_ptr + rows).to(tl.float32)

@@ -33,7 +33,7 @@ def gram_shares_kernel(lora_a_desc: "tensordesc<bf16[64, 64]>", gram_shares_ptr:
         gram = tl.dot(left, right.T, gram)
     rows = (first_row + tl.arange(0, BLOCK))[:, None]
     cols = (first_col + tl.arange(0, BLOCK))[None, :]
-    out = share * (RANK * RANK) + rows * RANK + cols
+    out = share.to(tl.int64) * (RANK * RANK) + rows * RANK + cols
     tl.store(gram_shares_ptr + out, gram)
 
 
@@ -48,8 +48,10 @@ def half_gram_kernel(gram_shares_ptr: "*fp32", half_gram_ptr: "*bf16", scaling: 
     tl.extra.cuda.gdc_wait()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     gram = tl.full((BLOCK,), 0.0, tl.float32)
-    for share in range(0, SHARES):
-        gram += tl.load(gram_shares_ptr + share * ELEMENTS + i)
+    share_ptrs = gram_shares_ptr + i
+    for _ in range(0, SHARES):
+        gram += tl.load(share_ptrs)
+        share_ptrs += ELEMENTS
     half_gram = 0.5 * scaling * gram
     high = half_gram.to(tl.bfloat16)
     low = (half_gram - high.to(tl.float32)).to(tl.bfloat16)
@@ -111,15 +113,15 @@ def row_dots_kernel(
         half_gram_2 = half_gram_desc.load([part + first_n + 2 * BLOCK_N, j])
         acc_2 = tl.dot(b_part, half_gram_2.T, acc_2)
 
+    rows = first_m + tl.arange(0, BLOCK_M)
     b_0 = lora_b_tile_desc.load([first_m, first_n]).to(tl.float32)
     dots = tl.sum(acc_0 * b_0, axis=1)
     b_1 = lora_b_tile_desc.load([first_m, first_n + BLOCK_N]).to(tl.float32)
     dots += tl.sum(acc_1 * b_1, axis=1)
     b_2 = lora_b_tile_desc.load([first_m, first_n + 2 * BLOCK_N]).to(tl.float32)
     dots += tl.sum(acc_2 * b_2, axis=1)
-    rows = first_m + tl.arange(0, BLOCK_M)
     partial = group * SPLIT_K + share
-    tl.store(partials_ptr + partial * D_OUT + rows, dots)
+    tl.store(partials_ptr + partial.to(tl.int64) * D_OUT + rows, dots)
 
 
 @triton.jit
@@ -138,8 +140,10 @@ def finish_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_sq = tl.load(weight_sq_ptr + rows)
     dots = tl.full((ROWS,), 0.0, tl.float32)
-    for partial in range(0, PARTIALS):
-        dots += tl.load(partials_ptr + partial * D_OUT + rows)
+    partial_ptrs = partials_ptr + rows
+    for _ in range(0, PARTIALS):
+        dots += tl.load(partial_ptrs)
+        partial_ptrs += D_OUT
     norm = tl.sqrt(tl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
     tl.store(norm_ptr + rows, norm)
 

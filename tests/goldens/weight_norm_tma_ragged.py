@@ -33,7 +33,7 @@ def gram_shares_kernel(lora_a_desc: "tensordesc<bf16[32, 64]>", gram_shares_ptr:
         gram = tl.dot(left, right.T, gram)
     rows = (first_row + tl.arange(0, BLOCK))[:, None]
     cols = (first_col + tl.arange(0, BLOCK))[None, :]
-    out = share * (RANK * RANK) + rows * RANK + cols
+    out = share.to(tl.int64) * (RANK * RANK) + rows * RANK + cols
     tl.store(gram_shares_ptr + out, gram, mask=(rows < RANK) & (cols < RANK))
 
 
@@ -49,8 +49,10 @@ def half_gram_kernel(gram_shares_ptr: "*fp32", half_gram_ptr: "*bf16", scaling: 
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_gram = i < ELEMENTS
     gram = tl.full((BLOCK,), 0.0, tl.float32)
-    for share in range(0, SHARES):
-        gram += tl.load(gram_shares_ptr + share * ELEMENTS + i, mask=in_gram, other=0.0)
+    share_ptrs = gram_shares_ptr + i
+    for _ in range(0, SHARES):
+        gram += tl.load(share_ptrs, mask=in_gram, other=0.0)
+        share_ptrs += ELEMENTS
     half_gram = 0.5 * scaling * gram
     high = half_gram.to(tl.bfloat16)
     low = (half_gram - high.to(tl.float32)).to(tl.bfloat16)
@@ -102,11 +104,11 @@ def row_dots_kernel(
         half_gram_0 = half_gram_desc.load([part + first_n, j])
         acc_0 = tl.dot(b_part, half_gram_0.T, acc_0)
 
+    rows = first_m + tl.arange(0, BLOCK_M)
     b_0 = lora_b_tile_desc.load([first_m, first_n]).to(tl.float32)
     dots = tl.sum(acc_0 * b_0, axis=1)
-    rows = first_m + tl.arange(0, BLOCK_M)
     partial = group * SPLIT_K + share
-    tl.store(partials_ptr + partial * D_OUT + rows, dots, mask=rows < D_OUT)
+    tl.store(partials_ptr + partial.to(tl.int64) * D_OUT + rows, dots, mask=rows < D_OUT)
 
 
 @triton.jit
@@ -139,8 +141,10 @@ def finish_kernel(
     weight_sq = tl.sum(squares, axis=1)
     tl.store(weight_sq_ptr + rows, weight_sq)
     dots = tl.full((ROWS,), 0.0, tl.float32)
-    for partial in range(0, PARTIALS):
-        dots += tl.load(partials_ptr + partial * D_OUT + rows)
+    partial_ptrs = partials_ptr + rows
+    for _ in range(0, PARTIALS):
+        dots += tl.load(partial_ptrs)
+        partial_ptrs += D_OUT
     norm = tl.sqrt(tl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
     tl.store(norm_ptr + rows, norm)
     magnitude = tl.load(magnitude_ptr + rows).to(tl.float32)

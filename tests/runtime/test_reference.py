@@ -22,7 +22,8 @@ TOKENS = 37
 
 def spec_of(op: str, dtype: str, **values: object) -> KernelSpec:
     dims = {"d_out": 80, "d_in": 144, "rank": 24, "tokens": TOKENS}
-    return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": dtype, "gpu": "cpu", **values})
+    adapter = "fp32" if values.get("autocast") else dtype  # only fp32 adapters are rounded
+    return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": adapter, "gpu": "cpu", **values})
 
 
 def forms(op: str) -> list[dict[str, object]]:
@@ -38,6 +39,8 @@ FORMS = [pytest.param(op, form, id=f"{op}-{'-'.join(form) or 'plain'}") for op i
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("op", "form"), FORMS)
 def test_the_reference_is_right_wherever_a_term_dominates(op: str, form: dict[str, object], dtype: str) -> None:
+    if "autocast" in form and dtype == "fp32":
+        pytest.skip("there is nothing to round")
     spec = spec_of(op, dtype, **form)
     for case in CASES:
         inputs, scaling = make_inputs(spec, TOKENS, case=case)
@@ -97,6 +100,19 @@ def test_the_definition_says_what_the_contract_says(op: str) -> None:
     assert exact.keys() == by_the_book.keys()
     for name, value in by_the_book.items():
         torch.testing.assert_close(exact[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", ["weight_norm", "lora_compose", "compose_backward_exact"])
+def test_autocast_means_adapters_rounded_first(op: str) -> None:
+    rounded, plain = spec_of(op, "bf16", autocast=True), spec_of(op, "bf16")
+    inputs, scaling = make_inputs(rounded, 7)
+    assert inputs["lora_B"].dtype == torch.float32
+    narrow = {n: t.bfloat16() if n in ("lora_A", "lora_B") else t for n, t in inputs.items()}
+    for compute in (reference, definition):
+        for name, value in compute(plain, narrow, scaling).items():
+            assert torch.equal(compute(rounded, inputs, scaling)[name], value)
+    exact = definition(spec_of(op, "bf16", adapter="fp32"), inputs, scaling)
+    assert all(not torch.equal(exact[name], value) for name, value in definition(rounded, inputs, scaling).items())
 
 
 @pytest.mark.parametrize("op", ["lora_compose", "compose_forward"])

@@ -20,7 +20,7 @@ from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config, find_variant
 from doratune.runtime.reference import definition
 from doratune.tuner.accuracy import worst_error
-from doratune.tuner.inputs import CASES, make_inputs
+from doratune.tuner.inputs import CASES, make_inputs, make_outputs
 
 from .interpreter import complaint_of
 
@@ -57,7 +57,8 @@ def interpretable(config: Config) -> Config:
 
 def spec_of(op: str, dtype: str, adapter: str | None = None, **values: object) -> KernelSpec:
     dims = {"d_out": 80, "d_in": 144, "rank": 24, "tokens": 128}
-    return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": adapter or dtype, "gpu": "h200", **values})
+    adapter = adapter or ("fp32" if values.get("autocast") else dtype)  # only fp32 adapters are rounded
+    return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": adapter, "gpu": "h200", **values})
 
 
 CASE_TABLE = [
@@ -70,21 +71,36 @@ CASE_TABLE = [
 @pytest.mark.parametrize(("variant", "form"), CASE_TABLE)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_each_term_is_right_where_it_dominates(variant: Variant, form: dict[str, object], dtype: str) -> None:
-    if variant.name == "tma" and dtype == "fp32":
+    if variant.descriptors and dtype == "fp32":
         pytest.skip("tensor descriptors feed 16-bit products only")
+    if "autocast" in form and dtype == "fp32":
+        pytest.skip("there is nothing to round")
     spec = spec_of(variant.op, dtype, **form)
     source = render(spec, small_config(variant, spec))
     for case in CASES:
         assert complaint_of(source, 37, case=case) is None, case
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "lora_compose"])
-def test_fp32_adapters_with_16_bit_weights_lose_nothing(op: str) -> None:
-    variant = next(v for v in VARIANTS if v.op == op and v.name != "tma")
-    spec = spec_of(op, "fp16", adapter="fp32")
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "adapter" in OPS[v.op].dtypes], ids=IDS.get)
+def test_fp32_adapters_with_16_bit_weights_lose_nothing(variant: Variant) -> None:
+    spec = spec_of(variant.op, "fp16", adapter="fp32")
     source = render(spec, small_config(variant, spec))
     for case in ("random", "cross_term", "large_lora", "negative_scaling", "mixed"):
         assert complaint_of(source, 37, case=case) is None, case
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "autocast" in OPS[v.op].flags], ids=IDS.get)
+def test_autocast_is_seen_to_round_the_adapters(variant: Variant) -> None:
+    """In products that adapters dominate, exact and rounded ones cannot pass for each other."""
+    rounded, exact = (spec_of(variant.op, "fp16", adapter="fp32", autocast=autocast) for autocast in (True, False))
+    inputs, scaling = make_inputs(exact, 37, case="mixed")
+    for name in {"lora_A", "lora_B"} & inputs.keys():
+        inputs[name] = (inputs[name].half() * (1.0 + 2.0**-12)).float() if variant.op != "weight_norm" else inputs[name]
+    for spec, other in ((rounded, exact), (exact, rounded)):
+        outputs = make_outputs(spec, 37)
+        load_module(render(spec, small_config(variant, spec))).launch(*inputs.values(), *outputs.values(), scaling)
+        assert worst_error(spec, outputs, definition(spec, inputs, scaling))[1] is None
+        assert worst_error(spec, outputs, definition(other, inputs, scaling))[0] > 0.0
 
 
 def test_dg_from_the_output_catches_a_wrong_bound() -> None:
@@ -124,11 +140,12 @@ def test_a_kernel_tuned_for_one_token_count_is_right_for_any_other(variant: Vari
 @st.composite
 def shapes_and_configs(draw: st.DrawFn) -> tuple[KernelSpec, Config, int]:
     variant = draw(st.sampled_from(VARIANTS))
-    step = 8 if variant.name == "tma" else 1  # tensor descriptors need rows of a multiple of 16 bytes
+    step = 8 if variant.descriptors else 1  # tensor descriptors need rows of a multiple of 16 bytes
     size = st.integers(1, 12 if step > 1 else 90).map(lambda value: value * step)
     tokens = draw(st.integers(1, 90))
-    dtype = "fp16" if variant.name == "tma" else draw(st.sampled_from(["fp32", "fp16"]))
-    spec = spec_of(variant.op, dtype, d_out=draw(size), d_in=draw(size), rank=draw(size), tokens=tokens)
+    dtype = "fp16" if variant.descriptors else draw(st.sampled_from(["fp32", "fp16"]))
+    adapter = draw(st.sampled_from([dtype, "fp32"]))
+    spec = spec_of(variant.op, dtype, adapter, d_out=draw(size), d_in=draw(size), rank=draw(size), tokens=tokens)
     choices = variant.choices(spec, GPU)
     values = {name: draw(st.sampled_from(options)) for name, options in choices.items()}
     if "split_k" in values:
@@ -152,6 +169,10 @@ BREAKAGES = [
     ("weight_norm-fused", "0.5 * scaling * gram", "0.505 * scaling * gram", "Gram term 1 % off"),
     ("weight_norm-fused", "(2.0 * scaling) * dots", "(2.0 * scaling) * dots + 1e-6", "constant added"),
     ("weight_norm-tma", "part = (step // GRAM_STEPS) * RANK", "part = 0 * step", "low part replaced by the high part"),
+    ("weight_norm-tma fp32", "part = (step % 2) * RANK", "part = 0 * step", "A's low part replaced by the high part"),
+    ("weight_norm-tma fp32", "tl.where(product == 1, RANK, 0)", "0", "A's low part left out of G"),
+    ("weight_norm-tma fp32", "== 0, D_OUT, 0)", "== 9, D_OUT, 0)", "B's low part left out of G's term"),
+    ("lora_compose-tma fp32", "part = (step % 2) * D_OUT", "part = 0 * step", "B's low part replaced by the high part"),
     ("lora_compose-tile", "+ scaling * lora", "+ tl.abs(scaling) * lora", "sign of s lost"),
     ("lora_compose-tma", "g * inner", "(g * 1.002) * inner", "g off by one bf16 step"),
     ("compose_forward-tile", "y = g * inner", "y = inner", "g forgotten"),
@@ -170,8 +191,9 @@ BREAKAGES = [
 
 @pytest.mark.parametrize(("which", "text", "broken", "what"), BREAKAGES, ids=[row[3] for row in BREAKAGES])
 def test_the_gate_catches_a_wrong_term(which: str, text: str, broken: str, what: str) -> None:
+    which, _, adapter = which.partition(" ")
     variant = next(v for v in VARIANTS if IDS[v] == which)
-    spec = spec_of(variant.op, "fp16", tokens=64)
+    spec = spec_of(variant.op, "fp16", adapter or None, tokens=64)
     source = render(spec, small_config(variant, spec))
     assert text in source.text, f"the template no longer says {text!r}: name another place to break"
     mutant = replace(source, text=source.text.replace(text, broken))

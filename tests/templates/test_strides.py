@@ -15,7 +15,7 @@ import torch
 from doratune.codegen.compile import contiguous_alignments, divisibility
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.module import load_module
-from doratune.codegen.ops import ALIGNMENT
+from doratune.codegen.ops import ALIGNMENT, OPS
 from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant
@@ -55,8 +55,11 @@ def around(tensor: torch.Tensor) -> torch.Tensor:
     ("variant", "form"),
     [pytest.param(v, form, id=f"{IDS[v]}-{'-'.join(form) or 'plain'}") for v in VARIANTS for form in forms(v.op)],
 )
-def test_rows_may_lie_apart(variant: Variant, form: dict[str, object]) -> None:
-    spec = spec_of(variant.op, "fp16", **form)
+@pytest.mark.parametrize("adapter", [None, "fp32"])
+def test_rows_may_lie_apart(variant: Variant, form: dict[str, object], adapter: str | None) -> None:
+    if adapter and ("adapter" not in OPS[variant.op].dtypes or "autocast" in form):
+        pytest.skip("there is no adapter, or it is the form without this parameter")
+    spec = spec_of(variant.op, "fp16", adapter, **form)
     source = render(spec, small_config(variant, spec))
     plain, scaling = make_inputs(spec, 37)
     inputs = {name: set_apart(tensor) for name, tensor in plain.items()}
@@ -70,7 +73,7 @@ def test_rows_may_lie_apart(variant: Variant, form: dict[str, object]) -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)
 def test_every_matrix_is_addressed_by_its_row_stride_or_by_a_descriptor(variant: Variant) -> None:
     for form in forms(variant.op):
-        spec = KernelSpec.create(variant.op, **{**PLAIN, **form})
+        spec = KernelSpec.create(variant.op, **{**PLAIN, **form} | ({"adapter": "fp32"} if "autocast" in form else {}))
         text = render(spec, variant.seeds(spec, find_gpu("h200"))[0]).text
         operands = spec.contract.inputs_of(spec) + spec.contract.outputs_of(spec)
         matrices = {operand.name.lower() for operand in operands if len(operand.shape) == 2}

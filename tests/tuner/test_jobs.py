@@ -50,6 +50,11 @@ def test_adapters_have_the_models_dtype_unless_told_otherwise() -> None:
     assert {job.adapter for job in plan_jobs(LLAMA, ranks=[8], dtype="fp16", gpu="sm_90")} == {"fp16", ""}
 
 
+def test_autocast_is_planned_where_there_are_adapters_to_round() -> None:
+    jobs = plan_jobs(LLAMA, ranks=[8], tokens=[1], gpu="h200", adapter_dtype="fp32", autocast=True)
+    assert {job.op: job.autocast for job in jobs} == {op: "autocast" in OPS[op].flags for op in OPS}
+
+
 def test_a_second_rank_adds_only_kernels_that_depend_on_the_rank() -> None:
     one = set(plan_jobs(LLAMA, ranks=[8], gpu="h200"))
     two = set(plan_jobs(LLAMA, ranks=[8, 64], gpu="h200"))
@@ -156,6 +161,10 @@ def test_only_the_wanted_operations_are_planned() -> None:
         (
             {"adapter_dtype": "fp16", "ops": ["compose_forward"]},
             "adapter dtype fp16 with bf16 weights: use bf16 or fp32",
+        ),
+        (
+            {"autocast": True},
+            "autocast with adapter dtype bf16 and bf16 weights: it rounds fp32 adapters beside 16-bit weights",
         ),
         ({"ops": "lora"}, f"ops='lora': give a list of operations out of {', '.join(OPS)}, or None for all"),
         ({"ops": []}, f"ops=[]: give a list of operations out of {', '.join(OPS)}, or None for all"),

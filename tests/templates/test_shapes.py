@@ -1,0 +1,71 @@
+"""No shape is left out: ranks from 1 to 1024, sizes that nothing divides, one row, one column; with the built-in config
+on every GPU, and no offset that a large tensor makes overflow."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from doratune.codegen.gpu import ARCHITECTURES, find_gpu
+from doratune.codegen.ops import OPS
+from doratune.codegen.render import render
+from doratune.codegen.spec import KernelSpec
+from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config
+
+from .interpreter import complaint_of
+from .test_accuracy import GPU, IDS, interpretable, spec_of
+
+interpreted = pytest.mark.skipif(
+    "os.environ.get('TRITON_INTERPRET') != '1'", reason="a GPU is here: tests/gpu runs the kernels on it"
+)
+
+SHAPES = [(151, 89, 1), (1, 1, 1), (271, 115, 100), (40, 96, 384), (48, 72, 1024), (136, 1160, 24)]
+"""(d_out, d_in, rank); the last three also suit tensor descriptors."""
+
+
+@interpreted
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), SHAPES)
+@pytest.mark.parametrize(("dtype", "adapter"), [("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32")])
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)
+def test_odd_shapes_are_right_with_the_variants_first_config(
+    variant: Variant, dtype: str, adapter: str, d_out: int, d_in: int, rank: int
+) -> None:
+    spec = spec_of(variant.op, dtype, adapter, d_out=d_out, d_in=d_in, rank=rank, tokens=16)
+    if adapter != dtype and "adapter" not in OPS[spec.op].dtypes:
+        pytest.skip("the operation has no adapter")
+    if rank > 100 and adapter == "fp32":
+        pytest.skip("many ranks take the interpreter long: in one dtype only")
+    if variant.descriptors and (dtype == "fp32" or any(getattr(spec, dim) % 8 for dim in ("d_out", "d_in", "rank"))):
+        pytest.skip("tensor descriptors take 16-bit rows of a multiple of 16 bytes")
+    config = next(c for c in variant.seeds(spec, GPU) if variant.refuse(spec, c, GPU) is None)
+    assert complaint_of(render(spec, interpretable(config)), 19) is None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_gpu_has_a_config_for_every_shape_and_dtype(architecture: str) -> None:
+    gpu = find_gpu(architecture)
+    large = [(4304, 1152, 100), (2706, 8192, 384), (8192, 28672, 1024), (151936, 3584, 24)]
+    for op, contract in OPS.items():
+        for d_out, d_in, rank in SHAPES + large:
+            for dtype, adapter in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")):
+                for tokens in (1, 128, 32768):
+                    for flag in (None, *contract.flags):
+                        if flag == "autocast" and (dtype, adapter) != ("bf16", "fp32"):
+                            continue
+                        dims = {"d_out": d_out, "d_in": d_in, "rank": rank, "tokens": tokens}
+                        flags = {flag: True} if flag else {}
+                        spec = KernelSpec.create(op, **dims, dtype=dtype, adapter=adapter, gpu=architecture, **flags)
+                        assert check_config(spec, default_config(spec, gpu), gpu) is None
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)
+def test_what_is_multiplied_by_a_size_is_64_bits_wide(variant: Variant) -> None:
+    """Of program numbers and rows; inside a tile, and times RANK, nothing reaches 2**31."""
+    spec = KernelSpec.create(
+        variant.op, d_out=4096, d_in=4096, rank=384, tokens=4096, dtype="bf16", adapter="bf16", gpu="h200"
+    )
+    text = render(spec, variant.seeds(spec, GPU)[0]).text
+    for line in text.splitlines():
+        for factor in re.findall(r"([\w.()\[\], :+]*?)\s\* (?:D_OUT|D_IN|\(RANK \* RANK\))", line):
+            assert "int64" in factor or factor.strip() in ("", "part"), line
