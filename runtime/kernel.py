@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..codegen.ops import ALIGNMENT
 from ..codegen.spec import Config, KernelSpec
 from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_outputs
 from .reference import reference
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
     from ..cache.lookup import Resolution
     from ..codegen.render import Source
+
+_MOST_KNOWN = 1 << 12
+"""Signatures of checked arguments that a kernel remembers; token counts may be of any number."""
 
 REFERENCE = "reference"
 """Provenance of a kernel for CPU tensors: the eager PyTorch formulas of :mod:`doratune.runtime.reference`."""
@@ -43,6 +48,8 @@ class Kernel:
         self._resolution = resolution
         self._source = source
         self._launchers: dict[tuple[int, ...], Callable[..., None]] = {}
+        self._contiguous: Callable[..., None] | None = None
+        self._known: dict[tuple[object, ...], _Known] = {}
         self._descriptors = source is not None and uses_descriptors(source)
 
     @property
@@ -90,16 +97,35 @@ class Kernel:
                 raise ArgumentError(f"{self.spec.op} needs scaling, a number (PEFT's lora_alpha / r); got {scaling!r}")
         elif scaling is not None:
             raise ArgumentError(f"{self.spec.op} takes no scaling")
-        inputs = bind_inputs(self.spec, tensors, named, self.device)
-        outputs = make_outputs(self.spec, inputs, out, self.device)
+        signature = _signature(tensors, named, out)
+        known = None if signature is None else self._known.get(signature)
+        if known is None:
+            bound = bind_inputs(self.spec, tensors, named, self.device)
+            made = make_outputs(self.spec, bound, out, self.device)
+            inputs, outputs = tuple(bound.values()), tuple(made.values())
+            if signature is not None and [*bound][len(tensors) :] == [*named] and len(self._known) < _MOST_KNOWN:
+                self._known[signature] = _remember(inputs, outputs, given=out is not None)
+        else:  # such tensors have been checked before, in this order
+            inputs = (*tensors, *named.values()) if named else tensors
+            rest = [
+                torch.empty_like(inputs[like])
+                if isinstance(like, int)
+                else torch.empty(like[0], dtype=like[1], device=self.device)
+                for like in known.outputs
+            ]
+            outputs = tuple(rest) if out is None else (out, *rest)
+            if known.plain and self._launch_plain(inputs, outputs, scaling):
+                return outputs[0] if len(outputs) == 1 else outputs
         if self._source is None:
+            operands = self.spec.contract.inputs_of(self.spec)
+            by_name = {operand.name: tensor for operand, tensor in zip(operands, inputs, strict=True)}
             with torch.no_grad():  # as a launched kernel: gradients are the caller's business
-                for name, value in reference(self.spec, inputs, float(scaling or 0.0)).items():
-                    outputs[name].copy_(value)
+                results = reference(self.spec, by_name, float(scaling or 0.0))
+                for output, value in zip(outputs, results.values(), strict=True):
+                    output.copy_(value)
         else:
-            self.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
-        results = tuple(outputs.values())
-        return results[0] if len(results) == 1 else results
+            self.launch(inputs, outputs, scaling)
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def launch(
         self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], scaling: float | None = None
@@ -109,10 +135,12 @@ class Kernel:
         Token operands may have leading dimensions. Nothing is allocated but the variant's own workspace, and a copy of
         each matrix that the kernel cannot address (:func:`~doratune.runtime.arguments.as_rows`).
         """
+        if _plain(inputs, outputs) and self._launch_plain(inputs, outputs, scaling):
+            return
+        scalars = () if scaling is None else (float(scaling),)
         tensors = [as_rows(tensor, descriptor=self._descriptors) for tensor in (*inputs, *outputs)]
         alignments = tuple(map(alignment_of, tensors))
         launcher = self._launchers.get(alignments) or self._bind(alignments)
-        scalars = () if scaling is None else (float(scaling),)
         if self.device.index == torch.cuda.current_device():
             launcher(*tensors, *scalars)
         else:
@@ -122,29 +150,116 @@ class Kernel:
             if written.data_ptr() != output.data_ptr():
                 output.copy_(written.view(output.shape))
 
+    def _launch_plain(
+        self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], scaling: float | None
+    ) -> bool:
+        """Launch on tensors of plain layout, if that is all there is to do; says whether it was."""
+        launcher = self._contiguous
+        if launcher is None or self.device.index != torch.cuda.current_device():
+            return False
+        addresses = 0
+        for tensor in inputs:
+            addresses |= tensor.data_ptr()
+        for tensor in outputs:
+            addresses |= tensor.data_ptr()
+        if addresses % ALIGNMENT:
+            return False
+        if scaling is None:
+            launcher(*inputs, *outputs)
+        else:
+            launcher(*inputs, *outputs, float(scaling))
+        return True
+
     def _bind(self, alignments: tuple[int, ...]) -> Callable[..., None]:
+        from ..codegen.compile import contiguous_alignments
+
         assert self._source is not None
         operands = self.spec.contract.inputs_of(self.spec) + self.spec.contract.outputs_of(self.spec)
         names = [operand.name for operand in operands]
+        known = dict(zip(names, alignments, strict=True))
         with torch.cuda.device(self.device):
-            module = bind(self._source, dict(zip(names, alignments, strict=True)))
-        self._launchers[alignments] = module.launch
-        return self._launchers[alignments]
+            module = bind(self._source, known)
+        launch: Callable[..., None] = module.launch
+        self._launchers[alignments] = launch
+        if known == contiguous_alignments(self.spec):
+            self._contiguous = launch
+        return launch
+
+
+class _Known(NamedTuple):
+    """What a kernel remembers of arguments that it has checked.
+
+    ``outputs`` says of each output to allocate which input has its shape and dtype, or these themselves; ``plain`` is
+    the answer of :func:`_plain`.
+    """
+
+    outputs: tuple[int | tuple[torch.Size, torch.dtype], ...]
+    plain: bool
+
+
+def _remember(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *, given: bool) -> _Known:
+    made = [
+        next(
+            (i for i, t in enumerate(inputs) if t.is_contiguous() and t.shape == o.shape and t.dtype == o.dtype),
+            (o.shape, o.dtype),
+        )
+        for o in outputs[1 if given else 0 :]
+    ]
+    return _Known(tuple(made), _plain(inputs, outputs))
+
+
+def _plain(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether these are vectors and matrices whose rows follow each other."""
+    first = inputs[0]
+    if first.shape[0] == 1 and first.stride(0) != first.shape[1]:
+        return False  # a single row may count as contiguous with a row stride that no descriptor takes
+    return all(tensor.ndim <= 2 and tensor.is_contiguous() for tensor in (*inputs, *outputs))
+
+
+def _signature(
+    tensors: Sequence[object], named: Mapping[str, object], out: torch.Tensor | None
+) -> tuple[object, ...] | None:
+    """All that the check of arguments looks at; None if some argument is not a tensor."""
+    parts: list[object] = [len(tensors), out is None, *named]
+    for tensor in (*tensors, *named.values()) if out is None else (*tensors, *named.values(), out):
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        strides = None if tensor.is_contiguous() and tensor.ndim < 2 else tensor.stride()
+        parts += (tensor.shape, tensor.dtype, tensor.device, strides)
+    return tuple(parts)
 
 
 class _Launcher:
-    """Stands in for a jit function inside an emitted module, so that ``kernel[grid](…)`` starts a compiled binary."""
+    """Stands in for a jit function inside an emitted module, so that ``kernel[grid](…)`` starts a compiled binary.
+
+    It calls the binary's own C launcher, past what Triton's runner does before each launch: asking the driver for the
+    device, and making a closure and metadata for hooks. Where hooks are set (a profiler), the runner serves.
+    """
 
     def __init__(self, compiled: Any) -> None:
+        from triton import knobs
+        from triton.runtime import driver
+
         self._compiled = compiled
+        self._device = driver.active.get_current_device()
+        self._stream = driver.active.get_current_stream
+        self._hooks = knobs.runtime
+        self._binary: tuple[Callable[..., None], int, Any] | None = None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        start = self._compiled[grid + (1,) * (3 - len(grid))]
+        return functools.partial(self._start, (*grid, 1, 1)[:3])
 
-        def run(*args: Any, **options: int) -> None:
-            start(*args)  # the options are compiled in
+    def _start(self, grid: tuple[int, ...], *args: Any, **_: int) -> None:  # the options are compiled in
+        if self._hooks.launch_enter_hook.calls or self._hooks.launch_exit_hook.calls:
+            self._compiled[grid](*args)
+            return
+        run, function, metadata = self._binary or self._load()
+        run(grid[0], grid[1], grid[2], self._stream(self._device), function, metadata, None, None, None, *args)
 
-        return run
+    def _load(self) -> tuple[Callable[..., None], int, Any]:
+        run = self._compiled.run  # loads the binary on the current device, after which its handle is there
+        self._binary = (run, self._compiled.function, self._compiled.packed_metadata)
+        return self._binary
 
 
 def uses_descriptors(source: Source) -> bool:

@@ -23,6 +23,10 @@ CPU = "cpu"
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _loaded: dict[tuple[KernelSpec, torch.device, str | None], Kernel] = {}
+_asked: dict[tuple[object, ...], Kernel] = {}
+"""The kernels by the arguments that they were asked for with: a hit makes no spec and takes no lock."""
+_MOST_ASKED = 1 << 14
+"""Entries of ``_asked`` before it starts anew; token counts are arguments, and may be of any number."""
 _lock = threading.Lock()
 
 
@@ -67,7 +71,17 @@ def load_kernel(
         UnknownGpuError: the device's architecture is not supported.
         StoreError: a store cannot be read.
     """
-    where = find_device(device)
+    where = _settle(device)
+    asked = (
+        *(op, d_out, d_in, rank, tokens, dtype, adapter_dtype, magnitude_dtype),
+        *(bias, delta, save, output, where, store),
+    )
+    if type(d_out) is type(d_in) is type(rank) is type(tokens) is int:  # 8.0 == 8, but is no rank
+        try:
+            return _asked[asked]
+        except (KeyError, TypeError):  # not yet asked for, or an argument that no kernel has
+            pass
+    where = find_device(where)
     spec = KernelSpec.create(
         op,
         d_out=d_out,
@@ -90,7 +104,19 @@ def load_kernel(
         with _lock:
             kernel = _loaded.get(key) or _load(spec, where, store)
             _loaded[key] = kernel
+    if len(_asked) >= _MOST_ASKED:
+        _asked.clear()
+    _asked[asked] = kernel
     return kernel
+
+
+def _settle(device: torch.device | str | int | None) -> torch.device:
+    """The device meant, with little ado where that is certain."""
+    if isinstance(device, torch.device) and device.index is not None:
+        return device
+    if device is None and torch.cuda.is_initialized():
+        return torch.device("cuda", torch.cuda.current_device())
+    return find_device(device)
 
 
 def explain(spec: KernelSpec | str, store: str | None = None) -> str:

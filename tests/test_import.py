@@ -19,11 +19,12 @@ PACKAGE = Path(doratune.__file__).parent
 HEAVY = {"torch", "triton", "numpy", "jinja2", "optuna", "sqlalchemy", "alembic", "click", "rich", "platformdirs"}
 
 MAY_IMPORT = {
-    "__init__": {"runtime"},
+    "__init__": {"runtime", "nn"},
     "errors": set(),
     "codegen": {"errors"},
     "cache": {"codegen.spec", "errors"},
     "runtime": {"cache", "codegen", "errors"},
+    "nn": {"runtime", "errors"},
     "tuner": {"cache", "codegen", "runtime", "errors", "__version__"},
     "benchmarks": {"tuner", "cache", "runtime", "codegen", "errors", "__version__", "accelerate", "restore"},
     "cli": {"benchmarks", "tuner", "cache", "runtime", "codegen", "errors", "__version__"},

@@ -276,8 +276,10 @@ def finish_kernel(
     in_m = rows < D_OUT
     weight_sq = tl.load(weight_sq_ptr + rows, mask=in_m, other=0.0)
     dots = tl.full((ROWS,), 0.0, tl.float32)
-    for partial in range(0, PARTIALS):
-        dots += tl.load(partials_ptr + partial * D_OUT + rows, mask=in_m, other=0.0)
+    partial_ptrs = partials_ptr + rows
+    for _ in range(0, PARTIALS):
+        dots += tl.load(partial_ptrs, mask=in_m, other=0.0)
+        partial_ptrs += D_OUT
     norm = tl.sqrt(tl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
     tl.store(norm_ptr + rows, norm, mask=in_m)
 

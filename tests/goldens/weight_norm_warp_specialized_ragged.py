@@ -251,8 +251,10 @@ def finish_kernel(
     weight_sq = tl.sum(squares, axis=1)
     tl.store(weight_sq_ptr + rows, weight_sq)
     dots = tl.full((ROWS,), 0.0, tl.float32)
-    for partial in range(0, PARTIALS):
-        dots += tl.load(partials_ptr + partial * D_OUT + rows)
+    partial_ptrs = partials_ptr + rows
+    for _ in range(0, PARTIALS):
+        dots += tl.load(partial_ptrs)
+        partial_ptrs += D_OUT
     norm = tl.sqrt(tl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
     tl.store(norm_ptr + rows, norm)
     magnitude = tl.load(magnitude_ptr + rows).to(tl.float32)

@@ -43,7 +43,9 @@ def _no_stores_but_those_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("doratune.cache.layers._PREBUILT_FOLDER", tmp_path / "prebuilt")
     before = dict(loader._loaded)
+    loader._asked.clear()
     yield
+    loader._asked.clear()
     loader._loaded.clear()
     loader._loaded.update(before)
 
@@ -120,6 +122,29 @@ def test_a_second_call_gives_the_same_object() -> None:
     assert load_kernel("lora_compose", **{**SHAPE, "d_in": 4096}, device="cpu") is first  # not what it depends on
     others = ({"bias": True}, {"dtype": torch.float32}, {"adapter_dtype": torch.float32})
     assert all(load_kernel("lora_compose", **SHAPE, device="cpu", **other) is not first for other in others)
+
+
+def test_a_second_call_makes_no_spec_and_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = torch.device("cpu", 0)
+    first = load_kernel("lora_compose", **SHAPE, device=where)
+    monkeypatch.setattr(loader, "KernelSpec", None)
+    monkeypatch.setattr(loader, "find_device", None)
+    monkeypatch.setattr(loader, "_lock", None)
+    assert load_kernel("lora_compose", **SHAPE, device=where) is first
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 8.0}, {"tokens": 20.0}, {"d_out": [48]}])
+def test_what_no_kernel_can_be_is_refused_after_a_good_call_too(wrong: dict[str, Any]) -> None:
+    load_kernel("lora_compose", **SHAPE, device="cpu")
+    with pytest.raises(SpecError, match="must be an integer of at least 1"):
+        load_kernel("lora_compose", **{**SHAPE, **wrong}, device="cpu")
+
+
+def test_the_memory_of_what_was_asked_for_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_MOST_ASKED", 8)
+    for tokens in range(1, 60):
+        load_kernel("lora_compose", **{**SHAPE, "tokens": tokens}, device="cpu")
+        assert len(loader._asked) <= 8
 
 
 def test_threads_that_ask_together_get_one_object(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,72 @@
+"""What the gradients of doratune's functions refuse, and how: a clear error instead of a wrong second derivative."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from ..errors import UsageError
+
+
+class DifferentiationError(UsageError, RuntimeError):
+    """A kind of differentiation was asked for that DoRA's hand-written gradients do not have."""
+
+
+def refuse_transforms(function: str, *tensors: torch.Tensor | None) -> None:
+    """Raise a DifferentiationError inside ``torch.func`` transforms (grad, vmap, jvp, …) and for forward-mode AD."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise DifferentiationError(
+            f"{function} does not work under torch.func transforms (grad, vmap, jvp, functional_call inside them): "
+            "use loss.backward() or torch.autograd.grad, or write the layer out in PyTorch there"
+        )
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise DifferentiationError(
+            f"{function} has no forward-mode derivative: use loss.backward() or torch.autograd.grad"
+        )
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, function: str, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.function = function
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor | None) -> tuple[None, ...]:
+        raise DifferentiationError(
+            f"the gradient of {ctx.function} cannot be differentiated again (double backward, e.g. a gradient penalty "
+            "or a Hessian): call backward without create_graph=True, or write the layer out in PyTorch for this"
+        )
+
+
+def once_only(
+    function: str, grads: tuple[torch.Tensor | None, ...], sources: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Return ``grads`` such that differentiating them with respect to ``sources`` raises a DifferentiationError.
+
+    Costs nothing unless the backward pass runs with ``create_graph=True``.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grads
+    given = [grad for grad in grads if grad is not None]
+    followed = [source for source in sources if source is not None and source.requires_grad]
+    if not given or not followed:
+        return grads
+    marked = iter(_OnceOnly.apply(function, len(given), *given, *followed))  # type: ignore[no-untyped-call]
+    return tuple(None if grad is None else next(marked) for grad in grads)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off on ``device``; free of charge where it is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,281 @@
+"""DoRA's forward and hand-written backward: one autograd function for both public forms.
+
+    forward    y = g*(base + s*h@B.T) + b, h = x@A.T, g = m / max(w, eps); delta form: (g-1)*base + g*s*h@B.T
+    backward   dYg = g*dY, dg = sum_t dY*y/g or sum_t dY*inner (one pass), t = s*dYg@B
+               dX = dYg@W + t@A, dB = s*dYg.T@h, dA = t.T@x, dm = dg / max(w, eps), db = sum_t dY
+
+Either the function owns the base product (``weight`` is given: dX has both terms, one GEMM accumulated into the other,
+and the graph of ``base`` gets no gradient), or ``base`` is somebody else's and its whole gradient is dYg. w carries no
+gradient (DoRA, arXiv 2402.09353, section 4.3). s is folded into the products of rank r, so that no pass over
+[T, d_out] is spent on it.
+
+For dg the forward pass keeps y, which most often the next operation keeps anyway, and not a tensor inner of its own;
+but inner where y does not lead back to it: with a bias, in the delta form, and where x and W are not at hand for the
+columns whose g is too small to divide by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import operations
+from .differentiation import once_only, without_autocast
+from .norm import norm_of, safe_norm
+from .norm_cache import NormCache
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is computed, besides the tensors.
+
+    ``function`` is the public name, for messages. ``dtype`` is what products run in. ``exact`` keeps fp32 adapters
+    beside 16-bit activations as they are, where autocast would round them. ``base_has_bias``: ``base`` already
+    contains the bias. ``overwrite``: y may take the memory of ``base``. ``train``: save for a backward pass.
+    ``keep_inner``: keep inner even where y would do.
+    """
+
+    function: str
+    scaling: float
+    dtype: torch.dtype
+    exact: bool
+    delta: bool = False
+    base_has_bias: bool = False
+    overwrite: bool = False
+    train: bool = False
+    keep_inner: bool = False
+
+
+@dataclass
+class _Saved:
+    """What the backward pass needs of the forward pass; None where no gradient asks for it."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    g: torch.Tensor
+    norm: torch.Tensor
+    h: torch.Tensor
+    inner: torch.Tensor | None
+
+
+def dora(
+    form: Form,
+    x: torch.Tensor,
+    base: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor | NormCache | None,
+) -> torch.Tensor:
+    """Run ``form`` on checked tensors with any leading dimensions; differentiable where something asks for a gradient.
+
+    ``norm`` is w, or a cache to take it from, or None to compute it from ``weight``.
+    """
+    if not form.train:
+        with torch.no_grad():
+            return _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, save=False)[0]
+    result: torch.Tensor = _Dora.apply(  # type: ignore[no-untyped-call]
+        x, base, weight, lora_A, lora_B, magnitude, bias, norm, form
+    )
+    return result
+
+
+def _forward(
+    form: Form,
+    x: torch.Tensor,
+    base: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor | NormCache | None,
+    *,
+    save: bool,
+) -> tuple[torch.Tensor, _Saved]:
+    scaling, dtype = form.scaling, form.dtype
+    with without_autocast(x.device):
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = (lora_A, lora_B) if form.exact else (lora_A.to(dtype), lora_B.to(dtype))
+        if isinstance(norm, NormCache):
+            assert weight is not None
+            norm = norm.of_weight(weight, lora_A, lora_B, scaling, rounded=(a, b))
+        elif norm is None:
+            assert weight is not None
+            norm = norm_of(weight, a, b, scaling)
+        norm = safe_norm(norm)
+        g = magnitude / norm
+
+        overwrite = form.overwrite and not torch.compiler.is_compiling()  # a compiler sees to memory itself
+        if base is None:
+            assert weight is not None
+            base, overwrite = rows @ weight.to(dtype).T, True
+        else:
+            base = base.reshape(-1, base.shape[-1])
+        extra = None if bias is None else bias.to(dtype)
+        if extra is not None and form.base_has_bias:
+            # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
+            # a zero row (base = b, g = m/eps) must give y = b.
+            base, overwrite = base.sub_(extra) if overwrite else base - extra, True
+        if form.delta:
+            extra = None
+
+        h = (rows.to(a.dtype) if form.exact else rows) @ a.T
+        left, right = _split(h, b, dtype) if form.exact else (h, b)
+        y, inner = operations.lora_compose(
+            base, left, right, g, scaling, bias=extra, delta=form.delta, save=save, overwrite=overwrite
+        )
+    # Detached, y is no view in autograd's eyes: to change it in place is the caller's right.
+    return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, inner)
+
+
+def _split(h: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """An fp32 h as the sum of two of ``dtype`` side by side, and B twice: the same product over twice the rank."""
+    high = h.to(dtype)
+    low = (h - high).to(dtype)
+    return torch.cat((high, low), dim=1), torch.cat((b, b), dim=1)
+
+
+def _product(
+    left: torch.Tensor, right: torch.Tensor, scaling: float, like: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """``s * left @ right`` in ``dtype``; ``like`` is any tensor of the factors' dtype that expands to the result."""
+    wide = dtype is torch.float32 and left.dtype is not torch.float32
+    if wide and left.is_cuda and not torch.compiler.is_compiling():
+        product = torch.mm(left, right, out_dtype=torch.float32)  # the accumulator as it is: no rounding, no cast
+        return product if scaling == 1.0 else product.mul_(scaling)
+    if scaling == 1.0:
+        return (left @ right).to(dtype)
+    return torch.addmm(like, left, right, beta=0, alpha=scaling).to(dtype)  # beta=0: like is not read
+
+
+def _leads_back(form: Form, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    """Whether dg can be had from y: there is nothing in y but g*inner, and x and W for the columns with a tiny g."""
+    plain = bias is None and not form.delta and not form.exact and not form.keep_inner
+    return plain and weight is not None and weight.dtype == x.dtype
+
+
+class _Output:
+    """Tells whether y was changed in place after the forward pass, as its owner may do, without keeping it alive."""
+
+    def __init__(self, y: torch.Tensor) -> None:
+        self._counter: torch.Tensor | None = None
+        if not torch.compiler.is_compiling():  # a compiler makes in-place operations new tensors
+            self._counter = y.detach()  # shares y's version counter
+            self._counter.data = y.new_empty(0)  # and none of its memory
+            self._version = self._counter._version
+
+    def changed(self) -> bool:
+        return self._counter is not None and self._counter._version != self._version
+
+
+def _unwatched(y: torch.Tensor) -> torch.Tensor:
+    """y for ``save_for_backward``, which shall not refuse it when it has changed: :class:`_Output` sees to that."""
+    return y if torch.compiler.is_compiling() else y.data
+
+
+class _Dora(torch.autograd.Function):
+    """The function of this module's head. Inputs: x, base, weight, A, B, m, bias, w, form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        base: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        magnitude: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: torch.Tensor | NormCache | None,
+        form: Form,
+    ) -> torch.Tensor:
+        need_x, _, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
+        from_y = need_m and _leads_back(form, x, weight, bias)
+        save_inner = need_m and not from_y
+        y, saved = _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, save=save_inner)
+        ctx.form, ctx.owns_base = form, weight is not None
+        ctx.adapter_dtype, ctx.magnitude_dtype = lora_A.dtype, magnitude.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.output = _Output(y) if from_y else None
+        ctx.save_for_backward(
+            x if need_a or from_y else None,
+            weight if need_x or from_y else None,
+            saved.lora_A if need_x else None,
+            saved.lora_B if need_x or need_a or need_b or from_y else None,
+            saved.g,
+            saved.norm if need_m else None,
+            saved.h if need_b or from_y else None,
+            _unwatched(y) if from_y else saved.inner,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad(), without_autocast(dy.device):
+            grads = _backward(ctx, dy)
+        if not torch.is_grad_enabled():
+            return grads
+        return once_only(ctx.form.function, grads, (dy, *ctx.saved_tensors))
+
+
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, weight, a, b, g, norm, h, kept = ctx.saved_tensors
+    need_x, need_base, _, need_a, need_b, need_m, need_bias, *_ = ctx.needs_input_grad
+    form: Form = ctx.form
+    rows = dy.reshape(-1, dy.shape[-1])
+    # The gradient of the base. In the delta form it has lost g's digits where g is near 1, so there g goes into the
+    # products of rank r instead, which take dY itself.
+    gain = g - 1.0 if form.delta else g
+    dx = da = db = dmagnitude = dbias = total = None
+    if need_m:
+        kept = kept.reshape(rows.shape)
+        if ctx.output is None:
+            dbase, dg, total = operations.compose_backward(rows, kept, gain, bias=need_bias)
+        else:
+            samples = x.reshape(-1, x.shape[-1])
+            if ctx.output.changed():  # in place, by whoever had it: the columns of y say nothing, so make inner again
+                inner = operations.lora_compose(samples @ weight.T, h, b, torch.ones_like(g), form.scaling)[0]
+                dbase, dg, _ = operations.compose_backward(rows, inner, g)
+            else:
+                dbase, dg = operations.compose_backward_from_output(rows, kept, g, samples, weight, h, b, form.scaling)
+        dmagnitude = (dg / norm).to(ctx.magnitude_dtype)
+    else:
+        dbase = (rows * gain).to(rows.dtype)
+        if need_bias:
+            total = rows.sum(dim=0, dtype=g.dtype)
+    if need_bias:
+        assert total is not None
+        dbias = _bias_gradient(form, ctx.owns_base, g, total).to(ctx.bias_dtype)
+
+    if need_x or need_a or need_b:
+        low, down = (rows, (b * g[:, None]).to(b.dtype)) if form.delta else (dbase, b)
+        low = low.to(b.dtype)  # wider when adapters are exact, else the same
+        if need_x or need_a:
+            t = _product(low, down, form.scaling, b[:1], low.dtype)
+        if need_b:
+            db = _product(low.T, h, form.scaling, b, ctx.adapter_dtype)
+            if form.delta:
+                db = (db * g[:, None]).to(ctx.adapter_dtype)
+        if need_a:
+            da = _product(t.T, x.reshape(-1, x.shape[-1]).to(t.dtype), 1.0, t, ctx.adapter_dtype)
+        if need_x:
+            if not ctx.owns_base:
+                dx = (t @ a).to(rows.dtype)
+            elif form.exact:
+                dx = (dbase @ weight.to(dbase.dtype)).add_(t @ a)
+            else:
+                dx = (dbase @ weight.to(dbase.dtype)).addmm_(t, a)
+            dx = dx.view(*dy.shape[:-1], dx.shape[-1])
+    return dx, dbase.view(dy.shape) if need_base else None, None, da, db, dmagnitude, dbias, None, None
+
+
+def _bias_gradient(form: Form, owns_base: bool, g: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """db from ``total`` = sum_t dY: what the graph of a foreign base with b in it delivers itself is left out."""
+    if form.base_has_bias and not owns_base:
+        return (1.0 - g) * total
+    return torch.zeros_like(total) if form.delta else total

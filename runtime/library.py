@@ -1,0 +1,114 @@
+"""The operations as ``torch.library`` operators ``doratune::…``: ``torch.compile`` keeps them whole in its graph.
+
+They are not differentiable themselves: the autograd function of :mod:`.gradients` calls them, forward and backward,
+and its other products stay visible to the compiler. An operator returns a fixed number of tensors; one that was not
+asked for is empty.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import operations
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+def _absent(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.new_empty(0)
+
+
+@torch.library.custom_op("doratune::weight_norm", mutates_args=())
+def weight_norm(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """w, and nW unless it was given."""
+    norm, squares = operations.weight_norm(weight, lora_A, lora_B, weight_sq, scaling)
+    return norm, squares if weight_sq is None else _absent(norm)
+
+
+@weight_norm.register_fake
+def _(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    norm = weight.new_empty(weight.shape[0], dtype=_wide(weight))
+    return norm, torch.empty_like(norm) if weight_sq is None else _absent(norm)
+
+
+@torch.library.custom_op("doratune::lora_compose", mutates_args=())
+def lora_compose(
+    base: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    delta: bool,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and inner if ``save``."""
+    y, inner = operations.lora_compose(base, h, lora_B, g, scaling, bias=bias, delta=delta, save=save)
+    return y, _absent(y) if inner is None else inner
+
+
+@lora_compose.register_fake
+def _(
+    base: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    delta: bool,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = base.new_empty(base.shape)
+    return y, torch.empty_like(y) if save else _absent(y)
+
+
+@torch.library.custom_op("doratune::compose_backward", mutates_args=())
+def compose_backward(
+    dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dYg, dg, and db if ``bias``."""
+    dyg, dg, dbias = operations.compose_backward(dy, inner, g, bias=bias)
+    return dyg, dg, _absent(dg) if dbias is None else dbias
+
+
+@compose_backward.register_fake
+def _(
+    dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dg = torch.empty_like(g)
+    return dy.new_empty(dy.shape), dg, torch.empty_like(g) if bias else _absent(g)
+
+
+@torch.library.custom_op("doratune::compose_backward_from_output", mutates_args=())
+def compose_backward_from_output(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dYg and dg."""
+    return operations.compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
+
+
+@compose_backward_from_output.register_fake
+def _(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return dy.new_empty(dy.shape), torch.empty_like(g)

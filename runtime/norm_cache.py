@@ -1,0 +1,118 @@
+"""Reusing a row norm while it cannot have changed.
+
+The norm depends on W, A, B and s alone, yet a checkpointed layer computes it twice a step: in the forward pass and in
+the recompute during the backward pass. What makes reuse safe is knowing that nothing was written in between, and
+PyTorch does not see every write: ``tensor.data.copy_()``, fused optimizers, replayed CUDA graphs and FSDP's gathering
+of shards all leave a tensor's version as it was. So by default only a recompute takes the
+norm of its own forward pass: that is the norm it has to reproduce, whatever was written since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..errors import UsageError
+from .norm import norm_of
+
+REUSE = ("auto", "tracked", "off")
+"""Policies of :class:`NormCache`."""
+
+
+class NormReuseError(UsageError, ValueError):
+    """An unknown policy for reusing norms."""
+
+
+class _Entry(NamedTuple):
+    key: tuple[Hashable, ...]
+    storages: tuple[StorageWeakRef, ...]
+    norm: torch.Tensor
+
+    def serves(self, key: tuple[Hashable, ...]) -> bool:
+        # A storage that is gone may have left its address to another one.
+        return self.key == key and not any(storage.expired() for storage in self.storages)
+
+
+class NormCache:
+    """The norm of one layer and adapter, taken again where it cannot have changed.
+
+    Args:
+        reuse: ``auto`` reuses only in a recompute during a backward pass, while neither an optimizer has stepped nor
+            PyTorch seen a write. ``tracked`` also reuses from one forward pass to the next, which is right only if
+            every write to W, A and B is one that PyTorch sees: optimizers of ``torch.optim`` and what derives from
+            them, in-place operations, ``load_state_dict``, assigning to ``.data`` or to the parameter. Not so:
+            in-place writes to ``.data``, replayed CUDA graphs, sharded parameters. ``off`` computes every time.
+
+    Raises:
+        NormReuseError: another policy.
+    """
+
+    def __init__(self, reuse: str = "auto") -> None:
+        if reuse not in REUSE:
+            raise NormReuseError(f"norm_reuse={reuse!r}: use one of {', '.join(REUSE)}")
+        self.reuse = reuse
+        self._entry: _Entry | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"reuse": self.reuse, "_entry": None}  # a copy has weights of its own
+
+    def get(
+        self, tensors: Sequence[torch.Tensor], settings: Hashable, compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return ``compute()``, or what it returned before if it is safe to say that this is still its value.
+
+        Args:
+            tensors: what the norm depends on. settings: whatever else it depends on.
+        """
+        if self.reuse == "off" or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+            return compute()
+        _count_steps()
+        capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        recomputing = torch._C._current_graph_task_id() != -1
+        key = (settings, capturing, _steps, *map(_identity, tensors))
+        entry = self._entry
+        if (recomputing or (self.reuse == "tracked" and not capturing)) and entry is not None and entry.serves(key):
+            return entry.norm
+        norm = compute()
+        self._entry = _Entry(key, tuple(StorageWeakRef(t.untyped_storage()) for t in tensors), norm)
+        return norm
+
+    def of_weight(
+        self,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        scaling: float,
+        *,
+        rounded: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The norm of ``W + sBA``; ``rounded`` are A and B as the layer's products see them, the given ones if None."""
+        a, b = rounded or (lora_A, lora_B)
+        return self.get((weight, lora_A, lora_B), (scaling, a.dtype), lambda: norm_of(weight, a, b, scaling))
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    """What changes with every write or move of ``tensor`` that PyTorch sees, and the stream that its values are on."""
+    stream = torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0
+    return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, stream)
+
+
+_steps = 0
+_counting = False
+
+
+def _count_steps() -> None:
+    """Have every ``torch.optim`` optimizer's step counted: what fused ones write, no version shows."""
+    global _counting
+    if not _counting:
+        _counting = True
+        register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(*_: object) -> None:
+    global _steps
+    _steps += 1

@@ -1,0 +1,239 @@
+"""The operations of the contract on plain tensors: the tuned kernel where there is one, the eager reference elsewhere.
+
+This is the one place that chooses. Tensors on a GPU that doratune knows run what ``load_kernel`` finds; CPU tensors,
+fp64 and unknown GPUs run :mod:`doratune.runtime.reference` on the tensors' own device. Nothing here is differentiable
+and nothing is checked: the callers (:mod:`.linear`, :mod:`.compose`, :mod:`.norm`) have done both.
+
+While ``torch.compile`` traces, the same functions appear in the graph as the opaque ``doratune::…`` operators of
+:mod:`.library`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..codegen.spec import KernelSpec, bucket_tokens
+from .kernel import Kernel
+from .loader import CPU, load_kernel
+from .reference import TORCH_DTYPES, Tensors, definition, reference
+
+_SPEC_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float64: "fp32"}
+"""fp64 tensors are computed by the fp64 definition, whose spec has no name for their dtype."""
+
+
+def weight_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    weight_sq: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``||W + sBA||`` by rows and ``rowsum(W*W)``, both [d_out] fp32 (fp64 from fp64).
+
+    weight [d_out, d_in], lora_A [r, d_in], lora_B [d_out, r]; A and B in W's dtype or fp32. ``weight_sq`` is returned
+    as it is when given, and computed on the way otherwise.
+    """
+    if torch.compiler.is_compiling():
+        norm, squares = torch.ops.doratune.weight_norm(weight, lora_A, lora_B, weight_sq, scaling)
+        return norm, squares if weight_sq is None else weight_sq
+    d_out, d_in = weight.shape
+    inputs = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if weight_sq is not None:
+        inputs["weight_sq"] = weight_sq
+    flags = ("save",) if weight_sq is None else ()
+    key = ("weight_norm", d_out, d_in, lora_A.shape[0], 1, weight.dtype, lora_A.dtype, flags)
+    kernel = _kernel(*key, weight.device)
+    if kernel is None:
+        results = _eager(_spec(*key), inputs, scaling)
+        return results["norm"], results["weight_sq"] if weight_sq is None else weight_sq
+    norm = torch.empty(d_out, dtype=torch.float32, device=weight.device)
+    if weight_sq is not None:
+        kernel.launch(_ready(inputs), (norm,), scaling)
+        return norm, weight_sq
+    squares = torch.empty_like(norm)
+    kernel.launch(_ready(inputs), (norm, squares), scaling)
+    return norm, squares
+
+
+def lora_compose(
+    base: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    g: torch.Tensor,
+    scaling: float,
+    *,
+    bias: torch.Tensor | None = None,
+    delta: bool = False,
+    save: bool = False,
+    overwrite: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return y = g*(base + s*h@B.T) + b, or the delta form (g-1)*base + g*s*h@B.T; and inner when ``save``.
+
+    base [T, d_out], h [T, r] and bias [d_out] in one dtype, lora_B [d_out, r] in it or fp32, g [d_out] fp32.
+    ``overwrite`` lets y take the memory of ``base``.
+    """
+    if torch.compiler.is_compiling():
+        y, inner = torch.ops.doratune.lora_compose(base, h, lora_B, g, bias, scaling, delta, save)
+        return y, inner if save else None
+    tokens, d_out = base.shape
+    inputs = {"base": base, "h": h, "lora_B": lora_B, "g": g}
+    if bias is not None:
+        inputs["bias"] = bias
+    flags = _flags(bias=bias is not None, delta=delta, save=save)
+    key = ("lora_compose", d_out, 1, h.shape[1], _bucket(tokens), base.dtype, lora_B.dtype, flags)
+    kernel = _kernel(*key, base.device) if tokens else None
+    if kernel is None:
+        results = _eager(_spec(*key), inputs, scaling)
+        return results["y"], results.get("inner")
+    if overwrite and base.stride(-1) == 1:
+        y = base
+        torch.autograd.graph.increment_version(base)  # a launch does not show in it, and autograd must see the write
+    else:
+        y = torch.empty_like(base, memory_format=torch.contiguous_format)
+    if not save:
+        kernel.launch(_ready(inputs), (y,), scaling)
+        return y, None
+    inner = torch.empty_like(base, memory_format=torch.contiguous_format)
+    kernel.launch(_ready(inputs), (y, inner), scaling)
+    return y, inner
+
+
+def compose_backward(
+    dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, *, bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return dYg = g*dY [T, d_out], dg = sum_t dY*inner [d_out] fp32 and, when ``bias``, db = sum_t dY [d_out] fp32."""
+    if torch.compiler.is_compiling():
+        dyg, dg, dbias = torch.ops.doratune.compose_backward(dy, inner, g, bias)
+        return dyg, dg, dbias if bias else None
+    return _compose_backward({"dy": dy, "inner": inner, "g": g}, _flags(bias=bias))
+
+
+def compose_backward_from_output(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dYg = g*dY [T, d_out] and dg = sum_t dY*y/g [d_out] fp32 for y = g*(x@W.T + s*h@B.T).
+
+    Columns whose |g| is too small to divide by get their dg from x [T, d_in], weight, h and lora_B.
+    """
+    if torch.compiler.is_compiling():
+        dyg, dg = torch.ops.doratune.compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
+        return dyg, dg
+    dyg, dg, _ = _compose_backward({"dy": dy, "y": y, "g": g}, ("output",))
+    tokens, d_in = x.shape
+    inputs = {"dy": dy, "x": x, "weight": weight, "h": h, "lora_B": lora_B, "g": g, "dg": dg}
+    d_out, rank = lora_B.shape
+    key = ("compose_backward_exact", d_out, d_in, rank, _bucket(tokens), dy.dtype, lora_B.dtype, ())
+    kernel = _kernel(*key, dy.device) if tokens else None
+    if kernel is None:
+        return dyg, _eager(_spec(*key), inputs, scaling)["dg_exact"]
+    kernel.launch(_ready(inputs), (dg,), scaling)
+    return dyg, dg
+
+
+def _compose_backward(
+    inputs: Tensors, flags: tuple[str, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    dy = inputs["dy"]
+    tokens, d_out = dy.shape
+    key = ("compose_backward", d_out, 1, 1, _bucket(tokens), dy.dtype, dy.dtype, flags)
+    kernel = _kernel(*key, dy.device) if tokens else None
+    if kernel is None:
+        results = _eager(_spec(*key), inputs, 1.0)
+        return results["dyg"], results["dg"], results.get("dbias")
+    dyg = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    dg = torch.empty(d_out, dtype=torch.float32, device=dy.device)
+    if "bias" not in flags:
+        kernel.launch(_ready(inputs), (dyg, dg))
+        return dyg, dg, None
+    dbias = torch.empty_like(dg)
+    kernel.launch(_ready(inputs), (dyg, dg, dbias))
+    return dyg, dg, dbias
+
+
+def _flags(**flags: bool) -> tuple[str, ...]:
+    return tuple(name for name, on in flags.items() if on)
+
+
+def _bucket(tokens: int) -> int:
+    return bucket_tokens(tokens) if tokens else 1  # no token: nothing is launched
+
+
+def _ready(inputs: Tensors) -> tuple[torch.Tensor, ...]:
+    """The inputs in a layout that kernels read: any row stride, but rows without gaps between their elements."""
+    return tuple(t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in inputs.values())
+
+
+def _eager(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    compute = definition if next(iter(inputs.values())).dtype is torch.float64 else reference
+    with torch.no_grad():
+        return compute(spec, inputs, scaling)
+
+
+@functools.cache
+def _kernel(
+    op: str,
+    d_out: int,
+    d_in: int,
+    rank: int,
+    bucket: int,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    flags: tuple[str, ...],
+    device: torch.device,
+) -> Kernel | None:
+    """The kernel for these tensors; None where the eager reference runs. No text is made once it is cached."""
+    from ..codegen.gpu import UnknownGpuError
+
+    if device.type != "cuda" or dtype not in _SPEC_DTYPES or dtype is torch.float64:
+        return None
+    try:
+        return load_kernel(
+            op,
+            d_out=d_out,
+            d_in=d_in,
+            rank=rank,
+            tokens=bucket,
+            dtype=dtype,
+            adapter_dtype=adapter,
+            bias="bias" in flags,
+            delta="delta" in flags,
+            save="save" in flags,
+            output="output" in flags,
+            device=device,
+        )
+    except UnknownGpuError:
+        return None
+
+
+@functools.cache
+def _spec(
+    op: str,
+    d_out: int,
+    d_in: int,
+    rank: int,
+    bucket: int,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    flags: tuple[str, ...],
+) -> KernelSpec:
+    """The spec by which the eager reference knows what to compute."""
+    return KernelSpec.create(
+        op,
+        d_out=d_out,
+        d_in=d_in,
+        rank=rank,
+        tokens=bucket,
+        dtype=_SPEC_DTYPES[dtype],
+        adapter=_SPEC_DTYPES[adapter],
+        gpu=CPU,
+        **dict.fromkeys(flags, True),
+    )

@@ -1,0 +1,158 @@
+"""The base layers that DoRA is made on top of, as one value each: what kind, where W is, and who makes its gradient.
+
+A dense W is read as a matrix. A quantised one is only multiplied by, as the base layer itself would: A goes through it
+as r extra tokens, which gives WAᵀ for the norm, and once blocks of unit vectors, which give rowsum(W²). The exception
+is bitsandbytes' 8-bit layer. It rounds its input to 8 bits (and keeps columns with outliers in 16), so it is not the
+linear map of any W. PEFT takes the norm of the dequantised int8 matrix there, and so does doratune, in blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+LINEAR, CONV1D, BNB_4BIT, BNB_8BIT, HQQ, TORCHAO = (
+    "Linear",
+    "Conv1D",
+    "bitsandbytes 4-bit",
+    "bitsandbytes 8-bit",
+    "HQQ",
+    "torchao",
+)
+
+_DENSE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_PLAIN = (torch.Tensor, nn.Parameter)
+_WEIGHT_ONLY = ("AffineQuantizedTensor", "Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
+"""torchao's tensors that leave the activations as they are, unless one of these attributes says otherwise."""
+_ACTIVATION_QUANTISED = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
+
+_BLOCK_ELEMENTS = 1 << 24
+"""Elements of W that exist at a time while a quantised W is read: 64 MB in fp32."""
+
+
+class NotNow(str):
+    """A reason that may be gone at the next call: parameters that are sharded or not loaded yet."""
+
+
+class BaseLayer(NamedTuple):
+    """A base layer that doratune can build on.
+
+    ``weight`` is the tensor that holds W; ``matrix`` is W [d_out, d_in] where that is dense, else None. ``plain`` says
+    that nothing but the product with a frozen W makes the layer's output, so that its gradient can be made elsewhere.
+    """
+
+    kind: str
+    weight: torch.Tensor
+    matrix: torch.Tensor | None
+    plain: bool
+
+
+def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> BaseLayer | str:
+    """What ``base`` [d_out, d_in] is; ``transposed`` when it stores W as [d_in, d_out]. A sentence when unsupported."""
+    if type(base) is not nn.Linear and isinstance(getattr(base, "W_q", None), torch.Tensor):
+        return BaseLayer(HQQ, base.W_q, None, False)  # type: ignore[arg-type]
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return f"a {type(base).__name__} has no weight tensor"
+    if type(weight) not in _PLAIN:
+        return _subclassed(base, weight)
+    if weight.is_meta:
+        return NotNow("its weight is on the meta device")
+    if weight.dtype not in _DENSE:
+        return f"its weight is {weight.dtype} in a {type(base).__name__}"
+    if hasattr(weight, "ds_id"):
+        return NotNow("its weight is partitioned by DeepSpeed ZeRO-3")
+    if weight.shape != ((d_in, d_out) if transposed else (d_out, d_in)):
+        return NotNow(f"its weight has shape {list(weight.shape)} for {d_in} inputs and {d_out} outputs: a shard")
+    kind = CONV1D if transposed else LINEAR
+    ordinary = type(base).__module__ == "transformers.pytorch_utils" if transposed else type(base) is nn.Linear
+    return BaseLayer(
+        kind, weight, weight.T if transposed else weight, ordinary and is_untouched(base) and not weight.requires_grad
+    )
+
+
+def _subclassed(base: nn.Module, weight: torch.Tensor) -> BaseLayer | str:
+    name, module = type(weight).__name__, type(weight).__module__
+    if name == "Params4bit":
+        if getattr(weight, "quant_state", None) is None:
+            return "its 4-bit weight has no quantisation state yet"
+        return BaseLayer(BNB_4BIT, weight, None, False)
+    if name == "Int8Params":
+        if weight.dtype is not torch.int8:
+            return f"its 8-bit layer holds a weight in {weight.dtype} (has_fp16_weights, or not quantised yet)"
+        return BaseLayer(BNB_8BIT, weight, None, False)
+    if module.startswith("torchao."):
+        inexact = [attribute for attribute in _ACTIVATION_QUANTISED if getattr(weight, attribute, None) is not None]
+        if name not in _WEIGHT_ONLY or inexact:
+            return f"torchao's {name} is no weight-only quantisation{f' ({inexact[0]} is set)' if inexact else ''}"
+        return BaseLayer(TORCHAO, weight, None, False)
+    if name == "DTensor":
+        return NotNow("its weight is a DTensor: sharded")
+    return f"its weight is a {module}.{name}"
+
+
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether calling ``layer`` runs its class's forward and nothing else: no hooks, no patched forward."""
+    return not (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+    )
+
+
+def multiply(base: Any, layer: BaseLayer, rows: torch.Tensor) -> torch.Tensor:
+    """``rows @ W.T`` [..., d_out] of a quantised layer, of rows [..., d_in], in the dtype that the layer computes in.
+
+    Without the bias: added and taken off again, a large one would leave nothing of a small product in 16 bits.
+    """
+    product: torch.Tensor
+    if layer.kind == BNB_4BIT:
+        from bitsandbytes import matmul_4bit
+
+        state = base.weight.quant_state
+        product = matmul_4bit(rows.to(base.compute_dtype or state.dtype), base.weight, quant_state=state)
+    elif layer.kind == HQQ:
+        product = base.matmul(rows.to(base.compute_dtype))
+    else:
+        product = torch.nn.functional.linear(rows.to(layer.weight.dtype), layer.weight)
+    return product
+
+
+def products(base: Any, layer: BaseLayer, lora_A: torch.Tensor) -> torch.Tensor:
+    """``W @ A.T`` [d_out, r] in fp32 of a quantised layer, A [r, d_in]."""
+    if layer.kind != BNB_8BIT:
+        return multiply(base, layer, lora_A).float().T
+    wide = lora_A.float().T
+    return torch.cat([rows @ wide for rows in _int8_rows(base, layer)])
+
+
+def row_squares(base: Any, layer: BaseLayer, d_out: int, d_in: int) -> torch.Tensor:
+    """``rowsum(W*W)`` [d_out] in fp32 of a quantised layer, without ever holding all of W."""
+    if layer.kind == BNB_8BIT:
+        return torch.cat([rows.square().sum(dim=1) for rows in _int8_rows(base, layer)])
+    total: torch.Tensor | None = None
+    device = layer.weight.device
+    step = max(1, _BLOCK_ELEMENTS // max(d_in, d_out))
+    for start in range(0, d_in, step):
+        units = torch.zeros(min(step, d_in - start), d_in, device=device)
+        units[:, start:].fill_diagonal_(1.0)
+        part = multiply(base, layer, units).float().square_().sum(dim=0)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _int8_rows(base: Any, layer: BaseLayer) -> Iterator[torch.Tensor]:
+    """The rows of the dequantised int8 matrix in fp32, a block at a time: q * SCB / 127, as bitsandbytes has it."""
+    scales = base.state.SCB
+    if scales is None:
+        scales = base.weight.SCB
+    scales = scales.to(layer.weight.device).float().view(-1, 1) / 127.0
+    step = max(1, _BLOCK_ELEMENTS // layer.weight.shape[1])
+    for rows, scale in zip(layer.weight.detach().split(step), scales.split(step), strict=True):
+        yield rows.float() * scale

@@ -1,0 +1,70 @@
+"""What ``accelerate`` did to each DoRA layer, as values and as text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+KERNELS, REFERENCE, PENDING, PEFT = "kernels", "reference", "pending", "peft"
+"""What runs a layer: tuned kernels; doratune's eager reference (CPU tensors, fp64, unknown GPUs); one of these as soon
+as the parameters are there in full, PEFT's code until then; PEFT's own code."""
+
+_RUNS = {KERNELS: "kernels", REFERENCE: "eager reference", PENDING: "decided per call", PEFT: "left to PEFT"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One DoRA adapter of one layer.
+
+    Attributes:
+        name: the layer's name in the model. adapter: the adapter's.
+        base: the kind of base layer, e.g. ``Linear`` or ``bitsandbytes 4-bit``.
+        runs: ``kernels``, ``reference`` (doratune's eager path), ``pending`` or ``peft``.
+        kernels: the operations that run, in order; of these ``load_kernel`` finds the kernels.
+        remark: why the layer is left to PEFT, or when it falls back to it.
+    """
+
+    name: str
+    adapter: str
+    base: str
+    runs: str
+    kernels: tuple[str, ...] = ()
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every DoRA layer of a model and what runs it now; ``str(report)`` joins layers that differ only in a number."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def accelerated(self) -> tuple[Layer, ...]:
+        """The layers that doratune runs, or will when their parameters are there."""
+        return tuple(layer for layer in self.layers if layer.runs != PEFT)
+
+    @property
+    def left(self) -> tuple[Layer, ...]:
+        """The layers that PEFT runs as before."""
+        return tuple(layer for layer in self.layers if layer.runs == PEFT)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "doratune: the model has no DoRA layer (LoraConfig(use_dora=True)); nothing was changed"
+        lines = [f"doratune: {len(self.accelerated)} of {len(self.layers)} DoRA layers accelerated"]
+        rows = Counter((_numberless(layer.name), layer.adapter, layer.base, _how(layer)) for layer in self.layers)
+        width = max(len(name) for name, *_ in rows)
+        for (name, adapter, base, how), count in rows.items():
+            lines.append(f"  {count:4} × {name:{width}}  {adapter}, {base}: {how}")
+        lines.append("Adapters added from now on run PEFT's code until accelerate() is called again.")
+        return "\n".join(lines)
+
+
+def _how(layer: Layer) -> str:
+    how = _RUNS[layer.runs] + (f" ({', '.join(layer.kernels)})" if layer.kernels else "")
+    return f"{how}; {layer.remark}" if layer.remark else how
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -1,0 +1,115 @@
+"""Small models with DoRA adapters, made from configs, and how they are compared. Needs peft and transformers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 96
+
+
+class Pair(nn.Module):
+    """Two linear layers, the first with a bias."""
+
+    def __init__(self, d_in: int = 24, d_mid: int = 40, d_out: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Linear(d_in, d_mid)
+        self.second = nn.Linear(d_mid, d_out, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def llama(layers: int = 2) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        attention_bias=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    config = GPT2Config(
+        n_embd=48, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=32, bos_token_id=0, eos_token_id=1
+    )
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return GPT2LMHeadModel(config)
+
+
+def with_dora(model: nn.Module, seed: int = 0, autocast_adapter_dtype: bool = True, **settings: Any) -> PeftModel:
+    """``model`` with DoRA adapters that are far from their initial values, biases and magnitudes included."""
+    settings = {"r": 8, "target_modules": "all-linear", **settings}
+    if isinstance(model, Pair):
+        settings["target_modules"] = ["first", "second"]
+    if isinstance(model, GPT2LMHeadModel):
+        settings["fan_in_fan_out"] = True
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(use_dora=True, init_lora_weights=False, **settings),
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+    shake(peft_model, seed)
+    return peft_model
+
+
+def shake(model: nn.Module, seed: int = 0) -> None:
+    """Move adapters, magnitudes and biases to where each term of DoRA matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if "lora_magnitude" in name:
+                parameter.mul_(1.0 + 0.2 * noise)
+            elif "lora_B" in name:
+                parameter.copy_(0.1 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.5 * noise)
+
+
+def twin(model: nn.Module) -> Any:
+    return copy.deepcopy(model)
+
+
+def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """The relative Frobenius error of ``value``."""
+    assert torch.isfinite(value).all()
+    return float((value.detach().double() - exact.detach().double()).norm() / exact.detach().double().norm())
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def error_ratios(fast: nn.Module, stock: nn.Module, exact: nn.Module) -> dict[str, float]:
+    """By what factor ``fast`` is further from ``exact`` than ``stock``: the geometric mean over gradients of a kind.
+
+    A single small gradient of a deep model is mostly the rounding of other layers, in both models by chance.
+    """
+    logs: dict[str, list[float]] = {}
+    wanted = gradients(exact)
+    largest = max(gradient.norm() for gradient in wanted.values())
+    for name, gradient in gradients(fast).items():
+        if wanted[name].norm() > 1e-9 * largest:  # with one token, q and k get none
+            ratio = relative(gradient, wanted[name]) / relative(gradients(stock)[name], wanted[name])
+            logs.setdefault(name.split("lora_")[1].split(".")[0], []).append(math.log(ratio))
+    assert set(logs) == {"A", "B", "magnitude_vector"}
+    return {kind: math.exp(sum(values) / len(values)) for kind, values in logs.items()}
+
+
+def assert_same_gradients(model: nn.Module, exact: nn.Module, bound: float) -> None:
+    wanted = gradients(exact)
+    assert gradients(model).keys() == wanted.keys()
+    for name, gradient in gradients(model).items():
+        assert gradient.dtype == wanted[name].dtype
+        assert relative(gradient, wanted[name]) <= bound, name
