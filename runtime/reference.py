@@ -108,7 +108,9 @@ def _lora_compose(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str
 
 
 def _dora_linear_forward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
-    base = inputs["x"] @ inputs["weight"].T
+    x = inputs["x"]
+    parts = inputs["weight"].split(max(1, _WIDENED_ELEMENTS // spec.d_in))
+    base = torch.cat([x @ part.to(x.dtype).T for part in parts], dim=-1)
     return _compose(spec, {**inputs, "base": base}, inputs["h"] @ inputs["lora_B"].T, scaling)
 
 
