@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +13,10 @@ import torch
 from torch import nn
 
 import doratune
-from doratune.runtime.arguments import ArgumentError
-from doratune.runtime.norm_cache import NormReuseError
-from doratune.runtime.peft import PeftVersionError
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
-
-from doratune.runtime.peft.variant import DoraVariant  # noqa: E402
 
 from .peft_models import (  # noqa: E402
     VOCABULARY,

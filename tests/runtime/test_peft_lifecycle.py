@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,6 @@ from .peft_models import (  # noqa: E402
     VOCABULARY,
     Pair,
     assert_same_gradients,
-    error_ratios,
-    gpt2,
     gradients,
     llama,
     relative,
