@@ -74,7 +74,7 @@ def load_kernel(
     where = _settle(device)
     asked = (
         *(op, d_out, d_in, rank, tokens, dtype, adapter_dtype, magnitude_dtype),
-        *(bias, delta, save, output, where, store),
+        *(bias, delta, save, output, autocast, where, store),
     )
     if type(d_out) is type(d_in) is type(rank) is type(tokens) is int:  # 8.0 == 8, but is no rank
         try:

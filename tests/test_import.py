@@ -17,6 +17,7 @@ import doratune
 PACKAGE = Path(doratune.__file__).parent
 
 HEAVY = {"torch", "triton", "numpy", "jinja2", "optuna", "sqlalchemy", "alembic", "click", "rich", "platformdirs"}
+HEAVY |= {"peft", "transformers"}
 
 MAY_IMPORT = {
     "__init__": {"runtime", "nn"},

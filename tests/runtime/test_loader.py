@@ -133,6 +133,27 @@ def test_a_second_call_makes_no_spec_and_takes_no_lock(monkeypatch: pytest.Monke
     assert load_kernel("lora_compose", **SHAPE, device=where) is first
 
 
+def test_every_argument_tells_kernels_apart_however_often_they_are_asked_for() -> None:
+    base = {"op": "compose_backward", **SHAPE, "device": torch.device("cpu", 0)}
+    weights = {**base, "op": "lora_compose"}
+    asked = [
+        base,
+        *({**base, flag: True} for flag in ("bias", "output")),
+        {**base, "d_out": 56},
+        {**base, "tokens": 4000},
+        {**base, "dtype": torch.float32},
+        weights,
+        *({**weights, flag: True} for flag in ("bias", "delta", "save")),
+        {**weights, "adapter_dtype": torch.float32},
+        {**weights, "adapter_dtype": torch.float32, "autocast": True},
+        {**weights, "rank": 16},
+        {**weights, "op": "weight_norm", "d_in": 48},
+        {**weights, "op": "weight_norm", "magnitude_dtype": torch.float32},
+    ]
+    for _ in range(2):
+        assert len({id(load_kernel(**arguments)) for arguments in asked}) == len(asked)
+
+
 @pytest.mark.parametrize("wrong", [{"rank": 8.0}, {"tokens": 20.0}, {"d_out": [48]}])
 def test_what_no_kernel_can_be_is_refused_after_a_good_call_too(wrong: dict[str, Any]) -> None:
     load_kernel("lora_compose", **SHAPE, device="cpu")
