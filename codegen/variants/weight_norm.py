@@ -290,7 +290,7 @@ class WeightNormWarpSpecialized(Variant):
     name = "warp_specialized"
     descriptors = True
     interpreted = False
-    counts = frozenset({"rank_tiles", "split_k", "gram_programs", "gram_stages"})
+    counts = frozenset({"rank_tiles", "split_k", "gram_share", "gram_programs", "gram_stages"})
 
     ROWS = 128
     STEP = 64
@@ -312,12 +312,17 @@ class WeightNormWarpSpecialized(Variant):
             "split_k": tuple(s for s in (1, 2, 3, 4, 6, 8) if s == 1 or spec.d_in // s >= 256),
             "gram_block": (64,) if spec.rank <= 64 else (64, 128),
             "gram_block_k": (64, 128),
-            "gram_share": up_to((256, 512, 1024), spec.d_in),
+            "gram_share": tuple({**dict.fromkeys(up_to((256, 512, 1024), spec.d_in)), self._one_wave(spec, gpu): None}),
             "gram_stages": (3, 4, 5, 6),
             "gram_programs": (4, 8, 16, ceil_div(spec.rank * spec.rank, 512)),
             "num_warps": (8,),
             "num_stages": (2, 3, 4, 5, 6),
         }
+
+    def _one_wave(self, spec: KernelSpec, gpu: Gpu) -> int:
+        """The share of the columns with which the tiles of G, 64 by 64, fill the GPU once."""
+        tiles = ceil_div(spec.rank, 64) * (ceil_div(spec.rank, 64) + 1) // 2
+        return ceil_div(ceil_div(spec.d_in, max(1, gpu.multiprocessors // tiles)), 128) * 128
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         rank_block = 64 if spec.rank <= 64 else 128
@@ -332,17 +337,18 @@ class WeightNormWarpSpecialized(Variant):
                 rank_tiles=rank_tiles,
                 split_k=split_k,
                 gram_block=64,
-                gram_block_k=gram_block_k,
-                gram_share=1024,
-                gram_stages=gram_stages,
+                gram_block_k=128,
+                gram_share=gram_share,
+                gram_stages=6,
                 gram_programs=gram_programs,
                 num_warps=8,
                 num_stages=3,
             )
             for split_k in splits
-            for gram_block_k, gram_stages, gram_programs in (
-                (128, 6, ceil_div(spec.rank * spec.rank, 512)),
-                (128, 6, 4),
+            for gram_share, gram_programs in (
+                (1024, ceil_div(spec.rank * spec.rank, 512)),
+                (1024, 4),
+                (self._one_wave(spec, gpu), ceil_div(spec.rank * spec.rank, 512)),
             )
         )
 
@@ -360,8 +366,8 @@ class WeightNormWarpSpecialized(Variant):
             refuse_shared_memory(config.num_stages, stage_rows * self.STEP * 2 + BARRIER_BYTES // 2, gpu)
             or refuse_shared_memory(config["gram_stages"], 2 * gram * gram_k * 2, gpu)
             or (
-                f"gram_share={config['gram_share']} is less than a step of {gram_k}"
-                if config["gram_share"] < gram_k
+                f"gram_share={config['gram_share']} is no multiple of a step of {gram_k}"
+                if config["gram_share"] % gram_k
                 else None
             )
             or (
