@@ -10,7 +10,6 @@ from .compose import BackwardColumns, ForwardTile
 from .compose_backward_exact import BackwardExactTiles
 from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
-from .lora_compose_stationary import LoraComposeStationary
 from .weight_norm import WeightNormFused, WeightNormTma, WeightNormWarpSpecialized
 
 __all__ = ["VARIANTS", "Variant", "Work", "check_config", "default_config", "find_variant", "variants_of"]
@@ -22,7 +21,6 @@ VARIANTS: tuple[Variant, ...] = (
     LoraComposeTile(),
     LoraComposeTma(),
     LoraComposeWarpSpecialized(),
-    LoraComposeStationary(),
     ForwardTile(),
     BackwardColumns(),
     DoraLinearTile(),

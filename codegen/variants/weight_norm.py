@@ -371,6 +371,15 @@ class WeightNormWarpSpecialized(Variant):
                 else None
             )
             or (
+                f"gram_share={config['gram_share']}, split_k={config['split_k']}: the partial sums need 64-bit offsets"
+                if max(
+                    ceil_div(spec.d_in, config["gram_share"]) * spec.rank * spec.rank,
+                    ceil_div(spec.rank, rank_block * rank_tiles) * config["split_k"] * spec.d_out,
+                )
+                >= 2**31
+                else None
+            )
+            or (
                 f"split_k={config['split_k']} leaves shares without work"
                 if config["split_k"] * self.STEP > max(spec.d_in, self.STEP)
                 else None

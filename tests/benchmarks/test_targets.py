@@ -112,6 +112,8 @@ def test_every_target_selects_a_case_that_is_measured() -> None:
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_committed_results_can_be_judged(path: Path) -> None:
     rows = read_rows(path)
+    if not {r["bench"] for r in rows} & {target.bench for target in TARGETS}:
+        pytest.skip("no target asks for this benchmark")
     verdicts = judge(rows)
     assert any(v.outcome != UNMEASURED for v in verdicts)
     ours = [r for r in rows if r["impl"] == OURS]
