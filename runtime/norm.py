@@ -61,6 +61,13 @@ def norm_of(
         )[0]
 
 
+def row_squares(weight: torch.Tensor) -> torch.Tensor:
+    """``rowsum(W*W)``, [d_out] fp32, in one pass over W."""
+    with torch.no_grad(), without_autocast(weight.device):
+        norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=_norm_dtype(weight))
+        return norms.square()
+
+
 def norm_from_products(
     weight_sq: torch.Tensor, products: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:

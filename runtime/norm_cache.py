@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UsageError
-from .norm import norm_of
+from .norm import norm_of, row_squares
 
 REUSE = ("auto", "tracked", "off")
 """Policies of :class:`NormCache`."""
@@ -30,7 +30,7 @@ class NormReuseError(UsageError, ValueError):
 class _Entry(NamedTuple):
     key: tuple[Hashable, ...]
     storages: tuple[StorageWeakRef, ...]
-    norm: torch.Tensor
+    value: torch.Tensor
 
     def serves(self, key: tuple[Hashable, ...]) -> bool:
         # A storage that is gone may have left its address to another one.
@@ -45,7 +45,8 @@ class NormCache:
             PyTorch seen a write. ``tracked`` also reuses from one forward pass to the next, which is right only if
             every write to W, A and B is one that PyTorch sees: optimizers of ``torch.optim`` and what derives from
             them, in-place operations, ``load_state_dict``, assigning to ``.data`` or to the parameter. Not so:
-            in-place writes to ``.data``, replayed CUDA graphs, sharded parameters. ``off`` computes every time.
+            in-place writes to ``.data``, replayed CUDA graphs, sharded parameters. After an optimizer's step it
+            still has W's own part of the norm. ``off`` computes every time.
 
     Raises:
         NormReuseError: another policy.
@@ -56,9 +57,10 @@ class NormCache:
             raise NormReuseError(f"norm_reuse={reuse!r}: use one of {', '.join(REUSE)}")
         self.reuse = reuse
         self._entry: _Entry | None = None
+        self._squares: _Entry | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"reuse": self.reuse, "_entry": None}  # a copy has weights of its own
+        return {"reuse": self.reuse, "_entry": None, "_squares": None}  # a copy has weights of its own
 
     def get(
         self, tensors: Sequence[torch.Tensor], settings: Hashable, compute: Callable[[], torch.Tensor]
@@ -71,12 +73,12 @@ class NormCache:
         if self.reuse == "off" or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
             return compute()
         _count_steps()
-        capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = _capturing(tensors[0])
         recomputing = torch._C._current_graph_task_id() != -1
         key = (settings, capturing, _steps, *map(_identity, tensors))
         entry = self._entry
         if (recomputing or (self.reuse == "tracked" and not capturing)) and entry is not None and entry.serves(key):
-            return entry.norm
+            return entry.value
         norm = compute()
         self._entry = _Entry(key, tuple(StorageWeakRef(t.untyped_storage()) for t in tensors), norm)
         return norm
@@ -92,7 +94,25 @@ class NormCache:
     ) -> torch.Tensor:
         """The norm of ``W + sBA``; ``rounded`` are A and B as the layer's products see them, the given ones if None."""
         a, b = rounded or (lora_A, lora_B)
-        return self.get((weight, lora_A, lora_B), (scaling, a.dtype), lambda: norm_of(weight, a, b, scaling))
+        return self.get(
+            (weight, lora_A, lora_B),
+            (scaling, a.dtype),
+            lambda: norm_of(weight, a, b, scaling, self._weight_squares(weight)),
+        )
+
+    def _weight_squares(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """``rowsum(W*W)`` from before, if writes to W are tracked: no optimizer's step changes a frozen W."""
+        if self.reuse != "tracked" or torch.compiler.is_compiling() or weight.is_inference() or _capturing(weight):
+            return None
+        key = _identity(weight)
+        if self._squares is None or not self._squares.serves(key):
+            self._squares = _Entry(key, (StorageWeakRef(weight.untyped_storage()),), row_squares(weight))
+        return self._squares.value
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured: its replays must compute what may have changed by then."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Hashable, ...]:

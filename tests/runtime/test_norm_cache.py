@@ -222,6 +222,36 @@ def test_auto_computes_in_every_forward_pass_and_tracked_only_after_a_change(com
         assert len(computed) == count + 1
 
 
+def test_the_part_of_w_is_computed_once_while_only_the_adapter_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+    row_squares = norm_cache.row_squares
+
+    def spy(weight: torch.Tensor) -> torch.Tensor:
+        made.append(row_squares(weight))
+        return made[-1]
+
+    monkeypatch.setattr(norm_cache, "row_squares", spy)
+    x = torch.randn(5, D_IN)
+    for reuse, count in (("tracked", 1), ("auto", 0), ("off", 0)):
+        made.clear()
+        module = make_module(reuse)
+        for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+            torch.testing.assert_close(module(x), by_the_book(module, x), rtol=1e-5, atol=1e-5)
+            step(optimizer)(module)
+        assert len(made) == count
+    module = make_module("tracked")
+    for change in (other_weight, assign_weight):
+        made.clear()
+        module(x)
+        change(module)
+        torch.testing.assert_close(module(x), by_the_book(module, x), rtol=1e-5, atol=1e-5)
+        assert made
+
+
+def assign_weight(module: doratune.nn.DoRALinear) -> None:
+    module.base_layer.weight.data = torch.randn(D_OUT, D_IN)
+
+
 def test_a_recomputed_layer_has_the_same_gradients_with_and_without_reuse() -> None:
     x = torch.randn(5, D_IN)
     grads = []
