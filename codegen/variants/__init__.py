@@ -10,7 +10,8 @@ from .compose import BackwardColumns, ForwardTile
 from .compose_backward_exact import BackwardExactTiles
 from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
-from .weight_norm import WeightNormFused, WeightNormTma, WeightNormWarpSpecialized
+from .weight_norm import WeightNormFused, WeightNormTma
+from .weight_norm_warp_specialized import WeightNormWarpSpecialized
 
 __all__ = ["VARIANTS", "Variant", "Work", "check_config", "default_config", "find_variant", "variants_of"]
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
 from .base import (
-    BARRIER_BYTES,
     MAX_TMA_BOX,
-    WARPGROUP,
     Variant,
     Work,
     adapter_parts,
@@ -22,7 +20,6 @@ from .base import (
     refuse_shared_memory,
     tma_unavailable,
     up_to,
-    warp_specialization_unavailable,
 )
 
 
@@ -276,160 +273,3 @@ class WeightNormTma(WeightNormFused):
         ranks = config["block_n"] * config["rank_tiles"]
         main = self._work(spec, config, ranks, spec.weight, spec.weight, (parts, parts + 1), parts)
         return adapter_parts_work(spec, (spec.d_in + spec.d_out) * spec.rank) + main
-
-
-class WeightNormWarpSpecialized(Variant):
-    """The sums of the ``tma`` variant on specialised warps, for Hopper: one warp loads while eight multiply.
-
-    G is symmetric, so B @ G @ B.T is summed over the blocks on and below the diagonal only: at rank 384 a third of
-    those products and of the making of G falls away. ``gram_programs`` programs add the shares of G while
-    ``row_dots_kernel`` is already multiplying on the other multiprocessors.
-    """
-
-    op = "weight_norm"
-    name = "warp_specialized"
-    descriptors = True
-    interpreted = False
-    counts = frozenset({"rank_tiles", "split_k", "gram_share", "gram_programs", "gram_stages"})
-
-    ROWS = 128
-    STEP = 64
-
-    def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
-        if spec.weight != "bf16":
-            return f"the parts of G in {spec.weight} would overflow or lose digits: the variant is for bf16"
-        return warp_specialization_unavailable(spec, gpu) or tma_unavailable(
-            gpu, (spec.weight,), (spec.d_in, spec.rank)
-        )
-
-    def default_order(self, spec: KernelSpec) -> int:
-        return 3
-
-    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
-        return {
-            "rank_block": (64,) if spec.rank <= 64 else (64, 128),
-            "rank_tiles": tuple(t for t in (1, 2, 3) if t == 1 or (t - 1) * 64 < spec.rank),
-            "split_k": tuple(s for s in (1, 2, 3, 4, 6, 8) if s == 1 or spec.d_in // s >= 256),
-            "gram_block": (64,) if spec.rank <= 64 else (64, 128),
-            "gram_block_k": (64, 128),
-            "gram_share": tuple({**dict.fromkeys(up_to((256, 512, 1024), spec.d_in)), self._one_wave(spec, gpu): None}),
-            "gram_stages": (3, 4, 5, 6),
-            "gram_programs": (4, 8, 16, ceil_div(spec.rank * spec.rank, 512)),
-            "num_warps": (8,),
-            "num_stages": (2, 3, 4, 5, 6),
-        }
-
-    def _one_wave(self, spec: KernelSpec, gpu: Gpu) -> int:
-        """The share of the columns with which the tiles of G, 64 by 64, fill the GPU once."""
-        tiles = ceil_div(spec.rank, 64) * (ceil_div(spec.rank, 64) + 1) // 2
-        return ceil_div(ceil_div(spec.d_in, max(1, gpu.multiprocessors // tiles)), 128) * 128
-
-    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
-        rank_block = 64 if spec.rank <= 64 else 128
-        rank_tiles = min(3, ceil_div(spec.rank, rank_block))
-        programs = ceil_div(spec.d_out, self.ROWS) * ceil_div(spec.rank, rank_block * rank_tiles)
-        few = max(1, min(gpu.multiprocessors // programs, 8, spec.d_in // 256))
-        splits = dict.fromkeys((few, min(2 * few, max(1, spec.d_in // 256), 8)))
-        return tuple(
-            Config.create(
-                self.name,
-                rank_block=rank_block,
-                rank_tiles=rank_tiles,
-                split_k=split_k,
-                gram_block=64,
-                gram_block_k=128,
-                gram_share=gram_share,
-                gram_stages=6,
-                gram_programs=gram_programs,
-                num_warps=8,
-                num_stages=3,
-            )
-            for split_k in splits
-            for gram_share, gram_programs in (
-                (1024, ceil_div(spec.rank * spec.rank, 512)),
-                (1024, 4),
-                (self._one_wave(spec, gpu), ceil_div(spec.rank * spec.rank, 512)),
-            )
-        )
-
-    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
-        rank_block, rank_tiles = config["rank_block"], config["rank_tiles"]
-        gram, gram_k = config["gram_block"], config["gram_block_k"]
-        if config.num_warps != 2 * WARPGROUP:
-            return f"num_warps={config.num_warps}: {self.ROWS} rows are two groups of {WARPGROUP} warps"
-        if rank_block not in (64, 128) or gram not in (64, 128) or gram_k not in (64, 128) or rank_tiles > 3:
-            return f"{rank_tiles} rank tiles of {rank_block}, tiles of G of {gram}x{gram_k}: not 64-row products"
-        if (rank_tiles - 1) * rank_block >= spec.rank:
-            return f"{rank_tiles} tiles of {rank_block} ranks: the last one is beyond rank {spec.rank}"
-        stage_rows = 256 if self.ROWS + rank_block * rank_tiles <= 256 else 512
-        return (
-            refuse_shared_memory(config.num_stages, stage_rows * self.STEP * 2 + BARRIER_BYTES // 2, gpu)
-            or refuse_shared_memory(config["gram_stages"], 2 * gram * gram_k * 2, gpu)
-            or (
-                f"gram_share={config['gram_share']} is no multiple of a step of {gram_k}"
-                if config["gram_share"] % gram_k
-                else None
-            )
-            or (
-                f"gram_share={config['gram_share']}, split_k={config['split_k']}: the partial sums need 64-bit offsets"
-                if max(
-                    ceil_div(spec.d_in, config["gram_share"]) * spec.rank * spec.rank,
-                    ceil_div(spec.rank, rank_block * rank_tiles) * config["split_k"] * spec.d_out,
-                )
-                >= 2**31
-                else None
-            )
-            or (
-                f"split_k={config['split_k']} leaves shares without work"
-                if config["split_k"] * self.STEP > max(spec.d_in, self.STEP)
-                else None
-            )
-        )
-
-    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
-        rank_block, split_k = config["rank_block"], config["split_k"]
-        ranks = rank_block * config["rank_tiles"]
-        rows, groups = ceil_div(spec.d_out, self.ROWS), ceil_div(spec.rank, ranks)
-        gram = config["gram_block"]
-        gram_rows = ceil_div(spec.rank, gram)
-        gram_tiles = gram_rows * (gram_rows + 1) // 2
-        shares = ceil_div(spec.d_in, config["gram_share"])
-        blocks = ceil_div(spec.rank, rank_block)
-        lower = blocks * (blocks + 1) // 2 * rank_block * rank_block
-        partials = groups * split_k * spec.d_out * 4
-        weight_bytes = spec.d_out * spec.d_in * 2
-        return (
-            *adapter_parts_work(spec, (spec.d_in + spec.d_out) * spec.rank),
-            Work(
-                "gram_shares_kernel",
-                programs=gram_tiles * shares,
-                dram_bytes=spec.rank * spec.d_in * 2,
-                l2_bytes=gram_tiles * (2 * gram * spec.d_in * 2 + shares * gram * gram * 4),
-                steps=ceil_div(config["gram_share"], config["gram_block_k"]),
-                matrix_flops=2 * gram_tiles * gram * gram * spec.d_in,
-                matrix_dtype=spec.weight,
-            ),
-            Work(
-                "lower_gram_kernel",
-                programs=config["gram_programs"],
-                dram_bytes=0,
-                l2_bytes=lower * (shares * 4 + 4),
-                steps=shares * ceil_div(spec.rank * spec.rank, 4096 * config["gram_programs"]),
-            ),
-            Work(
-                "row_dots_kernel",
-                programs=rows * groups * split_k,
-                dram_bytes=weight_bytes + (spec.rank * spec.d_in + spec.d_out * spec.rank) * 2 + partials,
-                l2_bytes=rows * groups * (self.ROWS + ranks) * (spec.d_in + spec.rank) * 2 + partials,
-                steps=ceil_div(spec.d_in, self.STEP * split_k) + ceil_div(2 * spec.rank, self.STEP * split_k),
-                matrix_flops=2 * rows * self.ROWS * (groups * ranks * spec.d_in + 2 * lower),
-                matrix_dtype=spec.weight,
-            ),
-            Work(
-                "finish_kernel",
-                programs=ceil_div(spec.d_out, 8 if spec.save else 128),
-                dram_bytes=weight_bytes * spec.save + 2 * spec.d_out * 4,
-                l2_bytes=partials + weight_bytes * spec.save + 2 * spec.d_out * 4,
-                steps=groups * split_k + (ceil_div(spec.d_in, 512) if spec.save else 0),
-            ),
-        )
