@@ -34,19 +34,22 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
     Args:
         layer: the layer's name in the model, for messages.
         norm_reuse: a policy of :class:`~doratune.runtime.norm_cache.NormCache`.
+        keep_inner: as :func:`~doratune.dora_linear` takes it.
 
     Raises:
         NormReuseError: another policy.
     """
 
-    def __init__(self, layer: str, norm_reuse: str) -> None:
+    def __init__(self, layer: str, norm_reuse: str, keep_inner: bool) -> None:
         self.layer = layer
+        self.keep_inner = keep_inner
         self.norms = NormCache(norm_reuse)
         self.squares = RowSquares()
         self._told: set[str] = set()
 
-    def __reduce__(self) -> tuple[type[DoraVariant], tuple[str, str]]:
-        return DoraVariant, (self.layer, self.norms.reuse)  # a copy has other weights: it starts with empty caches
+    def __reduce__(self) -> tuple[type[DoraVariant], tuple[str, str, bool]]:
+        state = (self.layer, self.norms.reuse, self.keep_inner)
+        return DoraVariant, state  # a copy has other weights: it starts with empty caches
 
     def forward(
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
@@ -75,7 +78,9 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
             assert matrix is not None
             norm = self._norm(module, active_adapter, dora, owned=True)
             # A plain base layer's output is a fresh tensor that its own backward does not need: y may take its memory.
-            return dora_linear(x, matrix, *adapter, bias, base=result, norm=norm, overwrite_base=True)
+            return dora_linear(
+                x, matrix, *adapter, bias, base=result, norm=norm, overwrite_base=True, keep_inner=self.keep_inner
+            )
         return dora_compose(result, x, *adapter, bias, norm=self._norm(module, active_adapter, dora))
 
     @overload
