@@ -45,9 +45,8 @@ def small_config(variant: Variant, spec: KernelSpec) -> Config:
     params |= {"num_warps": 2, "num_stages": 2}
     if "split_k" in params:
         params["split_k"] = 2
-    for name in ("programs", "programs_t"):
-        if name in params:
-            params[name] = 2
+    if "programs" in params:
+        params["programs"] = 2
     if "chunk" in params:
         params["chunk"] = params["block_t"] * 4
     return Config.create(variant.name, **params)
@@ -160,9 +159,8 @@ def shapes_and_configs(draw: st.DrawFn) -> tuple[KernelSpec, Config, int]:
     spec = spec_of(variant.op, dtype, adapter, d_out=draw(size), d_in=draw(size), rank=draw(size), tokens=tokens)
     choices = variant.choices(spec, GPU)
     values = {name: draw(st.sampled_from(options)) for name, options in choices.items()}
-    for name in ("programs", "programs_t"):
-        if name in values:
-            values[name] = draw(st.integers(1, 3))
+    if "programs" in values:
+        values["programs"] = draw(st.integers(1, 3))
     if "split_k" in values:
         values["split_k"] = draw(st.integers(0, 2).map(lambda power: 1 << power))
     config = Config.create(variant.name, **values)
