@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..codegen.ops import ALIGNMENT
 from ..codegen.spec import Config, KernelSpec
 from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_outputs
+from .launch import bind, uses_descriptors
 from .reference import reference
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from ..cache.lookup import Resolution
     from ..codegen.render import Source
 
@@ -227,61 +225,3 @@ def _signature(
         strides = None if tensor.is_contiguous() and tensor.ndim < 2 else tensor.stride()
         parts += (tensor.shape, tensor.dtype, tensor.device, strides)
     return tuple(parts)
-
-
-class _Launcher:
-    """Stands in for a jit function inside an emitted module, so that ``kernel[grid](…)`` starts a compiled binary.
-
-    It calls the binary's own C launcher, past what Triton's runner does before each launch: asking the driver for the
-    device, and making a closure and metadata for hooks. Where hooks are set (a profiler), the runner serves.
-    """
-
-    def __init__(self, compiled: Any) -> None:
-        from triton import knobs
-        from triton.runtime import driver
-
-        self._compiled = compiled
-        self._device = driver.active.get_current_device()
-        self._stream = driver.active.get_current_stream
-        self._hooks = knobs.runtime
-        self._binary: tuple[Callable[..., None], int, Any] | None = None
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return functools.partial(self._start, (*grid, 1, 1)[:3])
-
-    def _start(self, grid: tuple[int, ...], *args: Any, **_: int) -> None:  # the options are compiled in
-        if self._hooks.launch_enter_hook.calls or self._hooks.launch_exit_hook.calls:
-            self._compiled[grid](*args)
-            return
-        run, function, metadata = self._binary or self._load()
-        run(grid[0], grid[1], grid[2], self._stream(self._device), function, metadata, None, None, None, *args)
-
-    def _load(self) -> tuple[Callable[..., None], int, Any]:
-        run = self._compiled.run  # loads the binary on the current device, after which its handle is there
-        self._binary = (run, self._compiled.function, self._compiled.packed_metadata)
-        return self._binary
-
-
-def uses_descriptors(source: Source) -> bool:
-    """Whether an emitted module addresses its matrices by tensor descriptors."""
-    from ..codegen.variants import find_variant
-
-    return find_variant(source.spec.op, source.config.variant).descriptors
-
-
-def bind(source: Source, alignments: Mapping[str, int] | None = None) -> ModuleType:
-    """Compile an emitted module for the current GPU and put the binaries in place of its jit functions.
-
-    ``alignments`` are the bytes that divide the address and the row stride of each operand, by name; None means
-    contiguous operands.
-    """
-    from triton.runtime import driver
-
-    from ..codegen.compile import build
-    from ..codegen.module import kernel_names, load_module
-
-    module = load_module(source)
-    target = driver.active.get_current_target()
-    for name in kernel_names(module):
-        setattr(module, name, _Launcher(build(source, getattr(module, name), target, alignments)))
-    return module

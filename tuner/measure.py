@@ -16,7 +16,7 @@ from ..codegen.render import Source
 from ..codegen.spec import KernelSpec
 from ..errors import UsageError
 from ..runtime.device import find_device
-from ..runtime.kernel import bind
+from ..runtime.launch import bind
 from ..runtime.reference import definition
 from .accuracy import worst_error
 from .evaluation import Evaluator, GpuLostError, Rejected, Resources, floor_us

@@ -15,7 +15,8 @@ from doratune.codegen.compile import contiguous_alignments
 from doratune.codegen.spec import KernelSpec
 from doratune.runtime import kernel as kernel_module
 from doratune.runtime.arguments import ArgumentError
-from doratune.runtime.kernel import Kernel, _Launcher
+from doratune.runtime.kernel import Kernel
+from doratune.runtime.launch import Launcher
 from doratune.tuner.inputs import make_inputs, make_outputs
 
 SPEC = KernelSpec.create("lora_compose", d_out=48, rank=8, tokens=16, dtype="fp32", adapter="fp32", gpu="cpu")
@@ -188,7 +189,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
 
 def test_a_start_goes_to_the_binarys_own_launcher_on_the_current_stream(compiled: Compiled) -> None:
-    launcher = _Launcher(compiled)
+    launcher = Launcher(compiled)
     assert compiled.loads == 0, "nothing is loaded before the first start"
     launcher[(5,)]("a", "b", num_warps=4)
     launcher[(5, 6, 7)]("c", num_warps=4, launch_pdl=True)
@@ -205,7 +206,7 @@ def test_a_profilers_hooks_see_every_launch(compiled: Compiled) -> None:
 
     def hook(*_: object) -> None: ...
 
-    launcher = _Launcher(compiled)
+    launcher = Launcher(compiled)
     for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
         chain.add(hook)
         launcher[(2,)]("a")
