@@ -16,19 +16,17 @@ columns whose g is too small to divide by.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import operations
 from .differentiation import once_only, without_autocast
-from .norm import norm_of, safe_norm
+from .norm import norm_and_gain_of, safe_norm
 from .norm_cache import NormCache
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What is computed, besides the tensors.
 
     ``function`` is the public name, for messages. ``dtype`` is what products run in. ``exact`` keeps fp32 adapters
@@ -48,9 +46,11 @@ class Form:
     keep_inner: bool = False
 
 
-@dataclass
-class _Saved:
-    """What the backward pass needs of the forward pass; None where no gradient asks for it."""
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass; None where no gradient asks for it.
+
+    ``norm`` is w itself, before it is kept away from zero.
+    """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
@@ -99,24 +99,24 @@ def _forward(
 ) -> tuple[torch.Tensor, _Saved]:
     scaling, dtype = form.scaling, form.dtype
     with without_autocast(x.device):
-        rows = x.reshape(-1, x.shape[-1])
-        a, b = (lora_A, lora_B) if form.exact else (lora_A.to(dtype), lora_B.to(dtype))
-        if isinstance(norm, NormCache):
-            assert weight is not None
-            norm = norm.of_weight(weight, lora_A, lora_B, scaling, rounded=(a, b))
+        rows = _rows(x)
+        a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, dtype), _as(lora_B, dtype))
+        if isinstance(norm, torch.Tensor):
+            g = magnitude / safe_norm(norm)
         elif norm is None:
             assert weight is not None
-            norm = norm_of(weight, a, b, scaling)
-        norm = safe_norm(norm)
-        g = magnitude / norm
+            norm, g = norm_and_gain_of(weight, a, b, magnitude, scaling)
+        else:
+            assert weight is not None
+            norm, g = norm.gain_of_weight(weight, lora_A, lora_B, magnitude, scaling, rounded=(a, b))
 
         overwrite = form.overwrite and not torch.compiler.is_compiling()  # a compiler sees to memory itself
         if base is None:
             assert weight is not None
-            base, overwrite = rows @ weight.to(dtype).T, True
+            base, overwrite = rows @ _as(weight, dtype).T, True
         else:
-            base = base.reshape(-1, base.shape[-1])
-        extra = None if bias is None else bias.to(dtype)
+            base = _rows(base)
+        extra = None if bias is None else _as(bias, dtype)
         if extra is not None and form.base_has_bias:
             # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
             # a zero row (base = b, g = m/eps) must give y = b.
@@ -131,6 +131,16 @@ def _forward(
         )
     # Detached, y is no view in autograd's eyes: to change it in place is the caller's right.
     return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, inner)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., n] as [T, n]."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in ``dtype``, without asking PyTorch where it is so already: that is half of what ``to`` costs."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _split(h: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,8 +159,8 @@ def _product(
         product = torch.mm(left, right, out_dtype=torch.float32)  # the accumulator as it is: no rounding, no cast
         return product if scaling == 1.0 else product.mul_(scaling)
     if scaling == 1.0:
-        return (left @ right).to(dtype)
-    return torch.addmm(like, left, right, beta=0, alpha=scaling).to(dtype)  # beta=0: like is not read
+        return _as(left @ right, dtype)
+    return _as(torch.addmm(like, left, right, beta=0, alpha=scaling), dtype)  # beta=0: like is not read
 
 
 def _leads_back(form: Form, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
@@ -227,7 +237,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, a, b, g, norm, h, kept = ctx.saved_tensors
     need_x, need_base, _, need_a, need_b, need_m, need_bias, *_ = ctx.needs_input_grad
     form: Form = ctx.form
-    rows = dy.reshape(-1, dy.shape[-1])
+    rows = _rows(dy)
     # The gradient of the base. In the delta form it has lost g's digits where g is near 1, so there g goes into the
     # products of rank r instead, which take dY itself.
     gain = g - 1.0 if form.delta else g
@@ -237,15 +247,15 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.output is None:
             dbase, dg, total = operations.compose_backward(rows, kept, gain, bias=need_bias)
         else:
-            samples = x.reshape(-1, x.shape[-1])
+            samples = _rows(x)
             if ctx.output.changed():  # in place, by whoever had it: the columns of y say nothing, so make inner again
                 inner = operations.lora_compose(samples @ weight.T, h, b, torch.ones_like(g), form.scaling)[0]
                 dbase, dg, _ = operations.compose_backward(rows, inner, g)
             else:
                 dbase, dg = operations.compose_backward_from_output(rows, kept, g, samples, weight, h, b, form.scaling)
-        dmagnitude = (dg / norm).to(ctx.magnitude_dtype)
+        dmagnitude = _as(dg / safe_norm(norm), ctx.magnitude_dtype)
     else:
-        dbase = (rows * gain).to(rows.dtype)
+        dbase = _as(rows * gain, rows.dtype)
         if need_bias:
             total = rows.sum(dim=0, dtype=g.dtype)
     if need_bias:
@@ -253,23 +263,23 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dbias = _bias_gradient(form, ctx.owns_base, g, total).to(ctx.bias_dtype)
 
     if need_x or need_a or need_b:
-        low, down = (rows, (b * g[:, None]).to(b.dtype)) if form.delta else (dbase, b)
-        low = low.to(b.dtype)  # wider when adapters are exact, else the same
+        low, down = (rows, _as(b * g[:, None], b.dtype)) if form.delta else (dbase, b)
+        low = _as(low, b.dtype)  # wider when adapters are exact, else the same
         if need_x or need_a:
             t = _product(low, down, form.scaling, b[:1], low.dtype)
         if need_b:
             db = _product(low.T, h, form.scaling, b, ctx.adapter_dtype)
             if form.delta:
-                db = (db * g[:, None]).to(ctx.adapter_dtype)
+                db = _as(db * g[:, None], ctx.adapter_dtype)
         if need_a:
-            da = _product(t.T, x.reshape(-1, x.shape[-1]).to(t.dtype), 1.0, t, ctx.adapter_dtype)
+            da = _product(t.T, _as(_rows(x), t.dtype), 1.0, t, ctx.adapter_dtype)
         if need_x:
             if not ctx.owns_base:
-                dx = (t @ a).to(rows.dtype)
+                dx = _as(t @ a, rows.dtype)
             elif form.exact:
-                dx = (dbase @ weight.to(dbase.dtype)).add_(t @ a)
+                dx = (dbase @ _as(weight, dbase.dtype)).add_(t @ a)
             else:
-                dx = (dbase @ weight.to(dbase.dtype)).addmm_(t, a)
+                dx = (dbase @ _as(weight, dbase.dtype)).addmm_(t, a)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     return dx, dbase.view(dy.shape) if need_base else None, None, da, db, dmagnitude, dbias, None, None
 

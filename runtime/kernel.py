@@ -11,6 +11,7 @@ from ..codegen.ops import ALIGNMENT
 from ..codegen.spec import Config, KernelSpec
 from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_outputs
 from .launch import bind, uses_descriptors
+from .program import Bound
 from .reference import reference
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Kernel:
         self._resolution = resolution
         self._source = source
         self._launchers: dict[tuple[int, ...], Callable[..., None]] = {}
-        self._contiguous: Callable[..., None] | None = None
+        self._contiguous: Bound | None = None
         self._known: dict[tuple[object, ...], _Known] = {}
         self._descriptors = source is not None and uses_descriptors(source)
 
@@ -152,20 +153,17 @@ class Kernel:
         self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], scaling: float | None
     ) -> bool:
         """Launch on tensors of plain layout, if that is all there is to do; says whether it was."""
-        launcher = self._contiguous
-        if launcher is None or self.device.index != torch.cuda.current_device():
+        bound = self._contiguous
+        if bound is None or self.device.index != torch.cuda.current_device():
             return False
-        addresses = 0
-        for tensor in inputs:
-            addresses |= tensor.data_ptr()
-        for tensor in outputs:
-            addresses |= tensor.data_ptr()
-        if addresses % ALIGNMENT:
+        addresses = [tensor.data_ptr() for tensor in inputs]
+        addresses += [tensor.data_ptr() for tensor in outputs]
+        together = 0
+        for address in addresses:
+            together |= address
+        if together % ALIGNMENT:
             return False
-        if scaling is None:
-            launcher(*inputs, *outputs)
-        else:
-            launcher(*inputs, *outputs, float(scaling))
+        bound.start((*inputs, *outputs), addresses, scaling)
         return True
 
     def _bind(self, alignments: tuple[int, ...]) -> Callable[..., None]:
@@ -180,7 +178,7 @@ class Kernel:
         launch: Callable[..., None] = module.launch
         self._launchers[alignments] = launch
         if known == contiguous_alignments(self.spec):
-            self._contiguous = launch
+            self._contiguous = Bound(module, self.device)
         return launch
 
 

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from ..codegen.render import Source
+
+
+class FlatBinary(NamedTuple):
+    """A binary, and a C launcher for it that makes no tensor maps.
+
+    ``start`` takes the grid, the stream, ``function``, ``metadata``, three times None, then the kernel's arguments,
+    with the map, the shape and the strides of a matrix for each descriptor. ``descriptors`` is what Triton's driver
+    needs to know to make the maps.
+    """
+
+    start: Callable[..., None]
+    function: int
+    metadata: Any
+    descriptors: tuple[Any, ...]
 
 
 class Launcher:
@@ -38,6 +53,30 @@ class Launcher:
             return
         run, function, metadata = self._binary or self._load()
         run(grid[0], grid[1], grid[2], self._stream(self._device), function, metadata, None, None, None, *args)
+
+    def flat(self) -> FlatBinary:
+        """The binary with a launcher that takes tensor maps for descriptors.
+
+        Raises:
+            LookupError: Triton makes no maps of this kernel's descriptors.
+        """
+        from triton.runtime import driver
+
+        run, function, metadata = self._binary or self._load()
+        types = tuple(self._compiled.src.signature.values())
+        described = sum(type_.startswith("tensordesc") for type_ in types)
+        if not described:
+            return FlatBinary(run, function, metadata, ())
+        maps = tuple(getattr(self._compiled.metadata, "tensordesc_meta", None) or ())
+        if len(maps) != described or None in maps:
+            raise LookupError("descriptors without tensor maps")
+        flat: list[str] = []
+        for type_ in types:
+            rank = type_.count(",", 0, type_.find("]")) + 1
+            flat += ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank] if type_.startswith("tensordesc") else [type_]
+        fields = {**self._compiled.metadata._asdict(), "tensordesc_meta": None}
+        source = SimpleNamespace(constants={}, signature=dict(enumerate(flat)))
+        return FlatBinary(driver.active.launcher_cls(source, SimpleNamespace(**fields)), function, metadata, maps)
 
     def _load(self) -> tuple[Callable[..., None], int, Any]:
         run = self._compiled.run  # loads the binary on the current device, after which its handle is there

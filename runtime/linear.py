@@ -59,9 +59,42 @@ def dora_linear(
         raise ArgumentError("weight requires a gradient: DoRA's W is frozen; call weight.requires_grad_(False)")
     if delta and base is None and bias is not None:
         raise ArgumentError("the delta form has no bias of its own: leave bias out, or give the base that contains it")
-    dtype = product_dtype(x.device, weight.dtype)
-    if base is None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if base is None and x.dtype != weight.dtype and not autocast:
         raise ArgumentError(f"x is {x.dtype} and weight {weight.dtype}: convert x, or run under torch.autocast")
+    return checked_linear(
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        magnitude,
+        scaling,
+        bias,
+        base=base,
+        norm=norm,
+        delta=delta,
+        overwrite_base=overwrite_base,
+        keep_inner=keep_inner,
+    )
+
+
+def checked_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    *,
+    base: torch.Tensor | None = None,
+    norm: torch.Tensor | NormCache | None = None,
+    delta: bool = False,
+    overwrite_base: bool = False,
+    keep_inner: bool = False,
+) -> torch.Tensor:
+    """:func:`dora_linear` on tensors that are known to fit each other; where it is, that is not looked at again."""
+    dtype = product_dtype(x.device, weight.dtype)
     form = Form(
         function="dora_linear",
         scaling=float(scaling),
@@ -74,8 +107,10 @@ def dora_linear(
         keep_inner=keep_inner,
     )
     if base is not None:
-        base = base.detach().to(dtype)
-    return dora(form, x.to(dtype), base, weight.detach(), lora_A, lora_B, magnitude, bias, norm)
+        base = base.detach() if base.dtype is dtype else base.detach().to(dtype)
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    return dora(form, x, base, weight.detach(), lora_A, lora_B, magnitude, bias, norm)
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

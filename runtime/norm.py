@@ -61,6 +61,21 @@ def norm_of(
         )[0]
 
 
+def norm_and_gain_of(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    weight_sq: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm as :func:`norm_of` gives it, and ``g = m / max(w, eps)`` [d_out] fp32."""
+    with torch.no_grad(), without_autocast(weight.device):
+        return operations.weight_norm_and_gain(
+            weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, magnitude, float(scaling)
+        )
+
+
 def row_squares(weight: torch.Tensor) -> torch.Tensor:
     """``rowsum(W*W)``, [d_out] fp32, in one pass over W."""
     with torch.no_grad(), without_autocast(weight.device):

@@ -10,14 +10,16 @@ norm of its own forward pass: that is the norm it has to reproduce, whatever was
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UsageError
-from .norm import norm_of, row_squares
+from .norm import norm_and_gain_of, norm_of, row_squares
+
+T = TypeVar("T")
 
 REUSE = ("auto", "tracked", "off")
 """Policies of :class:`NormCache`."""
@@ -30,7 +32,7 @@ class NormReuseError(UsageError, ValueError):
 class _Entry(NamedTuple):
     key: tuple[Hashable, ...]
     storages: tuple[StorageWeakRef, ...]
-    value: torch.Tensor
+    value: Any
 
     def serves(self, key: tuple[Hashable, ...]) -> bool:
         # A storage that is gone may have left its address to another one.
@@ -62,9 +64,7 @@ class NormCache:
     def __getstate__(self) -> dict[str, Any]:
         return {"reuse": self.reuse, "_entry": None, "_squares": None}  # a copy has weights of its own
 
-    def get(
-        self, tensors: Sequence[torch.Tensor], settings: Hashable, compute: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
+    def get(self, tensors: Sequence[torch.Tensor], settings: Hashable, compute: Callable[[], T]) -> T:
         """Return ``compute()``, or what it returned before if it is safe to say that this is still its value.
 
         Args:
@@ -78,10 +78,11 @@ class NormCache:
         key = (settings, capturing, _steps, *map(_identity, tensors))
         entry = self._entry
         if (recomputing or (self.reuse == "tracked" and not capturing)) and entry is not None and entry.serves(key):
-            return entry.value
-        norm = compute()
-        self._entry = _Entry(key, tuple(StorageWeakRef(t.untyped_storage()) for t in tensors), norm)
-        return norm
+            known: T = entry.value
+            return known
+        value = compute()
+        self._entry = _Entry(key, tuple([StorageWeakRef(t.untyped_storage()) for t in tensors]), value)
+        return value
 
     def of_weight(
         self,
@@ -100,6 +101,24 @@ class NormCache:
             lambda: norm_of(weight, a, b, scaling, self._weight_squares(weight)),
         )
 
+    def gain_of_weight(
+        self,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        magnitude: torch.Tensor,
+        scaling: float,
+        *,
+        rounded: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm w of ``W + sBA`` and ``g = m / max(w, eps)``; ``rounded`` as :meth:`of_weight` takes it."""
+        a, b = rounded
+        return self.get(
+            (weight, lora_A, lora_B, magnitude),
+            (scaling, a.dtype),
+            lambda: norm_and_gain_of(weight, a, b, magnitude, scaling, self._weight_squares(weight)),
+        )
+
     def _weight_squares(self, weight: torch.Tensor) -> torch.Tensor | None:
         """``rowsum(W*W)`` from before, if writes to W are tracked: no optimizer's step changes a frozen W."""
         if self.reuse != "tracked" or torch.compiler.is_compiling() or weight.is_inference() or _capturing(weight):
@@ -107,7 +126,8 @@ class NormCache:
         key = _identity(weight)
         if self._squares is None or not self._squares.serves(key):
             self._squares = _Entry(key, (StorageWeakRef(weight.untyped_storage()),), row_squares(weight))
-        return self._squares.value
+        squares: torch.Tensor = self._squares.value
+        return squares
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

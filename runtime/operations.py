@@ -14,6 +14,7 @@ import functools
 
 import torch
 
+from ..codegen.ops import EPS
 from ..codegen.spec import KernelSpec, bucket_tokens
 from .kernel import Kernel
 from .loader import CPU, load_kernel
@@ -38,23 +39,56 @@ def weight_norm(
     if torch.compiler.is_compiling():
         norm, squares = torch.ops.doratune.weight_norm(weight, lora_A, lora_B, weight_sq, scaling)
         return norm, squares if weight_sq is None else weight_sq
+    norm, squares, _ = _weight_norm(weight, lora_A, lora_B, weight_sq, None, scaling)
+    return norm, squares
+
+
+def weight_norm_and_gain(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    weight_sq: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return w as :func:`weight_norm` does and ``g = m / max(w, eps)``, both [d_out] fp32 (fp64 from fp64)."""
+    unknown = magnitude.dtype is torch.float64 and weight.dtype is not torch.float64
+    if torch.compiler.is_compiling() or unknown:  # a compiler fuses the division into what it makes of the rest
+        norm, _ = weight_norm(weight, lora_A, lora_B, weight_sq, scaling)
+        return norm, magnitude / norm.clamp_min(EPS)
+    norm, _, g = _weight_norm(weight, lora_A, lora_B, weight_sq, magnitude, scaling)
+    assert g is not None
+    return norm, g
+
+
+def _weight_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    weight_sq: torch.Tensor | None,
+    magnitude: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """w, nW and, where a magnitude is given, g."""
     d_out, d_in = weight.shape
     inputs = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if weight_sq is not None:
         inputs["weight_sq"] = weight_sq
+    if magnitude is not None:
+        inputs["magnitude"] = magnitude
     flags = ("save",) if weight_sq is None else ()
-    key = ("weight_norm", d_out, d_in, lora_A.shape[0], 1, weight.dtype, lora_A.dtype, flags)
+    dtype = None if magnitude is None else magnitude.dtype
+    key = ("weight_norm", d_out, d_in, lora_A.shape[0], 1, weight.dtype, lora_A.dtype, flags, dtype)
     kernel = _kernel(*key, weight.device)
     if kernel is None:
         results = _eager(_spec(*key), inputs, scaling)
-        return results["norm"], results["weight_sq"] if weight_sq is None else weight_sq
+        return results["norm"], results["weight_sq"] if weight_sq is None else weight_sq, results.get("g")
     norm = torch.empty(d_out, dtype=torch.float32, device=weight.device)
-    if weight_sq is not None:
-        kernel.launch(_ready(inputs), (norm,), scaling)
-        return norm, weight_sq
-    squares = torch.empty_like(norm)
-    kernel.launch(_ready(inputs), (norm, squares), scaling)
-    return norm, squares
+    g = None if magnitude is None else torch.empty_like(norm)
+    squares = torch.empty_like(norm) if weight_sq is None else None
+    outputs = tuple(output for output in (norm, g, squares) if output is not None)
+    kernel.launch(_ready(inputs), outputs, scaling)
+    return norm, squares if weight_sq is None else weight_sq, g  # type: ignore[return-value]
 
 
 def lora_compose(
@@ -82,7 +116,7 @@ def lora_compose(
     if bias is not None:
         inputs["bias"] = bias
     flags = _flags(bias=bias is not None, delta=delta, save=save)
-    key = ("lora_compose", d_out, 1, h.shape[1], _bucket(tokens), base.dtype, lora_B.dtype, flags)
+    key = ("lora_compose", d_out, 1, h.shape[1], _bucket(tokens), base.dtype, lora_B.dtype, flags, None)
     kernel = _kernel(*key, base.device) if tokens else None
     if kernel is None:
         results = _eager(_spec(*key), inputs, scaling)
@@ -131,7 +165,7 @@ def compose_backward_from_output(
     tokens, d_in = x.shape
     inputs = {"dy": dy, "x": x, "weight": weight, "h": h, "lora_B": lora_B, "g": g, "dg": dg}
     d_out, rank = lora_B.shape
-    key = ("compose_backward_exact", d_out, d_in, rank, _bucket(tokens), dy.dtype, lora_B.dtype, ())
+    key = ("compose_backward_exact", d_out, d_in, rank, _bucket(tokens), dy.dtype, lora_B.dtype, (), None)
     kernel = _kernel(*key, dy.device) if tokens else None
     if kernel is None:
         return dyg, _eager(_spec(*key), inputs, scaling)["dg_exact"]
@@ -144,7 +178,7 @@ def _compose_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     dy = inputs["dy"]
     tokens, d_out = dy.shape
-    key = ("compose_backward", d_out, 1, 1, _bucket(tokens), dy.dtype, dy.dtype, flags)
+    key = ("compose_backward", d_out, 1, 1, _bucket(tokens), dy.dtype, dy.dtype, flags, None)
     kernel = _kernel(*key, dy.device) if tokens else None
     if kernel is None:
         results = _eager(_spec(*key), inputs, 1.0)
@@ -169,7 +203,7 @@ def _bucket(tokens: int) -> int:
 
 def _ready(inputs: Tensors) -> tuple[torch.Tensor, ...]:
     """The inputs in a layout that kernels read: any row stride, but rows without gaps between their elements."""
-    return tuple(t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in inputs.values())
+    return tuple([t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in inputs.values()])
 
 
 def _eager(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
@@ -188,6 +222,7 @@ def _kernel(
     dtype: torch.dtype,
     adapter: torch.dtype,
     flags: tuple[str, ...],
+    magnitude: torch.dtype | None,
     device: torch.device,
 ) -> Kernel | None:
     """The kernel for these tensors; None where the eager reference runs. No text is made once it is cached."""
@@ -204,6 +239,7 @@ def _kernel(
             tokens=bucket,
             dtype=dtype,
             adapter_dtype=adapter,
+            magnitude_dtype=magnitude,
             bias="bias" in flags,
             delta="delta" in flags,
             save="save" in flags,
@@ -224,6 +260,7 @@ def _spec(
     dtype: torch.dtype,
     adapter: torch.dtype,
     flags: tuple[str, ...],
+    magnitude: torch.dtype | None,
 ) -> KernelSpec:
     """The spec by which the eager reference knows what to compute."""
     return KernelSpec.create(
@@ -234,6 +271,7 @@ def _spec(
         tokens=bucket,
         dtype=_SPEC_DTYPES[dtype],
         adapter=_SPEC_DTYPES[adapter],
+        magnitude=None if magnitude is None else _SPEC_DTYPES[magnitude],
         gpu=CPU,
         **dict.fromkeys(flags, True),
     )

@@ -35,6 +35,51 @@ class DoraLayer(NamedTuple):
         return self.layer.bias  # type: ignore[return-value]
 
 
+class Glance:
+    """What :func:`examine` said of a layer, for as long as a glance shows that nothing it looks at has changed.
+
+    Only of a plain W: what a quantised one consists of is its own business. A glance costs 4 us where the full look
+    costs 40, in every forward pass of every layer.
+    """
+
+    def __init__(self) -> None:
+        self._parts: tuple[nn.Module, ...] = ()
+        self._weights: tuple[tuple[torch.Tensor, int, torch.Size, torch.dtype], ...] = ()
+        self._scaling: object = None
+        self._found: DoraLayer | None = None
+
+    def look(self, module: LoraLayer, adapter: str) -> DoraLayer | str:
+        """What :func:`examine` says."""
+        if torch.compiler.is_compiling():
+            return examine(module, adapter)
+        parts = (
+            module.lora_A[adapter],
+            module.lora_B[adapter],
+            module.lora_magnitude_vector[adapter],
+            module.get_base_layer(),
+        )
+        if self._found is not None and self._unchanged(parts) and module.scaling[adapter] is self._scaling:
+            return self._found
+        found = examine(module, adapter)
+        self._found = None
+        if not isinstance(found, str) and found.base.plain:
+            self._parts = parts
+            weights = [part._parameters.get("weight") for part in parts]
+            self._weights = tuple([(w, w.data_ptr(), w.shape, w.dtype) for w in weights if w is not None])
+            self._scaling = module.scaling[adapter]
+            self._found = found if len(self._weights) == len(parts) else None
+        return found
+
+    def _unchanged(self, parts: tuple[nn.Module, ...]) -> bool:
+        for part, known, (weight, address, shape, dtype) in zip(parts, self._parts, self._weights, strict=True):
+            if part is not known or part._parameters.get("weight") is not weight or not is_untouched(part):
+                return False
+            # Sharding and moving a model put other values into the same parameter.
+            if weight.data_ptr() != address or weight.dtype is not dtype or weight.shape != shape:
+                return False
+        return not self._weights[3][0].requires_grad and parts[1]._parameters.get("bias") is None
+
+
 def examine(module: LoraLayer, adapter: str) -> DoraLayer | str:
     """The parts of ``adapter`` in ``module``, or the reason why the adapter is PEFT's business."""
     d_out, d_in = module.out_features, module.in_features

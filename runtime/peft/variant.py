@@ -18,14 +18,15 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
+from torch.autograd import forward_ad
 
 from ..compose import dora_compose
 from ..differentiation import without_autocast
-from ..linear import dora_linear
+from ..linear import checked_linear, dora_linear
 from ..norm import norm_from_products
 from ..norm_cache import NormCache
 from .base_layers import BNB_8BIT, multiply, products, row_squares
-from .examine import PLAIN_TENSORS, DoraLayer, examine
+from .examine import PLAIN_TENSORS, DoraLayer, Glance
 
 
 class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
@@ -45,6 +46,7 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         self.keep_inner = keep_inner
         self.norms = NormCache(norm_reuse)
         self.squares = RowSquares()
+        self.glance = Glance()
         self._told: set[str] = set()
 
     def __reduce__(self) -> tuple[type[DoraVariant], tuple[str, str, bool]]:
@@ -57,7 +59,7 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         """The layer's whole output [..., d_out], from x [..., d_in] and the base layer's output ``result``."""
         dropout = module.lora_dropout[active_adapter]
         drops = module.training and not isinstance(dropout, nn.Identity)
-        dora = examine(module, active_adapter)
+        dora = self.glance.look(module, active_adapter)
         reason = dora if isinstance(dora, str) else _unfit(dora, x, result, drops)
         if reason:
             return self._leave_to_peft(reason, module, active_adapter, x, result, kwargs)
@@ -78,7 +80,7 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
             assert matrix is not None
             norm = self._norm(module, active_adapter, dora, owned=True)
             # A plain base layer's output is a fresh tensor that its own backward does not need: y may take its memory.
-            return dora_linear(
+            return checked_linear(
                 x, matrix, *adapter, bias, base=result, norm=norm, overwrite_base=True, keep_inner=self.keep_inner
             )
         return dora_compose(result, x, *adapter, bias, norm=self._norm(module, active_adapter, dora))
@@ -179,8 +181,11 @@ def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) 
         return f"its adapter is {dtype} beside activations in {result.dtype}"
     if drops and dora.base.kind == BNB_8BIT:
         return "dropout needs the product of the dequantised W, which an 8-bit layer does not compute"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return "a torch.func transform is active"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation is on"
     return None
 
 

@@ -25,13 +25,19 @@ Change = Callable[[doratune.nn.DoRALinear], None]
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Grows by every norm that a cache computes."""
     norms: list[torch.Tensor] = []
-    norm_of = norm_cache.norm_of
+    norm_of, norm_and_gain_of = norm_cache.norm_of, norm_cache.norm_and_gain_of
 
     def spy(*args: object) -> torch.Tensor:
         norms.append(norm_of(*args))  # type: ignore[arg-type]
         return norms[-1]
 
+    def spy_both(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        norm, g = norm_and_gain_of(*args)  # type: ignore[arg-type]
+        norms.append(norm)
+        return norm, g
+
     monkeypatch.setattr(norm_cache, "norm_of", spy)
+    monkeypatch.setattr(norm_cache, "norm_and_gain_of", spy_both)
     return norms
 
 

@@ -1,0 +1,232 @@
+"""What an emitted ``launch`` does, recorded once and then repeated without running it.
+
+An emitted ``launch`` reads like one that a person wrote: it allocates its workspace, describes its matrices to the
+tensor memory accelerator, works out grids and starts its kernels. On one H200's host that took 0.3 to 0.5 ms for a
+``weight_norm`` with ten descriptors, more than the kernels themselves. For one number of tokens and one scaling all
+of it is the same every time but the addresses. A :class:`Program` keeps the rest: the workspace is one allocation, a
+tensor map is made once for each address, and starting a kernel is filling in a list.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .launch import Launcher
+
+_MOST_PROGRAMS = 1 << 12
+"""Token counts that a kernel has a program for; others run its ``launch``."""
+
+_MOST_MAPS = 1 << 12
+"""Addresses of which a descriptor keeps the tensor map (128 bytes each) before it starts anew."""
+
+_WORKSPACE_ALIGNMENT = 512
+"""As PyTorch's allocator aligns what it hands out."""
+
+_HARMLESS = frozenset(
+    {"aten::empty.memory_format", "aten::empty_like", "aten::detach", "aten::select.int", "aten::slice.Tensor"}
+)
+"""What a ``launch`` may ask of PyTorch and still be repeated by its kernels alone: memory and views of it."""
+
+
+class Program:
+    """The kernels that an emitted ``launch`` starts, with their arguments but for the addresses.
+
+    Made by :func:`record` for tensors of one shape. Repeating it allocates the workspace and nothing else.
+    """
+
+    def __init__(self, steps: Sequence[_Step], workspace_bytes: int) -> None:
+        self._steps = tuple(steps)
+        self._workspace_bytes = workspace_bytes
+
+    def run(self, addresses: Sequence[int], device: torch.device, stream: int) -> None:
+        """Start the kernels on operands at ``addresses``, in the order of ``launch``'s parameters, on ``stream``."""
+        start = 0
+        if self._workspace_bytes:
+            workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
+            start = workspace.data_ptr()
+        for step in self._steps:
+            arguments = step.arguments.copy()
+            arguments[3] = stream
+            for place, operand in step.operands:
+                arguments[place] = addresses[operand]
+            for place, offset in step.workspaces:
+                arguments[place] = start + offset
+            for place, described, offset, maps in step.descriptors:
+                address = start + offset if described is None else addresses[described]
+                arguments[place] = maps.known.get(address) or maps.make(address)
+            step.start(*arguments)
+
+
+class _Step(NamedTuple):
+    """One kernel: its C launcher, the arguments for it, and where among them addresses go."""
+
+    start: Callable[..., None]
+    arguments: list[Any]
+    operands: tuple[tuple[int, int], ...]
+    workspaces: tuple[tuple[int, int], ...]
+    descriptors: tuple[tuple[int, int | None, int, _TensorMaps], ...]
+
+
+class _TensorMaps:
+    """The tensor maps of one descriptor argument, by the address of the matrix that it describes."""
+
+    def __init__(self, descriptor: Any, metadata: Any) -> None:
+        self._descriptor = copy.copy(descriptor)
+        self._descriptor.base = None  # keeps no tensor alive
+        self._metadata = metadata
+        self.known: dict[int, Any] = {}
+
+    def expand(self, address: int) -> list[Any]:
+        """The arguments that stand for the descriptor of a matrix at ``address``: its map, its shape, its strides."""
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        descriptor = copy.copy(self._descriptor)
+        descriptor.base = SimpleNamespace(data_ptr=lambda: address)
+        expanded: list[Any] = make_tensordesc_arg(descriptor, self._metadata)
+        return expanded
+
+    def make(self, address: int) -> Any:
+        if len(self.known) >= _MOST_MAPS:
+            self.known.clear()
+        made = self.known[address] = self.expand(address)[0]
+        return made
+
+
+class _Recorder:
+    """In place of a kernel while ``launch`` is recorded: notes the start, and starts."""
+
+    def __init__(self, launcher: Launcher, starts: list[_Start]) -> None:
+        self._launcher = launcher
+        self._starts = starts
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def start(*arguments: Any, **options: Any) -> None:
+            self._starts.append(_Start(self._launcher, (*grid, 1, 1)[:3], arguments))
+            self._launcher[grid](*arguments, **options)
+
+        return start
+
+
+class _Start(NamedTuple):
+    launcher: Launcher
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+
+class _Watch(TorchDispatchMode):
+    """Notes whether anything is computed by PyTorch, which a repetition of the kernels would leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.computes = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.computes |= func.name() not in _HARMLESS
+        return func(*args, **(kwargs or {}))
+
+
+class Bound:
+    """A bound module for contiguous operands: it is started by repeating what its ``launch`` did before."""
+
+    def __init__(self, module: ModuleType, device: torch.device) -> None:
+        from triton import knobs
+
+        self._module = module
+        self._device = device
+        self._hooks = knobs.runtime
+        self._programs: dict[tuple[int, float | None], Program | None] = {}
+
+    def start(self, tensors: Sequence[torch.Tensor], addresses: Sequence[int], scaling: float | None) -> None:
+        """Run on the operands, on the current stream of the device, which is the current one."""
+        shape = (tensors[0].shape[0], scaling)  # all that a spec leaves open
+        program = self._programs.get(shape)
+        watched = self._hooks.launch_enter_hook.calls or self._hooks.launch_exit_hook.calls
+        if program is not None and not watched:
+            program.run(addresses, self._device, torch._C._cuda_getCurrentRawStream(self._device.index))
+            return
+        scalars = () if scaling is None else (float(scaling),)
+        if watched or shape in self._programs or len(self._programs) >= _MOST_PROGRAMS:
+            self._module.launch(*tensors, *scalars)
+        else:
+            self._programs[shape] = record(self._module, tensors, scalars)
+
+
+def record(module: ModuleType, tensors: Sequence[torch.Tensor], scalars: tuple[float, ...]) -> Program | None:
+    """Run the ``launch`` of a bound module once and return what it did; None if its kernels are not all that it does.
+
+    ``tensors`` are contiguous; the program is right for others of their shapes, strides and alignment.
+    """
+    starts: list[_Start] = []
+    recorders = {name: _Recorder(held, starts) for name, held in vars(module).items() if isinstance(held, Launcher)}
+    launch = FunctionType(module.launch.__code__, {**vars(module), **recorders}, closure=module.launch.__closure__)
+    # Each operand is an object of its own, also where two are one memory: y may be base this time and not the next.
+    operands = [tensor.detach() for tensor in tensors]
+    with torch.no_grad(), _Watch() as watch:
+        launch(*operands, *scalars)
+    return None if watch.computes else _assemble(starts, operands)
+
+
+def _assemble(starts: Sequence[_Start], operands: Sequence[torch.Tensor]) -> Program | None:
+    places = _Places(operands)
+    try:
+        return Program([_step(start, places) for start in starts], places.workspace_bytes)
+    except LookupError:
+        return None
+
+
+class _Places:
+    """Where tensors seen in a recording lie: in an operand, or in one of the allocations made on the way."""
+
+    def __init__(self, operands: Sequence[torch.Tensor]) -> None:
+        self._operands = operands
+        self._workspaces: dict[int, int] = {}
+        self.workspace_bytes = 0
+
+    def find(self, tensor: torch.Tensor) -> tuple[int | None, int]:
+        """The operand (None: the workspace) and the offset in it, in bytes.
+
+        Raises:
+            LookupError: a part of an operand, of which there may be several in one memory.
+        """
+        for index, operand in enumerate(self._operands):
+            if tensor is operand:
+                return index, 0
+        memory = tensor.untyped_storage()
+        start = memory.data_ptr()
+        if any(operand.untyped_storage().data_ptr() == start for operand in self._operands):
+            raise LookupError("a view of an operand")
+        if start not in self._workspaces:
+            self._workspaces[start] = self.workspace_bytes
+            self.workspace_bytes += -(-memory.nbytes() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+        return None, self._workspaces[start] + tensor.data_ptr() - start
+
+
+def _step(start: _Start, places: _Places) -> _Step:
+    binary = start.launcher.flat()
+    arguments: list[Any] = [*start.grid, None, binary.function, binary.metadata, None, None, None]
+    operands: list[tuple[int, int]] = []
+    workspaces: list[tuple[int, int]] = []
+    descriptors: list[tuple[int, int | None, int, _TensorMaps]] = []
+    described = iter(binary.descriptors)
+    for argument in start.arguments:
+        if isinstance(argument, torch.Tensor):
+            operand, offset = places.find(argument)
+            if operand is None:
+                workspaces.append((len(arguments), offset))
+            else:
+                operands.append((len(arguments), operand))
+            arguments.append(None)
+        elif isinstance(argument, int | float):
+            arguments.append(argument)
+        else:
+            maps = _TensorMaps(argument, next(described))
+            operand, offset = places.find(argument.base)
+            descriptors.append((len(arguments), operand, offset, maps))
+            arguments += [None, *maps.expand(argument.base.data_ptr())[1:]]
+    return _Step(binary.start, arguments, tuple(operands), tuple(workspaces), tuple(descriptors))
