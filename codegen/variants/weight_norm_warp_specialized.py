@@ -23,6 +23,7 @@ from .base import (
 class WeightNormWarpSpecialized(Variant):
     """The sums of the ``tma`` variant on specialised warps, for Hopper: one warp loads while eight multiply.
 
+    Where nW is not given, two more warps square W's tiles as they pass through shared memory: W is read once.
     G is symmetric, so B @ G @ B.T is summed over the blocks on and below the diagonal only: at rank 384 a third of
     those products and of the making of G falls away. ``gram_programs`` programs add the shares of G while
     ``row_dots_kernel`` is already multiplying on the other multiprocessors.
@@ -138,7 +139,8 @@ class WeightNormWarpSpecialized(Variant):
         shares = ceil_div(spec.d_in, config["gram_share"])
         blocks = ceil_div(spec.rank, rank_block)
         lower = blocks * (blocks + 1) // 2 * rank_block * rank_block
-        partials = groups * split_k * spec.d_out * 4
+        partials = (groups + spec.save) * split_k * spec.d_out * 4
+        vectors = 2 * spec.d_out * 4
         weight_bytes = spec.d_out * spec.d_in * 2
         return (
             *adapter_parts_work(spec, (spec.d_in + spec.d_out) * spec.rank),
@@ -161,17 +163,10 @@ class WeightNormWarpSpecialized(Variant):
             Work(
                 "row_dots_kernel",
                 programs=rows * groups * split_k,
-                dram_bytes=weight_bytes + (spec.rank * spec.d_in + spec.d_out * spec.rank) * 2 + partials,
-                l2_bytes=rows * groups * (self.ROWS + ranks) * (spec.d_in + spec.rank) * 2 + partials,
+                dram_bytes=weight_bytes + (spec.rank * spec.d_in + spec.d_out * spec.rank) * 2 + vectors,
+                l2_bytes=rows * groups * (self.ROWS + ranks) * (spec.d_in + spec.rank) * 2 + 2 * partials + vectors,
                 steps=ceil_div(spec.d_in, self.STEP * split_k) + ceil_div(2 * spec.rank, self.STEP * split_k),
                 matrix_flops=2 * rows * self.ROWS * (groups * ranks * spec.d_in + 2 * lower),
                 matrix_dtype=spec.weight,
-            ),
-            Work(
-                "finish_kernel",
-                programs=ceil_div(spec.d_out, 8 if spec.save else 128),
-                dram_bytes=weight_bytes * spec.save + 2 * spec.d_out * 4,
-                l2_bytes=partials + weight_bytes * spec.save + 2 * spec.d_out * 4,
-                steps=groups * split_k + (ceil_div(spec.d_in, 512) if spec.save else 0),
             ),
         )

@@ -47,17 +47,25 @@ def gram_shares_kernel(lora_a_desc: "tensordesc<bf16[64, 128]>", gram_shares_ptr
 
 
 @triton.jit
-def lower_gram_kernel(gram_shares_ptr: "*fp32", high_ptr: "*bf16", low_ptr: "*bf16", scaling: "fp32"):
-    """Add the shares of A @ A.T in a fixed order; scale what lies in a diagonal block by s/2, what lies below it by s."""
+def lower_gram_kernel(gram_shares_ptr: "*fp32", high_ptr: "*bf16", low_ptr: "*bf16", arrivals_ptr: "*i32", scaling: "fp32"):
+    """Add the shares of A @ A.T in a fixed order; scale what lies in a diagonal block by s/2, what lies below it by s.
+
+    The first program also sets the counters to zero by which the next kernel knows the last program of a row block.
+    """
     RANK: tl.constexpr = 384
     SHARES: tl.constexpr = 4
     DIAGONAL: tl.constexpr = 128
     GRAM_BLOCK: tl.constexpr = 64
     BLOCK: tl.constexpr = 512
     STEPS: tl.constexpr = 1
+    ROW_BLOCKS: tl.constexpr = 32
+    COUNTERS: tl.constexpr = 32
 
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
+    if tl.program_id(0) == 0:
+        counters = tl.arange(0, COUNTERS)
+        tl.store(arrivals_ptr + counters, 0, mask=counters < ROW_BLOCKS)
     for step in range(0, STEPS):
         i = (tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         row = i // RANK
@@ -135,14 +143,20 @@ def load_tiles(weight_desc, lora_a_desc, lora_b_desc, high_desc, low_desc, b_til
 
 
 @gluon.jit
-def sum_row_dots(partials_ptr, b_tile_desc, ring, full, empty, first_m, group, share):
-    """Eight warps: acc = W @ A.T + B @ (s/2)G over this program's share of the inner sums, then sum_n B[:, n] * acc[:, n]."""
+def sum_row_dots(
+    weight_sq_ptr, partials_ptr, arrivals_ptr, norm_ptr, b_tile_desc, ring, full, empty, first_m, group, share, scaling
+):
+    """Eight warps: acc = W @ A.T + B @ (s/2)G over this program's share of the inner sums, then sum_n B[:, n] * acc[:, n].
+
+    The last program of a row block to arrive adds the shares of all, in a fixed order, to rowsum(W*W) and takes the root.
+    """
     BLOCK_M: gl.constexpr = 128
     BLOCK_N: gl.constexpr = 128
     K_STEPS: gl.constexpr = 16
     LANES: gl.constexpr = 4
     SPLIT_K: gl.constexpr = 4
     STAGES: gl.constexpr = 3
+    PARTIALS: gl.constexpr = 4
     D_OUT: gl.constexpr = 4096
 
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
@@ -213,6 +227,15 @@ def sum_row_dots(partials_ptr, b_tile_desc, ring, full, empty, first_m, group, s
     rows = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TILE))
     partial = share
     gl.store(partials_ptr + partial * D_OUT + rows, dots)
+    tl.debug_barrier()  # all eight warps have stored before one of them says so
+    arrived = gl.atomic_add(arrivals_ptr + first_m // BLOCK_M, 1, sem="acq_rel", scope="gpu")
+    if arrived == PARTIALS - 1:
+        dots = gl.load(partials_ptr + rows)
+        for i in gl.static_range(1, PARTIALS):
+            dots += gl.load(partials_ptr + i * D_OUT + rows)
+        weight_sq = gl.load(weight_sq_ptr + rows)
+        norm = gl.sqrt(gl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
+        gl.store(norm_ptr + rows, norm)
 
 
 @gluon.jit
@@ -223,9 +246,13 @@ def row_dots_kernel(
     high_desc: "tensordesc<bf16[128, 64]>",
     low_desc: "tensordesc<bf16[128, 64]>",
     lora_b_tile_desc: "tensordesc<bf16[128, 128]>",
+    weight_sq_ptr: "*fp32",
     partials_ptr: "*fp32",
+    arrivals_ptr: "*i32",
+    norm_ptr: "*fp32",
+    scaling: "fp32",
 ):
-    """Write sum_n B[:, n] * (W @ A.T + B @ (s/2)G)[:, n] for BLOCK_M rows, 3 x BLOCK_N ranks and one share of the inner sums.
+    """Sum n over B[:, n] * (W @ A.T + B @ (s/2)G)[:, n] for BLOCK_M rows, 3 x BLOCK_N ranks and one share of the inner sums.
 
     Descriptors read zeros beyond the edges, so ranks and columns that do not exist add nothing.
     """
@@ -241,14 +268,13 @@ def row_dots_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
     first_m = gl.program_id(0) * BLOCK_M
     group = 0
     share = gl.program_id(1)
     gl.warp_specialize(
         [
-            (sum_row_dots, (partials_ptr, lora_b_tile_desc, ring, full, empty, first_m, group, share)),
+            (sum_row_dots, (weight_sq_ptr, partials_ptr, arrivals_ptr, norm_ptr, lora_b_tile_desc, ring, full, empty, first_m, group, share, scaling)),
             (load_tiles, (weight_desc, lora_a_desc, lora_b_desc, high_desc, low_desc, lora_b_tile_desc, ring, full, empty, first_m, group, share)),
         ],
         [1],
@@ -256,42 +282,19 @@ def row_dots_kernel(
     )
 
 
-@triton.jit
-def finish_kernel(
-    weight_sq_ptr: "*fp32",
-    partials_ptr: "*fp32",
-    norm_ptr: "*fp32",
-    scaling: "fp32",
-):
-    """Add the partial sums of ROWS rows in a fixed order to rowsum(W*W) and take the root."""
-    D_OUT: tl.constexpr = 4096
-    ROWS: tl.constexpr = 128
-    PARTIALS: tl.constexpr = 4
-
-    tl.extra.cuda.gdc_wait()
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    weight_sq = tl.load(weight_sq_ptr + rows)
-    dots = tl.full((ROWS,), 0.0, tl.float32)
-    partial_ptrs = partials_ptr + rows
-    for _ in range(0, PARTIALS):
-        dots += tl.load(partial_ptrs)
-        partial_ptrs += D_OUT
-    norm = tl.sqrt(tl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
-    tl.store(norm_ptr + rows, norm)
-
-
 def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
     """Fill norm [4096] from weight [4096, 4096], lora_a [384, 4096], lora_b [4096, 384]."""
     gram_shares = torch.empty((4, 384, 384), dtype=torch.float32, device=weight.device)
     lower_gram = torch.empty((2, 384, 384), dtype=weight.dtype, device=weight.device)
     partials = torch.empty((4, 4096), dtype=torch.float32, device=weight.device)
+    arrivals = torch.empty(32, dtype=torch.int32, device=weight.device)
     step_layout = gl.NVMMASharedLayout.get_default_for([128, 64], gl.bfloat16)
     tile_layout = gl.NVMMASharedLayout.get_default_for([128, 128], gl.bfloat16)
     gram_shares_kernel[(21, 4)](
         tensor_descriptor.TensorDescriptor.from_tensor(lora_a, [64, 128]), gram_shares, num_warps=4, num_stages=6
     )
     lower_gram_kernel[(288,)](
-        gram_shares, lower_gram[0], lower_gram[1], scaling, num_warps=4, num_stages=2, launch_pdl=True
+        gram_shares, lower_gram[0], lower_gram[1], arrivals, scaling, num_warps=4, num_stages=2, launch_pdl=True
     )
     row_dots_kernel[(32 * 1, 4)](
         TensorDescriptor.from_tensor(weight, [128, 64], step_layout),
@@ -300,10 +303,6 @@ def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
         TensorDescriptor.from_tensor(lower_gram[0], [128, 64], step_layout),
         TensorDescriptor.from_tensor(lower_gram[1], [128, 64], step_layout),
         TensorDescriptor.from_tensor(lora_b, [128, 128], tile_layout),
-        partials,
+        weight_sq, partials, arrivals, norm, scaling,
         num_warps=8, num_stages=3, launch_pdl=True,
-    )
-    finish_kernel[(32,)](
-        weight_sq, partials, norm, scaling,
-        num_warps=4, num_stages=2, launch_pdl=True,
     )

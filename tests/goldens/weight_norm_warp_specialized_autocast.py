@@ -85,17 +85,25 @@ def gram_shares_kernel(lora_a_desc: "tensordesc<bf16[64, 128]>", gram_shares_ptr
 
 
 @triton.jit
-def lower_gram_kernel(gram_shares_ptr: "*fp32", high_ptr: "*bf16", low_ptr: "*bf16", scaling: "fp32"):
-    """Add the shares of A @ A.T in a fixed order; scale what lies in a diagonal block by s/2, what lies below it by s."""
+def lower_gram_kernel(gram_shares_ptr: "*fp32", high_ptr: "*bf16", low_ptr: "*bf16", arrivals_ptr: "*i32", scaling: "fp32"):
+    """Add the shares of A @ A.T in a fixed order; scale what lies in a diagonal block by s/2, what lies below it by s.
+
+    The first program also sets the counters to zero by which the next kernel knows the last program of a row block.
+    """
     RANK: tl.constexpr = 24
     SHARES: tl.constexpr = 2
     DIAGONAL: tl.constexpr = 64
     GRAM_BLOCK: tl.constexpr = 64
     BLOCK: tl.constexpr = 512
     STEPS: tl.constexpr = 1
+    ROW_BLOCKS: tl.constexpr = 34
+    COUNTERS: tl.constexpr = 64
 
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
+    if tl.program_id(0) == 0:
+        counters = tl.arange(0, COUNTERS)
+        tl.store(arrivals_ptr + counters, 0, mask=counters < ROW_BLOCKS)
     for step in range(0, STEPS):
         i = (tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         row = i // RANK
@@ -173,14 +181,20 @@ def load_tiles(weight_desc, lora_a_desc, lora_b_desc, high_desc, low_desc, b_til
 
 
 @gluon.jit
-def sum_row_dots(partials_ptr, b_tile_desc, ring, full, empty, first_m, group, share):
-    """Eight warps: acc = W @ A.T + B @ (s/2)G over this program's share of the inner sums, then sum_n B[:, n] * acc[:, n]."""
+def sum_row_dots(
+    weight_sq_ptr, partials_ptr, arrivals_ptr, norm_ptr, b_tile_desc, ring, full, empty, first_m, group, share, scaling
+):
+    """Eight warps: acc = W @ A.T + B @ (s/2)G over this program's share of the inner sums, then sum_n B[:, n] * acc[:, n].
+
+    The last program of a row block to arrive adds the shares of all, in a fixed order, to rowsum(W*W) and takes the root.
+    """
     BLOCK_M: gl.constexpr = 128
     BLOCK_N: gl.constexpr = 64
     K_STEPS: gl.constexpr = 6
     LANES: gl.constexpr = 2
     SPLIT_K: gl.constexpr = 3
     STAGES: gl.constexpr = 3
+    PARTIALS: gl.constexpr = 3
     D_OUT: gl.constexpr = 4304
 
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
@@ -216,6 +230,15 @@ def sum_row_dots(partials_ptr, b_tile_desc, ring, full, empty, first_m, group, s
     rows = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TILE))
     partial = share
     gl.store(partials_ptr + partial * D_OUT + rows, dots, mask=rows < D_OUT)
+    tl.debug_barrier()  # all eight warps have stored before one of them says so
+    arrived = gl.atomic_add(arrivals_ptr + first_m // BLOCK_M, 1, sem="acq_rel", scope="gpu")
+    if arrived == PARTIALS - 1:
+        dots = gl.load(partials_ptr + rows, mask=rows < D_OUT, other=0.0)
+        for i in gl.static_range(1, PARTIALS):
+            dots += gl.load(partials_ptr + i * D_OUT + rows, mask=rows < D_OUT, other=0.0)
+        weight_sq = gl.load(weight_sq_ptr + rows, mask=rows < D_OUT, other=0.0)
+        norm = gl.sqrt(gl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
+        gl.store(norm_ptr + rows, norm, mask=rows < D_OUT)
 
 
 @gluon.jit
@@ -226,9 +249,13 @@ def row_dots_kernel(
     high_desc: "tensordesc<bf16[64, 64]>",
     low_desc: "tensordesc<bf16[64, 64]>",
     lora_b_tile_desc: "tensordesc<bf16[128, 64]>",
+    weight_sq_ptr: "*fp32",
     partials_ptr: "*fp32",
+    arrivals_ptr: "*i32",
+    norm_ptr: "*fp32",
+    scaling: "fp32",
 ):
-    """Write sum_n B[:, n] * (W @ A.T + B @ (s/2)G)[:, n] for BLOCK_M rows, 1 x BLOCK_N ranks and one share of the inner sums.
+    """Sum n over B[:, n] * (W @ A.T + B @ (s/2)G)[:, n] for BLOCK_M rows, 1 x BLOCK_N ranks and one share of the inner sums.
 
     Descriptors read zeros beyond the edges, so ranks and columns that do not exist add nothing.
     """
@@ -244,14 +271,13 @@ def row_dots_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
     first_m = gl.program_id(0) * BLOCK_M
     group = 0
     share = gl.program_id(1)
     gl.warp_specialize(
         [
-            (sum_row_dots, (partials_ptr, lora_b_tile_desc, ring, full, empty, first_m, group, share)),
+            (sum_row_dots, (weight_sq_ptr, partials_ptr, arrivals_ptr, norm_ptr, lora_b_tile_desc, ring, full, empty, first_m, group, share, scaling)),
             (load_tiles, (weight_desc, lora_a_desc, lora_b_desc, high_desc, low_desc, lora_b_tile_desc, ring, full, empty, first_m, group, share)),
         ],
         [1],
@@ -259,36 +285,12 @@ def row_dots_kernel(
     )
 
 
-@triton.jit
-def finish_kernel(
-    weight_sq_ptr: "*fp32",
-    partials_ptr: "*fp32",
-    norm_ptr: "*fp32",
-    scaling: "fp32",
-):
-    """Add the partial sums of ROWS rows in a fixed order to rowsum(W*W) and take the root."""
-    D_OUT: tl.constexpr = 4304
-    ROWS: tl.constexpr = 128
-    PARTIALS: tl.constexpr = 3
-
-    tl.extra.cuda.gdc_wait()
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_m = rows < D_OUT
-    weight_sq = tl.load(weight_sq_ptr + rows, mask=in_m, other=0.0)
-    dots = tl.full((ROWS,), 0.0, tl.float32)
-    partial_ptrs = partials_ptr + rows
-    for _ in range(0, PARTIALS):
-        dots += tl.load(partial_ptrs, mask=in_m, other=0.0)
-        partial_ptrs += D_OUT
-    norm = tl.sqrt(tl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
-    tl.store(norm_ptr + rows, norm, mask=in_m)
-
-
 def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
     """Fill norm [4304] from weight [4304, 1152], lora_a [24, 1152], lora_b [4304, 24]."""
     gram_shares = torch.empty((2, 24, 24), dtype=torch.float32, device=weight.device)
     lower_gram = torch.empty((2, 24, 24), dtype=weight.dtype, device=weight.device)
     partials = torch.empty((3, 4304), dtype=torch.float32, device=weight.device)
+    arrivals = torch.empty(34, dtype=torch.int32, device=weight.device)
     lora_a_parts = torch.empty((24, 1152), dtype=weight.dtype, device=weight.device)
     lora_b_parts = torch.empty((4304, 24), dtype=weight.dtype, device=weight.device)
     adapter_parts_kernel[(104,)](
@@ -300,7 +302,7 @@ def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
         tensor_descriptor.TensorDescriptor.from_tensor(lora_a_parts, [64, 128]), gram_shares, num_warps=4, num_stages=6
     )
     lower_gram_kernel[(2,)](
-        gram_shares, lower_gram[0], lower_gram[1], scaling, num_warps=4, num_stages=2, launch_pdl=True
+        gram_shares, lower_gram[0], lower_gram[1], arrivals, scaling, num_warps=4, num_stages=2, launch_pdl=True
     )
     row_dots_kernel[(34 * 1, 3)](
         TensorDescriptor.from_tensor(weight, [128, 64], step_layout),
@@ -309,10 +311,6 @@ def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
         TensorDescriptor.from_tensor(lower_gram[0], [64, 64], step_layout),
         TensorDescriptor.from_tensor(lower_gram[1], [64, 64], step_layout),
         TensorDescriptor.from_tensor(lora_b_parts, [128, 64], tile_layout),
-        partials,
+        weight_sq, partials, arrivals, norm, scaling,
         num_warps=8, num_stages=3, launch_pdl=True,
-    )
-    finish_kernel[(34,)](
-        weight_sq, partials, norm, scaling,
-        num_warps=4, num_stages=2, launch_pdl=True,
     )

@@ -1,4 +1,4 @@
-"""Row norm of W + sBA without BA: one warp loads, eight multiply, and G enters below its diagonal only.
+"""Row norm of W + sBA without BA: one warp loads, eight multiply, two square, and G enters below its diagonal only.
 
     w = sqrt(nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T)))), nW = rowsum(W*W); g = m / max(w, eps)
 
@@ -47,17 +47,25 @@ def gram_shares_kernel(lora_a_desc: "tensordesc<bf16[64, 128]>", gram_shares_ptr
 
 
 @triton.jit
-def lower_gram_kernel(gram_shares_ptr: "*fp32", high_ptr: "*bf16", low_ptr: "*bf16", scaling: "fp32"):
-    """Add the shares of A @ A.T in a fixed order; scale what lies in a diagonal block by s/2, what lies below it by s."""
+def lower_gram_kernel(gram_shares_ptr: "*fp32", high_ptr: "*bf16", low_ptr: "*bf16", arrivals_ptr: "*i32", scaling: "fp32"):
+    """Add the shares of A @ A.T in a fixed order; scale what lies in a diagonal block by s/2, what lies below it by s.
+
+    The first program also sets the counters to zero by which the next kernel knows the last program of a row block.
+    """
     RANK: tl.constexpr = 24
     SHARES: tl.constexpr = 2
     DIAGONAL: tl.constexpr = 64
     GRAM_BLOCK: tl.constexpr = 64
     BLOCK: tl.constexpr = 512
     STEPS: tl.constexpr = 1
+    ROW_BLOCKS: tl.constexpr = 34
+    COUNTERS: tl.constexpr = 64
 
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
+    if tl.program_id(0) == 0:
+        counters = tl.arange(0, COUNTERS)
+        tl.store(arrivals_ptr + counters, 0, mask=counters < ROW_BLOCKS)
     for step in range(0, STEPS):
         i = (tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         row = i // RANK
@@ -135,15 +143,22 @@ def load_tiles(weight_desc, lora_a_desc, lora_b_desc, high_desc, low_desc, b_til
 
 
 @gluon.jit
-def sum_row_dots(partials_ptr, b_tile_desc, ring, full, empty, first_m, group, share):
-    """Eight warps: acc = W @ A.T + B @ (s/2)G over this program's share of the inner sums, then sum_n B[:, n] * acc[:, n]."""
+def sum_row_dots(
+    squares_ptr, partials_ptr, arrivals_ptr, magnitude_ptr, norm_ptr, g_ptr, weight_sq_ptr, b_tile_desc, ring, full, empty, squared, first_m, group, share, scaling
+):
+    """Eight warps: acc = W @ A.T + B @ (s/2)G over this program's share of the inner sums, then sum_n B[:, n] * acc[:, n].
+
+    The last program of a row block to arrive adds the shares of all, in a fixed order, to rowsum(W*W) and takes the root.
+    """
     BLOCK_M: gl.constexpr = 128
     BLOCK_N: gl.constexpr = 64
     K_STEPS: gl.constexpr = 6
     LANES: gl.constexpr = 2
     SPLIT_K: gl.constexpr = 3
     STAGES: gl.constexpr = 3
+    PARTIALS: gl.constexpr = 3
     D_OUT: gl.constexpr = 4304
+    EPS: gl.constexpr = 1e-12
 
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
     acc_0 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
@@ -176,8 +191,65 @@ def sum_row_dots(partials_ptr, b_tile_desc, ring, full, empty, first_m, group, s
     dots = gl.sum(acc_0 * b.to(gl.float32), axis=1)
     step += 1
     rows = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TILE))
+    mbarrier.wait(squared, 0)  # the two warps have stored theirs
     partial = share
     gl.store(partials_ptr + partial * D_OUT + rows, dots, mask=rows < D_OUT)
+    tl.debug_barrier()  # all eight warps have stored before one of them says so
+    arrived = gl.atomic_add(arrivals_ptr + first_m // BLOCK_M, 1, sem="acq_rel", scope="gpu")
+    if arrived == PARTIALS - 1:
+        dots = gl.load(partials_ptr + rows, mask=rows < D_OUT, other=0.0)
+        for i in gl.static_range(1, PARTIALS):
+            dots += gl.load(partials_ptr + i * D_OUT + rows, mask=rows < D_OUT, other=0.0)
+        weight_sq = gl.load(squares_ptr + rows, mask=rows < D_OUT, other=0.0)
+        for i in gl.static_range(1, SPLIT_K):
+            weight_sq += gl.load(squares_ptr + i * D_OUT + rows, mask=rows < D_OUT, other=0.0)
+        gl.store(weight_sq_ptr + rows, weight_sq, mask=rows < D_OUT)
+        norm = gl.sqrt(gl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
+        gl.store(norm_ptr + rows, norm, mask=rows < D_OUT)
+        magnitude = gl.load(magnitude_ptr + rows, mask=rows < D_OUT, other=0.0).to(gl.float32)
+        gl.store(g_ptr + rows, magnitude / gl.maximum(norm, EPS), mask=rows < D_OUT)
+
+
+@gluon.jit
+def sum_squares(squares_ptr, ring, full, empty, squared, first_m, group, share):
+    """Two warps: rowsum(W*W) over this program's share of the columns, from the tiles that are being multiplied."""
+    HALF: gl.constexpr = 64
+    TILES: gl.constexpr = 1
+    BLOCK_K: gl.constexpr = 64
+    K_STEPS: gl.constexpr = 6
+    LANES: gl.constexpr = 2
+    SPLIT_K: gl.constexpr = 3
+    STAGES: gl.constexpr = 3
+    D_OUT: gl.constexpr = 4304
+
+    ROWS: gl.constexpr = gl.BlockedLayout([1, BLOCK_K], [32, 1], [2, 1], [1, 0])
+    upper_squares = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, ROWS))
+    lower_squares = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, ROWS))
+    for step in range(0, K_STEPS):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        upper = ring.index(stage).slice(0, HALF).load(ROWS).to(gl.float32)
+        upper_squares += gl.sum(upper * upper, axis=1)
+        lower = ring.index(stage).slice(HALF, HALF).load(ROWS).to(gl.float32)
+        lower_squares += gl.sum(lower * lower, axis=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+    rows = first_m + gl.arange(0, HALF, gl.SliceLayout(1, ROWS))
+    gl.store(squares_ptr + share * D_OUT + rows, upper_squares, mask=(rows < D_OUT))
+    rows += HALF
+    gl.store(squares_ptr + share * D_OUT + rows, lower_squares, mask=(rows < D_OUT))
+    tl.debug_barrier()  # both warps have stored before one of them says so
+    mbarrier.arrive(squared, count=1)
+
+    step = K_STEPS
+    for _ in range(share, LANES, SPLIT_K):  # what follows W in the ring needs no squares, but its stages are shared
+        for _ in range(0, TILES):
+            mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+            step += 1
+    for _ in range(0, TILES):
+        mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+        mbarrier.arrive(empty.index(step % STAGES), count=1)
+        step += 1
 
 
 @gluon.jit
@@ -188,9 +260,16 @@ def row_dots_kernel(
     high_desc: "tensordesc<bf16[64, 64]>",
     low_desc: "tensordesc<bf16[64, 64]>",
     lora_b_tile_desc: "tensordesc<bf16[128, 64]>",
+    squares_ptr: "*fp32",
     partials_ptr: "*fp32",
+    arrivals_ptr: "*i32",
+    magnitude_ptr: "*fp32",
+    norm_ptr: "*fp32",
+    g_ptr: "*fp32",
+    weight_sq_ptr: "*fp32",
+    scaling: "fp32",
 ):
-    """Write sum_n B[:, n] * (W @ A.T + B @ (s/2)G)[:, n] for BLOCK_M rows, 1 x BLOCK_N ranks and one share of the inner sums.
+    """Sum n over B[:, n] * (W @ A.T + B @ (s/2)G)[:, n] for BLOCK_M rows, 1 x BLOCK_N ranks and one share of the inner sums.
 
     Descriptors read zeros beyond the edges, so ranks and columns that do not exist add nothing.
     """
@@ -204,61 +283,23 @@ def row_dots_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    squared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(squared, count=1)
     fence_async_shared()
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
     first_m = gl.program_id(0) * BLOCK_M
     group = 0
     share = gl.program_id(1)
     gl.warp_specialize(
         [
-            (sum_row_dots, (partials_ptr, lora_b_tile_desc, ring, full, empty, first_m, group, share)),
+            (sum_row_dots, (squares_ptr, partials_ptr, arrivals_ptr, magnitude_ptr, norm_ptr, g_ptr, weight_sq_ptr, lora_b_tile_desc, ring, full, empty, squared, first_m, group, share, scaling)),
             (load_tiles, (weight_desc, lora_a_desc, lora_b_desc, high_desc, low_desc, lora_b_tile_desc, ring, full, empty, first_m, group, share)),
+            (sum_squares, (squares_ptr, ring, full, empty, squared, first_m, group, share)),
         ],
-        [1],
-        [24],
+        [1, 2],
+        [40, 40],
     )
-
-
-@triton.jit
-def finish_kernel(
-    weight_ptr: "*bf16",
-    weight_stride: "i64",
-    partials_ptr: "*fp32",
-    magnitude_ptr: "*fp32",
-    norm_ptr: "*fp32",
-    g_ptr: "*fp32",
-    weight_sq_ptr: "*fp32",
-    scaling: "fp32",
-):
-    """Add the partial sums of ROWS rows in a fixed order to rowsum(W*W) and take the root."""
-    D_OUT: tl.constexpr = 4304
-    ROWS: tl.constexpr = 8
-    PARTIALS: tl.constexpr = 3
-    D_IN: tl.constexpr = 1152
-    COLS: tl.constexpr = 512
-    EPS: tl.constexpr = 1e-12
-
-    tl.extra.cuda.gdc_wait()
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, COLS)
-    w_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride + cols[None, :]
-    squares = tl.full((ROWS, COLS), 0.0, tl.float32)
-    for start in range(0, D_IN, COLS):
-        w = tl.load(w_ptrs + start, mask=(cols < D_IN - start)[None, :], other=0.0).to(tl.float32)
-        squares += w * w
-    weight_sq = tl.sum(squares, axis=1)
-    tl.store(weight_sq_ptr + rows, weight_sq)
-    dots = tl.full((ROWS,), 0.0, tl.float32)
-    partial_ptrs = partials_ptr + rows
-    for _ in range(0, PARTIALS):
-        dots += tl.load(partial_ptrs)
-        partial_ptrs += D_OUT
-    norm = tl.sqrt(tl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
-    tl.store(norm_ptr + rows, norm)
-    magnitude = tl.load(magnitude_ptr + rows).to(tl.float32)
-    tl.store(g_ptr + rows, magnitude / tl.maximum(norm, EPS))
 
 
 def launch(weight, lora_a, lora_b, magnitude, norm, g, weight_sq, scaling):
@@ -266,13 +307,15 @@ def launch(weight, lora_a, lora_b, magnitude, norm, g, weight_sq, scaling):
     gram_shares = torch.empty((2, 24, 24), dtype=torch.float32, device=weight.device)
     lower_gram = torch.empty((2, 24, 24), dtype=weight.dtype, device=weight.device)
     partials = torch.empty((3, 4304), dtype=torch.float32, device=weight.device)
+    arrivals = torch.empty(34, dtype=torch.int32, device=weight.device)
+    squares = torch.empty((3, 4304), dtype=torch.float32, device=weight.device)
     step_layout = gl.NVMMASharedLayout.get_default_for([128, 64], gl.bfloat16)
     tile_layout = gl.NVMMASharedLayout.get_default_for([128, 64], gl.bfloat16)
     gram_shares_kernel[(1, 2)](
         tensor_descriptor.TensorDescriptor.from_tensor(lora_a, [64, 128]), gram_shares, num_warps=4, num_stages=6
     )
     lower_gram_kernel[(2,)](
-        gram_shares, lower_gram[0], lower_gram[1], scaling, num_warps=4, num_stages=2, launch_pdl=True
+        gram_shares, lower_gram[0], lower_gram[1], arrivals, scaling, num_warps=4, num_stages=2, launch_pdl=True
     )
     row_dots_kernel[(34 * 1, 3)](
         TensorDescriptor.from_tensor(weight, [128, 64], step_layout),
@@ -281,10 +324,6 @@ def launch(weight, lora_a, lora_b, magnitude, norm, g, weight_sq, scaling):
         TensorDescriptor.from_tensor(lower_gram[0], [64, 64], step_layout),
         TensorDescriptor.from_tensor(lower_gram[1], [64, 64], step_layout),
         TensorDescriptor.from_tensor(lora_b, [128, 64], tile_layout),
-        partials,
+        squares, partials, arrivals, magnitude, norm, g, weight_sq, scaling,
         num_warps=8, num_stages=3, launch_pdl=True,
-    )
-    finish_kernel[(538,)](
-        weight, weight.stride(0), partials, magnitude, norm, g, weight_sq, scaling,
-        num_warps=4, num_stages=2, launch_pdl=True,
     )

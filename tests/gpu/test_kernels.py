@@ -35,7 +35,8 @@ def gpu() -> Gpu:
 
 def forms(op: str) -> list[dict[str, object]]:
     contract = OPS[op]
-    return [{}, *({flag: True} for flag in contract.flags), *({role: "fp32"} for role in contract.optional_dtypes)]
+    single = [{}, *({flag: True} for flag in contract.flags), *({role: "fp32"} for role in contract.optional_dtypes)]
+    return [*single, {"save": True, "magnitude": "fp32"}] if op == "weight_norm" else single  # as a layer asks for it
 
 
 def spec_of(op: str, dtype: str, adapter: str, gpu: Gpu, **values: object) -> KernelSpec:
