@@ -133,6 +133,8 @@ def as_rows(tensor: torch.Tensor, *, descriptor: bool) -> torch.Tensor:
     It is the same memory where one row stride describes it and, for a tensor ``descriptor``, where address and row
     stride are multiples of :data:`~doratune.codegen.ops.ALIGNMENT` bytes; otherwise a contiguous copy.
     """
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
     if tensor.ndim < 2:
         return tensor
     rows = tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])

@@ -113,8 +113,6 @@ class Kernel:
                 for like in known.outputs
             ]
             outputs = tuple(rest) if out is None else (out, *rest)
-            if known.plain and self._launch_plain(inputs, outputs, scaling):
-                return outputs[0] if len(outputs) == 1 else outputs
         if self._source is None:
             operands = self.spec.contract.inputs_of(self.spec)
             by_name = {operand.name: tensor for operand, tensor in zip(operands, inputs, strict=True)}
@@ -134,7 +132,7 @@ class Kernel:
         Token operands may have leading dimensions. Nothing is allocated but the variant's own workspace, and a copy of
         each matrix that the kernel cannot address (:func:`~doratune.runtime.arguments.as_rows`).
         """
-        if _plain(inputs, outputs) and self._launch_plain(inputs, outputs, scaling):
+        if self._launch_plain(inputs, outputs, scaling):
             return
         scalars = () if scaling is None else (float(scaling),)
         tensors = [as_rows(tensor, descriptor=self._descriptors) for tensor in (*inputs, *outputs)]
@@ -156,14 +154,19 @@ class Kernel:
         bound = self._contiguous
         if bound is None or self.device.index != torch.cuda.current_device():
             return False
-        addresses = [tensor.data_ptr() for tensor in inputs]
-        addresses += [tensor.data_ptr() for tensor in outputs]
+        tensors = (*inputs, *outputs)
+        addresses = []
         together = 0
-        for address in addresses:
+        for tensor in tensors:
+            if not tensor.is_contiguous() or tensor.ndim > 2:
+                return False
+            address = tensor.data_ptr()
+            addresses.append(address)
             together |= address
-        if together % ALIGNMENT:
-            return False
-        bound.start((*inputs, *outputs), addresses, scaling)
+        first = inputs[0]
+        if together % ALIGNMENT or (first.shape[0] == 1 and first.stride(0) != first.shape[1]):
+            return False  # a single row may count as contiguous with a row stride that no descriptor takes
+        bound.start(tensors, addresses, scaling)
         return True
 
     def _bind(self, alignments: tuple[int, ...]) -> Callable[..., None]:
@@ -185,12 +188,10 @@ class Kernel:
 class _Known(NamedTuple):
     """What a kernel remembers of arguments that it has checked.
 
-    ``outputs`` says of each output to allocate which input has its shape and dtype, or these themselves; ``plain`` is
-    the answer of :func:`_plain`.
+    ``outputs`` says of each output to allocate which input has its shape and dtype, or these themselves.
     """
 
     outputs: tuple[int | tuple[torch.Size, torch.dtype], ...]
-    plain: bool
 
 
 def _remember(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *, given: bool) -> _Known:
@@ -201,15 +202,7 @@ def _remember(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *
         )
         for o in outputs[1 if given else 0 :]
     ]
-    return _Known(tuple(made), _plain(inputs, outputs))
-
-
-def _plain(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> bool:
-    """Whether these are vectors and matrices whose rows follow each other."""
-    first = inputs[0]
-    if first.shape[0] == 1 and first.stride(0) != first.shape[1]:
-        return False  # a single row may count as contiguous with a row stride that no descriptor takes
-    return all(tensor.ndim <= 2 and tensor.is_contiguous() for tensor in (*inputs, *outputs))
+    return _Known(tuple(made))
 
 
 def _signature(

@@ -110,7 +110,7 @@ def checked_linear(
         base = base.detach() if base.dtype is dtype else base.detach().to(dtype)
     if x.dtype is not dtype:
         x = x.to(dtype)
-    return dora(form, x, base, weight.detach(), lora_A, lora_B, magnitude, bias, norm)
+    return dora(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm)
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

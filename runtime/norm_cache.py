@@ -70,12 +70,17 @@ class NormCache:
         Args:
             tensors: what the norm depends on. settings: whatever else it depends on.
         """
-        if self.reuse == "off" or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        if self.reuse == "off" or torch.compiler.is_compiling():
             return compute()
-        _count_steps()
-        capturing = _capturing(tensors[0])
+        if not _counting:
+            _count_steps()
+        first = tensors[0]
+        capturing = _capturing(first)
         recomputing = torch._C._current_graph_task_id() != -1
-        key = (settings, capturing, _steps, *map(_identity, tensors))
+        try:
+            key = (settings, capturing, _steps, _stream(first), *[_identity(tensor) for tensor in tensors])
+        except RuntimeError:  # inference tensors have no version
+            return compute()
         entry = self._entry
         if (recomputing or (self.reuse == "tracked" and not capturing)) and entry is not None and entry.serves(key):
             known: T = entry.value
@@ -123,7 +128,7 @@ class NormCache:
         """``rowsum(W*W)`` from before, if writes to W are tracked: no optimizer's step changes a frozen W."""
         if self.reuse != "tracked" or torch.compiler.is_compiling() or weight.is_inference() or _capturing(weight):
             return None
-        key = _identity(weight)
+        key = (_stream(weight), *_identity(weight))
         if self._squares is None or not self._squares.serves(key):
             self._squares = _Entry(key, (StorageWeakRef(weight.untyped_storage()),), row_squares(weight))
         squares: torch.Tensor = self._squares.value
@@ -136,9 +141,13 @@ def _capturing(tensor: torch.Tensor) -> bool:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Hashable, ...]:
-    """What changes with every write or move of ``tensor`` that PyTorch sees, and the stream that its values are on."""
-    stream = torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0
-    return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, stream)
+    """What changes with every write or move of ``tensor`` that PyTorch sees."""
+    return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _stream(tensor: torch.Tensor) -> int:
+    """The stream that values computed from ``tensor`` are on."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else -1
 
 
 _steps = 0
@@ -148,9 +157,8 @@ _counting = False
 def _count_steps() -> None:
     """Have every ``torch.optim`` optimizer's step counted: what fused ones write, no version shows."""
     global _counting
-    if not _counting:
-        _counting = True
-        register_optimizer_step_post_hook(_stepped)
+    _counting = True
+    register_optimizer_step_post_hook(_stepped)
 
 
 def _stepped(*_: object) -> None:

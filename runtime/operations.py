@@ -87,7 +87,7 @@ def _weight_norm(
     g = None if magnitude is None else torch.empty_like(norm)
     squares = torch.empty_like(norm) if weight_sq is None else None
     outputs = tuple(output for output in (norm, g, squares) if output is not None)
-    kernel.launch(_ready(inputs), outputs, scaling)
+    kernel.launch(tuple(inputs.values()), outputs, scaling)
     return norm, squares if weight_sq is None else weight_sq, g  # type: ignore[return-value]
 
 
@@ -127,10 +127,10 @@ def lora_compose(
     else:
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
     if not save:
-        kernel.launch(_ready(inputs), (y,), scaling)
+        kernel.launch(tuple(inputs.values()), (y,), scaling)
         return y, None
     inner = torch.empty_like(base, memory_format=torch.contiguous_format)
-    kernel.launch(_ready(inputs), (y, inner), scaling)
+    kernel.launch(tuple(inputs.values()), (y, inner), scaling)
     return y, inner
 
 
@@ -169,7 +169,7 @@ def compose_backward_from_output(
     kernel = _kernel(*key, dy.device) if tokens else None
     if kernel is None:
         return dyg, _eager(_spec(*key), inputs, scaling)["dg_exact"]
-    kernel.launch(_ready(inputs), (dg,), scaling)
+    kernel.launch(tuple(inputs.values()), (dg,), scaling)
     return dyg, dg
 
 
@@ -186,10 +186,10 @@ def _compose_backward(
     dyg = torch.empty_like(dy, memory_format=torch.contiguous_format)
     dg = torch.empty(d_out, dtype=torch.float32, device=dy.device)
     if "bias" not in flags:
-        kernel.launch(_ready(inputs), (dyg, dg))
+        kernel.launch(tuple(inputs.values()), (dyg, dg))
         return dyg, dg, None
     dbias = torch.empty_like(dg)
-    kernel.launch(_ready(inputs), (dyg, dg, dbias))
+    kernel.launch(tuple(inputs.values()), (dyg, dg, dbias))
     return dyg, dg, dbias
 
 
@@ -199,11 +199,6 @@ def _flags(**flags: bool) -> tuple[str, ...]:
 
 def _bucket(tokens: int) -> int:
     return bucket_tokens(tokens) if tokens else 1  # no token: nothing is launched
-
-
-def _ready(inputs: Tensors) -> tuple[torch.Tensor, ...]:
-    """The inputs in a layout that kernels read: any row stride, but rows without gaps between their elements."""
-    return tuple([t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in inputs.values()])
 
 
 def _eager(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:

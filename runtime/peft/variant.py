@@ -57,8 +57,8 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The layer's whole output [..., d_out], from x [..., d_in] and the base layer's output ``result``."""
-        dropout = module.lora_dropout[active_adapter]
-        drops = module.training and not isinstance(dropout, nn.Identity)
+        dropout = module.lora_dropout[active_adapter] if module.training else None
+        drops = dropout is not None and type(dropout) is not nn.Identity
         dora = self.glance.look(module, active_adapter)
         reason = dora if isinstance(dora, str) else _unfit(dora, x, result, drops)
         if reason:
@@ -68,6 +68,7 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         matrix, bias = dora.base.matrix, dora.bias
         adapter = (dora.lora_A, dora.lora_B, dora.magnitude, dora.scaling)
         if drops:
+            assert dropout is not None
             x = dropout(x)
             if matrix is not None and not matrix.requires_grad:
                 norm = self._norm(module, active_adapter, dora, owned=True)
@@ -92,7 +93,7 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
     def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer, owned: bool = False) -> torch.Tensor | NormCache:
         """The row norm w [d_out]; for ``dora_linear`` the cache, from which it takes the norm itself."""
         magnitude = module.lora_magnitude_vector[adapter]
-        if not getattr(magnitude, "_dora_cache", None) and not getattr(peft_dora, "ENABLE_DORA_CACHING", False):
+        if not magnitude.__dict__.get("_dora_cache") and not getattr(peft_dora, "ENABLE_DORA_CACHING", False):
             return self.norms if owned else self._compute_norm(dora)
         return _cached_by_peft(magnitude, lambda: self._compute_norm(dora), adapter_name=adapter)
 
@@ -140,6 +141,9 @@ class InputCast:
 
     def __call__(self, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         module = self.module
+        active = module._active_adapter
+        if type(active) is list and len(active) == 1 and type(module.lora_variant.get(active[0])) is DoraVariant:
+            return x  # what the next line says, of the most common case
         if all(isinstance(module.lora_variant.get(name), DoraVariant) for name in _active(module)):
             return x
         cast: torch.Tensor | None = type(module)._cast_input_dtype(module, x, dtype)
@@ -195,7 +199,8 @@ def _active(module: LoraLayer) -> list[str]:
 
 def _is_alone(module: LoraLayer) -> bool:
     """Whether ``result`` comes straight from the base layer: a second adapter gets the first one's output."""
-    return len(_active(module)) == 1
+    active = module._active_adapter
+    return type(active) is str or len(active) == 1 or len(_active(module)) == 1
 
 
 def _compute_norm(magnitude: nn.Module, compute: Callable[[], torch.Tensor], *, adapter_name: str) -> torch.Tensor:

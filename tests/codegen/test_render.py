@@ -65,7 +65,9 @@ def test_there_is_no_golden_without_a_case() -> None:
 def test_where_the_shape_divides_only_the_token_edge_is_masked(variant: Variant) -> None:
     text = text_of(variant, EVEN)
     masked = [line for line in text.splitlines() if "mask=" in line]
-    assert all(any(edge in line for edge in ("in_t", "< chunks", "mask=needed", "tiny", "counters <")) for line in masked), masked
+    assert all(
+        any(edge in line for edge in ("in_t", "< chunks", "mask=needed", "tiny", "counters <")) for line in masked
+    ), masked
     assert any("mask=" in line for line in text_of(variant, RAGGED).splitlines())
 
 
