@@ -122,6 +122,9 @@ def main() -> None:
 @click.option("--device", metavar="DEVICE", help="The GPU to measure on, such as cuda:1.")
 @store_option
 @click.option("--study-storage", metavar="URL", help="Optuna storage for the searches; a SQLite file by default.")
+@click.option(
+    "--binaries/--no-binaries", default=True, help="Also store the winners' compiled kernels (the default), or not."
+)
 @json_option
 def tune(as_json: bool, **options: Any) -> None:
     """Tune the kernels that DoRA on a model's linear projections needs, and store the winners.
@@ -182,12 +185,13 @@ def emit(spec: str, config: str | None, store: str | None, as_json: bool) -> Non
 @store_option
 @json_option
 def explain(spec: str, store: str | None, as_json: bool) -> None:
-    """Say which config would run for SPEC, which step of the lookup found it, and what was refused on the way."""
+    """Say which config would run for SPEC, which step of the lookup found it, what was refused on the way, and whether
+    a store has the binary or it must be compiled."""
     from .codegen.spec import KernelSpec
-    from .runtime.loader import resolve
+    from .runtime.loader import resolve_binaries
 
     wanted = KernelSpec.parse(spec)
-    resolution, _ = resolve(wanted, store)
+    resolution, _, binaries = resolve_binaries(wanted, store)
     if as_json:
         entry = resolution.entry
         _print_json(
@@ -200,10 +204,11 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
                 "layer": resolution.layer,
                 "distance": resolution.distance,
                 "refused": [vars(refusal) for refusal in resolution.trace],
+                "binary": {"layer": binaries.layer, "note": binaries.note},
             }
         )
     else:
-        click.echo(resolution.explain())
+        click.echo(resolution.explain(binaries.explain()))
 
 
 @main.command()
@@ -297,13 +302,23 @@ def cache_ls(op: str | None, gpu: str | None, store: str | None, as_json: bool) 
     if op is not None and op not in OPS:
         raise UsageError(f"unknown operation {op!r}{near_names(op, OPS)} (known: {', '.join(OPS)})")
     slug = None if gpu is None else find_gpu(gpu).slug
-    rows: list[tuple[str, Any]] = []
-    _each_store(store, lambda layer: rows.extend((layer.location, entry) for entry in layer.entries(op=op, gpu=slug)))
+    rows: list[tuple[str, Any, list[str]]] = []
+
+    def look(layer: Any) -> None:
+        made: dict[str, set[str]] = {}
+        for key in layer.binary_keys():
+            made.setdefault(key.code_digest, set()).add(f"{key.triton} {key.architecture}")
+        for entry in layer.entries(op=op, gpu=slug):
+            rows.append((layer.location, entry, sorted(made.get(entry.code_digest, ()))))
+
+    _each_store(store, look)
     if as_json:
-        _print_json({"rows": [{"store": location, **row_of(entry)} for location, entry in rows]})
+        _print_json(
+            {"rows": [{"store": location, **row_of(entry), "binaries": made} for location, entry, made in rows]}
+        )
         return
-    table = Table("spec", "config", "µs", "floor µs", "provenance", "tuned on", "store")
-    for location, entry in rows:
+    table = Table("spec", "config", "µs", "floor µs", "provenance", "tuned on", "binaries", "store")
+    for location, entry, made in rows:
         row = row_of(entry)
         table.add_row(
             row["spec"],
@@ -312,6 +327,7 @@ def cache_ls(op: str | None, gpu: str | None, store: str | None, as_json: bool) 
             "" if row["floor_us"] is None else f"{row['floor_us']:.2f}",
             row["provenance"],
             entry.environment.gpu_name or entry.environment.gpu,
+            ", ".join(made),
             location,
         )
     _print_table(table)
@@ -325,16 +341,16 @@ def cache_ls(op: str | None, gpu: str | None, store: str | None, as_json: bool) 
 @json_option
 def cache_show(spec: str, source: bool, store: str | None, as_json: bool) -> None:
     """Show the stored entry of SPEC in each store that has one."""
-    from .cache.entry import Entry
+    from .cache.entry import BinaryKey, Entry
     from .codegen.spec import KernelSpec
 
     wanted = KernelSpec.parse(spec)
-    found: list[tuple[str, Entry]] = []
+    found: list[tuple[str, Entry, list[BinaryKey]]] = []
 
     def look(layer: Any) -> None:
         entry = layer.get(wanted)
         if entry is not None:
-            found.append((layer.location, entry))
+            found.append((layer.location, entry, layer.binary_keys(entry.code_digest)))
 
     _each_store(store, look)
     if not found:
@@ -350,18 +366,44 @@ def cache_show(spec: str, source: bool, store: str | None, as_json: bool) -> Non
             "source_digest": entry.source_digest,
             "created_at": entry.created_at,
         }
-        for location, entry in found
+        for location, entry, _ in found
     ]
     if as_json:
         _print_json(
-            {"entries": [{**fact, "source": entry.source} for fact, (_, entry) in zip(facts, found, strict=True)]}
+            {
+                "entries": [
+                    {**fact, "binaries": [key._asdict() for key in keys], "source": entry.source}
+                    for fact, (_, entry, keys) in zip(facts, found, strict=True)
+                ]
+            }
         )
         return
-    for fact, (_, entry) in zip(facts, found, strict=True):
+    for fact, (_, entry, keys) in zip(facts, found, strict=True):
         for name, value in fact.items():
             click.echo(f"{name:16} {'-' if value in (None, '') else value}")
+        for key in keys:
+            click.echo(f"{'binary':16} {key.kernel}, Triton {key.triton}, {key.architecture}")
         if source:
             click.echo(f"\n{entry.source}", nl=False)
+
+
+@cache.command("prune")
+@click.option("--other-triton", is_flag=True, help="Also those that another Triton than the installed one compiled.")
+@store_option
+@json_option
+def cache_prune(other_triton: bool, store: str | None, as_json: bool) -> None:
+    """Delete the binaries that no entry has any more, from your own store or the one named."""
+    from importlib.metadata import version
+
+    from .cache.layers import user_store_path
+    from .cache.store import Store
+
+    with Store.open(store or user_store_path()) as opened:
+        count = opened.prune_binaries(triton=version("triton") if other_triton else None)
+        if as_json:
+            _print_json({"store": opened.location, "pruned": count})
+        else:
+            click.echo(f"{count} binaries deleted from {opened.location}")
 
 
 main.add_command(bench)

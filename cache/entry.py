@@ -6,7 +6,9 @@ These are plain values: no database code, so the tuner and the runtime share the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from ..codegen.digest import code_digest
 from ..codegen.spec import Config, KernelSpec
 
 MEASURED = "measured"
@@ -66,17 +68,34 @@ class Entry:
     environment: Environment
     created_at: str = ""
 
+    @property
+    def code_digest(self) -> str:
+        """The digest that the binaries of this entry are kept under."""
+        return code_digest(self.source)
+
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel of an entry: valid only for this Triton version, architecture and source digest.
+    """A compiled kernel: valid only for this Triton version, architecture and code.
 
-    ``metadata`` is Triton's own JSON metadata of the kernel; ``image`` the cubin or hsaco.
+    ``code_digest`` is that of the emitted code (:func:`~doratune.codegen.digest.code_digest`), not of the whole text:
+    the token buckets of one shape share their code, and so their binaries. ``metadata`` is Triton's own JSON metadata
+    of the kernel with what doratune adds to it (:mod:`doratune.codegen.binary`); ``image`` the cubin or hsaco. It is
+    machine code for the GPU, and in no case Python.
     """
 
-    source_digest: str
+    code_digest: str
     kernel: str
     triton: str
     architecture: str
-    metadata: str
+    metadata: str = field(repr=False)
     image: bytes = field(repr=False)
+
+
+class BinaryKey(NamedTuple):
+    """What a binary is found by."""
+
+    code_digest: str
+    kernel: str
+    triton: str
+    architecture: str

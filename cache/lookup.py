@@ -77,12 +77,17 @@ class Resolution:
     refused: tuple[tuple[str, int], ...]
     layers: tuple[str, ...]
 
-    def explain(self) -> str:
-        """Return the choice, why the earlier steps gave nothing, and what is known of the loss, as lines of text."""
+    def explain(self, binary: str | None = None) -> str:
+        """Return the choice, why the earlier steps gave nothing, and what is known of the loss, as lines of text.
+
+        ``binary`` says where its binary comes from; without it nothing is said of that.
+        """
         lines = [f"spec      {self.spec}", f"step      {self.step}: {self._choice()}", f"config    {self.config}"]
         if self.entry is not None:
             lines += [f"store     {self.layer}", f"tuned     {_origin(self.entry)}"]
         lines.append(f"loss      {self._loss()}")
+        if binary is not None:
+            lines.append(f"binary    {binary}")
         lines += self._refusal_lines()
         return "\n".join(lines)
 

@@ -84,13 +84,16 @@ class EntryRow(Base):
 
 
 class BinaryRow(Base):
-    """One compiled kernel. Apart from the entries, because it is valid for one Triton version only."""
+    """One compiled kernel. Apart from the entries, because it is valid for one Triton version only.
+
+    The column ``source_digest`` holds the digest of the code alone. ``image`` is sealed, see :mod:`.rows`.
+    """
 
     __tablename__ = "doratune_binaries"
     __table_args__ = (UniqueConstraint("source_digest", "kernel", "triton", "architecture"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    source_digest: Mapped[str] = mapped_column(Text)
+    code_digest: Mapped[str] = mapped_column("source_digest", Text)
     kernel: Mapped[str] = mapped_column(Text)
     triton: Mapped[str] = mapped_column(Text)
     architecture: Mapped[str] = mapped_column(Text)

@@ -17,10 +17,11 @@ from sqlalchemy import ColumnElement, CursorResult, Engine, Executable, case, de
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session, sessionmaker
 
+from ..codegen.digest import code_digest
 from ..codegen.spec import TILE_DTYPES, KernelSpec
 from . import create as making
 from .connect import connect, explained, for_writing, sqlite_engine
-from .entry import Binary, Entry
+from .entry import Binary, BinaryKey, Entry
 from .errors import CorruptRowError, LocationError, ReadOnlyStoreError, StoreAccessError
 from .location import Location
 from .rows import (
@@ -35,7 +36,8 @@ from .rows import (
 )
 from .schema import Base, BinaryRow, EntryRow
 
-_BINARY_KEY = ("source_digest", "kernel", "triton", "architecture")
+_BINARY_COLUMNS = ("source_digest", "kernel", "triton", "architecture")
+"""The columns of a :class:`~doratune.cache.entry.BinaryKey`."""
 
 
 class Store:
@@ -177,7 +179,7 @@ class Store:
             return _changed_rows(session, delete(EntryRow).where(EntryRow.spec == str(spec))) == 1
 
     def put_binary(self, binary: Binary) -> None:
-        """Store a compiled kernel, in place of an earlier one for the same source, Triton and architecture.
+        """Store a compiled kernel, in place of an earlier one for the same code, Triton and architecture.
 
         Raises:
             InvalidEntryError: its metadata is no JSON object, its image empty, or a part of its key empty.
@@ -186,37 +188,58 @@ class Store:
         with explained(self._where), self._writing() as session:
             new = self._insert(BinaryRow).values(values)
             changed = {name: new.excluded[name] for name in ("metadata", "image")}
-            session.execute(new.on_conflict_do_update(index_elements=_BINARY_KEY, set_=changed))
+            session.execute(new.on_conflict_do_update(index_elements=_BINARY_COLUMNS, set_=changed))
 
-    def get_binary(self, source_digest: str, kernel: str, triton: str, architecture: str) -> Binary | None:
-        """Return the kernel compiled from exactly this source by this Triton for this architecture, or None.
+    def get_binary(self, code_digest: str, kernel: str, triton: str, architecture: str) -> Binary | None:
+        """Return the kernel compiled from exactly this code by this Triton for this architecture, or None.
 
         Raises:
             CorruptRowError: its row is damaged.
         """
-        key = dict(zip(_BINARY_KEY, (source_digest, kernel, triton, architecture), strict=True))
+        key = BinaryKey(code_digest, kernel, triton, architecture)
         with explained(self._where), self._reading() as session:
-            row = session.scalars(select(BinaryRow).filter_by(**key)).one_or_none()
+            row = session.scalars(select(BinaryRow).filter_by(**key._asdict())).one_or_none()
             return None if row is None else binary_of(row, self.location)
 
-    def binaries(self, source_digest: str | None = None) -> list[Binary]:
-        """Return the compiled kernels, all or those of one source, sorted by their key.
+    def binaries(
+        self, code_digest: str | None = None, triton: str | None = None, architecture: str | None = None
+    ) -> list[Binary]:
+        """Return the compiled kernels, all or those of one code, Triton version and architecture, sorted by their key.
 
         Raises:
             CorruptRowError: a row is damaged.
         """
-        query = select(BinaryRow)
-        if source_digest is not None:
-            query = query.where(BinaryRow.source_digest == source_digest)
+        query = select(BinaryRow).where(*_matching(code_digest, triton, architecture))
         with explained(self._where), self._reading() as session:
             found = [binary_of(row, self.location) for row in session.scalars(query)]
-        return sorted(found, key=lambda binary: tuple(getattr(binary, name) for name in _BINARY_KEY))
+        return sorted(found, key=lambda binary: tuple(getattr(binary, name) for name in BinaryKey._fields))
 
-    def prune_binaries(self) -> int:
-        """Delete the compiled kernels whose source no entry has any more; return how many."""
-        orphans = delete(BinaryRow).where(BinaryRow.source_digest.not_in(select(EntryRow.source_digest)))
+    def binary_keys(
+        self, code_digest: str | None = None, triton: str | None = None, architecture: str | None = None
+    ) -> list[BinaryKey]:
+        """Return the keys of the same compiled kernels, without reading the images, sorted."""
+        columns = (BinaryRow.code_digest, BinaryRow.kernel, BinaryRow.triton, BinaryRow.architecture)
+        query = select(*columns).where(*_matching(code_digest, triton, architecture))
+        with explained(self._where), self._reading() as session:
+            return sorted(BinaryKey(*row) for row in session.execute(query))
+
+    def prune_binaries(self, *, triton: str | None = None) -> int:
+        """Delete the compiled kernels whose code no entry has any more; return how many.
+
+        Given the version of a ``triton``, also those that other versions made.
+        """
         with explained(self._where), self._writing() as session:
-            return _changed_rows(session, orphans)
+            used = {code_digest(str(source)) for source in session.scalars(select(EntryRow.source))}
+            stale = [
+                row_id
+                for row_id, digest, version in session.execute(
+                    select(BinaryRow.id, BinaryRow.code_digest, BinaryRow.triton)
+                )
+                if digest not in used or triton not in (None, version)
+            ]
+            for row_id in stale:
+                session.execute(delete(BinaryRow).where(BinaryRow.id == row_id))
+            return len(stale)
 
     def verify(self) -> list[str]:
         """Check the file and every row; return the problems found, none for a sound store."""
@@ -276,6 +299,12 @@ class Store:
         # The two dialects' ON CONFLICT have the same methods but no common type.
         dialect = postgresql if self._engine.dialect.name == "postgresql" else sqlite
         return cast(sqlite.Insert, dialect.insert(table.__table__))
+
+
+def _matching(code_digest: str | None, triton: str | None, architecture: str | None) -> list[ColumnElement[bool]]:
+    columns = (BinaryRow.code_digest, BinaryRow.triton, BinaryRow.architecture)
+    wanted = (code_digest, triton, architecture)
+    return [column == value for column, value in zip(columns, wanted, strict=True) if value is not None]
 
 
 def _provenance_order(column: ColumnElement[str] | InstrumentedAttribute[str]) -> ColumnElement[int]:

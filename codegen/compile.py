@@ -97,20 +97,23 @@ def divisibility(
 
 
 def build(source: Source, kernel: Any, target: Any, alignments: Mapping[str, int] | None = None) -> Any:
-    """Compile one jit function of an emitted module for a ``GPUTarget``; returns Triton's compiled kernel.
+    """Compile one jit function of an emitted module for a ``GPUTarget``; returns Triton's compiled kernel."""
+    import triton
+
+    return triton.compile(
+        triton_source(source, kernel, alignments), target=target, options=launch_options(source, kernel.__name__)
+    )
+
+
+def triton_source(source: Source, kernel: Any, alignments: Mapping[str, int] | None = None) -> Any:
+    """What Triton's compiler is given for one jit function of an emitted module.
 
     The parameter annotations of the emitted text (``"*bf16"``, ``"i32"``) are the signature. ``alignments`` are the
     bytes that divide the address and the row stride of each operand, by name; None means contiguous operands.
     """
-    import triton
-
     ast_source, signature = _signature(kernel)
     attrs = divisibility(signature, contiguous_alignments(source.spec) if alignments is None else alignments)
-    return triton.compile(
-        ast_source(kernel, signature, constexprs={}, attrs=attrs),
-        target=target,
-        options=launch_options(source, kernel.__name__),
-    )
+    return ast_source(kernel, signature, constexprs={}, attrs=attrs)
 
 
 def _signature(kernel: Any) -> tuple[Any, dict[str, str]]:

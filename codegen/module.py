@@ -7,6 +7,7 @@ source through :mod:`inspect`) and tracebacks find it.
 from __future__ import annotations
 
 import linecache
+import re
 from types import ModuleType
 
 from .render import Source
@@ -26,3 +27,8 @@ def load_module(source: Source) -> ModuleType:
 def kernel_names(module: ModuleType) -> tuple[str, ...]:
     """The names of a module's Triton kernels, in the order of the text."""
     return tuple(name for name in vars(module) if name.endswith("_kernel"))
+
+
+def declared_kernels(source: Source) -> tuple[str, ...]:
+    """The same names, from the text alone: nothing is executed, and Triton need not be there."""
+    return tuple(re.findall(r"^def (\w+_kernel)\(", source.text, re.MULTILINE))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jinja2
 
+from .digest import code_digest
 from .gpu import find_gpu
 from .ops import EPS, SMALLEST_GAIN
 from .spec import Config, KernelSpec
@@ -41,7 +42,7 @@ class Source:
     @property
     def code_digest(self) -> str:
         """SHA-256 of the text without its docstring: equal where only the token bucket or the GPU's name differ."""
-        return hashlib.sha256(self.text.split('"""', 2)[2].encode()).hexdigest()
+        return code_digest(self.text)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from .reference import reference
 if TYPE_CHECKING:
     from ..cache.lookup import Resolution
     from ..codegen.render import Source
+    from .binaries import Binaries
 
 _MOST_KNOWN = 1 << 12
 """Signatures of checked arguments that a kernel remembers; token counts may be of any number."""
@@ -40,12 +41,18 @@ class Kernel:
     """
 
     def __init__(
-        self, spec: KernelSpec, device: torch.device, resolution: Resolution | None = None, source: Source | None = None
+        self,
+        spec: KernelSpec,
+        device: torch.device,
+        resolution: Resolution | None = None,
+        source: Source | None = None,
+        binaries: Binaries | None = None,
     ) -> None:
         self.spec = spec
         self.device = device
         self._resolution = resolution
         self._source = source
+        self._binaries = binaries
         self._launchers: dict[tuple[int, ...], Callable[..., None]] = {}
         self._contiguous: Bound | None = None
         self._known: dict[tuple[object, ...], _Known] = {}
@@ -71,10 +78,10 @@ class Kernel:
         )
 
     def explain(self) -> str:
-        """Say which store entry this kernel came from, what else was looked at, and why that was refused."""
+        """Say which store entry and binary this kernel came from, what else was looked at, and why that was refused."""
         if self._resolution is None:
             return f"{self.spec}: CPU tensors run the eager fp32-accumulating reference; no kernel is looked up"
-        return self._resolution.explain()
+        return self._resolution.explain(self._binaries.explain() if self._binaries else None)
 
     def __repr__(self) -> str:
         return f"Kernel({self.spec}, {self.config or 'eager reference'}, {self.provenance})"
@@ -177,7 +184,7 @@ class Kernel:
         names = [operand.name for operand in operands]
         known = dict(zip(names, alignments, strict=True))
         with torch.cuda.device(self.device):
-            module = bind(self._source, known)
+            module = bind(self._source, known, self._binaries.kernels if self._binaries else None)
         launch: Callable[..., None] = module.launch
         self._launchers[alignments] = launch
         if known == contiguous_alignments(self.spec):

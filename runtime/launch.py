@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from ..cache.entry import Binary
     from ..codegen.render import Source
 
 
@@ -91,19 +92,50 @@ def uses_descriptors(source: Source) -> bool:
     return find_variant(source.spec.op, source.config.variant).descriptors
 
 
-def bind(source: Source, alignments: Mapping[str, int] | None = None) -> ModuleType:
-    """Compile an emitted module for the current GPU and put the binaries in place of its jit functions.
+def bind(
+    source: Source, alignments: Mapping[str, int] | None = None, binaries: Mapping[str, Binary] | None = None
+) -> ModuleType:
+    """Load an emitted module for the current GPU and put binaries in place of its jit functions.
 
     ``alignments`` are the bytes that divide the address and the row stride of each operand, by name; None means
-    contiguous operands.
+    contiguous operands. ``binaries`` are compiled kernels from a store, by name: where they are those of this module,
+    and the operands contiguous, nothing is compiled. Otherwise Triton compiles, or takes what its cache on disk has.
     """
     from triton.runtime import driver
 
-    from ..codegen.compile import build
+    from ..codegen.compile import build, contiguous_alignments
     from ..codegen.module import kernel_names, load_module
 
     module = load_module(source)
     target = driver.active.get_current_target()
-    for name in kernel_names(module):
-        setattr(module, name, Launcher(build(source, getattr(module, name), target, alignments)))
+    contiguous = alignments is None or dict(alignments) == contiguous_alignments(source.spec)
+    kernels = {name: getattr(module, name) for name in kernel_names(module)}
+    handles = _restored(source, kernels, target, binaries) if binaries and contiguous else None
+    for name, kernel in kernels.items():
+        setattr(module, name, Launcher(handles[name] if handles else build(source, kernel, target, alignments)))
     return module
+
+
+def _restored(
+    source: Source, kernels: Mapping[str, Any], target: Any, binaries: Mapping[str, Binary]
+) -> dict[str, Any] | None:
+    """Triton's compiled kernels from stored binaries, loaded on the current GPU, or None when any of them fails."""
+    from ..codegen.binary import BinaryError, OtherSettingsError, must_compile, restore
+    from .binaries import warn_of_compile
+
+    if must_compile() is not None:
+        return None
+    handles: dict[str, Any] = {}
+    try:
+        for name, kernel in kernels.items():
+            if name not in binaries:
+                raise BinaryError(f"{source.spec}: there is none of {name}")
+            handle = restore(source, kernel, target, binaries[name].metadata, binaries[name].image)
+            _ = handle.run  # has the driver load it now, while a compile can still take its place
+            handles[name] = handle
+    except OtherSettingsError:
+        return None
+    except Exception as problem:  # whatever the driver says: a compiled kernel runs, or fails for a reason of its own
+        warn_of_compile(problem)
+        return None
+    return handles

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +16,9 @@ from .kernel import Kernel
 if TYPE_CHECKING:
     from ..cache.entry import Entry
     from ..cache.lookup import Resolution
+    from ..cache.store import Store
     from ..codegen.render import Source
+    from .binaries import Binaries
 
 __all__ = ["Kernel", "explain", "load_kernel"]
 
@@ -120,13 +124,14 @@ def _settle(device: torch.device | str | int | None) -> torch.device:
 
 
 def explain(spec: KernelSpec | str, store: str | None = None) -> str:
-    """Say which config ``load_kernel`` would run for ``spec``, which lookup step found it, and what was refused.
+    """Say which config ``load_kernel`` would run for ``spec``, which lookup step found it, what was refused, and which
+    store has its binary.
 
     Raises:
         SpecError: the text is not a spec.
     """
-    resolution, _ = resolve(KernelSpec.parse(spec) if isinstance(spec, str) else spec, store)
-    return resolution.explain()
+    resolution, _, binaries = resolve_binaries(KernelSpec.parse(spec) if isinstance(spec, str) else spec, store)
+    return resolution.explain(binaries.explain())
 
 
 def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source]:
@@ -134,7 +139,33 @@ def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Sou
 
     An exact entry must render to the very text it was tuned with; one that does not is refused.
     """
+    with _stack(store) as layers:
+        return _resolve(spec, layers)
+
+
+def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source, Binaries]:
+    """The same, and the binaries that the stores have of what was rendered: in whichever store they are."""
+    from ..codegen.gpu import find_gpu
+    from .binaries import find_binaries
+
+    with _stack(store) as layers:
+        resolution, source = _resolve(spec, layers)
+        return resolution, source, find_binaries(source, layers, find_gpu(spec.gpu))
+
+
+@contextmanager
+def _stack(store: str | None) -> Iterator[list[Store]]:
     from ..cache.layers import open_layers
+
+    layers = open_layers(store)
+    try:
+        yield layers
+    finally:
+        for layer in layers:
+            layer.close()
+
+
+def _resolve(spec: KernelSpec, layers: list[Store]) -> tuple[Resolution, Source]:
     from ..cache.lookup import lookup
     from ..codegen.gpu import find_gpu
     from ..codegen.render import render, template_digest
@@ -156,20 +187,15 @@ def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Sou
             return None
         return f"renders to {digest[:12]}, but was tuned as {entry.source_digest[:12]}"
 
-    layers = open_layers(store)
-    try:
-        resolution = lookup(
-            spec,
-            layers,
-            default=default_config(spec, gpu),
-            architecture=gpu.architecture,
-            accepts=lambda wanted, config: check_config(wanted, config, gpu),
-            template_digest=installed_digest,
-            reproduces=differs,
-        )
-    finally:
-        for layer in layers:
-            layer.close()
+    resolution = lookup(
+        spec,
+        layers,
+        default=default_config(spec, gpu),
+        architecture=gpu.architecture,
+        accepts=lambda wanted, config: check_config(wanted, config, gpu),
+        template_digest=installed_digest,
+        reproduces=differs,
+    )
     return resolution, render(spec, resolution.config)
 
 
@@ -197,8 +223,9 @@ def emit(spec: KernelSpec | str, *, config: str | None = None, store: str | None
 def _load(spec: KernelSpec, device: torch.device, store: str | None) -> Kernel:
     if device.type != "cuda":
         return Kernel(spec, device)
-    resolution, source = resolve(spec, store)
-    return Kernel(spec, device, resolution, source)
+    resolution, source, binaries = resolve_binaries(spec, store)
+    binaries.warn()
+    return Kernel(spec, device, resolution, source, binaries)
 
 
 def _dtype_name(argument: str, dtype: torch.dtype) -> str:

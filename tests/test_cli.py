@@ -13,7 +13,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -168,6 +169,7 @@ RUNS = {
     ("cache", "path"): ["cache", "path"],
     ("cache", "ls"): ["cache", "ls"],
     ("cache", "show"): ["cache", "show", SPEC],
+    ("cache", "prune"): ["cache", "prune"],
     ("bench", "kernels"): None,  # these three measure: see tests/benchmarks and tests/gpu
     ("bench", "layer"): None,
     ("bench", "model"): None,
@@ -216,6 +218,7 @@ def test_a_second_run_keeps_the_kernels_without_searching(tuned: Tuned, monkeypa
         raise AssertionError("the second run compiles a kernel")
 
     monkeypatch.setattr("doratune.tuner.workers.CompilePool.submit", compiled)
+    monkeypatch.setattr("doratune.tuner.workers.CompilePool.binaries", compiled)
     before = json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home)))
     again = tune_tiny(tuned.home, tuned.config, "--json")
     assert json.loads(done(again)) == json.loads(tuned.result.stdout)
@@ -289,6 +292,53 @@ def test_cache_show_tells_all_about_an_entry(tuned: Tuned) -> None:
     said = done(run("cache", "show", SPEC, "--source", home=tuned.home))
     assert entry["source_digest"] in said
     assert said.endswith(entry["source"])
+
+
+def test_the_tuned_kernel_has_its_binary_and_every_command_that_tells_of_it_says_so(tuned: Tuned) -> None:
+    store = str(tuned.home / "store.sqlite")
+    triton = version("triton")
+    data = json.loads(done(run("explain", SPEC, "--json", home=tuned.home)))
+    assert data["binary"] == {"layer": store, "note": f"for Triton {triton} on sm_90"}
+    assert f"binary    in {store}, for Triton {triton} on sm_90" in done(run("explain", SPEC, home=tuned.home))
+    (entry,) = json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home)))["entries"]
+    (key,) = entry["binaries"]
+    assert (key["kernel"], key["triton"], key["architecture"]) == ("compose_forward_kernel", triton, "sm_90")
+    said = done(run("cache", "show", SPEC, home=tuned.home))
+    assert f"compose_forward_kernel, Triton {triton}, sm_90" in said
+    rows = json.loads(done(run("cache", "ls", "--store", store, "--json", home=tuned.home)))["rows"]
+    assert [row["binaries"] for row in rows] == [[f"{triton} sm_90"]] * 2
+
+
+def test_without_a_binary_explain_says_that_the_kernel_is_compiled(home: Path) -> None:
+    said = done(run("explain", SPEC, home=home))
+    assert "binary    compiled at the first call: no store has a binary for Triton" in said
+
+
+def test_a_run_without_binaries_leaves_none_and_the_next_one_makes_them(tiny: Path, home: Path) -> None:
+    done(tune_tiny(home, tiny, "--no-binaries"))
+    with Store.open(home / "store.sqlite", readonly=True) as store:
+        assert (len(store.entries()), store.binary_keys()) == (2, [])
+    assert "2 kernels kept from the store lack their binary" in tune_tiny(home, tiny).stderr
+    with Store.open(home / "store.sqlite", readonly=True) as store:
+        assert len(store.binary_keys()) == 2
+
+
+def test_prune_deletes_the_binaries_that_serve_no_entry(tuned: Tuned, home: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.sqlite"
+    with Store.open(tuned.home / "store.sqlite", readonly=True) as store:
+        store.export(copy)
+    with Store.open(copy) as store:
+        first, second = store.entries()
+        store.remove(first.spec)
+        (binary,) = store.binaries(second.code_digest)
+        store.put_binary(replace(binary, triton="1.0"))
+    said = json.loads(done(run("cache", "prune", "--store", str(copy), "--json", home=home)))
+    assert said == {"schema": 1, "store": str(copy), "pruned": 1}
+    assert done(run("cache", "prune", "--other-triton", "--store", str(copy), home=home)) == (
+        f"1 binaries deleted from {copy}\n"
+    )
+    with Store.open(copy, readonly=True) as store:
+        assert store.binaries() == [binary]
 
 
 def test_emit_prints_the_tuned_kernel_as_python(tuned: Tuned) -> None:
@@ -502,6 +552,7 @@ USES = {
     "explain": ["explain", SPEC],
     "cache ls": ["cache", "ls"],
     "cache show": ["cache", "show", SPEC],
+    "cache prune": ["cache", "prune"],
 }
 
 

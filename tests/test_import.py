@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "__init__": {"runtime", "nn"},
     "errors": set(),
     "codegen": {"errors"},
-    "cache": {"codegen.spec", "errors"},
+    "cache": {"codegen.spec", "codegen.digest", "errors"},
     "runtime": {"cache", "codegen", "errors"},
     "nn": {"runtime", "errors"},
     "tuner": {"cache", "codegen", "runtime", "errors", "__version__"},

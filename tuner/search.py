@@ -6,9 +6,10 @@ proposes. Several studies are under way at once, so that the workers compile for
 candidate at a time, for another. Token buckets of one shape follow one another, since a winner mostly holds for its
 neighbours too.
 
-**What is kept.** A winner is stored as soon as its search ends. A spec is skipped when the store has an entry of the
-same template whose provenance is better, or equal with a finished search of at least this effort: the study says so,
-or, where the study is not at hand, the entry was tuned with at least the effort's patience in trials.
+**What is kept.** A winner is stored as soon as its search ends, and its binaries soon after. A spec is skipped when the
+store has an entry of the same template whose provenance is better, or equal with a finished search of at least this
+effort: the study says so, or, where the study is not at hand, the entry was tuned with at least the effort's patience
+in trials. The binaries of such entries are made last, where the store lacks them for the installed Triton.
 
 **Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate being evaluated is finished and nothing new is
 begun. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run goes
@@ -30,9 +31,10 @@ from types import FrameType
 
 import optuna
 
-from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Entry
+from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Binary, Entry
 from ..cache.store import Store
 from ..codegen.gpu import Gpu
+from ..codegen.module import declared_kernels
 from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
 from ..codegen.variants import check_config
@@ -106,13 +108,15 @@ def tune(
     jobs: int | None = None,
     study_storage: str | None = None,
     known: Callable[[KernelSpec], Config | None] | None = None,
+    binaries: bool = True,
     progress: SilentProgress | None = None,
 ) -> TuneResult:
     """Find and store the best config of every spec, as far as ``effort`` and ``timeout`` (seconds) allow.
 
     ``trials`` replaces the effort's number of configs for each kernel. ``jobs`` is the number of compile workers, by
     default one for each core. ``study_storage`` is a URL for Optuna, by default a SQLite file in the user's folder.
-    ``known`` gives a config that did well for the like of a spec elsewhere; it is tried early.
+    ``known`` gives a config that did well for the like of a spec elsewhere; it is tried early. ``binaries`` also stores
+    the compiled kernels of the winners.
     The evaluator is closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
     since the workers import the main module.
 
@@ -129,7 +133,8 @@ def tune(
     deadline = None if timeout is None else time.monotonic() + timeout
     pool = CompilePool(gpu, jobs)
     storage = open_study_storage(url)
-    run = _Run(evaluator, store, gpu, effort, budget, storage, url, pool, known, progress or SilentProgress())
+    said = progress or SilentProgress()
+    run = _Run(evaluator, store, gpu, effort, budget, storage, url, pool, known, binaries, said)
     try:
         with _interruption(run):
             run.search(list(dict.fromkeys(specs)), deadline)
@@ -194,6 +199,7 @@ class _Run:
     url: str
     pool: CompilePool
     known: Callable[[KernelSpec], Config | None] | None
+    binaries: bool
     progress: SilentProgress
     stopped: str = ""
 
@@ -201,6 +207,7 @@ class _Run:
         self._rows: dict[KernelSpec, Tuned] = {}
         self._deadline: float | None = None
         self._environment = self.evaluator.environment()
+        self._packing: dict[str, tuple[KernelSpec, Future[tuple[Binary, ...]]]] = {}
 
     def row(self, spec: KernelSpec) -> Tuned:
         return self._rows.get(spec) or Tuned(spec, UNFINISHED, self.store.get(spec), "not begun")
@@ -233,8 +240,10 @@ class _Run:
             search = active.pop(ready)
             if self._evaluate(search):
                 active[ready] = search  # now the last in line
+            self._store_packed()
         for search in active.values():
             self._cut_short(search)
+        self._finish_binaries()
 
     def _stopping(self) -> bool:
         if not self.stopped and self._deadline is not None and time.monotonic() >= self._deadline:
@@ -364,7 +373,46 @@ class _Run:
             )
             self.store.put(entry)
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
+            self._pack(self._rows[spec].entry)
         self.progress.done(spec, outcome, best[1].us if best else None, search.floor_us)
+
+    def _pack(self, entry: Entry | None) -> bool:
+        """Have the binaries of an entry made, unless the store has them; return whether they are under way."""
+        if entry is None or not self.binaries:
+            return False
+        source = render(entry.spec, entry.config)
+        digest = source.code_digest
+        if digest in self._packing or digest != entry.code_digest:
+            return digest in self._packing
+        architecture, triton = self.gpu.architecture, self._environment.triton
+        stored = {key.kernel for key in self.store.binary_keys(digest, triton, architecture)}
+        if not stored.issuperset(declared_kernels(source)):
+            self._packing[digest] = (entry.spec, self.pool.binaries(source))
+        return digest in self._packing
+
+    def _store_packed(self) -> None:
+        """Store the binaries that are made by now."""
+        for digest, (spec, future) in [*self._packing.items()]:
+            if not future.done():
+                continue
+            del self._packing[digest]
+            error = future.exception()
+            if error is not None:  # the winner is stored all the same: whoever loads it compiles it
+                self.progress.note(f"no binary of {spec}: {error}")
+                continue
+            for binary in future.result():
+                self.store.put_binary(binary)
+
+    def _finish_binaries(self) -> None:
+        """Wait for the binaries of the winners, and have those made that kept entries lack; not once it is to stop."""
+        if not self._stopping():
+            lacking = sum([self._pack(row.entry) for row in self._rows.values() if row.outcome == KEPT])
+            if lacking:
+                self.progress.note(f"{lacking} kernels kept from the store lack their binary; compiling them")
+        self._store_packed()
+        while self._packing and not self._stopping():
+            self.pool.wait([future for _, future in self._packing.values()], POLL_SECONDS)
+            self._store_packed()
 
     def _show(self, search: _Search) -> None:
         best = search.study.best

@@ -51,6 +51,7 @@ class Request:
     device: str | None = None
     store: str | None = None
     study_storage: str | None = None
+    binaries: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def tune_model(request: Request, progress: SilentProgress | None = None) -> Mode
             jobs=request.jobs,
             study_storage=request.study_storage,
             known=measured_elsewhere if evaluator.provenance == MEASURED else None,
+            binaries=request.binaries,
             progress=progress,
         )
         return ModelRun(model, gpu, evaluator.provenance, store.location, result)

@@ -1,6 +1,7 @@
 """Compiling candidates in other processes, so that all cores work and a crashing compiler ends only its candidate.
 
-Every job also fills Triton's cache on disk: when the search later loads the kernel on a GPU, nothing is compiled again.
+Every job also fills Triton's cache on disk: when the search later loads the kernel on a GPU, or wants the binary of a
+winner, nothing is compiled again.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from ..codegen.compile import CompileError, compile_source
+from ..cache.entry import Binary
+from ..codegen.binary import pack
+from ..codegen.compile import CompiledKernel, CompileError, compile_source
 from ..codegen.gpu import Gpu, find_gpu
 from ..codegen.render import Source, render
 from ..codegen.spec import Config, KernelSpec
@@ -29,6 +33,9 @@ POLL_SECONDS = 0.2
 """How long :meth:`CompilePool.wait` sleeps at most, so that its caller can look at the clock and at signals."""
 
 Compiled = tuple[Resources, ...]
+
+_Result = TypeVar("_Result")
+_Job = Callable[[str, str, str], _Result]
 
 _INTERPRETER = "TRITON_INTERPRET"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -72,17 +79,18 @@ class CompilePool:
         known = self._results.get(source.code_digest)
         if known is None:
             known = self._results[source.code_digest] = Future()
-            try:
-                job = self._start(source)
-            except BrokenProcessPool:
-                assert self._pool is not None
-                self._pool.shutdown(wait=False)
-                self._pool = None
-                job = self._start(source)
-            job.add_done_callback(functools.partial(self._settle, source, known))
+            self._start(source, compile_job).add_done_callback(functools.partial(self._settle, source, known))
         return known
 
-    def wait(self, futures: Collection[Future[Compiled]], seconds: float = POLL_SECONDS) -> None:
+    def binaries(self, source: Source) -> Future[tuple[Binary, ...]]:
+        """Have the binaries of every kernel of ``source`` made for a store, for contiguous operands.
+
+        The future raises a CompileError as :meth:`submit` does, or a BrokenProcessPool where a worker crashed: then
+        nothing is tried again.
+        """
+        return self._start(source, binaries_job)
+
+    def wait(self, futures: Collection[Future[Any]], seconds: float = POLL_SECONDS) -> None:
         """Return when one more of ``futures`` is done, or after ``seconds``."""
         self._try_suspects()
         wait(futures, timeout=min(seconds, POLL_SECONDS), return_when=FIRST_COMPLETED)
@@ -94,10 +102,15 @@ class CompilePool:
                 pool.shutdown(wait=True, cancel_futures=True)
         self._pool = self._solo = None
 
-    def _start(self, source: Source) -> Future[Compiled]:
+    def _start(self, source: Source, job: _Job[_Result]) -> Future[_Result]:
         if self._pool is None:
             self._pool = _workers(self.jobs)
-        return _send(self._pool, source, self.gpu)
+        try:
+            return _send(self._pool, source, self.gpu, job)
+        except BrokenProcessPool:
+            self._pool.shutdown(wait=False)
+            self._pool = _workers(self.jobs)
+            return _send(self._pool, source, self.gpu, job)
 
     def _settle(self, source: Source, known: Future[Compiled], job: Future[Compiled]) -> None:
         """Pass a finished job's outcome on. Runs in a thread of the pool."""
@@ -126,7 +139,7 @@ class CompilePool:
             source, known = self._suspects.get()
             if self._solo is None:
                 self._solo = _workers(1)
-            self._suspect = (source, known, _send(self._solo, source, self.gpu))
+            self._suspect = (source, known, _send(self._solo, source, self.gpu, compile_job))
 
 
 def _pass_on(job: Future[Compiled], known: Future[Compiled]) -> None:
@@ -144,9 +157,9 @@ def _workers(jobs: int) -> ProcessPoolExecutor:
     )
 
 
-def _send(pool: ProcessPoolExecutor, source: Source, gpu: Gpu) -> Future[Compiled]:
+def _send(pool: ProcessPoolExecutor, source: Source, gpu: Gpu, job: _Job[_Result]) -> Future[_Result]:
     with _without_interpreter():
-        return pool.submit(compile_job, str(source.spec), str(source.config), gpu.slug)
+        return pool.submit(job, str(source.spec), str(source.config), gpu.slug)
 
 
 @contextmanager
@@ -180,9 +193,28 @@ def compile_job(spec: str, config: str, gpu: str) -> Compiled:
     Raises:
         CompileError: as :func:`~doratune.codegen.compile.compile_source`.
     """
+    compiled = _compiled(render(KernelSpec.parse(spec), Config.parse(config)), find_gpu(gpu))
+    return tuple(Resources(k.name, k.registers, k.spills, k.shared_bytes, k.num_warps) for k in compiled)
+
+
+def binaries_job(spec: str, config: str, gpu: str) -> tuple[Binary, ...]:
+    """The same, for the binaries. Triton's cache on disk has them when the kernel was compiled for a search before.
+
+    Raises:
+        CompileError: as :func:`~doratune.codegen.compile.compile_source`.
+    """
+    import triton
+
+    source, target = render(KernelSpec.parse(spec), Config.parse(config)), find_gpu(gpu)
+    return tuple(
+        Binary(source.code_digest, kernel.name, triton.__version__, target.architecture, *pack(kernel.handle))
+        for kernel in _compiled(source, target)
+    )
+
+
+def _compiled(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
     signal.alarm(COMPILE_SECONDS)
     try:
-        compiled = compile_source(render(KernelSpec.parse(spec), Config.parse(config)), find_gpu(gpu))
+        return compile_source(source, gpu)
     finally:
         signal.alarm(0)
-    return tuple(Resources(k.name, k.registers, k.spills, k.shared_bytes, k.num_warps) for k in compiled)

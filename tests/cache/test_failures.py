@@ -4,6 +4,7 @@ theirs is touched."""
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -88,7 +89,7 @@ def test_a_missing_store_is_named_with_the_command_that_makes_it(tmp_path: Path,
 def _large_store(path: Path) -> None:
     with Store.open(path, create=True) as store:
         store.put_all(an_entry(a_spec(rank=rank)) for rank in range(1, 65))
-        store.put_binary(a_binary(image=bytes(200_000)))
+        store.put_binary(a_binary(image=random.Random(1).randbytes(200_000)))
 
 
 def test_a_truncated_store_is_called_damaged(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_a_full_disk_drops_the_write_and_nothing_before_it(tmp_path: Path, monke
 
         monkeypatch.setattr(sqlite3, "connect", small)
         with pytest.raises(StoreAccessError, match="full"):
-            store.put_binary(a_binary(image=bytes(1_000_000)))
+            store.put_binary(a_binary(image=random.Random(1).randbytes(1_000_000)))
         monkeypatch.undo()
         assert store.entries() == [an_entry()]
         assert store.verify() == []

@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import text
 
 from doratune.cache.errors import CorruptRowError, InvalidEntryError, LocationError, ReadOnlyStoreError
+from doratune.cache.rows import binary_values
 from doratune.cache.store import Store
 
 from .world import DEFAULT, MEASURED, PREDICTED, a_binary, a_spec, an_entry
@@ -48,7 +49,7 @@ def test_what_is_put_comes_back_equal(store: Store, reader: Callable[[], Store])
         assert [reading.get(entry.spec) for entry in entries] == entries
         assert reading.entries() == sorted(entries, key=lambda entry: str(entry.spec))
         assert reading.binaries() == [a_binary()]
-        assert reading.get_binary("source-1", "compose_kernel", "3.7.1", "sm_90") == a_binary()
+        assert reading.get_binary("code-1", "compose_kernel", "3.7.1", "sm_90") == a_binary()
         assert reading.verify() == []
 
 
@@ -57,8 +58,8 @@ def test_what_was_never_put_is_none(store: Store, reader: Callable[[], Store]) -
     store.put_binary(a_binary())
     with reader() as reading:
         assert reading.get(a_spec("h100")) is None
-        assert reading.get_binary("source-1", "compose_kernel", "3.7.2", "sm_90") is None
-        assert reading.binaries("source-2") == []
+        assert reading.get_binary("code-1", "compose_kernel", "3.7.2", "sm_90") is None
+        assert reading.binaries("code-2") == []
 
 
 def test_entries_are_found_by_op_gpu_and_architecture(store: Store, reader: Callable[[], Store]) -> None:
@@ -109,13 +110,69 @@ def test_an_entry_without_a_date_gets_the_present_one(store: Store) -> None:
 
 
 def test_a_removed_entry_is_gone_and_its_binary_is_pruned(store: Store) -> None:
-    store.put_all([an_entry(), an_entry(a_spec("h100"), source_digest="source-2")])
-    store.put_binary(a_binary())
-    store.put_binary(a_binary("source-2"))
+    first, second = an_entry(code="y = 1"), an_entry(a_spec("h100"), code="y = 2")
+    store.put_all([first, second])
+    store.put_binary(a_binary(first.code_digest))
+    store.put_binary(a_binary(second.code_digest))
+    assert store.prune_binaries() == 0
     assert store.remove(a_spec())
     assert not store.remove(a_spec())
     assert store.prune_binaries() == 1
-    assert [binary.source_digest for binary in store.binaries()] == ["source-2"]
+    assert [binary.code_digest for binary in store.binaries()] == [second.code_digest]
+
+
+def test_entries_whose_code_is_the_same_share_a_binary_until_the_last_is_gone(store: Store) -> None:
+    entries = [an_entry(a_spec(tokens=tokens), source_digest=f"source-{tokens}") for tokens in (1, 16)]
+    assert entries[0].source != entries[1].source
+    store.put_all(entries)
+    store.put_binary(a_binary(entries[0].code_digest))
+    store.remove(entries[0].spec)
+    assert store.prune_binaries() == 0
+    store.remove(entries[1].spec)
+    assert store.prune_binaries() == 1
+
+
+def test_binaries_of_other_triton_versions_are_pruned_on_request(store: Store) -> None:
+    store.put(an_entry())
+    digest = an_entry().code_digest
+    kept, old = a_binary(digest), a_binary(digest, triton="3.6.0")
+    store.put_binary(kept)
+    store.put_binary(old)
+    assert store.prune_binaries() == 0
+    assert store.prune_binaries(triton="3.7.1") == 1
+    assert store.binaries() == [kept]
+
+
+def test_binaries_are_found_by_code_triton_and_architecture(store: Store, reader: Callable[[], Store]) -> None:
+    here = a_binary()
+    others = [a_binary("code-2"), a_binary(triton="3.6.0"), replace(here, architecture="sm_80")]
+    beside = replace(here, kernel="finish_kernel")
+    for binary in (beside, here, *others):
+        store.put_binary(binary)
+    with reader() as reading:
+        assert reading.binaries("code-1", "3.7.1", "sm_90") == [here, beside]
+        assert [key.kernel for key in reading.binary_keys("code-1", "3.7.1", "sm_90")] == [
+            "compose_kernel",
+            "finish_kernel",
+        ]
+        assert len(reading.binary_keys()) == len(reading.binaries()) == 5
+        assert {key.triton for key in reading.binary_keys("code-1")} == {"3.6.0", "3.7.1"}
+
+
+def test_an_image_takes_less_room_than_it_has_bytes(store: Store) -> None:
+    store.put_binary(a_binary(image=b"\x7fELF" * 10_000))
+    with store._reading() as session:
+        (stored,) = session.execute(text("SELECT image FROM doratune_binaries")).scalars()
+    assert len(stored) < 1_000
+
+
+def test_an_export_may_leave_the_binaries_out(store: Store, tmp_path: Path) -> None:
+    store.put(an_entry())
+    store.put_binary(a_binary())
+    store.export(tmp_path / "configs.sqlite", binaries=False)
+    with Store.open(tmp_path / "configs.sqlite", readonly=True) as reading:
+        assert reading.entries() == [an_entry()]
+        assert reading.binaries() == []
 
 
 def test_a_binary_compiled_again_replaces_the_earlier_one(store: Store) -> None:
@@ -200,12 +257,44 @@ def test_a_damaged_row_is_an_error_that_names_row_and_store(
     assert store.verify() == [str(caught.value)]
 
 
-def test_a_damaged_binary_is_an_error_that_names_row_and_store(store: Store) -> None:
+SEAL = len(b"doratune-1\0") + 32
+
+
+def _sealed(image: bytes) -> bytes:
+    values = binary_values(a_binary(image=image))
+    assert isinstance(values["image"], bytes)
+    return values["image"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("metadata", "[]"),
+        ("metadata", '{"shared": 98305}'),
+        ("kernel", "finish_kernel"),
+        ("source_digest", "code-2"),
+        ("triton", "3.7.2"),
+        ("architecture", "sm_80"),
+        ("image", b"\x7fELF\x00\xff"),
+        ("image", b""),
+        ("image", _sealed(a_binary().image)[:SEAL] + _sealed(b"another")[SEAL:]),
+        ("image", _sealed(a_binary().image)[:-9]),
+        ("image", _sealed(bytes(1 << 27))),
+    ],
+    ids=[
+        *("no-object", "another-number", "kernel", "code", "triton", "architecture"),
+        *("raw", "empty", "another-image", "truncated", "bomb"),
+    ],
+)
+def test_a_binary_damaged_in_any_part_is_an_error_that_names_row_and_store(
+    store: Store, column: str, value: object
+) -> None:
     store.put_binary(a_binary())
-    _spoil(store, "UPDATE doratune_binaries SET metadata = :value", "[]")
+    _spoil(store, f"UPDATE doratune_binaries SET {column} = :value", value)
     with pytest.raises(CorruptRowError, match="binary 1") as caught:
         store.binaries()
     assert store.location in str(caught.value)
+    assert store.verify() == [str(caught.value)]
 
 
 def test_a_damaged_row_is_replaced_by_tuning_again(store: Store) -> None:

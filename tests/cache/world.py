@@ -33,6 +33,7 @@ def an_entry(
     source_digest: str = "source-1",
     us: float | None = 20.0,
     triton: str = "3.7.1",
+    code: str = "y = 1",
 ) -> Entry:
     spec = spec or a_spec()
     evaluation = Evaluation(
@@ -56,12 +57,12 @@ def an_entry(
         doratune="0.1.0",
     )
     config = Config.create(variant, num_warps=warps, num_stages=3, block_n=128, block_t=64)
-    source = '"""A kernel: g ⊙ (base + s·hBᵀ)."""\n'
+    source = f'"""A kernel: g ⊙ (base + s·hBᵀ).\n\n{spec}"""\n{code}\n'
     return Entry(spec, config, template, source_digest, source, evaluation, environment, "2026-11-23T10:00:00+00:00")
 
 
-def a_binary(source_digest: str = "source-1", image: bytes = b"\x7fELF\x00\xff") -> Binary:
-    return Binary(source_digest, "compose_kernel", "3.7.1", "sm_90", '{"shared": 98304}', image)
+def a_binary(code_digest: str = "code-1", image: bytes = b"\x7fELF\x00\xff", *, triton: str = "3.7.1") -> Binary:
+    return Binary(code_digest, "compose_kernel", triton, "sm_90", '{"shared": 98304}', image)
 
 
 __all__ = ["ARCHITECTURES", "DEFAULT", "DEFAULT_CONFIG", "MEASURED", "PREDICTED", "a_binary", "a_spec", "an_entry"]

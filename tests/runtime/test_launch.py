@@ -119,7 +119,7 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Bound:
         def __enter__(self) -> None: ...
         def __exit__(self, *_: object) -> None: ...
 
-    def bind(_: object, __: object) -> SimpleNamespace:
+    def bind(*_: object) -> SimpleNamespace:
         return SimpleNamespace(launch=lambda *args: kernel.launched.append(args))
 
     monkeypatch.setattr(kernel_module, "bind", bind)

@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from doratune.cache.entry import MEASURED, Environment, Evaluation
+from doratune.cache.entry import MEASURED, Binary, Environment, Evaluation
 from doratune.cache.store import Store
 from doratune.codegen.gpu import Gpu, find_gpu
+from doratune.codegen.module import declared_kernels
 from doratune.codegen.render import Source
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.tuner import search
@@ -39,6 +40,16 @@ class FakePool:
         error = type(self).crashing(source.config)
         if error is None:
             future.set_result(COMPILED)
+        else:
+            future.set_exception(error)
+        return future
+
+    def binaries(self, source: Source) -> Future[tuple[Binary, ...]]:
+        future: Future[tuple[Binary, ...]] = Future()
+        error = type(self).crashing(source.config)
+        if error is None:
+            names = declared_kernels(source)
+            future.set_result(tuple(Binary(source.code_digest, name, "0.0", "sm_90", "{}", b"cubin") for name in names))
         else:
             future.set_exception(error)
         return future

@@ -1,7 +1,7 @@
 """A search ends with the best config it could find in the store, whatever happens on the way.
 
 Seeds go first; refused configs reach neither compiler nor evaluator, rejected ones never win; nothing is evaluated
-twice; a run that is killed, interrupted or out of time goes on later where it was.
+twice; a run that is killed, interrupted or out of time goes on later where it was; the winners' binaries are stored.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from doratune.cache.entry import MEASURED, PREDICTED
+from doratune.cache.entry import MEASURED, PREDICTED, Binary
 from doratune.cache.store import Store
 from doratune.codegen.compile import CompileError
 from doratune.codegen.render import render
@@ -33,6 +34,7 @@ from doratune.errors import DoratuneError, UsageError
 from doratune.tuner import search
 from doratune.tuner.effort import EFFORTS, STANDARD, find_effort
 from doratune.tuner.evaluation import GpuLostError, Rejected
+from doratune.tuner.progress import SilentProgress
 from doratune.tuner.search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from doratune.tuner.space import Space
 from doratune.tuner.studies import open_study_storage, release
@@ -386,3 +388,62 @@ def test_unknown_efforts_and_empty_budgets_are_refused() -> None:
         find_effort("standart")
     with pytest.raises(UsageError, match="at least 1"):
         STANDARD.measure.with_trials(0)
+
+
+# Binaries.
+
+
+class Notes(SilentProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def digests(store: Store) -> set[str]:
+    return {key.code_digest for key in store.binary_keys()}
+
+
+def test_the_binaries_of_the_winners_are_stored_and_of_no_other_candidate(tune: Tune, store: Store) -> None:
+    result = tune([*SPECS, BACKWARD_SPEC], FakeEvaluator(steps_from(FORWARD)), trials=TRIALS)
+    entries = [row.entry for row in result.rows if row.entry is not None]
+    assert len(entries) == 4
+    assert digests(store) == {entry.code_digest for entry in entries}
+    backward = {binary.kernel for binary in store.binaries(entries[-1].code_digest)}
+    assert backward == {"compose_backward_kernel", "add_chunks_kernel"}
+    assert store.prune_binaries() == 0
+
+
+def test_who_wants_no_binaries_gets_none(tune: Tune, store: Store) -> None:
+    tune(ONE, FakeEvaluator(steps_from(FORWARD)), trials=TRIALS, binaries=False)
+    assert store.entries()
+    assert store.binary_keys() == []
+
+
+def test_entries_kept_from_a_store_without_their_binaries_get_them_in_the_next_run(tune: Tune, store: Store) -> None:
+    tune(SPECS, FakeEvaluator(steps_from(FORWARD)), trials=TRIALS, binaries=False)
+    said = Notes()
+    again = tune(SPECS, FakeEvaluator(steps_from(FORWARD)), trials=TRIALS, progress=said)
+    assert again.count(KEPT) == 3
+    assert digests(store) == {entry.code_digest for entry in store.entries()}
+    assert said.notes == ["3 kernels kept from the store lack their binary; compiling them"]
+    third = Notes()
+    tune(SPECS, FakeEvaluator(steps_from(FORWARD)), trials=TRIALS, progress=third)
+    assert third.notes == []
+
+
+def test_a_winner_whose_binary_cannot_be_made_is_stored_all_the_same(
+    tune: Tune, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: FakePool, source: object) -> Future[tuple[Binary, ...]]:
+        future: Future[tuple[Binary, ...]] = Future()
+        future.set_exception(CompileError("the worker died"))
+        return future
+
+    monkeypatch.setattr(FakePool, "binaries", fails)
+    said = Notes()
+    result = tune(ONE, FakeEvaluator(steps_from(FORWARD)), trials=TRIALS, progress=said)
+    assert result.count(TUNED) == 1
+    assert store.binary_keys() == []
+    assert said.notes == [f"no binary of {ONE[0]}: the worker died"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from doratune.codegen.compile import OverLimitError
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
+from doratune.codegen.variants import default_config
 from doratune.tuner.workers import Compiled, CompilePool, CompilerCrashError
 
 GPU = find_gpu("rtx4090")
@@ -54,6 +57,18 @@ def test_a_worker_compiles_although_the_parent_interprets(pool: CompilePool, mon
 def test_token_buckets_of_one_shape_share_a_compile_and_other_shapes_do_not(pool: CompilePool) -> None:
     assert pool.submit(forward(16)) is pool.submit(forward(4096))
     assert pool.submit(forward(16)) is not pool.submit(forward(16, d_out=256))
+
+
+def test_a_worker_gives_the_binary_of_every_kernel_in_the_text(pool: CompilePool) -> None:
+    spec = KernelSpec.create("compose_backward", d_out=512, tokens=64, dtype="bf16", gpu=GPU.slug)
+    source = render(spec, default_config(spec, GPU))
+    binaries = pool.binaries(source).result(120)
+    assert [binary.kernel for binary in binaries] == ["compose_backward_kernel", "add_chunks_kernel"]
+    for binary in binaries:
+        assert binary.image.startswith(b"\x7fELF")
+        assert json.loads(binary.metadata)["name"] == binary.kernel
+        assert (binary.code_digest, binary.architecture) == (source.code_digest, "sm_89")
+        assert binary.triton == version("triton")
 
 
 def test_a_kernel_beyond_the_gpu_is_a_typed_failure(pool: CompilePool) -> None:

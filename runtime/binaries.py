@@ -1,0 +1,89 @@
+"""Binaries from the stores for a kernel that is about to be loaded, so that nothing need be compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..cache.entry import Binary
+    from ..cache.store import Store
+    from ..codegen.gpu import Gpu
+    from ..codegen.render import Source
+
+
+@dataclass(frozen=True)
+class Binaries:
+    """The compiled kernels of a source that a store had, for contiguous operands.
+
+    Attributes:
+        kernels: one for each kernel of the source, by name; empty when there is none to use.
+        layer: the location of the store that they come from.
+        note: what to say of them: for what they were made, or why there are none.
+        damaged: what was wrong with those that should have served, but cannot.
+    """
+
+    kernels: Mapping[str, Binary] = field(default_factory=dict, repr=False)
+    layer: str | None = None
+    note: str = ""
+    damaged: tuple[str, ...] = ()
+
+    def explain(self) -> str:
+        """Where the binary comes from, in a phrase."""
+        if self.kernels:
+            return f"in {self.layer}, {self.note}: contiguous operands need no compile"
+        return f"compiled at the first call: {self.note}"
+
+    def warn(self) -> None:
+        """Tell of damaged binaries: their kernels are right, but they are compiled."""
+        for problem in self.damaged:
+            warn_of_compile(problem)
+
+
+def warn_of_compile(problem: object) -> None:
+    """Say that a stored binary does not serve and that its kernel is compiled instead."""
+    warnings.warn(f"doratune compiles a kernel whose binary is stored: {problem}", RuntimeWarning, stacklevel=3)
+
+
+def find_binaries(source: Source, layers: Sequence[Store], gpu: Gpu) -> Binaries:
+    """Look for the binaries of every kernel of ``source``, for the installed Triton and this GPU, in stores in order.
+
+    The first store that has all of them serves. What does not serve is passed over and told in the result: a binary is
+    only ever a compile saved.
+    """
+    from ..cache.errors import StoreError
+    from ..codegen.binary import BinaryError, OtherSettingsError, check, must_compile
+    from ..codegen.module import declared_kernels
+
+    try:
+        from triton import __version__ as version
+    except ImportError:
+        return Binaries(note="Triton is not installed here")
+    reason = must_compile()
+    if reason is not None:
+        return Binaries(note=reason)
+    names = set(declared_kernels(source))
+    target = gpu.triton_target()
+    wanted = f"Triton {version} on {gpu.architecture}"
+    others: list[str] = []
+    damaged: list[str] = []
+    for layer in layers:
+        try:
+            found = {binary.kernel: binary for binary in layer.binaries(source.code_digest, version, gpu.architecture)}
+            if not found:
+                continue
+            if found.keys() != names:
+                raise BinaryError(f"there are binaries of {', '.join(found)}, but the kernels are {', '.join(names)}")
+            for name, binary in found.items():
+                check(source, name, target, binary.metadata)
+        except OtherSettingsError as problem:
+            others.append(f"{layer.location}: {problem}")
+        except (BinaryError, StoreError) as problem:
+            text = str(problem)
+            damaged.append(text if layer.location in text else f"{layer.location}: {text}")
+        else:
+            return Binaries(found, layer.location, f"for {wanted}", tuple(damaged))
+    reasons = "; ".join(damaged + others) or f"no store has a binary for {wanted}"
+    return Binaries(note=reasons, damaged=tuple(damaged))

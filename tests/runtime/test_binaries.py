@@ -1,0 +1,468 @@
+"""A kernel whose binary is in a store is launched without a compile, from the very bytes and metadata that Triton's
+compiler made; and anything that is not exactly that binary is compiled, with a warning where it is damaged."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sqlalchemy import text
+
+import doratune
+from doratune.cache.entry import MEASURED, Binary, Entry, Environment, Evaluation
+from doratune.cache.store import Store
+from doratune.codegen import binary as binary_module
+from doratune.codegen.binary import BinaryError, OtherSettingsError, check, must_compile, restore
+from doratune.codegen.compile import contiguous_alignments
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.module import declared_kernels, load_module
+from doratune.codegen.render import Source, render, template_digest
+from doratune.codegen.spec import Config, KernelSpec
+from doratune.codegen.variants import VARIANTS, Variant, check_config
+from doratune.runtime import launch, loader
+from doratune.runtime.kernel import Kernel
+from doratune.runtime.launch import bind
+from doratune.runtime.loader import load_kernel, resolve_binaries
+from doratune.tuner.workers import CompilePool
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon.language")  # while the interpreter is on, or it cannot be loaded later
+
+GPU = find_gpu("h200")
+SPEC = KernelSpec.create("compose_backward", d_out=512, tokens=4096, dtype="bf16", gpu="h200")
+OTHER_TOKENS = replace(SPEC, tokens=16)
+
+
+@pytest.fixture(autouse=True)
+def _own_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.delenv("DORATUNE_CACHE_PATH", raising=False)
+    monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("doratune.cache.layers._PREBUILT_FOLDER", tmp_path / "prebuilt")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions are to be the compiler's
+    loaded = dict(loader._loaded)
+    yield
+    loader._asked.clear()
+    loader._loaded.clear()
+    loader._loaded.update(loaded)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[CompilePool]:
+    opened = CompilePool(GPU, jobs=1)
+    yield opened
+    opened.close()
+
+
+def spec_of(op: str, d_out: int = 1024, d_in: int = 1024, rank: int = 64, tokens: int = 16) -> KernelSpec:
+    sizes = {"d_out": d_out, "d_in": d_in, "rank": rank, "tokens": tokens}
+    return KernelSpec.create(op, **sizes, dtype="bf16", adapter="bf16", gpu="h200")
+
+
+def config_of(spec: KernelSpec, variant: Variant) -> Config:
+    return next(config for config in variant.seeds(spec, GPU) if check_config(spec, config, GPU) is None)
+
+
+def source_of(spec: KernelSpec) -> Source:
+    return render(spec, config_of(spec, next(variant for variant in VARIANTS if variant.op == spec.op)))
+
+
+@pytest.fixture(scope="module")
+def compiled(pool: CompilePool) -> tuple[Binary, ...]:
+    """The binaries of SPEC, as tuning stores them."""
+    return pool.binaries(source_of(SPEC)).result(120)
+
+
+def entry_of(source: Source) -> Entry:
+    return Entry(
+        spec=source.spec,
+        config=source.config,
+        template_digest=template_digest(source.spec.op, source.config.variant),
+        source_digest=source.digest,
+        source=source.text,
+        evaluation=Evaluation(MEASURED, us=20.0, floor_us=16.0),
+        environment=Environment(gpu="h200", architecture="sm_90", triton=triton.__version__, gpu_name="NVIDIA H200"),
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path, compiled: tuple[Binary, ...]) -> Store:
+    opened = Store.open(tmp_path / "store.sqlite", create=True)
+    opened.put(entry_of(source_of(SPEC)))
+    for binary in compiled:
+        opened.put_binary(binary)
+    return opened
+
+
+class FakeGpu:
+    """A driver without a GPU: it keeps what is loaded and launched."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[str, bytes, int]] = []
+        self.launchers: list[tuple[Any, Any]] = []
+        self.launched: list[tuple[Any, ...]] = []
+        self.refuses: Exception | None = None
+        self.utils = SimpleNamespace(
+            load_binary=self._load, get_device_properties=lambda device: {"max_shared_mem": GPU.shared_bytes_per_block}
+        )
+
+    def get_current_target(self) -> Any:
+        return GPU.triton_target()
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        self.launchers.append((source, metadata))
+        return lambda *args: self.launched.append(args)
+
+    def _load(self, name: str, image: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        if self.refuses is not None:
+            raise self.refuses
+        self.loaded.append((name, image, shared))
+        return 1, 1000 + len(self.loaded), 32, 0, 1024
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    from triton.compiler import compiler
+    from triton.runtime import driver
+
+    fake = FakeGpu()
+    monkeypatch.setattr(type(driver), "active", fake, raising=False)
+    compiler.max_shared_mem.cache_clear()
+    return fake
+
+
+class Compiles(Exception):
+    """Stands for a run of Triton's compiler."""
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(*_: object, **__: object) -> None:
+        raise Compiles
+
+    monkeypatch.setattr(triton, "compile", compile)
+
+
+# What a restored kernel is.
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.op}-{variant.name}")
+def test_a_restored_kernel_is_the_compiled_one_without_its_intermediate_texts(
+    variant: Variant, pool: CompilePool
+) -> None:
+    specs = [spec_of(variant.op, tokens=tokens) for tokens in (16, 4096)]
+    spec = next(spec for spec in specs if variant.unavailable(spec, GPU) is None)
+    source = render(spec, config_of(spec, variant))
+    made = pool.binaries(source).result(120)
+    module = load_module(source)
+    assert tuple(binary.kernel for binary in made) == declared_kernels(source)
+    for binary in made:
+        handle = restore(source, getattr(module, binary.kernel), GPU.triton_target(), binary.metadata, binary.image)
+        assert [*handle.asm] == ["cubin"]
+        assert handle.asm["cubin"] == handle.kernel == binary.image
+        stored = json.loads(binary.metadata)
+        del stored["doratune"]
+        given = {name: value for name, value in handle.metadata._asdict().items() if name != "extern_libs"}
+        assert json.loads(json.dumps(given, default=vars)) == stored
+        assert handle.metadata.extern_libs[0][0] == "libdevice"
+        assert (handle.name, handle.hash) == (binary.kernel, stored["hash"])
+        assert handle.packed_metadata == (stored["num_warps"], stored["num_ctas"], stored["shared"])
+        assert handle.src.fn is getattr(module, binary.kernel)
+
+
+def test_a_binary_names_no_folder_of_the_machine_that_made_it(compiled: tuple[Binary, ...]) -> None:
+    for binary in compiled:
+        assert str(Path(triton.__file__).parent) not in binary.metadata
+
+
+def test_the_code_tells_apart_what_is_aligned_otherwise() -> None:
+    """One binary serves a code digest, so specs of one code must have one set of alignments."""
+    for variant in VARIANTS:
+        seen: dict[str, dict[str, int]] = {}
+        for d_out in (1024, 1026, 1028, 1032):
+            for d_in in (1024, 1026, 1032):
+                for rank in (64, 66, 72):
+                    spec = spec_of(variant.op, d_out=d_out, d_in=d_in, rank=rank)
+                    if variant.unavailable(spec, GPU) is not None:
+                        continue
+                    source = render(spec, config_of(spec, variant))
+                    alignments = contiguous_alignments(spec)
+                    assert seen.setdefault(source.code_digest, alignments) == alignments, (variant.name, spec)
+
+
+# Found and launched.
+
+
+def test_a_kernel_with_its_binary_is_launched_without_a_compile(
+    store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
+) -> None:
+    resolution, source, binaries = resolve_binaries(SPEC, store.location)
+    assert (resolution.step, binaries.layer, binaries.damaged) == ("exact", store.location, ())
+    module = bind(source, contiguous_alignments(SPEC), binaries.kernels)
+    assert gpu.loaded == [(binary.kernel, binary.image, json.loads(binary.metadata)["shared"]) for binary in compiled]
+    for binary, (given, metadata) in zip(compiled, gpu.launchers, strict=True):
+        assert given.fn.__name__ == metadata.name == binary.kernel
+        assert [*given.signature] == given.fn.arg_names
+        assert given.signature == {param.name: param.annotation for param in given.fn.params}
+    getattr(module, compiled[0].kernel)[(3, 2)]("x", num_warps=4)
+    assert gpu.launched == [(3, 2, 1, 7, 1001, gpu.launched[0][5], None, None, None, "x")]
+
+
+def test_a_neighbouring_token_bucket_needs_no_binary_of_its_own(store: Store, gpu: FakeGpu) -> None:
+    resolution, source, binaries = resolve_binaries(OTHER_TOKENS, store.location)
+    assert resolution.step == "nearest"
+    assert source.digest != source_of(SPEC).digest
+    bind(source, None, binaries.kernels)
+    assert len(gpu.loaded) == len(declared_kernels(source))
+
+
+def test_a_binary_serves_from_whichever_layer_has_it(
+    store: Store, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config may come from one store and the binary from another, which is read-only."""
+    store.export(tmp_path / "shipped.sqlite")
+    with Store.open(tmp_path / "own.sqlite", create=True) as own:
+        own.put(entry_of(source_of(SPEC)))
+        own.put_binary(compiled[0])  # not of every kernel
+    (tmp_path / "shipped.sqlite").chmod(0o444)
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{tmp_path / 'own.sqlite'}:{tmp_path / 'shipped.sqlite'}")
+    resolution, source, binaries = resolve_binaries(SPEC)
+    assert resolution.layer == str(tmp_path / "own.sqlite")
+    assert binaries.layer == str(tmp_path / "shipped.sqlite")
+    bind(source, None, binaries.kernels)
+    assert len(gpu.loaded) == len(compiled)
+
+
+def test_other_alignments_are_compiled(store: Store, gpu: FakeGpu) -> None:
+    _, source, binaries = resolve_binaries(SPEC, store.location)
+    with pytest.raises(Compiles):
+        bind(source, {**contiguous_alignments(SPEC), "dy": 2}, binaries.kernels)
+    assert gpu.loaded == []
+
+
+def test_the_kernel_object_takes_its_binary_for_contiguous_operands_alone(
+    store: Store, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Here:
+        def __init__(self, _: torch.device) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "device", Here)
+    resolution, source, binaries = resolve_binaries(SPEC, store.location)
+    kernel = Kernel(SPEC, torch.device("cuda", 0), resolution, source, binaries)
+    plain = tuple(contiguous_alignments(SPEC).values())
+    kernel._bind(plain)
+    assert len(gpu.loaded) == len(declared_kernels(source))
+    with pytest.raises(Compiles):
+        kernel._bind((2, *plain[1:]))
+
+
+def test_load_kernel_finds_the_binary_and_explain_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "find_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(loader, "gpu_of", lambda device: GPU)
+    shape: dict[str, Any] = {"d_out": 512, "d_in": 256, "rank": 8, "tokens": 4096, "device": torch.device("cuda", 0)}
+    kernel = load_kernel("compose_backward", **shape, store=store.location)
+    line = f"binary    in {store.location}, for Triton {triton.__version__} on sm_90"
+    assert line in kernel.explain()
+    assert kernel.explain() == doratune.explain(SPEC, store.location)
+
+
+# Not that very binary.
+
+
+def without_binary(change: Callable[[Store], None], store: Store, gpu: FakeGpu) -> str:
+    """Load and bind after ``change``: a compile must follow. Returns what explain says of the binary."""
+    change(store)
+    _, source, binaries = resolve_binaries(SPEC, store.location)
+    with pytest.raises(Compiles):
+        bind(source, None, binaries.kernels)
+    assert gpu.loaded == []
+    assert binaries.layer is None
+    return binaries.explain()
+
+
+def sql(statement: str, **values: object) -> Callable[[Store], None]:
+    def change(store: Store) -> None:
+        with store._writer.begin() as connection:
+            connection.execute(text(statement), values)
+
+    return change
+
+
+def test_no_binary_of_this_triton_or_architecture_is_no_damage(store: Store, gpu: FakeGpu) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = without_binary(sql("DELETE FROM doratune_binaries"), store, gpu)
+    assert said == f"compiled at the first call: no store has a binary for Triton {triton.__version__} on sm_90"
+
+
+@pytest.mark.parametrize("name", ["triton", "architecture", "code_digest"])
+def test_a_binary_of_another_triton_architecture_or_code_is_not_taken(
+    name: str, store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
+) -> None:
+    def other(store: Store) -> None:
+        sql("DELETE FROM doratune_binaries")(store)
+        for binary in compiled:
+            store.put_binary(replace(binary, **{name: "another"}))
+
+    assert "no store has a binary" in without_binary(other, store, gpu)
+
+
+GONE = object()
+
+
+def edited(compiled: tuple[Binary, ...], **values: object) -> Callable[[Store], None]:
+    """Put the binaries again with other metadata, soundly sealed."""
+
+    def change(store: Store) -> None:
+        for binary in compiled:
+            metadata = {**json.loads(binary.metadata), **values}
+            kept = {name: value for name, value in metadata.items() if value is not GONE}
+            store.put_binary(replace(binary, metadata=json.dumps(kept)))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"num_stages": 7}, "num_stages=7"),
+        ({"debug": True}, "debug=True"),
+        ({"arch": "sm80"}, "arch='sm80'"),
+        ({"triton_version": "2.0"}, "triton_version='2.0'"),
+        ({"target": {"backend": "cuda", "arch": 80, "warp_size": 32}}, "target="),
+        ({"name": "another_kernel"}, "metadata is not that of"),
+        ({"doratune": GONE}, "metadata is not that of"),
+        ({"enable_fp_fusion": GONE}, "lacks enable_fp_fusion"),
+    ],
+)
+def test_metadata_of_another_compile_is_refused_when_loading(
+    values: dict[str, object], complaint: str, store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
+) -> None:
+    assert complaint in without_binary(edited(compiled, **values), store, gpu)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"shared": GONE}, "incomplete"),
+        ({"not a name": 1}, "incomplete"),
+        ({"shared": "much"}, "not supported between"),
+        ({"shared": 1 << 20}, "out of resource"),
+    ],
+)
+def test_metadata_of_which_no_kernel_can_be_made_is_compiled_with_a_warning(
+    values: dict[str, object], complaint: str, store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
+) -> None:
+    edited(compiled, **values)(store)
+    _, source, binaries = resolve_binaries(SPEC, store.location)
+    with pytest.warns(RuntimeWarning, match=complaint), pytest.raises(Compiles):
+        bind(source, None, binaries.kernels)
+    assert gpu.loaded == []
+
+
+def test_a_binary_for_other_parameters_is_compiled_with_a_warning(
+    store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
+) -> None:
+    assumed = json.loads(compiled[0].metadata)["doratune"]
+    assumed["attributes"][0][-1][0][1] *= 2
+    edited(compiled, doratune=assumed)(store)
+    _, source, binaries = resolve_binaries(SPEC, store.location)
+    with pytest.warns(RuntimeWarning, match="other parameters or alignments"), pytest.raises(Compiles):
+        bind(source, None, binaries.kernels)
+
+
+def test_a_binary_that_the_driver_refuses_is_compiled_with_a_warning(store: Store, gpu: FakeGpu) -> None:
+    gpu.refuses = RuntimeError("device kernel image is invalid")
+    _, source, binaries = resolve_binaries(SPEC, store.location)
+    with pytest.warns(RuntimeWarning, match="kernel image is invalid"), pytest.raises(Compiles):
+        bind(source, None, binaries.kernels)
+
+
+@pytest.mark.parametrize(("column", "value"), [("image", b"\x7fELF"), ("metadata", "{}"), ("metadata", "not JSON")])
+def test_a_damaged_row_is_told_once_and_compiled(column: str, value: object, store: Store, gpu: FakeGpu) -> None:
+    said = without_binary(sql(f"UPDATE doratune_binaries SET {column} = :value", value=value), store, gpu)
+    assert "Delete row" in said
+    assert store.location in said
+    _, _, binaries = resolve_binaries(SPEC, store.location)
+    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel whose binary is stored") as told:
+        binaries.warn()
+    assert len(told) == 1
+
+
+def test_a_missing_kernel_of_several_is_told_and_compiled(store: Store, gpu: FakeGpu) -> None:
+    said = without_binary(sql("DELETE FROM doratune_binaries WHERE id = 1"), store, gpu)
+    assert "there are binaries of" in said
+
+
+def test_bind_does_not_take_some_kernels_and_compile_others(
+    store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
+) -> None:
+    with pytest.warns(RuntimeWarning, match="there is none of"), pytest.raises(Compiles):
+        bind(source_of(SPEC), None, {compiled[0].kernel: compiled[0]})
+
+
+@pytest.mark.parametrize(
+    ("knob", "variable"),
+    [
+        ("always_compile", "TRITON_ALWAYS_COMPILE"),
+        ("override", "TRITON_KERNEL_OVERRIDE"),
+        ("dump_ir", "TRITON_KERNEL_DUMP"),
+    ],
+)
+def test_who_asks_triton_for_a_compile_gets_one(
+    knob: str, variable: str, store: Store, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert must_compile() is None
+    found = resolve_binaries(SPEC, store.location)[2]
+    monkeypatch.setenv(variable, "1")
+    assert without_binary(lambda _: None, store, gpu) == f"compiled at the first call: {variable} is set"
+    with pytest.raises(Compiles):
+        bind(source_of(SPEC), None, found.kernels)
+
+
+def test_options_from_the_environment_are_a_reason_to_compile_and_none_to_warn(
+    store: Store, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = resolve_binaries(SPEC, store.location)[2]
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "enable_fp_fusion=True, here it is False" in without_binary(lambda _: None, store, gpu)
+        with pytest.raises(Compiles):
+            bind(source_of(SPEC), None, found.kernels)
+
+
+def test_compiler_variables_that_triton_keys_its_cache_by_are_a_reason_to_compile(
+    compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, binary = source_of(SPEC), GPU.triton_target(), compiled[0]
+    check(source, binary.kernel, target, binary.metadata)
+    monkeypatch.setattr(binary_module, "_environment", lambda: {"TRITON_ENABLE_SOMETHING": "1"})
+    with pytest.raises(OtherSettingsError, match="environment"):
+        check(source, binary.kernel, target, binary.metadata)
+
+
+def test_metadata_is_never_more_than_data(compiled: tuple[Binary, ...]) -> None:
+    source, target = source_of(SPEC), GPU.triton_target()
+    for metadata in ("__import__('os')", "[]", "null", '{"__class__": "x"}'):
+        with pytest.raises(BinaryError, match="metadata is not that of"):
+            check(source, compiled[0].kernel, target, metadata)
+
+
+def test_bind_without_binaries_compiles(gpu: FakeGpu) -> None:
+    with pytest.raises(Compiles):
+        launch.bind(source_of(SPEC))
