@@ -73,7 +73,8 @@ def dora(
 ) -> torch.Tensor:
     """Run ``form`` on checked tensors with any leading dimensions; differentiable where something asks for a gradient.
 
-    ``norm`` is w, or a cache to take it from, or None to compute it from ``weight``.
+    ``norm`` is w, or a cache to take it from, or None to compute it from ``weight``. Autocast may be on: what enters a
+    product here has its dtype already, so there is nothing to switch off.
     """
     if not form.train:
         with torch.no_grad():
@@ -98,37 +99,36 @@ def _forward(
     save: bool,
 ) -> tuple[torch.Tensor, _Saved]:
     scaling, dtype = form.scaling, form.dtype
-    with without_autocast(x.device):
-        rows = _rows(x)
-        a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, dtype), _as(lora_B, dtype))
-        if isinstance(norm, torch.Tensor):
-            g = magnitude / safe_norm(norm)
-        elif norm is None:
-            assert weight is not None
-            norm, g = norm_and_gain_of(weight, a, b, magnitude, scaling)
-        else:
-            assert weight is not None
-            norm, g = norm.gain_of_weight(weight, lora_A, lora_B, magnitude, scaling, rounded=(a, b))
+    rows = _rows(x)
+    a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, dtype), _as(lora_B, dtype))
+    if isinstance(norm, torch.Tensor):
+        g = magnitude / safe_norm(norm)
+    elif norm is None:
+        assert weight is not None
+        norm, g = norm_and_gain_of(weight, a, b, magnitude, scaling)
+    else:
+        assert weight is not None
+        norm, g = norm.gain_of_weight(weight, lora_A, lora_B, magnitude, scaling, rounded=(a, b))
 
-        overwrite = form.overwrite and not torch.compiler.is_compiling()  # a compiler sees to memory itself
-        if base is None:
-            assert weight is not None
-            base, overwrite = rows @ _as(weight, dtype).T, True
-        else:
-            base = _rows(base)
-        extra = None if bias is None else _as(bias, dtype)
-        if extra is not None and form.base_has_bias:
-            # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
-            # a zero row (base = b, g = m/eps) must give y = b.
-            base, overwrite = base.sub_(extra) if overwrite else base - extra, True
-        if form.delta:
-            extra = None
+    overwrite = form.overwrite and not torch.compiler.is_compiling()  # a compiler sees to memory itself
+    if base is None:
+        assert weight is not None
+        base, overwrite = rows @ _as(weight, dtype).T, True
+    else:
+        base = _rows(base)
+    extra = None if bias is None else _as(bias, dtype)
+    if extra is not None and form.base_has_bias:
+        # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
+        # a zero row (base = b, g = m/eps) must give y = b.
+        base, overwrite = base.sub_(extra) if overwrite else base - extra, True
+    if form.delta:
+        extra = None
 
-        h = (rows.to(a.dtype) if form.exact else rows) @ a.T
-        left, right = _split(h, b, dtype) if form.exact else (h, b)
-        y, inner = operations.lora_compose(
-            base, left, right, g, scaling, bias=extra, delta=form.delta, save=save, overwrite=overwrite
-        )
+    h = torch.mm(rows.to(a.dtype) if form.exact else rows, a.T)
+    left, right = _split(h, b, dtype) if form.exact else (h, b)
+    y, inner = operations.lora_compose(
+        base, left, right, g, scaling, bias=extra, delta=form.delta, save=save, overwrite=overwrite
+    )
     # Detached, y is no view in autograd's eyes: to change it in place is the caller's right.
     return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, inner)
 
@@ -226,10 +226,11 @@ class _Dora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            with without_autocast(dy.device):
+                return _backward(ctx, dy)
         with torch.no_grad(), without_autocast(dy.device):
             grads = _backward(ctx, dy)
-        if not torch.is_grad_enabled():
-            return grads
         return once_only(ctx.form.function, grads, (dy, *ctx.saved_tensors))
 
 

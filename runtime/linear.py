@@ -68,7 +68,7 @@ def dora_linear(
         lora_A,
         lora_B,
         magnitude,
-        scaling,
+        float(scaling),
         bias,
         base=base,
         norm=norm,
@@ -95,10 +95,14 @@ def checked_linear(
 ) -> torch.Tensor:
     """:func:`dora_linear` on tensors that are known to fit each other; where it is, that is not looked at again."""
     dtype = product_dtype(x.device, weight.dtype)
+    if base is not None:
+        base = base.detach() if base.dtype is dtype else base.detach().to(dtype)
+    if x.dtype is not dtype:
+        x = x.to(dtype)
     form = Form(
-        function="dora_linear",
-        scaling=float(scaling),
-        dtype=dtype,
+        "dora_linear",
+        scaling,
+        dtype,
         exact=keeps_adapters(lora_A, dtype),
         delta=delta,
         base_has_bias=base is not None and bias is not None,
@@ -106,17 +110,14 @@ def checked_linear(
         train=trains(x, lora_A, lora_B, magnitude, bias),
         keep_inner=keep_inner,
     )
-    if base is not None:
-        base = base.detach() if base.dtype is dtype else base.detach().to(dtype)
-    if x.dtype is not dtype:
-        x = x.to(dtype)
     return dora(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm)
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype that products with a tensor of ``dtype`` run in: autocast's where it is on (it leaves fp64 alone)."""
-    if dtype is not torch.float64 and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    if dtype is not torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return dtype
 
 

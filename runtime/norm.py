@@ -55,7 +55,7 @@ def norm_of(
     weight_sq: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The norm of checked tensors, with A and B as they are (a caller under autocast has rounded them)."""
-    with torch.no_grad(), without_autocast(weight.device):
+    with torch.no_grad():
         return operations.weight_norm(
             weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, float(scaling)
         )[0]
@@ -70,7 +70,7 @@ def norm_and_gain_of(
     weight_sq: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm as :func:`norm_of` gives it, and ``g = m / max(w, eps)`` [d_out] fp32."""
-    with torch.no_grad(), without_autocast(weight.device):
+    with torch.no_grad():
         return operations.weight_norm_and_gain(
             weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, magnitude, float(scaling)
         )

@@ -84,6 +84,8 @@ class NormCache:
         entry = self._entry
         if (recomputing or (self.reuse == "tracked" and not capturing)) and entry is not None and entry.serves(key):
             known: T = entry.value
+            if self.reuse == "auto":
+                self._entry = None  # one recompute for a forward pass: from here on it would only hold memory
             return known
         value = compute()
         self._entry = _Entry(key, tuple([StorageWeakRef(t.untyped_storage()) for t in tensors]), value)

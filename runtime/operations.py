@@ -16,6 +16,7 @@ import torch
 
 from ..codegen.ops import EPS
 from ..codegen.spec import KernelSpec, bucket_tokens
+from .differentiation import without_autocast
 from .kernel import Kernel
 from .loader import CPU, load_kernel
 from .reference import TORCH_DTYPES, Tensors, definition, reference
@@ -202,8 +203,9 @@ def _bucket(tokens: int) -> int:
 
 
 def _eager(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
-    compute = definition if next(iter(inputs.values())).dtype is torch.float64 else reference
-    with torch.no_grad():
+    first = next(iter(inputs.values()))
+    compute = definition if first.dtype is torch.float64 else reference
+    with torch.no_grad(), without_autocast(first.device):
         return compute(spec, inputs, scaling)
 
 
