@@ -55,6 +55,10 @@ Only warp groups, four warps on 64 rows or more, get the rest."""
 
 WARP_GROUP, WARP_GROUP_ROWS = 4, 64
 
+FP32_SPLIT_SHARE = 0.33
+"""Share of the tensor core rate that is left where fp32 operands are split in registers, each in every step: 27 to 34
+TFLOP/s of products on one H200 (benchmarks/results/h200/kernels.json) where three at the warp-level rate would make 92."""
+
 EXPOSED = 0.5
 """Share of the faster resources' time that shows when a multiprocessor holds one program; it falls as more programs
 fill each other's gaps (model assumption)."""
@@ -203,7 +207,11 @@ def _matrix_share(config: Config, work: Work, kernel: Resources, gpu: Gpu) -> fl
     intensity = work.matrix_flops / max(work.l2_bytes, 1)
     share = intensity / (intensity + HALF_INTENSITY)
     rows, _ = _tile(config)
-    if gpu.architecture == "sm_90" and (kernel.num_warps % WARP_GROUP or rows < WARP_GROUP_ROWS):
+    if work.matrix_dtype == "fp32":
+        share *= FP32_SPLIT_SHARE
+    if gpu.architecture == "sm_90" and (
+        work.matrix_dtype == "fp32" or kernel.num_warps % WARP_GROUP or rows < WARP_GROUP_ROWS
+    ):
         share *= MMA_SYNC_SHARE
     return share
 

@@ -28,6 +28,10 @@ WARPGROUP = 4
 
 BARRIER_BYTES = 1024
 """Shared memory set aside for barriers and for what Triton needs to start specialised warps."""
+
+FP32_PASSES = 3
+"""Tensor core products that make one of fp32 operands (Triton's tf32x3)."""
+
 ADAPTER_TILE = 2048
 """Elements of a tile of adapter_parts_kernel."""
 
@@ -132,7 +136,7 @@ def adapter_parts_work(spec: KernelSpec, elements: int) -> tuple[Work, ...]:
 def dot_passes(left: str, right: str) -> tuple[str, int]:
     """The dtype in which a product of these operand dtypes runs, and how many products make one (see _macros.j2)."""
     if left == right:
-        return left, 1
+        return left, FP32_PASSES if left == "fp32" else 1
     return (left if left != "fp32" else right), 2
 
 
