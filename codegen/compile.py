@@ -52,13 +52,15 @@ class CompiledKernel:
 
 
 def launch_options(source: Source, kernel: str) -> dict[str, int | bool]:
-    """The ``num_warps``, ``num_stages`` and ``launch_pdl`` with which the emitted ``launch`` starts ``kernel``."""
-    launches = ast.parse(source.text).body[-1]
-    for call in (node for node in ast.walk(launches) if isinstance(node, ast.Call)):
+    """The ``num_warps``, ``num_stages`` and ``launch_pdl`` with which the emitted text starts ``kernel``.
+
+    The place is in ``launch``, or in a function that it calls.
+    """
+    for call in (node for node in ast.walk(ast.parse(source.text)) if isinstance(node, ast.Call)):
         started = call.func.value if isinstance(call.func, ast.Subscript) else None
         if isinstance(started, ast.Name) and started.id == kernel:
             return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-    raise CompileError(f"the emitted launch() of {source.spec} does not start {kernel}")
+    raise CompileError(f"the emitted text of {source.spec} does not start {kernel}")
 
 
 def contiguous_alignments(spec: KernelSpec) -> dict[str, int]:
@@ -80,14 +82,16 @@ def divisibility(
     """What the compiler may assume of a kernel's parameters, in the form of Triton's attributes.
 
     Parameters ``x_ptr`` and ``x_stride`` belong to the operand x, whose address and row stride are multiples of
-    ``alignments[x]`` bytes. Pointers to no operand are a launch's own workspace, which is fully aligned.
+    ``alignments[x]`` bytes. Other pointers are to a launch's own workspace, which is fully aligned; but where such a
+    pointer has a stride, a kernel takes whichever operand it is given, and nothing is known.
     """
     by_name = {name.lower(): value for name, value in alignments.items()}
     attrs: dict[tuple[int, ...], list[list[str | int]]] = {}
     for index, (name, type_) in enumerate(signature.items()):
         divisor = 1
         if type_.startswith("*"):
-            divisor = by_name.get(name.removesuffix("_ptr"), ALIGNMENT)
+            matrix = name.removesuffix("_ptr")
+            divisor = by_name.get(matrix, 1 if f"{matrix}_stride" in signature else ALIGNMENT)
         elif name.endswith("_stride"):
             operand = name.removesuffix("_stride")
             divisor = by_name.get(operand, 1) // DTYPE_BYTES[signature[f"{operand}_ptr"].removeprefix("*")]

@@ -1,6 +1,7 @@
 """The ``predict`` evaluator: a roofline model over the compiled kernels, for choosing configs where there is no GPU.
 
-The model is for **ranking configs of one kernel**, not for promising times. Each launch is split into waves of programs
+The model is for **ranking configs of one kernel**, not for promising times. A call into PyTorch's library takes its
+bytes or flops at a share of what the GPU attains. Each launch of an emitted kernel is split into waves of programs
 that fit the GPU at once. A wave takes as long as the slowest of its device memory traffic, its L2 traffic, its tensor
 core work and its chain of dependent loads; part of the others shows where few programs share a multiprocessor. Memory
 speed follows Little's law: bytes in flight over latency, up to what the GPU attains.
@@ -20,7 +21,7 @@ from ..cache.entry import PREDICTED, Environment, Evaluation
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source
 from ..codegen.spec import Config, KernelSpec
-from ..codegen.variants import Work, find_variant
+from ..codegen.variants import LibraryCall, Work, find_variant
 from .evaluation import Evaluator, Rejected, Resources, floor_us
 from .space import Space
 
@@ -54,6 +55,20 @@ MMA_SYNC_SHARE = 0.62
 Only warp groups, four warps on 64 rows or more, get the rest."""
 
 WARP_GROUP, WARP_GROUP_ROWS = 4, 64
+
+LIBRARY_SHARE = 0.9
+"""Share of the attained rates that a product of the library reaches (model assumption: cuBLAS's W @ A.T takes 1.05 to
+1.3 times its floor at rank 384 on one H200, benchmarks/results/h200/kernels.json)."""
+
+LIBRARY_FP32_SHARE = 0.75
+"""The same for plain fp32 products, of the datasheet's rate: 46 to 50 of 66.9 TFLOP/s there."""
+
+LIBRARY_FILL_US = 2.0
+"""What a call into the library takes beside its bytes and flops (model assumption)."""
+
+FP32_SPLIT_SHARE = 0.33
+"""Share of the tensor core rate that is left where fp32 operands are split in registers, each in every step: 27 to 34
+TFLOP/s of products on one H200 (the same file) where three at the warp-level rate would make 92."""
 
 EXPOSED = 0.5
 """Share of the faster resources' time that shows when a multiprocessor holds one program; it falls as more programs
@@ -116,16 +131,17 @@ def predict_us(spec: KernelSpec, config: Config, compiled: Sequence[Resources], 
     by_name = {kernel.name: kernel for kernel in compiled}
     launches = find_variant(spec.op, config.variant).work(spec, config)
     us = sum(_launch_us(config, work, by_name[work.kernel], gpu) for work in launches)
-    return max(us, floor_us(spec, gpu))
+    return max(us + _library_us(spec, config, gpu), floor_us(spec, gpu))
 
 
 def estimate_us(spec: KernelSpec, config: Config, gpu: Gpu) -> float:
     """The same before the compile, with guessed resources and without the floor: infinite for what cannot fit."""
     launches = find_variant(spec.op, config.variant).work(spec, config)
     try:
-        return sum(_launch_us(config, work, _guess(config, work, gpu), gpu) for work in launches)
+        us = sum(_launch_us(config, work, _guess(config, work, gpu), gpu) for work in launches)
     except Rejected:
         return float("inf")
+    return us + _library_us(spec, config, gpu)
 
 
 def shortlist(space: Space, count: int) -> tuple[Config, ...]:
@@ -158,6 +174,20 @@ def resident_programs(kernel: Resources, gpu: Gpu) -> int:
         gpu.registers_per_multiprocessor // (registers * threads),
         gpu.shared_bytes_per_multiprocessor // max(kernel.shared_bytes + reserved, 1),
     )
+
+
+def _library_us(spec: KernelSpec, config: Config, gpu: Gpu) -> float:
+    """Microseconds of a variant's calls into the library."""
+    return sum(_call_us(call, gpu) for call in find_variant(spec.op, config.variant).library_calls(spec, config))
+
+
+def _call_us(call: LibraryCall, gpu: Gpu) -> float:
+    bandwidth = gpu.attainable_bandwidth
+    seconds = max(call.dram_bytes / (LIBRARY_SHARE * bandwidth), call.l2_bytes / (L2_RATIO * bandwidth))
+    if call.matrix_flops:
+        share = LIBRARY_FP32_SHARE if call.matrix_dtype == "fp32_vector" else LIBRARY_SHARE
+        seconds = max(seconds, call.matrix_flops / (share * gpu.attainable_flops(call.matrix_dtype)))
+    return LAUNCH_GAP_US + LIBRARY_FILL_US + 1e6 * seconds
 
 
 def _launch_us(config: Config, work: Work, kernel: Resources, gpu: Gpu) -> float:
@@ -203,7 +233,11 @@ def _matrix_share(config: Config, work: Work, kernel: Resources, gpu: Gpu) -> fl
     intensity = work.matrix_flops / max(work.l2_bytes, 1)
     share = intensity / (intensity + HALF_INTENSITY)
     rows, _ = _tile(config)
-    if gpu.architecture == "sm_90" and (kernel.num_warps % WARP_GROUP or rows < WARP_GROUP_ROWS):
+    if work.matrix_dtype == "fp32":
+        share *= FP32_SPLIT_SHARE
+    if gpu.architecture == "sm_90" and (
+        work.matrix_dtype == "fp32" or kernel.num_warps % WARP_GROUP or rows < WARP_GROUP_ROWS
+    ):
         share *= MMA_SYNC_SHARE
     return share
 

@@ -5,28 +5,42 @@ from __future__ import annotations
 from ...errors import near_names
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec, SpecError
-from .base import STAGES, WARPS, Variant, Work
+from .base import STAGES, WARPS, LibraryCall, Variant, Work
 from .compose import BackwardColumns, ForwardTile
 from .compose_backward_exact import BackwardExactTiles
+from .compose_library import DoraLinearLibrary, LoraComposeLibrary
 from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
 from .weight_norm import WeightNormFused, WeightNormTma
+from .weight_norm_library import WeightNormLibrary
 from .weight_norm_warp_specialized import WeightNormWarpSpecialized
 
-__all__ = ["VARIANTS", "Variant", "Work", "check_config", "default_config", "find_variant", "variants_of"]
+__all__ = [
+    "VARIANTS",
+    "LibraryCall",
+    "Variant",
+    "Work",
+    "check_config",
+    "default_config",
+    "find_variant",
+    "variants_of",
+]
 
 VARIANTS: tuple[Variant, ...] = (
     WeightNormFused(),
     WeightNormTma(),
     WeightNormWarpSpecialized(),
+    WeightNormLibrary(),
     LoraComposeTile(),
     LoraComposeTma(),
     LoraComposeWarpSpecialized(),
+    LoraComposeLibrary(),
     ForwardTile(),
     BackwardColumns(),
     DoraLinearTile(),
     DoraLinearTmaPersistent(),
     DoraLinearSplitK(),
+    DoraLinearLibrary(),
     BackwardExactTiles(),
 )
 

@@ -28,6 +28,16 @@ WARPGROUP = 4
 
 BARRIER_BYTES = 1024
 """Shared memory set aside for barriers and for what Triton needs to start specialised warps."""
+
+LIBRARY_TILE = (256, 128)
+"""The tile by which the library's traffic in the L2 is counted: as large as those of emitted kernels get."""
+
+LIBRARY_FP32_COLUMNS = 1024
+"""Columns in one fp32 sum of the library; the template says the same, and why."""
+
+FP32_PASSES = 3
+"""Tensor core products that make one of fp32 operands (Triton's tf32x3)."""
+
 ADAPTER_TILE = 2048
 """Elements of a tile of adapter_parts_kernel."""
 
@@ -53,6 +63,20 @@ class Work:
     matrix_dtype: str = ""
 
 
+@dataclass(frozen=True)
+class LibraryCall:
+    """One call of a variant into PyTorch's library, such as a matrix product, for the performance model.
+
+    ``dram_bytes`` are those of the operands and the result, ``l2_bytes`` what its tiles load and store,
+    ``matrix_flops`` the work, in ``matrix_dtype``.
+    """
+
+    dram_bytes: int
+    l2_bytes: int = 0
+    matrix_flops: int = 0
+    matrix_dtype: str = ""
+
+
 class Variant(ABC):
     """One algorithm for an operation: one template, ``templates/<op>_<name>.py.j2``."""
 
@@ -66,6 +90,9 @@ class Variant(ABC):
     """Whether Triton's interpreter can run the template; it does not know Gluon."""
     descriptors: ClassVar[bool] = False
     """Whether the template addresses matrices by tensor descriptors: rows must begin at multiples of 16 bytes."""
+    library: ClassVar[bool] = False
+    """Whether ``launch`` also calls PyTorch's library: then the kernels that it starts are not all that it does, and to
+    start them again is not to launch again."""
 
     @property
     def template(self) -> str:
@@ -94,7 +121,11 @@ class Variant(ABC):
 
     @abstractmethod
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
-        """The launches of this variant, in order."""
+        """The launches of this variant's kernels, in order."""
+
+    def library_calls(self, spec: KernelSpec, config: Config) -> tuple[LibraryCall, ...]:
+        """The calls into PyTorch's library beside them, in order; none unless ``library``."""
+        return ()
 
 
 def ceil_div(value: int, by: int) -> int:
@@ -129,10 +160,39 @@ def adapter_parts_work(spec: KernelSpec, elements: int) -> tuple[Work, ...]:
     return (Work("adapter_parts_kernel", programs=programs, dram_bytes=moved, l2_bytes=moved, steps=1),)
 
 
+def library_unavailable(gpu: Gpu) -> str | None:
+    """Why variants that call the library cannot run on ``gpu``, or None."""
+    if gpu.backend != "cuda":
+        return f"{gpu.slug} is no CUDA GPU: fp32 results of 16-bit products are cuBLAS's"
+    return None
+
+
+def library_product(rows: int, cols: int, inner: int, dtype: str, shares: int = 1) -> LibraryCall:
+    """A [rows, inner] x [inner, cols] product by the library, its fp32 result in ``shares`` shares of the inner sum.
+
+    fp32 operands are multiplied as they are, by plain multiply-adds.
+    """
+    width, written = dtype_bytes(dtype), shares * rows * cols * 4
+    block_rows, block_cols = LIBRARY_TILE if rows >= cols else LIBRARY_TILE[::-1]
+    tiles = ceil_div(rows, block_rows) * ceil_div(cols, block_cols)
+    return LibraryCall(
+        dram_bytes=(rows + cols) * inner * width + written,
+        l2_bytes=tiles * (min(rows, block_rows) + min(cols, block_cols)) * inner * width + written,
+        matrix_flops=2 * rows * cols * inner,
+        matrix_dtype="fp32_vector" if dtype == "fp32" else dtype,
+    )
+
+
+def library_products(rows: int, cols: int, inner: int, dtype: str) -> tuple[LibraryCall, ...]:
+    """The calls that make one such product: in fp32 it is added up from parts of :data:`LIBRARY_FP32_COLUMNS`."""
+    calls = ceil_div(inner, LIBRARY_FP32_COLUMNS) if dtype == "fp32" else 1
+    return (library_product(rows, cols, ceil_div(inner, calls), dtype),) * calls
+
+
 def dot_passes(left: str, right: str) -> tuple[str, int]:
     """The dtype in which a product of these operand dtypes runs, and how many products make one (see _macros.j2)."""
     if left == right:
-        return left, 1
+        return left, FP32_PASSES if left == "fp32" else 1
     return (left if left != "fp32" else right), 2
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
 from .base import (
+    FP32_PASSES,
     MAX_TMA_BOX,
     Variant,
     Work,
@@ -21,6 +22,10 @@ from .base import (
     tma_unavailable,
     up_to,
 )
+
+FP32_IN_16_BIT_PASSES = 18
+"""16-bit products that take as long as one of fp32 operands: three at half the rate, and their operands are split first
+(in fp16 at rank 384 the norm took 2.7 times as long as in bf16 on one H200, benchmarks/results/h200/kernels.json)."""
 
 
 class WeightNormFused(Variant):
@@ -109,7 +114,9 @@ class WeightNormFused(Variant):
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
         adapter = spec.weight if spec.autocast else spec.adapter
         dtype, passes = dot_passes(spec.weight, adapter)
-        gram_passes = 2 if adapter == "bf16" else 1
+        gram_passes = 2
+        if adapter != "bf16":  # B meets G in fp32
+            gram_passes = FP32_PASSES if dtype == "fp32" else FP32_IN_16_BIT_PASSES
         return self._work(spec, config, config["block_n"], adapter, dtype, (passes, gram_passes))
 
     def _work(

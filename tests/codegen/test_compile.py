@@ -20,7 +20,7 @@ from doratune.codegen.compile import CompileError, OverLimitError
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.spec import Config, KernelSpec
-from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config
+from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config, find_variant
 from doratune.tuner.workers import compile_job
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
@@ -94,6 +94,24 @@ def test_optional_parts_of_the_norm_compile(workers: ProcessPoolExecutor, values
         ).result()
     ]
     assert names[-1] == "finish_kernel"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+def test_what_stands_in_for_the_library_compiles(workers: ProcessPoolExecutor, architecture: str, dtype: str) -> None:
+    spec = spec_of("lora_compose", architecture, dtype=dtype, adapter=dtype)
+    config = first_fitting_seed(find_variant("lora_compose", "library"), spec)
+    kernels = workers.submit(compile_job, str(spec), str(config), architecture).result()
+    assert [kernel.name for kernel in kernels] == [f"{dtype}_product_kernel", "compose_kernel"]
+    assert not any(kernel.spills for kernel in kernels)
+
+
+def test_the_librarys_fp32_results_are_asked_of_cublas_alone() -> None:
+    for architecture in ARCHITECTURES:
+        gpu = find_gpu(architecture)
+        offered = [v.unavailable(spec_of(v.op, architecture), gpu) is None for v in VARIANTS if v.library]
+        assert offered
+        assert all(offered) == any(offered) == (gpu.backend == "cuda")
 
 
 def test_a_config_beyond_the_shared_memory_is_refused_before_compiling() -> None:

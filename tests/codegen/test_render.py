@@ -43,6 +43,10 @@ def golden_cases() -> dict[str, tuple[Variant, dict[str, object]]]:
             if "autocast" in OPS[variant.op].flags:
                 rounded = {**RAGGED, "adapter": "fp32", "autocast": True}
                 cases[f"{variant.op}_{variant.name}_autocast"] = (variant, rounded)
+        if variant.library:  # where a setting of PyTorch's could cost the library digits
+            cases[f"{variant.op}_{variant.name}_fp32"] = (variant, {**EVEN, "dtype": "fp32", "adapter": "fp32"})
+            mixed = {**RAGGED, **rich, "dtype": "fp16", "adapter": "fp32"}
+            cases[f"{variant.op}_{variant.name}_fp16_fp32_adapters"] = (variant, mixed)
     return cases
 
 
@@ -82,6 +86,8 @@ def test_emitted_text_reads_like_a_kernel_someone_wrote(variant: Variant) -> Non
     forms = [EVEN, RAGGED]
     if "autocast" in OPS[variant.op].flags:
         forms += [{**v, "adapter": "fp32", "autocast": autocast} for v in (EVEN, RAGGED) for autocast in (False, True)]
+    if variant.library:
+        forms += [{**v, "dtype": dtype, "adapter": "fp32"} for v in (EVEN, RAGGED) for dtype in ("fp16", "fp32")]
     for values in forms:
         text = text_of(variant, values)
         tree = ast.parse(text)

@@ -3,6 +3,9 @@ token count, in place, unaligned, in slices of wider matrices and beyond 2**31 e
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from doratune.runtime.launch import bind
 from doratune.runtime.reference import definition
 from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import CASES, make_inputs, make_outputs
+from doratune.tuner.timing import capture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,6 +126,40 @@ def test_long_rows_lose_no_digits(d_in: int, gpu: Gpu) -> None:
             source = render(spec, fitting_config(variant, spec, gpu))
             for case in ("cross_term", "large_lora", "mixed"):
                 assert complaint_of(source, 1, case) is None, (variant.name, adapter, case)
+
+
+@pytest.fixture
+def library_settings() -> Iterator[None]:
+    """What a user may ask of PyTorch's products: speed for digits. Set back afterwards."""
+    matmul = torch.backends.cuda.matmul
+    matmul.fp32_precision, matmul.allow_fp16_accumulation = "tf32", True
+    yield
+    matmul.fp32_precision, matmul.allow_fp16_accumulation = "none", False
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.library], ids=IDS.get)
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+def test_pytorchs_settings_cost_library_variants_no_digits(
+    variant: Variant, dtype: str, adapter: str, gpu: Gpu, library_settings: None
+) -> None:
+    spec = spec_of(variant.op, dtype, adapter, gpu)
+    assert complaint_of(render(spec, fitting_config(variant, spec, gpu)), 500, "mixed") is None
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.library], ids=IDS.get)
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+def test_library_variants_replay_from_a_cuda_graph(variant: Variant, dtype: str, adapter: str, gpu: Gpu) -> None:
+    spec = spec_of(variant.op, dtype, adapter, gpu)
+    launch = bind(render(spec, fitting_config(variant, spec, gpu))).launch
+    inputs, scaling = make_inputs(spec, 500, device="cuda")
+    plain, captured = make_outputs(spec, 500, "cuda"), make_outputs(spec, 500, "cuda")
+    launch(*inputs.values(), *plain.values(), scaling)
+    graph = capture([functools.partial(launch, *inputs.values(), *captured.values(), scaling)])
+    for output in captured.values():
+        output.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(plain[name], output) for name, output in captured.items())
 
 
 @pytest.mark.parametrize(

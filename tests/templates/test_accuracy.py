@@ -6,9 +6,11 @@ Runs in Triton's interpreter, in fp32 and fp16 (its bf16 products are wrong); te
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +47,8 @@ def small_config(variant: Variant, spec: KernelSpec) -> Config:
     params |= {"num_warps": 2, "num_stages": 2}
     if "split_k" in params:
         params["split_k"] = 2
+    if "gram_split" in params:
+        params["gram_split"] = 3 if spec.d_in % 3 == 0 else 2
     if "programs" in params:
         params["programs"] = 2
     if "chunk" in params:
@@ -188,6 +192,19 @@ BREAKAGES = [
     ("weight_norm-tma fp32", "tl.where(product == 1, RANK, 0)", "0", "A's low part left out of G"),
     ("weight_norm-tma fp32", "== 0, D_OUT, 0)", "== 9, D_OUT, 0)", "B's low part left out of G's term"),
     ("lora_compose-tma fp32", "part = (step % 2) * D_OUT", "part = 0 * step", "B's low part replaced by the high part"),
+    ("weight_norm-library", "2.0 * tl.sum(cross", "1.98 * tl.sum(cross", "the library's cross term 1 % off"),
+    ("weight_norm-library", "range(0, WA_SHARES)", "range(1, WA_SHARES)", "a share of W @ A.T left out"),
+    ("weight_norm-library", "range(0, SHARES)", "range(1, SHARES)", "a share of G left out"),
+    ("weight_norm-library", "/ 2.0**14", "/ 2.0**30", "G beyond fp16"),
+    (
+        "weight_norm-library fp32",
+        "wa += tl.load(wa_ptrs + RANK",
+        "wa += 0.0 * tl.load(wa_ptrs",
+        "A's low part left out",
+    ),
+    ("lora_compose-library", "scaling * lora", "tl.abs(scaling) * lora", "sign of s lost"),
+    ("lora_compose-library fp32", "copy_(lora_b - high)", "copy_(high)", "B's low part replaced by the high part"),
+    ("dora_linear_forward-library", "base + scaling", "0.99 * base + scaling", "base product 1 % off"),
     ("lora_compose-tile", "+ scaling * lora", "+ tl.abs(scaling) * lora", "sign of s lost"),
     ("lora_compose-tma", "g * inner", "(g * 1.002) * inner", "g off by one bf16 step"),
     ("dora_linear_forward-tile", "acc *= scaling", "acc *= tl.abs(scaling)", "sign of s lost"),
@@ -228,6 +245,75 @@ def test_the_gate_catches_a_wrong_term(which: str, text: str, broken: str, what:
     else:
         assert found, f"no case notices: {what}"
         assert "mixed" in found or what == "sign of s lost", f"only {found} notice: {what}"
+
+
+LIBRARY = [variant for variant in INTERPRETED if variant.library]
+
+
+@pytest.fixture
+def library_settings() -> Iterator[None]:
+    """What a user may ask of PyTorch's products: speed for digits. Set back afterwards."""
+    matmul = torch.backends.cuda.matmul
+    matmul.fp32_precision, matmul.allow_fp16_accumulation = "tf32", True
+    yield
+    matmul.fp32_precision, matmul.allow_fp16_accumulation = "none", False
+
+
+@pytest.mark.parametrize("variant", LIBRARY, ids=IDS.get)
+@pytest.mark.parametrize(("dtype", "adapter"), [("fp32", "fp32"), ("fp16", "fp16"), ("fp16", "fp32")])
+def test_digits_that_the_user_spares_the_library_are_not_lost_here(
+    variant: Variant, dtype: str, adapter: str, library_settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used(*_: object, **__: object) -> None:
+        pytest.fail("the library multiplies with fewer digits than the bounds need")
+
+    spec = spec_of(variant.op, dtype, adapter)
+    inputs, scaling = make_inputs(spec, 37)
+    outputs, exact = make_outputs(spec, 37), definition(spec, inputs, scaling)
+    for name in ("mm", "bmm"):
+        monkeypatch.setattr(torch, name, used)
+    load_module(render(spec, small_config(variant, spec))).launch(*inputs.values(), *outputs.values(), scaling)
+    assert worst_error(spec, outputs, exact)[1] is None
+    matmul = torch.backends.cuda.matmul
+    assert (matmul.fp32_precision, matmul.allow_fp16_accumulation) == ("tf32", True), "the settings are the user's"
+
+
+@pytest.mark.parametrize("variant", LIBRARY, ids=IDS.get)
+@pytest.mark.parametrize(("dtype", "adapter"), [("fp32", "fp32"), ("fp16", "fp32")])
+def test_the_librarys_products_are_neither_autocast_nor_recorded(variant: Variant, dtype: str, adapter: str) -> None:
+    spec = spec_of(variant.op, dtype, adapter)
+    inputs, scaling = make_inputs(spec, 37)
+    launch = load_module(render(spec, small_config(variant, spec))).launch
+    plain, under_autocast = make_outputs(spec, 37), make_outputs(spec, 37)
+    launch(*inputs.values(), *plain.values(), scaling)
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        launch(*inputs.values(), *under_autocast.values(), scaling)
+    for name, output in under_autocast.items():
+        assert torch.equal(output, plain[name])
+        assert not output.requires_grad
+
+
+@pytest.mark.parametrize("d_in", [1024, 1025, 2500])
+def test_a_long_fp32_sum_of_the_library_is_whole(d_in: int) -> None:
+    for op in ("dora_linear_forward", "weight_norm"):
+        variant = find_variant(op, "library")
+        spec = spec_of(op, "fp32", d_in=d_in)
+        assert complaint_of(render(spec, variant.seeds(spec, GPU)[0]), 37) is None
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-3, 1.0, 60.0])
+def test_g_of_any_size_has_a_unit_in_16_bits(size: float) -> None:
+    """In fp16 itself G would overflow from |A| = 16 on at 256 columns, and underflow below 1e-4."""
+    variant = find_variant("weight_norm", "library")
+    spec = spec_of("weight_norm", "fp16", save=True)
+    inputs, scaling = make_inputs(spec, 1)
+    inputs["weight"].zero_()
+    inputs["lora_A"] = (inputs["lora_A"].float() * spec.d_in**0.5 * size).half()
+    outputs = make_outputs(spec, 1)
+    load_module(render(spec, small_config(variant, spec))).launch(*inputs.values(), *outputs.values(), scaling)
+    assert worst_error(spec, outputs, definition(spec, inputs, scaling))[1] is None
 
 
 def test_configs_of_these_tests_are_ones_the_tuner_could_choose() -> None:

@@ -106,6 +106,11 @@ def test_the_compiler_is_told_what_divides_contiguous_rows(d_out: int, bytes_: i
     assert told == {index: value for index, value in expected.items() if value > 1}
 
 
+def test_of_a_matrix_that_may_be_any_operand_the_compiler_is_told_nothing() -> None:
+    signature = {"left_ptr": "*fp16", "left_stride": "i64", "result_ptr": "*fp32"}
+    assert divisibility(signature, {"x": 16, "weight": 4}) == {(2,): [["tt.divisibility", ALIGNMENT]]}
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize("stride", [64, 66, 68, 72])
 def test_an_alignment_divides_address_and_row_stride(offset: int, stride: int) -> None:

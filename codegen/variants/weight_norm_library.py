@@ -1,0 +1,160 @@
+"""The variant of ``weight_norm`` whose products are the library's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..gpu import Gpu
+from ..spec import Config, KernelSpec
+from .base import (
+    LibraryCall,
+    Variant,
+    Work,
+    adapter_parts,
+    adapter_parts_work,
+    ceil_div,
+    dtype_bytes,
+    fit,
+    library_product,
+    library_products,
+    library_unavailable,
+    up_to,
+)
+
+GRAM_SHARE = 1024
+"""Columns of A in one sum of G at most. Tensor cores drop low bits of a running sum: 14336 columns in one came out 5e-5
+too small on an H200, and the norm's bound is 1e-5."""
+
+PRODUCT_SHARE, MOST_PRODUCT_SHARE = 4096, 8192
+"""Columns of W in one sum of W @ A.T, by default and at most: where W lies along A these sums lose as many digits, of
+which half a share of up to 0.5 shows in the norm."""
+
+MOST_SHARES = 64
+"""Shares of a product at most: each takes as much memory as its result."""
+
+MAX_ELEMENTS = 32
+"""Elements of each of the assembly's four tiles that a thread may hold."""
+
+SUM_BLOCK = 512
+"""Elements of G a program of the kernel that adds its shares writes; the template says the same."""
+
+
+def equal_shares(extent: int, longest: int) -> int:
+    """The fewest equal shares of ``extent`` that are no longer than ``longest``."""
+    return next(count for count in range(ceil_div(extent, longest), extent + 1) if extent % count == 0)
+
+
+class WeightNormLibrary(Variant):
+    """W @ A.T, G = A @ A.T and B @ G by the library with fp32 results, then one kernel that dots their rows with B's.
+
+    ``split_k`` shares the sums of W @ A.T, ``gram_split`` those of G; the library takes equal shares, so both divide
+    d_in. 16-bit adapters meet G as a high and a low part, in a unit that keeps fp16 from overflowing; fp32 ones meet G
+    in fp32. fp32 adapters beside a 16-bit W are rounded (autocast) or, in W @ A.T, split in two.
+    """
+
+    op = "weight_norm"
+    name = "library"
+    library = True
+    counts = frozenset({"split_k", "gram_split"})
+
+    def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
+        reason = library_unavailable(gpu)
+        if reason is None and equal_shares(spec.d_in, GRAM_SHARE) > MOST_SHARES:
+            return f"d_in={spec.d_in} has no equal shares of {GRAM_SHARE} columns at most, as sums of G need"
+        return reason
+
+    def default_order(self, spec: KernelSpec) -> int:
+        return 3
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        splits = {equal_shares(spec.d_in, longest) for longest in (MOST_PRODUCT_SHARE, PRODUCT_SHARE, 2048, 1024)}
+        gram_splits = {equal_shares(spec.d_in, longest) for longest in (2 * GRAM_SHARE, GRAM_SHARE, GRAM_SHARE // 2)}
+        return {
+            "block_m": up_to((1, 2, 4, 8, 16, 32), spec.d_out),
+            "block_n": up_to((32, 64, 128, 256, 512), spec.rank),
+            "split_k": tuple(sorted(count for count in splits if count <= MOST_SHARES)),
+            "gram_split": tuple(sorted(count for count in gram_splits if count <= MOST_SHARES)),
+            "num_warps": (1, 2, 4, 8),
+            "num_stages": (2,),
+        }
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        return tuple(
+            Config.create(
+                self.name,
+                block_m=fit(block_m, spec.d_out, smallest=1),
+                block_n=fit(block_n, spec.rank, smallest=32),
+                split_k=equal_shares(spec.d_in, PRODUCT_SHARE),
+                gram_split=equal_shares(spec.d_in, GRAM_SHARE),
+                num_warps=warps,
+                num_stages=2,
+            )
+            for block_m, block_n, warps in ((8, 128, 4), (4, 128, 2), (16, 64, 4))
+        )
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        for name in ("split_k", "gram_split"):
+            if spec.d_in % config[name]:
+                return f"{name}={config[name]} does not divide d_in={spec.d_in}: the library takes equal shares"
+            if config[name] > MOST_SHARES:
+                return f"{name}={config[name]}: more than {MOST_SHARES} shares of a product"
+        if spec.d_in // config["split_k"] > MOST_PRODUCT_SHARE:
+            return f"split_k={config['split_k']} leaves sums over more than {MOST_PRODUCT_SHARE} columns of W"
+        if spec.d_in // config["gram_split"] > 2 * GRAM_SHARE:
+            return f"gram_split={config['gram_split']} leaves sums over more than {2 * GRAM_SHARE} columns of A"
+        each = config["block_m"] * config["block_n"] // (config.num_warps * 32)
+        if each > MAX_ELEMENTS:
+            return f"{each} elements a thread ({config['block_m']}x{config['block_n']} on {config.num_warps} warps)"
+        return None
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        gram = spec.rank * spec.rank * 4
+        shares = config["gram_split"] * gram
+        weight = spec.d_out * spec.d_in * dtype_bytes(spec.weight) * spec.save
+        products = spec.d_out * spec.rank * 4 * (self._adapter_parts(spec) * config["split_k"] + self._gram_parts(spec))
+        factors = spec.d_out * spec.rank * dtype_bytes(spec.adapter) + 2 * spec.d_out * 4
+        cast: tuple[Work, ...] = ()
+        if spec.adapter != spec.weight:
+            cast = adapter_parts_work(spec, spec.rank * (spec.d_in + (spec.d_out if spec.autocast else 0)))
+        return (
+            *cast,
+            Work(
+                "gram_kernel",
+                programs=ceil_div(spec.rank * spec.rank, SUM_BLOCK),
+                dram_bytes=0,
+                l2_bytes=shares + gram,
+                steps=config["gram_split"],
+            ),
+            Work(
+                "assemble_kernel",
+                programs=ceil_div(spec.d_out, config["block_m"]),
+                dram_bytes=weight + factors,
+                l2_bytes=weight + factors + products,
+                steps=ceil_div(spec.rank, config["block_n"]) * config["split_k"]
+                + (ceil_div(spec.d_in, 512) if spec.save else 0),
+            ),
+        )
+
+    def library_calls(self, spec: KernelSpec, config: Config) -> tuple[LibraryCall, ...]:
+        adapter = spec.weight if spec.autocast else spec.adapter
+        columns = spec.rank * self._adapter_parts(spec)
+        split_k = config["split_k"]
+        return (
+            library_product(spec.rank, spec.rank, spec.d_in, adapter, config["gram_split"]),
+            *(
+                (library_product(spec.d_out, columns, spec.d_in, spec.weight, split_k),)
+                if split_k > 1
+                else library_products(spec.d_out, columns, spec.d_in, spec.weight)
+            ),
+            *library_products(spec.d_out, spec.rank * self._gram_parts(spec), spec.rank, adapter),
+        )
+
+    @staticmethod
+    def _adapter_parts(spec: KernelSpec) -> int:
+        """The parts in which A meets W."""
+        return 1 if spec.adapter == spec.weight else adapter_parts(spec)
+
+    @staticmethod
+    def _gram_parts(spec: KernelSpec) -> int:
+        """The parts in which G is multiplied."""
+        return 1 if spec.adapter == "fp32" and not spec.autocast else 2
