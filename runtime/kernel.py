@@ -10,7 +10,7 @@ import torch
 from ..codegen.ops import ALIGNMENT
 from ..codegen.spec import Config, KernelSpec
 from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_outputs
-from .launch import bind, uses_descriptors
+from .launch import bind, only_starts_kernels, uses_descriptors
 from .program import Bound
 from .reference import reference
 
@@ -187,7 +187,7 @@ class Kernel:
             module = bind(self._source, known, self._binaries.kernels if self._binaries else None)
         launch: Callable[..., None] = module.launch
         self._launchers[alignments] = launch
-        if known == contiguous_alignments(self.spec):
+        if known == contiguous_alignments(self.spec) and only_starts_kernels(self._source):
             self._contiguous = Bound(module, self.device)
         return launch
 

@@ -92,6 +92,13 @@ def uses_descriptors(source: Source) -> bool:
     return find_variant(source.spec.op, source.config.variant).descriptors
 
 
+def only_starts_kernels(source: Source) -> bool:
+    """Whether the emitted ``launch`` calls no library beside starting its kernels."""
+    from ..codegen.variants import find_variant
+
+    return not find_variant(source.spec.op, source.config.variant).library
+
+
 def bind(
     source: Source, alignments: Mapping[str, int] | None = None, binaries: Mapping[str, Binary] | None = None
 ) -> ModuleType:
