@@ -187,6 +187,7 @@ def sum_row_dots(
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     b = ring.index(stage).slice(0, 2 * BLOCK_N)._reinterpret(b_tile_desc.dtype, [BLOCK_M, BLOCK_N], b_tile_desc.layout).load(TILE)
+    fence_async_shared()  # read before it is loaded over
     mbarrier.arrive(empty.index(stage), count=1)
     dots = gl.sum(acc_0 * b.to(gl.float32), axis=1)
     step += 1
@@ -228,11 +229,15 @@ def sum_squares(squares_ptr, ring, full, empty, squared, first_m, group, share):
     for step in range(0, K_STEPS):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        # Only now: loads of the step before may still be on their way when the instructions after them start.
+        fence_async_shared()
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
         upper = ring.index(stage).slice(0, HALF).load(ROWS).to(gl.float32)
         upper_squares += gl.sum(upper * upper, axis=1)
         lower = ring.index(stage).slice(HALF, HALF).load(ROWS).to(gl.float32)
         lower_squares += gl.sum(lower * lower, axis=1)
-        mbarrier.arrive(empty.index(stage), count=1)
+    fence_async_shared()
+    mbarrier.arrive(empty.index((K_STEPS - 1) % STAGES), count=1)
     rows = first_m + gl.arange(0, HALF, gl.SliceLayout(1, ROWS))
     gl.store(squares_ptr + share * D_OUT + rows, upper_squares, mask=(rows < D_OUT))
     rows += HALF
