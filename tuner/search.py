@@ -277,14 +277,16 @@ class _Run:
         name = study_name(space, self._environment, self.evaluator.provenance)
         study = KernelStudy(space, self.storage, name, seeds=seeds, floor_us=floor, url=self.url)
         elsewhere = (self._neighbour(spec), self.known(spec) if self.known else None)
+        before = self.store.get(spec)  # of a template that has changed since, or of less effort: a good place to begin
         first = itertools.chain(
+            () if before is None else (before.config,),
             seeds,
             (config for config in elsewhere if config is not None),
             _lazily(lambda: shortlist(space, self.effort.shortlist)),
         )
         search = _Search(study, floor, first, best_guess, [])
         self._show(search)
-        self._fill(search, max(self.effort.batch, len(seeds) + len(elsewhere)))
+        self._fill(search, max(self.effort.batch, 1 + len(seeds) + len(elsewhere)))
         return search
 
     def _neighbour(self, spec: KernelSpec) -> Config | None:

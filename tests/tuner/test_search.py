@@ -125,6 +125,20 @@ def test_what_is_known_from_elsewhere_is_tried_right_after_the_seeds(tune: Tune)
     assert result.rows[0].entry.config == FORWARD
 
 
+def test_the_winner_of_a_template_that_has_changed_is_tried_first(
+    tune: Tune, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(ONE, FakeEvaluator(steps_from(FORWARD)), known=lambda spec: FORWARD)
+    entry = store.get(ONE[0])
+    assert entry is not None
+    assert entry.config == FORWARD
+    store.put(replace(entry, template_digest="0" * 64))
+    monkeypatch.setattr("doratune.tuner.space.template_digest", lambda op, variant: "changed")
+    again = FakeEvaluator(steps_from(FORWARD))
+    tune(ONE, again, trials=1)
+    assert [config for _, config in again.evaluated] == [FORWARD], "one trial is enough to have it back"
+
+
 def test_what_is_known_from_elsewhere_does_not_hinder_where_it_does_not_fit(tune: Tune) -> None:
     alien = Config.create("tile", block_t=4096, block_n=4096, num_warps=1, num_stages=2)
     evaluator = FakeEvaluator(steps_from(FORWARD))
