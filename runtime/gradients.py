@@ -228,14 +228,17 @@ class _Dora(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not torch.is_grad_enabled():
             with without_autocast(dy.device):
-                return _backward(ctx, dy)
+                return _backward(ctx, dy, release=not torch.compiler.is_compiling())
         with torch.no_grad(), without_autocast(dy.device):
-            grads = _backward(ctx, dy)
+            grads = _backward(ctx, dy, release=False)
         return once_only(ctx.form.function, grads, (dy, *ctx.saved_tensors))
 
 
-def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of :class:`_Dora`; ``release`` lets go of saved tensors on the way, unless the graph is retained."""
     x, weight, a, b, g, norm, h, kept = ctx.saved_tensors
+    if release:
+        ctx.maybe_clear_saved_tensors()
     need_x, need_base, _, need_a, need_b, need_m, need_bias, *_ = ctx.needs_input_grad
     form: Form = ctx.form
     rows = _rows(dy)
@@ -254,6 +257,7 @@ def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
                 dbase, dg, _ = operations.compose_backward(rows, inner, g)
             else:
                 dbase, dg = operations.compose_backward_from_output(rows, kept, g, samples, weight, h, b, form.scaling)
+        kept = None  # y's memory is there for what comes now
         dmagnitude = _as(dg / safe_norm(norm), ctx.magnitude_dtype)
     else:
         dbase = _as(rows * gain, rows.dtype)

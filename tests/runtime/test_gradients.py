@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import doratune
+from doratune.runtime import gradients as gradients_module
 from doratune.runtime.arguments import ArgumentError
 from doratune.runtime.compose import dora_compose
 from doratune.runtime.differentiation import DifferentiationError
@@ -141,6 +143,30 @@ def test_only_what_a_gradient_asks_for_is_kept_for_the_backward_pass() -> None:
     assert kept("x", "lora_A", "lora_B", "magnitude", keep_inner=True) == tokens * (d_out + rank) + 2 * d_out
     assert kept("x", "lora_A", "lora_B") == tokens * rank + d_out
     assert kept("x", "lora_A") == kept("x") == d_out
+
+
+def test_the_output_is_let_go_before_the_products_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, gone = make_layer(dtype=torch.float32), list[bool]()
+    product = gradients_module._product
+
+    def spy(*args: object) -> torch.Tensor:
+        gone.append(memory.expired())
+        return product(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gradients_module, "_product", spy)
+    for retained in (True, False):
+        y = dora_linear(*layer.args)
+        memory = StorageWeakRef(y.untyped_storage())
+        loss = (y * layer.dy).sum()
+        del y
+        if retained:
+            loss.backward(retain_graph=True)
+            assert not any(gone), "it is needed again"
+            gone.clear()
+        loss.backward()
+        assert gone, "the products were made"
+        assert all(gone)
+        gone.clear()
 
 
 def test_nothing_is_kept_and_no_graph_made_without_gradients() -> None:
