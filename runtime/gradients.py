@@ -235,7 +235,7 @@ class _Dora(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of :class:`_Dora`; ``release`` lets go of saved tensors on the way, unless the graph is retained."""
+    """The gradients of :class:`_Dora`; ``release`` lets go of saved tensors early, unless the graph is retained."""
     x, weight, a, b, g, norm, h, kept = ctx.saved_tensors
     if release:
         ctx.maybe_clear_saved_tensors()
