@@ -67,6 +67,8 @@ class Gpus:
 
     starts: list[Start] = field(default_factory=list)
     maps: list[Map] = field(default_factory=list)
+    meanwhile: Callable[[], object] | None = None
+    """What another thread does while the next tensor map is made."""
 
     def launch(self, *call: Any) -> None:
         *grid, stream, function, cooperative, pdl, packed, _, _, _, scratch, profile, _, types, arguments = call
@@ -76,6 +78,10 @@ class Gpus:
     def fill(self, address: int, *rest: Any) -> Map:
         made = Map(address, tuple(tuple(r) if isinstance(r, list | tuple) else r for r in rest))
         self.maps.append(made)
+        if self.meanwhile is not None:
+            thread, self.meanwhile = threading.Thread(target=self.meanwhile), None
+            thread.start()
+            thread.join()
         return made
 
     def taken(self) -> list[Start]:
@@ -509,6 +515,14 @@ def test_a_profilers_hooks_see_every_launch(chain: str, world: World) -> None:
     assert seen() == [2, 2, 2]
     world.assert_repeats(world.operands())
     assert seen() == [2, 2, 2]
+
+
+def test_a_program_may_be_started_while_another_thread_is_starting_it(compose: World, gpus: Gpus) -> None:
+    compose.start(compose.operands())
+    mine, others = compose.operands(), compose.operands()
+    expected = resolved(compose.launch(others)) + resolved(compose.launch(mine))
+    gpus.meanwhile = lambda: compose.bound.start(others, [t.data_ptr() for t in others], 16, SCALING)
+    assert compose.start(mine) == expected
 
 
 def test_threads_share_a_program(compose: World, gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
