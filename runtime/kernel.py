@@ -166,7 +166,7 @@ class Kernel:
     def _repeat(self, tensors: Sequence[torch.Tensor], rows: int, scaling: float | None) -> bool:
         """Launch on contiguous tensors by repeating what was done before, if that can be; says whether it was."""
         bound = self._contiguous
-        if bound is None or self._index != torch.cuda.current_device():
+        if bound is None or self._index != torch._C._cuda_getDevice():  # CUDA is up: something is bound
             return False
         addresses = [tensor.data_ptr() for tensor in tensors]
         if functools.reduce(operator.or_, addresses) % ALIGNMENT:

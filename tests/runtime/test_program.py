@@ -576,6 +576,7 @@ class Eager(Kernel):
         monkeypatch.setattr(kernel_module, "bind", lambda *_: SimpleNamespace(launch=launch))
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
         monkeypatch.setattr(Bound, "start", spy)
 
 
@@ -653,3 +654,25 @@ def test_tensors_that_are_not_plain_are_never_repeated_and_come_out_right(
                 assert given.stride(0) >= given.shape[1]
     for name, tensor in changed.items():
         assert torch.equal(tensor.reshape(inputs[name].shape), inputs[name]), "inputs are left alone"
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not re.search("columns|every_second|all", name)])
+def test_a_call_that_is_known_is_repeated_on_plain_tensors_only(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = KernelSpec.create("lora_compose", d_out=48, rank=8, tokens=16, dtype="fp32", adapter="fp32", gpu="cpu")
+    kernel = Eager(spec, monkeypatch, descriptors=True)
+    kernel.device = CPU  # where the tensors are; the device that is asked for stays the kernel's
+    tokens, changes = LAYOUTS[layout]
+    inputs, scaling = make_inputs(spec, tokens)
+    expected = reference(spec, inputs, scaling)["y"]
+    changed = {name: changes[name](tensor) if name in changes else tensor for name, tensor in inputs.items()}
+    for out in (True, False)[: 1 if "y" in changes else 2]:
+        for tensors, change, plain in ((inputs, {}, True), (changed, changes, False)):
+            for count in range(3):
+                (y,) = make_outputs(spec, tokens).values()
+                y = change["y"](y) if "y" in change else y.reshape(tensors["base"].shape)
+                before = kernel.repeated
+                found = kernel(*tensors.values(), scaling=scaling, out=y if out else None)
+                assert isinstance(found, torch.Tensor)
+                assert torch.equal(found.reshape(expected.shape), expected)
+                assert found is y or not out
+                assert kernel.repeated - before == (plain and (count > 0 or not out))
