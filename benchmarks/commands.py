@@ -19,13 +19,17 @@ _PATH = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 
 
+_peer_option = click.option(
+    "--peer-path", type=_PATH, metavar="DIR", help="A checkout of sockeye44/dorafactors to run too."
+)
+
+
 def _results_options(rounds: int) -> Callable[[F], F]:
     """The options that every benchmark has; ``rounds`` is the default number of timing rounds."""
     options = (
         _json_option,
         click.option("--targets", is_flag=True, help="Print how the results stand against the targets."),
         click.option("--commit", help="The commit measured; asked of git by default."),
-        click.option("--peer-path", type=_PATH, metavar="DIR", help="A checkout of sockeye44/dorafactors to run too."),
         click.option("--rounds", type=click.IntRange(min=2), default=rounds, show_default=True, help="Timing rounds."),
         click.option("--output", type=_PATH, metavar="FILE", help="Write the results here as JSON."),
     )
@@ -107,6 +111,7 @@ def bench() -> None:
 @bench.command()
 @click.option("--op", "ops", multiple=True, metavar="OP", help="Only this operation; repeatable.")
 @click.option("--peer", "peers", multiple=True, metavar="NAME", help="Only this peer beside doratune; repeatable.")
+@_peer_option
 @_results_options(rounds=30)
 def kernels(ops: tuple[str, ...], peers: tuple[str, ...], rounds: int, peer_path: Path | None, **results: Any) -> None:
     """The kernels on a GPU: against PEFT, torch.compile, dense B@A, cuBLAS, dorafactors and the floor."""
@@ -144,6 +149,7 @@ def _adapter_options(command: F) -> F:
     help="Rows of x; repeatable.",
 )
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="Also under torch.compile.")
+@_peer_option
 @_results_options(rounds=20)
 def layer(
     peer_path: Path | None, output: Path | None, commit: str | None, targets: bool, as_json: bool, **request: Any
@@ -167,6 +173,7 @@ def layer(
     "--checkpointing/--no-checkpointing", default=True, show_default=True, help="Gradient checkpointing in the step."
 )
 @click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="Also under torch.compile.")
+@_peer_option
 @_results_options(rounds=5)
 def model(
     peer_path: Path | None, output: Path | None, commit: str | None, targets: bool, as_json: bool, **request: Any
@@ -177,6 +184,15 @@ def model(
     dorafactors, versions = _peer(peer_path)
     outcome = bench_model(dorafactors=dorafactors, progress=_progress, **request)
     _finish(outcome, versions, output=output, commit=commit, targets=targets, as_json=as_json)
+
+
+@bench.command()
+@_results_options(rounds=30)
+def host(rounds: int, **results: Any) -> None:
+    """What a call costs the host: a load_kernel hit and a launch, beside Triton's own ways to launch."""
+    from .host import bench_host
+
+    _finish(bench_host(rounds=rounds, progress=_progress), {}, **results)
 
 
 @bench.command("targets")

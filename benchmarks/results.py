@@ -152,20 +152,25 @@ def results_table(rows: Iterable[Row]) -> Table:
     for row in rows:
         cases.setdefault(case_of(row), []).append(row)
     for group in cases.values():
-        ours = next((row for row in group if row["impl"] == OURS and row["us"]), None)
-        peers = [row for row in group if row is not ours and row["us"]]
+        ours = next((row for row in group if row["impl"] == OURS and _us(row)), None)
+        peers = [row for row in group if row is not ours and _us(row)]
         times = [
-            f"{peer['impl']} {peer['us'] / ours['us']:.2f}" if ours else f"{peer['impl']} {_time(peer['us'])}"
+            f"{peer['impl']} {_us(peer) / _us(ours):.2f}" if ours else f"{peer['impl']} {_time(_us(peer))}"
             for peer in peers
         ]
         table.add_row(
             case_name(group[0]),
-            _time(ours["us"]) if ours else "",
+            _time(_us(ours)) if ours else "",
             _time(group[0].get("floor_us")),
             ", ".join(times),
             " / ".join([_megabytes(ours), ", ".join(map(_megabytes, peers))]),
         )
     return table
+
+
+def _us(row: Row) -> float:
+    """The time that a row is about: the host's in a benchmark that takes no other; 0 where there is none."""
+    return row["us"] or (row.get("cpu_us") if row["bench"] == "host" else None) or 0.0
 
 
 def _time(us: float | None) -> str:

@@ -94,6 +94,24 @@ def speedup(peer: str) -> tuple[str, Measure]:
     return f"{peer} / time", measure
 
 
+def host_times(peer: str) -> tuple[str, Measure]:
+    """doratune's time on the host as a multiple of a peer's."""
+
+    def measure(row: Row, group: Mapping[str, Row]) -> float | None:
+        return row["cpu_us"] / group[peer]["cpu_us"] if peer in group else None
+
+    return f"host time / {peer}", measure
+
+
+def host_above(peer: str) -> tuple[str, Measure]:
+    """The microseconds of the host that doratune takes more than a peer."""
+
+    def measure(row: Row, group: Mapping[str, Row]) -> float | None:
+        return row["cpu_us"] - group[peer]["cpu_us"] if peer in group else None
+
+    return f"host µs above {peer}", measure
+
+
 def memory_times(peer: str) -> tuple[str, Measure]:
     """doratune's peak memory as a multiple of a peer's."""
 
@@ -169,6 +187,10 @@ def _model(
     return Target(_RUNTIME, what, "model", op, where, *measure, bound, **more)
 
 
+def _host(op: str, measure: tuple[str, Measure], bound: float) -> Target:
+    return Target(_RUNTIME, "load_kernel hit and launch", "host", op, lambda row: True, *measure, bound)
+
+
 def _kernel(
     op: str, what: str, where: Callable[[Row], bool], measure: tuple[str, Measure], bound: Any, **more: Any
 ) -> Target:
@@ -211,6 +233,8 @@ TARGETS: tuple[Target, ...] = (
     _model("32 layers, without merging", _llama(32), times("peft_lora"), 0.85, op="inference"),
     _model("32 layers", lambda row: _whole(row["adapter"])(row), memory_times("peft_lora"), 1.02),
     _model("4 layers, compiled", _uncheckpointed, times("peft_lora_compiled"), 1.02, impl="doratune_compiled"),
+    *(_host(op, host_above("prebound"), 1.0) for op in ("lora_compose", "weight_norm")),
+    *(_host(op, host_times("jit"), 1.0) for op in ("lora_compose", "weight_norm")),
 )
 """Every target that a benchmark can judge, in the order of the lists that they come from."""
 

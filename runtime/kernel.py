@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -57,6 +59,8 @@ class Kernel:
         self._contiguous: Bound | None = None
         self._known: dict[tuple[object, ...], _Known] = {}
         self._descriptors = source is not None and uses_descriptors(source)
+        self._scales = spec.contract.scaling
+        self._index = device.index  # an attribute of a device is made anew each time
 
     @property
     def config(self) -> Config | None:
@@ -98,12 +102,13 @@ class Kernel:
         Raises:
             ArgumentError: a tensor is missing or has the wrong shape, dtype, device or strides.
         """
-        if self.spec.contract.scaling:
-            if not isinstance(scaling, int | float) or isinstance(scaling, bool):
-                raise ArgumentError(f"{self.spec.op} needs scaling, a number (PEFT's lora_alpha / r); got {scaling!r}")
-        elif scaling is not None:
-            raise ArgumentError(f"{self.spec.op} takes no scaling")
-        signature = _signature(tensors, named, out)
+        if not self._scales:
+            if scaling is not None:
+                raise ArgumentError(f"{self.spec.op} takes no scaling")
+        elif type(scaling) is not float and (not isinstance(scaling, int | float) or isinstance(scaling, bool)):
+            raise ArgumentError(f"{self.spec.op} needs scaling, a number (PEFT's lora_alpha / r); got {scaling!r}")
+        inputs = (*tensors, *named.values()) if named else tensors
+        signature = _signature(len(tensors), named, inputs, out)
         known = None if signature is None else self._known.get(signature)
         if known is None:
             bound = bind_inputs(self.spec, tensors, named, self.device)
@@ -112,14 +117,16 @@ class Kernel:
             if signature is not None and [*bound][len(tensors) :] == [*named] and len(self._known) < _MOST_KNOWN:
                 self._known[signature] = _remember(inputs, outputs, given=out is not None)
         else:  # such tensors have been checked before, in this order
-            inputs = (*tensors, *named.values()) if named else tensors
-            rest = [
-                torch.empty_like(inputs[like])
-                if isinstance(like, int)
-                else torch.empty(like[0], dtype=like[1], device=self.device)
-                for like in known.outputs
-            ]
-            outputs = tuple(rest) if out is None else (out, *rest)
+            outputs = () if out is None else (out,)
+            if known.outputs:
+                outputs += tuple(
+                    torch.empty_like(inputs[like])
+                    if isinstance(like, int)
+                    else torch.empty(like[0], dtype=like[1], device=self.device)
+                    for like in known.outputs
+                )
+            if known.rows and self._repeat((*inputs, *outputs), known.rows, scaling):
+                return outputs[0] if len(outputs) == 1 else outputs
         if self._source is None:
             operands = self.spec.contract.inputs_of(self.spec)
             by_name = {operand.name: tensor for operand, tensor in zip(operands, inputs, strict=True)}
@@ -139,10 +146,12 @@ class Kernel:
         Token operands may have leading dimensions. Nothing is allocated but the variant's own workspace, and a copy of
         each matrix that the kernel cannot address (:func:`~doratune.runtime.arguments.as_rows`).
         """
-        if self._launch_plain(inputs, outputs, scaling):
+        given = (*inputs, *outputs)
+        rows = _rows_of(given)
+        if rows and self._repeat(given, rows, scaling):
             return
         scalars = () if scaling is None else (float(scaling),)
-        tensors = [as_rows(tensor, descriptor=self._descriptors) for tensor in (*inputs, *outputs)]
+        tensors = [as_rows(tensor, descriptor=self._descriptors) for tensor in given]
         alignments = tuple(map(alignment_of, tensors))
         launcher = self._launchers.get(alignments) or self._bind(alignments)
         if self.device.index == torch.cuda.current_device():
@@ -154,26 +163,17 @@ class Kernel:
             if written.data_ptr() != output.data_ptr():
                 output.copy_(written.view(output.shape))
 
-    def _launch_plain(
-        self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], scaling: float | None
-    ) -> bool:
-        """Launch on tensors of plain layout, if that is all there is to do; says whether it was."""
+    def _repeat(self, tensors: Sequence[torch.Tensor], rows: int, scaling: float | None) -> bool:
+        """Launch on contiguous tensors by repeating what was done before, if that can be; says whether it was."""
         bound = self._contiguous
-        if bound is None or self.device.index != torch.cuda.current_device():
+        if bound is None or self._index != torch._C._cuda_getDevice():  # CUDA is up: something is bound
             return False
-        tensors = (*inputs, *outputs)
-        addresses = []
-        together = 0
-        for tensor in tensors:
-            if not tensor.is_contiguous() or tensor.ndim > 2:
-                return False
-            address = tensor.data_ptr()
-            addresses.append(address)
-            together |= address
-        first = inputs[0]
-        if together % ALIGNMENT or (first.shape[0] == 1 and first.stride(0) != first.shape[1]):
-            return False  # a single row may count as contiguous with a row stride that no descriptor takes
-        bound.start(tensors, addresses, scaling)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if functools.reduce(operator.or_, addresses) % ALIGNMENT:
+            return False
+        if rows == 1 and any(tensor.ndim == 2 and tensor.stride(0) != tensor.shape[1] for tensor in tensors):
+            return False  # a single row counts as contiguous with a row stride that no descriptor takes
+        bound.start(tensors, addresses, rows, scaling)
         return True
 
     def _bind(self, alignments: tuple[int, ...]) -> Callable[..., None]:
@@ -195,10 +195,12 @@ class Kernel:
 class _Known(NamedTuple):
     """What a kernel remembers of arguments that it has checked.
 
-    ``outputs`` says of each output to allocate which input has its shape and dtype, or these themselves.
+    ``outputs`` says of each output to allocate which input has its shape and dtype, or these themselves; ``rows`` is
+    what :func:`_rows_of` says of inputs and outputs.
     """
 
     outputs: tuple[int | tuple[torch.Size, torch.dtype], ...]
+    rows: int
 
 
 def _remember(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *, given: bool) -> _Known:
@@ -209,17 +211,29 @@ def _remember(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *
         )
         for o in outputs[1 if given else 0 :]
     ]
-    return _Known(tuple(made))
+    return _Known(tuple(made), _rows_of((*inputs, *outputs)))
+
+
+def _rows_of(tensors: Sequence[torch.Tensor]) -> int:
+    """The rows of the first tensor where all are contiguous vectors and matrices; 0 where they are not."""
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.ndim > 2:
+            return 0
+    return tensors[0].shape[0]
 
 
 def _signature(
-    tensors: Sequence[object], named: Mapping[str, object], out: torch.Tensor | None
+    positional: int, named: Iterable[str], inputs: Sequence[torch.Tensor], out: torch.Tensor | None
 ) -> tuple[object, ...] | None:
-    """All that the check of arguments looks at; None if some argument is not a tensor."""
-    parts: list[object] = [len(tensors), out is None, *named]
-    for tensor in (*tensors, *named.values()) if out is None else (*tensors, *named.values(), out):
-        if not isinstance(tensor, torch.Tensor):
-            return None
-        strides = None if tensor.is_contiguous() and tensor.ndim < 2 else tensor.stride()
-        parts += (tensor.shape, tensor.dtype, tensor.device, strides)
+    """All that the check of arguments looks at; None if some argument is not a tensor.
+
+    Contiguous tensors need no strides in it: all that are contiguous, and of one shape, pass or fail alike.
+    """
+    parts: list[object] = [positional, out is None, *named]
+    try:
+        for tensor in inputs if out is None else (*inputs, out):
+            strides = tensor.is_contiguous() or tensor.stride()
+            parts += (type(tensor), tensor.shape, tensor.dtype, tensor.device, strides)
+    except (AttributeError, TypeError):
+        return None
     return tuple(parts)

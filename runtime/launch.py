@@ -55,6 +55,7 @@ class Launcher:
         run, function, metadata = self._binary or self._load()
         run(grid[0], grid[1], grid[2], self._stream(self._device), function, metadata, None, None, None, *args)
 
+    @functools.cached_property
     def flat(self) -> FlatBinary:
         """The binary with a launcher that takes tensor maps for descriptors.
 

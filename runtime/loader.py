@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,8 +120,13 @@ def _settle(device: torch.device | str | int | None) -> torch.device:
     if isinstance(device, torch.device) and device.index is not None:
         return device
     if device is None and torch.cuda.is_initialized():
-        return torch.device("cuda", torch.cuda.current_device())
+        return _cuda_device(torch._C._cuda_getDevice())
     return find_device(device)
+
+
+@functools.cache
+def _cuda_device(index: int) -> torch.device:
+    return torch.device("cuda", index)
 
 
 def explain(spec: KernelSpec | str, store: str | None = None) -> str:

@@ -142,9 +142,14 @@ class Bound:
         self._hooks = knobs.runtime
         self._programs: dict[tuple[int, float | None], Program | None] = {}
 
-    def start(self, tensors: Sequence[torch.Tensor], addresses: Sequence[int], scaling: float | None) -> None:
-        """Run on the operands, on the current stream of the device, which is the current one."""
-        shape = (tensors[0].shape[0], scaling)  # all that a spec leaves open
+    def start(
+        self, tensors: Sequence[torch.Tensor], addresses: Sequence[int], rows: int, scaling: float | None
+    ) -> None:
+        """Run on the operands, on the current stream of the device, which is the current one.
+
+        ``addresses`` are the tensors' own; ``rows`` are the first one's, which are the tokens where there are any.
+        """
+        shape = (rows, scaling)  # all that a spec leaves open
         program = self._programs.get(shape)
         watched = self._hooks.launch_enter_hook.calls or self._hooks.launch_exit_hook.calls
         if program is not None and not watched:
@@ -164,7 +169,8 @@ def record(module: ModuleType, tensors: Sequence[torch.Tensor], scalars: tuple[f
     """
     starts: list[_Start] = []
     recorders = {name: _Recorder(held, starts) for name, held in vars(module).items() if isinstance(held, Launcher)}
-    launch = FunctionType(module.launch.__code__, {**vars(module), **recorders}, closure=module.launch.__closure__)
+    emitted = module.launch
+    launch = FunctionType(emitted.__code__, {**emitted.__globals__, **recorders}, closure=emitted.__closure__)
     # Each operand is an object of its own, also where two are one memory: y may be base this time and not the next.
     operands = [tensor.detach() for tensor in tensors]
     with torch.no_grad(), _Watch() as watch:
@@ -208,7 +214,7 @@ class _Places:
 
 
 def _step(start: _Start, places: _Places) -> _Step:
-    binary = start.launcher.flat()
+    binary = start.launcher.flat
     arguments: list[Any] = [*start.grid, None, binary.function, binary.metadata, None, None, None]
     operands: list[tuple[int, int]] = []
     workspaces: list[tuple[int, int]] = []

@@ -170,9 +170,10 @@ RUNS = {
     ("cache", "ls"): ["cache", "ls"],
     ("cache", "show"): ["cache", "show", SPEC],
     ("cache", "prune"): ["cache", "prune"],
-    ("bench", "kernels"): None,  # these three measure: see tests/benchmarks and tests/gpu
+    ("bench", "kernels"): None,  # these four measure: see tests/benchmarks and tests/gpu
     ("bench", "layer"): None,
     ("bench", "model"): None,
+    ("bench", "host"): None,
     ("bench", "targets"): ["bench", "targets", str(RESULTS)],
 }
 

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 import doratune
+from doratune.benchmarks.host import compiled_module, host_cases, prebound
 from doratune.benchmarks.kernels import SCALING, Case, run_case
 from doratune.benchmarks.peers import peers_of
 from doratune.benchmarks.results import OURS, Outcome
@@ -18,6 +19,9 @@ from doratune.cli import main
 from doratune.codegen.ops import OPS
 from doratune.codegen.spec import KernelSpec
 from doratune.runtime.device import find_device, gpu_of
+from doratune.runtime.kernel import Kernel
+from doratune.runtime.loader import resolve
+from doratune.tuner.inputs import make_inputs, make_outputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,3 +68,24 @@ def test_layers_and_models_have_times_and_peaks(command: str, tmp_path: Path) ->
         assert row["peak_mb"] > 0.0
         if row["impl"] == "doratune" and row["op"] == "inference":
             assert row["rel_err"] < 0.05
+
+
+def test_the_host_is_timed_in_every_way_to_launch() -> None:
+    result = CliRunner().invoke(main, ["bench", "host", "--rounds", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "left out" not in result.stderr
+    ways = [OURS, "hit", "launch", "prebound", "jit"]
+    found = [(row["op"], row["impl"]) for row in json.loads(result.stdout)["rows"]]
+    composed = [("lora_compose", way) for way in [*ways, "torch"]]
+    assert found == composed * 2 + [("weight_norm", way) for way in ways]
+
+
+def test_prebound_kernels_give_the_bits_that_the_kernel_gives() -> None:
+    device = find_device("cuda")
+    for spec in host_cases(gpu_of(device).slug):
+        inputs = tuple(make_inputs(spec, spec.tokens or 1, device=device)[0].values())
+        found, expected = (tuple(make_outputs(spec, spec.tokens or 1, device).values()) for _ in range(2))
+        source = resolve(spec)[1]
+        Kernel(spec, device, source=source).launch(inputs, expected, 0.75)
+        prebound(compiled_module(source), (*inputs, *found, 0.75))()
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -72,6 +72,8 @@ def test_named_tensors_in_another_order_are_told_apart(checks: list[str]) -> Non
         lambda t: {**t, "base": t["base"].to("meta")},
         lambda t: {**t, "lora_B": t["lora_B"].tolist()},
         lambda t: {**t, "g": t["g"].numpy()},
+        lambda t: {**t, "g": torch.Tensor},
+        lambda t: {**t, "g": t["g"].repeat(2)[::2]},
         lambda t: {name: value for name, value in t.items() if name != "g"},
         lambda t: {**t, "bias": t["g"]},
     ],
@@ -125,21 +127,40 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Bound:
     monkeypatch.setattr(kernel_module, "bind", bind)
     monkeypatch.setattr(torch.cuda, "device", Here)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     return kernel
 
 
-def test_contiguous_tensors_reach_the_launcher_as_they_are(bound: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contiguous_tensors_reach_the_launcher_as_they_are_once_and_its_kernels_from_then_on(
+    bound: Bound, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs, scaling = make_inputs(SPEC, 16)
     outputs = make_outputs(SPEC, 16)
     tensors = (*inputs.values(), *outputs.values())
     bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
     assert bound.bound == [tuple(contiguous_alignments(SPEC).values())]
     monkeypatch.setattr(kernel_module, "as_rows", None)  # from now on nobody looks at a tensor for long
-    bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
+    for _ in range(3):
+        bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
     assert len(bound.bound) == 1
-    for launched in bound.launched:
-        assert launched[-1] == scaling
-        assert all(one is other for one, other in zip(launched, tensors, strict=False))
+    launched, recorded = bound.launched  # what was recorded is repeated without running it
+    assert all(one is other for one, other in zip(launched, tensors, strict=False))
+    assert [tensor.data_ptr() for tensor in recorded[:-1]] == [tensor.data_ptr() for tensor in tensors]
+    assert launched[-1] == recorded[-1] == scaling
+
+
+def test_what_was_recorded_is_repeated_on_its_own_device_only(bound: Bound, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, scaling = make_inputs(SPEC, 16)
+    outputs = make_outputs(SPEC, 16)
+    for _ in range(3):
+        bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
+    assert len(bound.launched) == 2
+    for module, name in ((torch.cuda, "current_device"), (torch._C, "_cuda_getDevice")):
+        monkeypatch.setattr(module, name, lambda: 1)
+    for _ in range(2):  # on the kernel's device, which is made the current one
+        bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
+    assert len(bound.launched) == 4
 
 
 def test_other_layouts_get_a_binary_of_their_own(bound: Bound) -> None:
