@@ -59,6 +59,7 @@ class Kernel:
         self._contiguous: Bound | None = None
         self._known: dict[tuple[object, ...], _Known] = {}
         self._descriptors = source is not None and uses_descriptors(source)
+        self._repeats = source is not None and only_starts_kernels(source)
         self._scales = spec.contract.scaling
         self._index = device.index  # an attribute of a device is made anew each time
 
@@ -187,7 +188,7 @@ class Kernel:
             module = bind(self._source, known, self._binaries.kernels if self._binaries else None)
         launch: Callable[..., None] = module.launch
         self._launchers[alignments] = launch
-        if known == contiguous_alignments(self.spec) and only_starts_kernels(self._source):
+        if self._repeats and known == contiguous_alignments(self.spec):
             self._contiguous = Bound(module, self.device)
         return launch
 

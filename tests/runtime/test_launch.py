@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from doratune.codegen.compile import contiguous_alignments
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
+from doratune.codegen.variants import VARIANTS
 from doratune.runtime import kernel as kernel_module
 from doratune.runtime.arguments import ArgumentError
 from doratune.runtime.kernel import Kernel
@@ -104,6 +107,7 @@ class Bound(Kernel):
     def __init__(self) -> None:
         super().__init__(SPEC, torch.device("cuda", 0))
         self._source = SimpleNamespace()  # type: ignore[assignment]
+        self._repeats = True
         self.launched: list[tuple[Any, ...]] = []
         self.bound: list[tuple[int, ...]] = []
 
@@ -161,6 +165,23 @@ def test_what_was_recorded_is_repeated_on_its_own_device_only(bound: Bound, monk
     for _ in range(2):  # on the kernel's device, which is made the current one
         bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
     assert len(bound.launched) == 4
+
+
+def test_a_launch_that_calls_the_library_too_is_run_every_time(bound: Bound) -> None:
+    bound._repeats = False
+    inputs, scaling = make_inputs(SPEC, 16)
+    outputs = make_outputs(SPEC, 16)
+    for times in range(1, 4):
+        bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
+        assert len(bound.launched) == times
+    gpu = find_gpu("h200")
+    for variant in VARIANTS:
+        spec = KernelSpec.create(
+            variant.op, d_out=256, d_in=512, rank=64, tokens=64, dtype="bf16", adapter="bf16", gpu=gpu.slug
+        )
+        source = render(spec, variant.seeds(spec, gpu)[0])
+        kernel = Kernel(spec, torch.device("cuda", 0), source=source)
+        assert kernel._repeats is not variant.library
 
 
 def test_other_layouts_get_a_binary_of_their_own(bound: Bound) -> None:
