@@ -254,8 +254,12 @@ class _Run:
         entry = self.store.get(space.spec)
         if entry is None or check_config(space.spec, entry.config, self.gpu) is not None:
             return None
-        if entry.template_digest != template_digest(space.spec.op, entry.config.variant):
-            return None
+        digest = template_digest(space.spec.op, entry.config.variant)
+        if entry.template_digest != digest:
+            if render(space.spec, entry.config).digest != entry.source_digest:
+                return None
+            entry = replace(entry, template_digest=digest)  # the template has changed, but not in what it gives here
+            self.store.put(entry)
         ours, theirs = _RANKS.index(self.evaluator.provenance), _RANKS.index(entry.evaluation.provenance)
         if theirs != ours:
             return entry if theirs > ours else None

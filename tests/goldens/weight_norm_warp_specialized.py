@@ -209,21 +209,18 @@ def sum_row_dots(
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     b = ring.index(stage).slice(0, 2 * BLOCK_N)._reinterpret(b_tile_desc.dtype, [BLOCK_M, BLOCK_N], b_tile_desc.layout).load(TILE)
-    fence_async_shared()  # read before it is loaded over
     mbarrier.arrive(empty.index(stage), count=1)
     dots = gl.sum(acc_0 * b.to(gl.float32), axis=1)
     step += 1
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     b = ring.index(stage).slice(0, 2 * BLOCK_N)._reinterpret(b_tile_desc.dtype, [BLOCK_M, BLOCK_N], b_tile_desc.layout).load(TILE)
-    fence_async_shared()  # read before it is loaded over
     mbarrier.arrive(empty.index(stage), count=1)
     dots += gl.sum(acc_1 * b.to(gl.float32), axis=1)
     step += 1
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
     b = ring.index(stage).slice(0, 2 * BLOCK_N)._reinterpret(b_tile_desc.dtype, [BLOCK_M, BLOCK_N], b_tile_desc.layout).load(TILE)
-    fence_async_shared()  # read before it is loaded over
     mbarrier.arrive(empty.index(stage), count=1)
     dots += gl.sum(acc_2 * b.to(gl.float32), axis=1)
     step += 1

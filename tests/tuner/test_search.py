@@ -27,7 +27,7 @@ import pytest
 from doratune.cache.entry import MEASURED, PREDICTED, Binary
 from doratune.cache.store import Store
 from doratune.codegen.compile import CompileError
-from doratune.codegen.render import render
+from doratune.codegen.render import render, template_digest
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import check_config
 from doratune.errors import DoratuneError, UsageError
@@ -132,7 +132,7 @@ def test_the_winner_of_a_template_that_has_changed_is_tried_first(
     entry = store.get(ONE[0])
     assert entry is not None
     assert entry.config == FORWARD
-    store.put(replace(entry, template_digest="0" * 64))
+    store.put(replace(entry, template_digest="0" * 64, source_digest="0" * 64))
     monkeypatch.setattr("doratune.tuner.space.template_digest", lambda op, variant: "changed")
     again = FakeEvaluator(steps_from(FORWARD))
     tune(ONE, again, trials=1)
@@ -270,7 +270,10 @@ def test_every_level_of_effort_searches_what_the_level_before_left() -> None:
             assert low.budget(provenance).trials < high.budget(provenance).patience
 
 
-@pytest.mark.parametrize(("change", "searched"), [("template", True), ("worse", True), ("better", False)])
+@pytest.mark.parametrize(
+    ("change", "searched"),
+    [("template and text", True), ("template, not text", False), ("worse", True), ("better", False)],
+)
 def test_an_entry_is_replaced_when_its_template_changed_or_its_provenance_is_worse(
     tune: Tune, store: Store, change: str, searched: bool
 ) -> None:
@@ -278,16 +281,21 @@ def test_an_entry_is_replaced_when_its_template_changed_or_its_provenance_is_wor
     entry = store.get(ONE[0])
     assert entry is not None
     store.remove(ONE[0])
-    if change == "template":
+    if change.startswith("template"):
         entry = replace(entry, template_digest="0" * 64)
+    if change == "template and text":
+        entry = replace(entry, source_digest="0" * 64)
     if change == "worse":
         entry = replace(entry, evaluation=replace(entry.evaluation, provenance=PREDICTED))
     store.put(entry)
     evaluator = FakeEvaluator(steps_from(FORWARD))
     if change == "better":
         evaluator.provenance = PREDICTED  # type: ignore[misc]
-    result = tune(ONE, evaluator, trials=160)
+    result = tune(ONE, evaluator, trials=None if change == "template, not text" else 160)
     assert (result.rows[0].outcome != KEPT) == searched
+    kept = store.get(ONE[0])
+    assert kept is not None
+    assert kept.template_digest == template_digest("compose_forward", kept.config.variant)
 
 
 def test_a_changed_search_space_starts_a_new_study(tune: Tune, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
