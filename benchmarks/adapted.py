@@ -22,11 +22,15 @@ from .dorafactors import Dorafactors
 from .results import OURS, Row, timing
 
 COMPILED = "_compiled"
+TRACKED = f"{OURS}_tracked"
+"""doratune with the norm kept from one forward pass to the next: a choice of its user's, so only where it is named."""
+OPS = ("step", "inference")
 IMPLEMENTATIONS = (
     "peft_lora",
     "peft_dora",
     "dorafactors",
     OURS,
+    TRACKED,
     f"peft_lora{COMPILED}",
     f"peft_dora{COMPILED}",
     f"{OURS}{COMPILED}",
@@ -103,7 +107,9 @@ def chosen_implementations(names: Collection[str], dorafactors: Dorafactors | No
     return [
         name
         for name in IMPLEMENTATIONS
-        if (compiled or not name.endswith(COMPILED)) and (name != "dorafactors" or dorafactors is not None)
+        if (compiled or not name.endswith(COMPILED))
+        and (name != "dorafactors" or dorafactors is not None)
+        and name != TRACKED
     ]
 
 
@@ -188,11 +194,11 @@ def contender(name: str, adapted: nn.Module, dorafactors: Dorafactors | None) ->
     elif plain == "dorafactors":
         assert dorafactors is not None
         dorafactors.activate(model)
-    elif plain == OURS:
+    elif plain in (OURS, TRACKED):
         from .. import accelerate
 
         with contextlib.redirect_stdout(sys.stderr):  # its report; standard output is for results
-            accelerate(model)
+            accelerate(model, norm_reuse="tracked" if plain == TRACKED else "auto")
     if not name.endswith(COMPILED):
         return Contender(name, model)
     # Every implementation compiles the same functions of PEFT anew: with the usual limit the last would run eagerly.

@@ -129,6 +129,15 @@ def _adapter_options(command: F) -> F:
         click.option(
             "--impl", "implementations", multiple=True, metavar="NAME", help="Only this implementation; repeatable."
         ),
+        click.option(
+            "--op",
+            "ops",
+            type=click.Choice(["step", "inference"]),
+            multiple=True,
+            default=("step", "inference"),
+            show_default=True,
+            help="What to measure; repeatable.",
+        ),
         click.option("--modes", default="autocast,bf16", show_default=True, help="fp32 adapters under autocast, bf16."),
         click.option("--rank", type=click.IntRange(min=1), default=384, show_default=True, help="Adapter rank."),
         click.option("--config", type=_PATH, metavar="FILE", help="A Hugging Face config.json instead of llama-8b."),

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..tuner.models import find_model, read_config
 from .adapted import (
+    OPS,
     Contender,
     Mode,
     bench_device,
@@ -57,6 +58,7 @@ def bench_layer(
     modes: str = "autocast,bf16",
     compiled: bool = True,
     implementations: Collection[str] = (),
+    ops: Collection[str] = OPS,
     rounds: int = 20,
     device: str | None = None,
     dorafactors: Dorafactors | None = None,
@@ -92,7 +94,7 @@ def bench_layer(
                 progress(f"{count}×{d_out}×{d_in}, {mode.adapter} adapters")
                 running = contenders(names, adapted, dorafactors, outcome.notes)
                 x, dy = _inputs(count, d_out, d_in, where)
-                for op in ("step", "inference"):
+                for op in [op for op in OPS if op in ops]:
                     rows = _measure(op, running, adapted, x, dy, mode, rounds, outcome.notes)
                     outcome.rows += [{**facts, "op": op, **row} for row in rows]
     return outcome

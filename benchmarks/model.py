@@ -16,6 +16,7 @@ from torch.nn import functional
 from ..errors import UsageError
 from ..tuner.models import read_config
 from .adapted import (
+    OPS,
     Contender,
     Mode,
     bench_device,
@@ -58,6 +59,7 @@ def bench_model(
     checkpointing: bool = True,
     compiled: bool = False,
     implementations: Collection[str] = (),
+    ops: Collection[str] = OPS,
     rounds: int = 5,
     device: str | None = None,
     dorafactors: Dorafactors | None = None,
@@ -92,7 +94,7 @@ def bench_model(
             "dtype": "bf16",
             "adapter": mode.adapter,
         }
-        for op in ("step", "inference"):
+        for op in [op for op in OPS if op in ops]:
             progress(f"{name}, {built.num_hidden_layers} layers, {mode_name}: {op}")
             flags = mode.flags + (["checkpointing"] if checkpointing and op == "step" else [])
             rows = _measure(op, running, adapted, ids, min(loss_tokens, seq - 1), mode, rounds, outcome.notes)

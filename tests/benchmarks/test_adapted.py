@@ -226,6 +226,23 @@ def test_checkpointing_computes_every_layer_again_in_each_contender(
     assert counts[0] - counts[1] == steps * projections
 
 
+@needs_accelerate
+def test_an_operation_and_the_tracked_norm_are_measured_when_named(tiny: Path, model: nn.Module) -> None:
+    named = ("--op", "inference", "--impl", "doratune_tracked", "--modes", "bf16")
+    for rows in (
+        rows_of(bench("model", "--config", str(tiny), "--seq", "16", *named, *TRY)),
+        rows_of(bench("layer", "--config", str(tiny), "--tokens", "6", *named, *TRY)),
+    ):
+        assert {(row["op"], row["impl"]) for row in rows} == {("inference", "doratune_tracked")}
+    for name in ("doratune", "doratune_tracked"):
+        variants = [
+            variant
+            for module in contender(name, model, None).model.modules()
+            for variant in getattr(module, "lora_variant", {}).values()
+        ]
+        assert {variant.norms.reuse for variant in variants} == {"tracked" if "tracked" in name else "auto"}
+
+
 def test_a_compiled_contender_runs_the_same_model(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **options: compiler(module, backend="aot_eager", **options))
