@@ -64,7 +64,8 @@ class WeightNormLibrary(Variant):
         return reason
 
     def default_order(self, spec: KernelSpec) -> int:
-        return 3
+        # In fp16 no variant has tensor descriptors: 45 us where the fused one takes 85, for 4096x4096, r=384 on an H200.
+        return -1 if spec.weight == "fp16" else 3
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
         splits = {equal_shares(spec.d_in, longest) for longest in (MOST_PRODUCT_SHARE, PRODUCT_SHARE, 2048, 1024)}
