@@ -64,7 +64,7 @@ class WeightNormLibrary(Variant):
         return reason
 
     def default_order(self, spec: KernelSpec) -> int:
-        # In fp16 no variant has tensor descriptors: 45 us where the fused one takes 85, for 4096x4096, r=384 on an H200.
+        # No variant for fp16 has tensor descriptors: at 4096x4096, r=384 this takes 45 us on an H200, the fused one 85.
         return -1 if spec.weight == "fp16" else 3
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
