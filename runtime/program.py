@@ -10,7 +10,7 @@ tensor map is made once for each address, and starting a kernel is filling in a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,11 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .launch import Launcher
 
-_MOST_PROGRAMS = 1 << 12
+_MOST_PROGRAMS = 1 << 10
 """Token counts that a kernel has a program for; others run its ``launch``."""
 
-_MOST_MAPS = 1 << 12
+_MOST_MAPS = 1 << 10
 """Addresses of which a descriptor keeps the tensor map (128 bytes each) before it starts anew."""
+
+Maps = dict[tuple[Hashable, ...], "_TensorMaps"]
+"""A kernel's descriptors by place, shape and strides: those of W, A and B are the same for every number of tokens."""
 
 _WORKSPACE_ALIGNMENT = 512
 """As PyTorch's allocator aligns what it hands out."""
@@ -141,6 +144,7 @@ class Bound:
         self._device = device
         self._hooks = knobs.runtime
         self._programs: dict[tuple[int, float | None], Program | None] = {}
+        self._maps: Maps = {}
 
     def start(
         self, tensors: Sequence[torch.Tensor], addresses: Sequence[int], rows: int, scaling: float | None
@@ -159,13 +163,16 @@ class Bound:
         if watched or shape in self._programs or len(self._programs) >= _MOST_PROGRAMS:
             self._module.launch(*tensors, *scalars)
         else:
-            self._programs[shape] = record(self._module, tensors, scalars)
+            self._programs[shape] = record(self._module, tensors, scalars, self._maps)
 
 
-def record(module: ModuleType, tensors: Sequence[torch.Tensor], scalars: tuple[float, ...]) -> Program | None:
+def record(
+    module: ModuleType, tensors: Sequence[torch.Tensor], scalars: tuple[float, ...], maps: Maps
+) -> Program | None:
     """Run the ``launch`` of a bound module once and return what it did; None if its kernels are not all that it does.
 
-    ``tensors`` are contiguous; the program is right for others of their shapes, strides and alignment.
+    ``tensors`` are contiguous; the program is right for others of their shapes, strides and alignment. ``maps`` are
+    the module's, which its programs share.
     """
     starts: list[_Start] = []
     recorders = {name: _Recorder(held, starts) for name, held in vars(module).items() if isinstance(held, Launcher)}
@@ -175,13 +182,14 @@ def record(module: ModuleType, tensors: Sequence[torch.Tensor], scalars: tuple[f
     operands = [tensor.detach() for tensor in tensors]
     with torch.no_grad(), _Watch() as watch:
         launch(*operands, *scalars)
-    return None if watch.computes else _assemble(starts, operands)
+    return None if watch.computes else _assemble(starts, operands, maps)
 
 
-def _assemble(starts: Sequence[_Start], operands: Sequence[torch.Tensor]) -> Program | None:
+def _assemble(starts: Sequence[_Start], operands: Sequence[torch.Tensor], maps: Maps) -> Program | None:
     places = _Places(operands)
     try:
-        return Program([_step(start, places) for start in starts], places.workspace_bytes)
+        steps = [_step(start, places, maps) for start in starts]
+        return Program(steps, places.workspace_bytes)
     except LookupError:
         return None
 
@@ -213,13 +221,12 @@ class _Places:
         return None, self._workspaces[start] + tensor.data_ptr() - start
 
 
-def _step(start: _Start, places: _Places) -> _Step:
+def _step(start: _Start, places: _Places, maps: Maps) -> _Step:
     binary = start.launcher.flat
     arguments: list[Any] = [*start.grid, None, binary.function, binary.metadata, None, None, None]
     operands: list[tuple[int, int]] = []
     workspaces: list[tuple[int, int]] = []
     descriptors: list[tuple[int, int | None, int, _TensorMaps]] = []
-    described = iter(binary.descriptors)
     for argument in start.arguments:
         if isinstance(argument, torch.Tensor):
             operand, offset = places.find(argument)
@@ -231,8 +238,11 @@ def _step(start: _Start, places: _Places) -> _Step:
         elif isinstance(argument, int | float):
             arguments.append(argument)
         else:
-            maps = _TensorMaps(argument, next(described))
+            number = len(descriptors)
+            key = (start.launcher, number, *argument.shape, *argument.strides)
+            if key not in maps:
+                maps[key] = _TensorMaps(argument, binary.descriptors[number])
             operand, offset = places.find(argument.base)
-            descriptors.append((len(arguments), operand, offset, maps))
-            arguments += [None, *maps.expand(argument.base.data_ptr())[1:]]
+            descriptors.append((len(arguments), operand, offset, maps[key]))
+            arguments += [None, *maps[key].expand(argument.base.data_ptr())[1:]]
     return _Step(binary.start, arguments, tuple(operands), tuple(workspaces), tuple(descriptors))

@@ -443,6 +443,21 @@ def test_a_tensor_map_is_made_once_for_an_address_and_only_so_many_are_kept(
     assert max(len(maps.known) for *_, maps in step.descriptors) <= 4
 
 
+def test_the_map_of_a_weight_serves_every_number_of_tokens(gpus: Gpus, allocations: Allocations) -> None:
+    compose = World(source_of("lora_compose", "tma"), gpus, allocations)
+    base, h, lora_b, g, y = compose.operands(16)
+    compose.start((base, h, lora_b, g, y))
+    compose.start((base, h, lora_b, g, y))
+    for tokens in (7, 5):
+        fewer = (base[:tokens], h[:tokens], lora_b, g, y[:tokens])
+        compose.start(fewer)
+        gpus.maps.clear()
+        compose.start(fewer)
+        made = [found.address for found in gpus.maps]
+        assert made == [t.data_ptr() for t in (base, h, y)], "those with tokens in their shape are others"
+        compose.assert_repeats(fewer)
+
+
 def test_nothing_recorded_keeps_an_operand_or_a_workspace_alive(world: World, allocations: Allocations) -> None:
     gc.collect()
     gc.disable()
