@@ -231,6 +231,7 @@ COMPOSE_BACKWARD_EXACT = Op(
     maths="dg = sum_t dY*(x@W.T + s*(h@B.T)) in the columns whose g is too small to divide y by, dg elsewhere",
     dims=("d_out", "d_in", "rank", "tokens"),
     dtypes=("weight", "activation", "adapter"),
+    optional_dtypes=("magnitude",),
     flags=("autocast",),
     inputs=(
         Operand("dy", ("tokens", "d_out"), "activation", rare=True),
@@ -240,8 +241,12 @@ COMPOSE_BACKWARD_EXACT = Op(
         Operand("lora_B", ("d_out", "rank"), "adapter", rare=True),
         Operand("g", ("d_out",), "fp32"),
         Operand("dg", ("d_out",), "fp32"),
+        Operand("norm", ("d_out",), "fp32", when="magnitude"),
     ),
-    outputs=(Operand("dg_exact", ("d_out",), "fp32"),),
+    outputs=(
+        Operand("dg_exact", ("d_out",), "fp32", when="!magnitude"),
+        Operand("dmagnitude", ("d_out",), "magnitude", when="magnitude"),
+    ),
     scaling=True,
 )
 

@@ -248,17 +248,16 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
     dx = da = db = dmagnitude = dbias = total = None
     if need_m:
         kept = kept.reshape(rows.shape)
-        if ctx.output is None:
-            dbase, dg, total = operations.compose_backward(rows, kept, gain, bias=need_bias)
+        if ctx.output is not None and not ctx.output.changed():
+            dbase, dmagnitude = operations.compose_backward_from_output(
+                rows, kept, g, _rows(x), weight, h, b, form.scaling, norm=norm, magnitude=ctx.magnitude_dtype
+            )
         else:
-            samples = _rows(x)
-            if ctx.output.changed():  # in place, by whoever had it: the columns of y say nothing, so make inner again
-                inner = operations.lora_compose(samples @ weight.T, h, b, torch.ones_like(g), form.scaling)[0]
-                dbase, dg, _ = operations.compose_backward(rows, inner, g)
-            else:
-                dbase, dg = operations.compose_backward_from_output(rows, kept, g, samples, weight, h, b, form.scaling)
+            if ctx.output is not None:  # changed in place by whoever had it: y says nothing, so make inner again
+                kept = operations.lora_compose(_rows(x) @ weight.T, h, b, torch.ones_like(g), form.scaling)[0]
+            dbase, dg, total = operations.compose_backward(rows, kept, gain, bias=need_bias)
+            dmagnitude = _as(dg / safe_norm(norm), ctx.magnitude_dtype)
         kept = None  # y's memory is there for what comes now
-        dmagnitude = _as(dg / safe_norm(norm), ctx.magnitude_dtype)
     else:
         dbase = _as(rows * gain, rows.dtype)
         if need_bias:

@@ -154,24 +154,35 @@ def compose_backward_from_output(
     h: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: float,
+    *,
+    norm: torch.Tensor | None = None,
+    magnitude: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return dYg = g*dY [T, d_out] and dg = sum_t dY*y/g [d_out] fp32 for y = g*(x@W.T + s*h@B.T).
 
-    Columns whose |g| is too small to divide by get their dg from x [T, d_in], weight, h and lora_B.
+    Columns whose |g| is too small to divide by get their dg from x [T, d_in], weight, h and lora_B. With ``norm``, w
+    [d_out], and the dtype of m it is dm = dg / max(w, eps) in that dtype instead of dg.
     """
+    unknown = magnitude is torch.float64 and dy.dtype is not torch.float64
+    if norm is not None and (torch.compiler.is_compiling() or unknown):
+        dyg, dg = compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
+        return dyg, (dg / norm.clamp_min(EPS)).to(magnitude)
     if torch.compiler.is_compiling():
         dyg, dg = torch.ops.doratune.compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
         return dyg, dg
     dyg, dg, _ = _compose_backward({"dy": dy, "y": y, "g": g}, ("output",))
     tokens, d_in = x.shape
     inputs = {"dy": dy, "x": x, "weight": weight, "h": h, "lora_B": lora_B, "g": g, "dg": dg}
+    if norm is not None:
+        inputs["norm"] = norm
     d_out, rank = lora_B.shape
-    key = ("compose_backward_exact", d_out, d_in, rank, _bucket(tokens), dy.dtype, lora_B.dtype, (), None)
+    key = ("compose_backward_exact", d_out, d_in, rank, _bucket(tokens), dy.dtype, lora_B.dtype, (), magnitude)
     kernel = _kernel(*key, dy.device) if tokens else None
     if kernel is None:
-        return dyg, _eager(_spec(*key), inputs, scaling)["dg_exact"]
-    kernel.launch(tuple(inputs.values()), (dg,), scaling)
-    return dyg, dg
+        return dyg, _eager(_spec(*key), inputs, scaling)["dg_exact" if norm is None else "dmagnitude"]
+    result = dg if magnitude is None else torch.empty_like(dg, dtype=magnitude)
+    kernel.launch(tuple(inputs.values()), (result,), scaling)
+    return dyg, result
 
 
 def _compose_backward(

@@ -136,7 +136,7 @@ def _compose_backward_exact(spec: KernelSpec, inputs: Tensors, scaling: float) -
     for part in tiny.split(max(1, _WIDENED_ELEMENTS // spec.d_in)):
         inner = inputs["x"] @ inputs["weight"][part].to(dg.dtype).T + scaling * (inputs["h"] @ inputs["lora_B"][part].T)
         dg[part] = (dy[..., part] * inner).sum(dim=tuple(range(dy.ndim - 1)))
-    return {"dg_exact": dg}
+    return {"dg_exact": dg, **({"dmagnitude": dg / inputs["norm"].clamp_min(EPS)} if "norm" in inputs else {})}
 
 
 _FORMULAS = {

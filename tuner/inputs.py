@@ -140,6 +140,7 @@ def _token_inputs(
             g[1::3] = 0.0
             g[2::6] = SMALLEST_GAIN[spec.activation] / 2
         values["dg"] = torch.where(g.abs() >= SMALLEST_GAIN[spec.activation], normal(spec.d_out), 0.0)
+        values["norm"] = 0.5 + normal(spec.d_out).abs()
     if tokens * spec.d_out < FEW_VALUES:
         values = {name: value.abs() for name, value in values.items()}
     values["y"] = values["g"] * values["inner"]

@@ -80,7 +80,8 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
         inner = torch.einsum("ti,oi->to", t["x"], t["weight"]) + scaling * torch.einsum(
             "tr,or->to", t["h"], t["lora_B"]
         )
-        return {"dg_exact": torch.where(t["g"].abs() < 2.0**-32, (t["dy"] * inner).sum(dim=0), t["dg"])}
+        dg = torch.where(t["g"].abs() < 2.0**-32, (t["dy"] * inner).sum(dim=0), t["dg"])
+        return {"dmagnitude": dg / t["norm"].clamp_min(1e-12)} if "norm" in t else {"dg_exact": dg}
     if spec.op == "compose_backward":
         tokens = range(t["dy"].shape[0])
         return {
@@ -93,9 +94,11 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
     return {"y": t["g"] * (base + scaling * lora) + t["bias"]}
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_the_definition_says_what_the_contract_says(op: str) -> None:
-    spec = spec_of(op, "fp32", magnitude="fp32", bias="bias" in OPS[op].flags)
+@pytest.mark.parametrize(
+    ("op", "magnitude"), [*((op, "fp32") for op in OPS), ("compose_backward_exact", None)], ids=lambda value: str(value)
+)
+def test_the_definition_says_what_the_contract_says(op: str, magnitude: str | None) -> None:
+    spec = spec_of(op, "fp32", magnitude=magnitude, bias="bias" in OPS[op].flags)
     inputs, scaling = make_inputs(spec, 7, case="mixed" if op == "compose_backward_exact" else "random")
     exact, by_the_book = definition(spec, inputs, scaling), dora_by_the_book(spec, inputs, scaling)
     assert exact.keys() == by_the_book.keys()

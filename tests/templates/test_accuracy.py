@@ -144,6 +144,27 @@ def test_columns_that_y_says_nothing_about_are_exact_wherever_they_are(op: str, 
     assert worst_error(spec, outputs, exact)[1] is None
 
 
+@pytest.mark.parametrize("magnitude", ["fp32", "fp16"])
+def test_the_gradient_of_a_magnitude_is_judged(magnitude: str) -> None:
+    spec = spec_of("compose_backward_exact", "fp16", d_out=150, magnitude=magnitude)
+    source = render(spec, small_config(find_variant("compose_backward_exact", "tiles"), spec))
+    assert all(complaint_of(source, 37, case=case) is None for case in CASES)
+    broken = source.text.replace("dg / tl.maximum(norm", "dg / tl.maximum(1.01 * norm")
+    assert complaint_of(replace(source, text=broken), 37) is not None
+
+
+def test_the_gradient_of_a_magnitude_over_a_norm_of_zero_is_finite() -> None:
+    spec = spec_of("compose_backward_exact", "fp16", d_out=150, magnitude="fp32")
+    source = render(spec, small_config(find_variant("compose_backward_exact", "tiles"), spec))
+    inputs, scaling = make_inputs(spec, 37, case="mixed")
+    inputs["norm"][::7] = 0.0
+    exact = definition(spec, inputs, scaling)["dmagnitude"]
+    dmagnitude = torch.full((150,), float("nan"))
+    load_module(source).launch(*inputs.values(), dmagnitude, scaling)
+    assert dmagnitude.isfinite().all()
+    torch.testing.assert_close(dmagnitude.double(), exact, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("variant", INTERPRETED, ids=IDS.get)
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 129, 300])
 def test_a_kernel_tuned_for_one_token_count_is_right_for_any_other(variant: Variant, tokens: int) -> None:
