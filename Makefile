@@ -8,7 +8,7 @@ GPU ?= h200
 PYTHON ?= python3
 VENV ?= .venv
 TUNE_ARGS ?=
-TEST_ARGS ?= -n auto
+TEST_ARGS ?= -n auto --dist worksteal
 
 BIN = $(VENV)/bin
 

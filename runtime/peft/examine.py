@@ -48,12 +48,14 @@ class Glance:
 
     def look(self, module: LoraLayer, adapter: str) -> DoraLayer | str:
         """What :func:`examine` says."""
+        if torch.compiler.is_compiling():  # a compiler holds what it has seen against what is there itself
+            return examine(module, adapter)
         known = self._found
-        if known is not None and not torch.compiler.is_compiling() and self._unchanged(module, adapter, known):
+        if known is not None and self._unchanged(module, adapter, known):
             return known
         found = examine(module, adapter)
         self._found = None
-        if not isinstance(found, str) and found.base.plain and not torch.compiler.is_compiling():
+        if not isinstance(found, str) and found.base.plain:
             parts = _parts(module, adapter)
             if parts is not None and all("weight" in part._parameters for part in parts):
                 self._parts = tuple([_Part.of(part) for part in parts])
