@@ -84,16 +84,25 @@ def test_tma_variants_are_offered_only_where_the_hardware_has_it() -> None:
             assert (variant.unavailable(spec_of(variant.op, architecture), gpu) is None) == (architecture == "sm_90")
 
 
-@pytest.mark.parametrize("values", [{"save": True}, {"magnitude": "fp32"}, {"magnitude": "bf16", "adapter": "fp32"}])
-def test_optional_parts_of_the_norm_compile(workers: ProcessPoolExecutor, values: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("variant", "last"), [("fused", "finish_kernel"), ("tma", "finish_kernel"), ("warp_specialized", "row_dots_kernel")]
+)
+@pytest.mark.parametrize("values", [{"save": True}, {"magnitude": "fp32"}, {"save": True, "magnitude": "bf16"}])
+def test_optional_parts_of_the_norm_compile(
+    workers: ProcessPoolExecutor, variant: str, last: str, values: dict[str, object]
+) -> None:
     spec = spec_of("weight_norm", "h200", **values)
-    names = [
-        kernel.name
-        for kernel in workers.submit(
-            compile_job, str(spec), str(default_config(spec, find_gpu("h200"))), "h200"
-        ).result()
-    ]
-    assert names[-1] == "finish_kernel"
+    config = first_fitting_seed(find_variant("weight_norm", variant), spec)
+    kernels = workers.submit(compile_job, str(spec), str(config), "h200").result()
+    assert kernels[-1].name == last, "what makes w makes g and nW too"
+    assert not any(kernel.spills for kernel in kernels)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_the_gradient_of_a_magnitude_compiles(workers: ProcessPoolExecutor, architecture: str) -> None:
+    spec = spec_of("compose_backward_exact", architecture, magnitude="bf16")
+    config = default_config(spec, find_gpu(architecture))
+    assert workers.submit(compile_job, str(spec), str(config), architecture).result()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
