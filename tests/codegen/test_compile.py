@@ -24,6 +24,8 @@ from doratune.codegen.variants import VARIANTS, Variant, check_config, default_c
 from doratune.tuner.workers import compile_job
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
+IN_EVERY_FORM = ("sm_80", "sm_90", "sm_120", "gfx942")
+"""One of each kind, in all that an operation can add; the others compile what their like compiles."""
 TILES = Config.parse("tile:block_k=128,block_n=128,block_t=128,num_warps=8,num_stages=3")
 
 
@@ -55,9 +57,9 @@ def test_every_template_compiles_in_bf16(workers: ProcessPoolExecutor, architect
         forms = [{}, {"adapter": "fp32"}, {"d_out": 4304, "d_in": 1152, "rank": 24}]
         if variant.unavailable(spec_of(variant.op, architecture), gpu) is not None:
             forms.append({"tokens": 16})  # variants for few tokens
-        forms += [
-            {flag: True} if flag != "autocast" else {flag: True, "adapter": "fp32"} for flag in OPS[variant.op].flags
-        ]
+        if architecture in IN_EVERY_FORM:
+            flags = OPS[variant.op].flags
+            forms += [{flag: True} if flag != "autocast" else {flag: True, "adapter": "fp32"} for flag in flags]
         for values in forms:
             spec = spec_of(variant.op, architecture, **values)
             if variant.unavailable(spec, gpu) is None:
