@@ -66,7 +66,7 @@ def once_only(
 
 
 class _AutocastOff:
-    """Switches autocast off on one kind of device for a block, at a tenth of the cost of ``torch.autocast``."""
+    """Switches autocast off on one kind of device for a block: the switch alone of what ``torch.autocast`` does."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type

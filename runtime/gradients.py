@@ -139,7 +139,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in ``dtype``, without asking PyTorch where it is so already: that is half of what ``to`` costs."""
+    """The tensor in ``dtype``; PyTorch is not asked where it is so already, as it is most often."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 

@@ -38,8 +38,8 @@ class DoraLayer(NamedTuple):
 class Glance:
     """What :func:`examine` said of a layer, for as long as a glance shows that nothing it looks at has changed.
 
-    Only of a plain W: what a quantised one consists of is its own business. A glance costs a tenth of the full look,
-    in every forward pass of every layer.
+    Only of a plain W: what a quantised one consists of is its own business. A step on the GPU can wait for Python, and
+    this is paid in every forward pass of every layer.
     """
 
     def __init__(self) -> None:
