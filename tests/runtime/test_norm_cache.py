@@ -141,7 +141,18 @@ def through_a_pointer(module: doratune.nn.DoRALinear) -> None:
     module.adapter[0].detach().numpy()[:] *= 2.0
 
 
+def other_magnitude(module: doratune.nn.DoRALinear) -> None:
+    """m alone: w stays, but g = m / w does not."""
+    with torch.no_grad():
+        module.adapter[2].copy_(module.adapter[2] * 1.5)
+
+
+def magnitude_data_in_place(module: doratune.nn.DoRALinear) -> None:
+    module.adapter[2].data.mul_(1.5)
+
+
 SEEN: dict[str, Change] = {
+    "another m": other_magnitude,
     "sgd": step(torch.optim.SGD),
     "adamw, foreach": step(torch.optim.AdamW, foreach=True),
     "adamw, fused": step(torch.optim.AdamW, fused=True),
@@ -161,6 +172,7 @@ SEEN: dict[str, Change] = {
 UNSEEN: dict[str, Change] = {
     ".data in place": data_in_place,
     "W.data in place": weight_data_in_place,
+    "m.data in place": magnitude_data_in_place,
     "a pointer": through_a_pointer,
 }
 """Changes that leave no trace in the tensor."""
