@@ -283,7 +283,7 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
             elif form.exact:
                 dx = (dbase @ _as(weight, dbase.dtype)).add_(t @ a)
             else:
-                dx = (dbase @ _as(weight, dbase.dtype)).addmm_(t, a)
+                dx = operations.sum_of_products(dbase, _as(weight, dbase.dtype), t, a)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     return dx, dbase.view(dy.shape) if need_base else None, None, da, db, dmagnitude, dbias, None, None
 

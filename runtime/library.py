@@ -37,6 +37,32 @@ def _(
     return norm, torch.empty_like(norm) if weight_sq is None else _absent(norm)
 
 
+@torch.library.custom_op("doratune::weight_norm_and_gain", mutates_args=())
+def weight_norm_and_gain(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    weight_sq: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """w and g."""
+    return operations.weight_norm_and_gain(weight, lora_A, lora_B, weight_sq, magnitude, scaling)
+
+
+@weight_norm_and_gain.register_fake
+def _(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    weight_sq: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    norm = weight.new_empty(weight.shape[0], dtype=_wide(weight))
+    return norm, torch.empty_like(norm)
+
+
 @torch.library.custom_op("doratune::lora_compose", mutates_args=())
 def lora_compose(
     base: torch.Tensor,
@@ -94,10 +120,14 @@ def compose_backward_from_output(
     weight: torch.Tensor,
     h: torch.Tensor,
     lora_B: torch.Tensor,
+    norm: torch.Tensor | None,
+    magnitude: torch.dtype | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dYg and dg."""
-    return operations.compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
+    """dYg, and dm where norm and the dtype of m are given, else dg."""
+    return operations.compose_backward_from_output(
+        dy, y, g, x, weight, h, lora_B, scaling, norm=norm, magnitude=magnitude
+    )
 
 
 @compose_backward_from_output.register_fake
@@ -109,6 +139,19 @@ def _(
     weight: torch.Tensor,
     h: torch.Tensor,
     lora_B: torch.Tensor,
+    norm: torch.Tensor | None,
+    magnitude: torch.dtype | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return dy.new_empty(dy.shape), torch.empty_like(g)
+    return dy.new_empty(dy.shape), torch.empty_like(g, dtype=g.dtype if norm is None else magnitude)
+
+
+@torch.library.custom_op("doratune::sum_of_products", mutates_args=())
+def sum_of_products(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """``left@right + low@down``."""
+    return operations.sum_of_products(left, right, low, down)
+
+
+@sum_of_products.register_fake
+def _(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return left.new_empty(left.shape[0], right.shape[1])

@@ -53,10 +53,12 @@ def weight_norm_and_gain(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return w as :func:`weight_norm` does and ``g = m / max(w, eps)``, both [d_out] fp32 (fp64 from fp64)."""
-    unknown = magnitude.dtype is torch.float64 and weight.dtype is not torch.float64
-    if torch.compiler.is_compiling() or unknown:  # a compiler fuses the division into what it makes of the rest
+    if magnitude.dtype is torch.float64 and weight.dtype is not torch.float64:
         norm, _ = weight_norm(weight, lora_A, lora_B, weight_sq, scaling)
         return norm, magnitude / norm.clamp_min(EPS)
+    if torch.compiler.is_compiling():
+        norm, g = torch.ops.doratune.weight_norm_and_gain(weight, lora_A, lora_B, weight_sq, magnitude, scaling)
+        return norm, g
     norm, _, g = _weight_norm(weight, lora_A, lora_B, weight_sq, magnitude, scaling)
     assert g is not None
     return norm, g
@@ -163,12 +165,13 @@ def compose_backward_from_output(
     Columns whose |g| is too small to divide by get their dg from x [T, d_in], weight, h and lora_B. With ``norm``, w
     [d_out], and the dtype of m it is dm = dg / max(w, eps) in that dtype instead of dg.
     """
-    unknown = magnitude is torch.float64 and dy.dtype is not torch.float64
-    if norm is not None and (torch.compiler.is_compiling() or unknown):
+    if norm is not None and magnitude is torch.float64 and dy.dtype is not torch.float64:
         dyg, dg = compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
         return dyg, (dg / norm.clamp_min(EPS)).to(magnitude)
     if torch.compiler.is_compiling():
-        dyg, dg = torch.ops.doratune.compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
+        dyg, dg = torch.ops.doratune.compose_backward_from_output(
+            dy, y, g, x, weight, h, lora_B, norm, magnitude, scaling
+        )
         return dyg, dg
     dyg, dg, _ = _compose_backward({"dy": dy, "y": y, "g": g}, ("output",))
     tokens, d_in = x.shape
@@ -183,6 +186,14 @@ def compose_backward_from_output(
     result = dg if magnitude is None else torch.empty_like(dg, dtype=magnitude)
     kernel.launch(tuple(inputs.values()), (result,), scaling)
     return dyg, result
+
+
+def sum_of_products(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return ``left@right + low@down``, [T, n] in the factors' dtype: one product accumulated into the other."""
+    if torch.compiler.is_compiling():  # which would copy the first product before it adds to it
+        total: torch.Tensor = torch.ops.doratune.sum_of_products(left, right, low, down)
+        return total
+    return (left @ right).addmm_(low, down)
 
 
 def _compose_backward(

@@ -93,7 +93,10 @@ def test_forward_and_backward_are_one_graph_each_with_the_operators_in_it(form: 
     assert_equal(form, lambda: make_layer(dtype=torch.float32), backend=graphs)
     assert len(graphs.made) == 2, "one forward and one backward graph"
     backward = "compose_backward_from_output" if form == "given base" else "compose_backward"
-    assert graphs.operators() == ["weight_norm", "lora_compose", backward]
+    if form == "foreign base":  # has its norm from weight_norm, and leaves W's part of dX to the base's own graph
+        assert graphs.operators() == ["weight_norm", "lora_compose", backward]
+    else:
+        assert graphs.operators() == ["weight_norm_and_gain", "lora_compose", backward, "sum_of_products"]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler")
@@ -122,7 +125,7 @@ def test_fp32_adapters_under_autocast_compile_to_one_graph() -> None:
     assert torch.equal(y, wanted)
     for name, value in gradients(wanted, again).items():
         torch.testing.assert_close(grads[name], value, rtol=1e-2, atol=1e-2)
-    assert graphs.operators() == ["weight_norm", "lora_compose", "compose_backward"]
+    assert graphs.operators() == ["weight_norm_and_gain", "lora_compose", "compose_backward", "sum_of_products"]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -179,16 +182,33 @@ def samples(name: str) -> list[tuple[Any, ...]]:
     rows, h = tensor(5, 24), tensor(5, 4)
     return {
         "weight_norm": [(weight, lora_a, lora_b, given, 0.5) for given in (None, weight.square().sum(dim=1))],
+        "weight_norm_and_gain": [
+            (weight, lora_a, lora_b, given, g, 0.5) for given in (None, weight.square().sum(dim=1))
+        ],
         "lora_compose": [
             (rows, h, lora_b, g, bias, 0.5, delta, save)
             for bias, delta, save in ((None, False, False), (None, True, True), (g, False, True))
         ],
         "compose_backward": [(rows, tensor(5, 24), g, bias) for bias in (False, True)],
-        "compose_backward_from_output": [(rows, tensor(5, 24), g, tensor(5, 16), weight, h, lora_b, 0.5)],
+        "compose_backward_from_output": [
+            (rows, tensor(5, 24), g, tensor(5, 16), weight, h, lora_b, norm, dtype, 0.5)
+            for norm, dtype in ((None, None), (g.abs(), torch.float32), (g.abs(), torch.bfloat16))
+        ],
+        "sum_of_products": [(rows, tensor(24, 16), h, tensor(4, 16))],
     }[name]
 
 
-@pytest.mark.parametrize("name", ["weight_norm", "lora_compose", "compose_backward", "compose_backward_from_output"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "weight_norm",
+        "weight_norm_and_gain",
+        "lora_compose",
+        "compose_backward",
+        "compose_backward_from_output",
+        "sum_of_products",
+    ],
+)
 def test_an_operator_is_what_it_says_of_itself(name: str) -> None:
     for args in samples(name):
         torch.library.opcheck(getattr(torch.ops.doratune, name).default, args)
