@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import DoratuneError, UsageError, near_names
+from ..tuner.timing import no_collection
 from .dorafactors import Dorafactors
 from .results import OURS, Row, timing
 
@@ -245,12 +246,13 @@ def measure(
         busy[one.name] = 1.5e-6 * host_us * SLEEP_CYCLES_PER_SECOND if hide_host else 0.0
         samples[one.name] = sample
     for _ in range(rounds):
-        for one in contenders:
-            if one.name in samples:
-                before()
-                us, host_us = _clock(lambda model=one.model: call(model), device, busy[one.name])  # type: ignore[misc]
-                samples[one.name].us.append(us)
-                samples[one.name].cpu_us.append(host_us)
+        with no_collection():
+            for one in contenders:
+                if one.name in samples:
+                    before()
+                    us, host_us = _clock(lambda model=one.model: call(model), device, busy[one.name])  # type: ignore[misc]
+                    samples[one.name].us.append(us)
+                    samples[one.name].cpu_us.append(host_us)
     before()
     return samples
 

@@ -8,7 +8,6 @@ is emptied.
 from __future__ import annotations
 
 import functools
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -25,6 +24,7 @@ from ..runtime.kernel import Kernel
 from ..runtime.loader import load_kernel, resolve
 from ..runtime.reference import TORCH_DTYPES
 from ..tuner.inputs import make_inputs, make_outputs
+from ..tuner.timing import no_collection
 from .results import OURS, Outcome, Row, require_gpu, timing
 
 QUEUED_LAUNCHES = 512
@@ -160,10 +160,7 @@ def host_us(
 ) -> dict[str, list[float]]:
     """Microseconds of the host for one call, in each round, by implementation; they take turns."""
     samples: dict[str, list[float]] = {impl: [] for impl in calls}
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()  # or a collection falls on whoever is at it
-    try:
+    with no_collection():
         for round_ in range(rounds + 1):  # the first one warms up
             for impl, call in calls.items():
                 synchronize()
@@ -174,9 +171,6 @@ def host_us(
                 if round_:
                     samples[impl].append(taken / repeats / 1e3)
         synchronize()
-    finally:
-        if collecting:
-            gc.enable()
     return samples
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..codegen.render import Source
     from .binaries import Binaries
 
+_is_contiguous = torch.Tensor.is_contiguous
+_data_ptr = torch.Tensor.data_ptr
+
 _MOST_KNOWN = 1 << 12
 """Signatures of checked arguments that a kernel remembers; token counts may be of any number."""
 
@@ -169,10 +172,10 @@ class Kernel:
         bound = self._contiguous
         if bound is None or self._index != torch._C._cuda_getDevice():  # CUDA is up: something is bound
             return False
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = [*map(_data_ptr, tensors)]
         if functools.reduce(operator.or_, addresses) % ALIGNMENT:
             return False
-        if rows == 1 and any(tensor.ndim == 2 and tensor.stride(0) != tensor.shape[1] for tensor in tensors):
+        if rows == 1 and any(tensor.ndim > 1 and tensor.stride(-2) != tensor.shape[-1] for tensor in tensors):
             return False  # a single row counts as contiguous with a row stride that no descriptor takes
         bound.start(tensors, addresses, rows, scaling)
         return True
@@ -216,11 +219,11 @@ def _remember(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *
 
 
 def _rows_of(tensors: Sequence[torch.Tensor]) -> int:
-    """The rows of the first tensor where all are contiguous vectors and matrices; 0 where they are not."""
-    for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.ndim > 2:
-            return 0
-    return tensors[0].shape[0]
+    """The rows of the first tensor, with all its leading dimensions, where all are contiguous; 0 where they are not."""
+    if not all(map(_is_contiguous, tensors)):
+        return 0
+    shape = tensors[0].shape
+    return shape[0] if len(shape) == 2 else shape[:-1].numel()
 
 
 def _signature(

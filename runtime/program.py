@@ -142,6 +142,7 @@ class Bound:
 
         self._module = module
         self._device = device
+        self._index = device.index  # an attribute of a device is made anew each time
         self._hooks = knobs.runtime
         self._programs: dict[tuple[int, float | None], Program | None] = {}
         self._maps: Maps = {}
@@ -157,9 +158,10 @@ class Bound:
         program = self._programs.get(shape)
         watched = self._hooks.launch_enter_hook.calls or self._hooks.launch_exit_hook.calls
         if program is not None and not watched:
-            program.run(addresses, self._device, torch._C._cuda_getCurrentRawStream(self._device.index))
+            program.run(addresses, self._device, torch._C._cuda_getCurrentRawStream(self._index))
             return
         scalars = () if scaling is None else (float(scaling),)
+        tensors = [tensor if tensor.ndim < 3 else tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
         if watched or shape in self._programs or len(self._programs) >= _MOST_PROGRAMS:
             self._module.launch(*tensors, *scalars)
         else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -11,6 +13,19 @@ TIMING_BUDGET_MS = 40.0
 """GPU time spent on the replays of one measurement."""
 
 MIN_REPLAYS, MAX_REPLAYS = 7, 50
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python collects its garbage now and not inside the block, where it would fall on whoever is being timed."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

@@ -6,6 +6,7 @@ These run on a CPU, where times mean nothing: what is tested is which code runs,
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,13 @@ def test_rounds_are_interleaved_and_a_contender_that_fails_is_left_out() -> None
             self.name = name
 
     called: list[str] = []
+    collecting: list[bool] = []
 
     def call(model: nn.Module) -> None:
         if model.name == "bad":
             raise RuntimeError("does not fit\nlong tail")
         called.append(str(model.name))
+        collecting.append(gc.isenabled())
 
     notes: list[str] = []
     running = [Contender(name, Named(name)) for name in ("a", "bad", "b")]
@@ -153,6 +156,8 @@ def test_rounds_are_interleaved_and_a_contender_that_fails_is_left_out() -> None
     assert list(samples) == ["a", "b"]
     assert notes == ["bad left out: RuntimeError: does not fit"]
     assert "".join(called).endswith("-a-b-a-b-")
+    assert not any(collecting[-4:]), "Python's garbage collector rests while the rounds are timed"
+    assert gc.isenabled()
     for sample in samples.values():
         columns = sample.columns()
         assert len(sample.us) == 2

@@ -638,7 +638,6 @@ LAYOUTS = {
     "lora_B wide": (16, {"lora_B": wide}),
     "g every_second": (16, {"g": every_second}),
     "g shifted": (16, {"g": shifted}),
-    "tokens in two dimensions": (16, {"base": three, "h": three, "y": three}),
     "all at once": (16, {"base": columns, "h": every_second, "lora_B": columns, "g": every_second, "y": wide}),
 }
 
@@ -674,6 +673,24 @@ def test_tensors_that_are_not_plain_are_never_repeated_and_come_out_right(
                 assert given.stride(0) >= given.shape[1]
     for name, tensor in changed.items():
         assert torch.equal(tensor.reshape(inputs[name].shape), inputs[name]), "inputs are left alone"
+
+
+def test_tokens_in_two_dimensions_are_repeated_as_the_rows_of_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = KernelSpec.create("lora_compose", d_out=48, rank=8, tokens=16, dtype="fp32", adapter="fp32", gpu="cpu")
+    kernel = Eager(spec, monkeypatch, descriptors=True)
+    kernel.device = CPU
+    inputs, scaling = make_inputs(spec, 16)
+    expected = reference(spec, inputs, scaling)["y"]
+    changed = {name: three(tensor) if name in ("base", "h") else tensor for name, tensor in inputs.items()}
+    for count in range(1, 4):
+        (y,) = make_outputs(spec, 16).values()
+        kernel.launch(tuple(changed.values()), (three(y),), scaling)
+        assert torch.equal(y, expected)
+        found = kernel(*changed.values(), scaling=scaling)
+        assert isinstance(found, torch.Tensor)
+        assert torch.equal(found, three(expected))
+        assert kernel.repeated == 2 * count - 1, "all but the first launch, which binds"
+    assert {tensor.ndim for given in kernel.seen for tensor in given} == {1, 2}
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if not re.search("columns|every_second|all", name)])
