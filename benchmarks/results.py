@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 OURS = "doratune"
+
+UNCHECKED = "unchecked"
+"""What doratune's own layers do, which have checked their tensors: a ``load_kernel`` hit and ``Kernel.launch``."""
 _CASE = ("bench", "model", "op", "shape", "rank", "dtype", "adapter", "flags")
 
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .results import OURS, Row, case_name, case_of
+from .results import OURS, UNCHECKED, Row, case_name, case_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -187,8 +187,9 @@ def _model(
     return Target(_RUNTIME, what, "model", op, where, *measure, bound, **more)
 
 
-def _host(op: str, measure: tuple[str, Measure], bound: float) -> Target:
-    return Target(_RUNTIME, "load_kernel hit and launch", "host", op, lambda row: True, *measure, bound)
+def _host(op: str, impl: str, measure: tuple[str, Measure], bound: float) -> Target:
+    what = "load_kernel hit and launch" if impl == UNCHECKED else "hit, check of arguments and launch"
+    return Target(_RUNTIME, what, "host", op, lambda row: True, *measure, bound, impl=impl)
 
 
 def _kernel(
@@ -233,8 +234,12 @@ TARGETS: tuple[Target, ...] = (
     _model("32 layers, without merging", _llama(32), times("peft_lora"), 0.85, op="inference"),
     _model("32 layers", lambda row: _whole(row["adapter"])(row), memory_times("peft_lora"), 1.02),
     _model("4 layers, compiled", _uncheckpointed, times("peft_lora_compiled"), 1.02, impl="doratune_compiled"),
-    *(_host(op, host_above("prebound"), 1.0) for op in ("lora_compose", "weight_norm")),
-    *(_host(op, host_times("jit"), 1.0) for op in ("lora_compose", "weight_norm")),
+    *(
+        _host(op, impl, measure, 1.0)
+        for impl in (UNCHECKED, OURS)
+        for measure in (host_above("prebound"), host_times("jit"))
+        for op in ("lora_compose", "weight_norm")
+    ),
 )
 """Every target that a benchmark can judge, in the order of the lists that they come from."""
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from doratune.benchmarks import host
 from doratune.benchmarks.host import Call, host_cases, host_row, host_us, prebound, run_case, ways_to_start
-from doratune.benchmarks.results import OURS, Outcome, Row, case_of, document, results_table
+from doratune.benchmarks.results import OURS, UNCHECKED, Outcome, Row, case_of, document, results_table
 from doratune.benchmarks.targets import MET, MISSED, TARGETS, UNMEASURED, judge
 from doratune.cli import main
 from doratune.codegen.gpu import find_gpu
@@ -92,7 +92,7 @@ def launch(x, y, scaling):
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """``run_case`` with the reference in the kernels' place; grows by the name of each way that is timed."""
     timed: list[str] = []
-    times = {OURS: 9.0, "hit": 1.0, "launch": 7.0, "prebound": 8.5, "jit": 40.0, "torch": 6.0}
+    times = {OURS: 9.0, UNCHECKED: 8.0, "hit": 1.0, "launch": 7.0, "prebound": 8.5, "jit": 40.0, "torch": 6.0}
 
     def given(calls: dict[str, Call], rounds: int, repeats: int, synchronize: Call) -> dict[str, list[float]]:
         assert repeats in (128, 170, 256, 512)
@@ -116,7 +116,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_every_way_is_timed_and_one_that_fails_is_left_out_with_its_reason(on_the_cpu: list[str]) -> None:
     outcome = Outcome()
     run_case(SPECS[0], find_device("cpu"), 2, outcome)
-    assert on_the_cpu == [OURS, "hit", "launch", "torch"]
+    assert on_the_cpu == [OURS, UNCHECKED, "hit", "launch", "torch"]
     assert [row["impl"] for row in outcome.rows] == on_the_cpu
     assert [note.split(": ", 1)[1] for note in outcome.notes] == [
         f"{impl} left out: RuntimeError: no target" for impl in ("prebound", "jit")
@@ -141,13 +141,16 @@ def test_the_calls_are_those_that_a_user_makes() -> None:
     base, h, factor, g, y = (torch.zeros(2, 2) for _ in range(5))
     source: Any = SimpleNamespace(spec=SPECS[0])
     ways = ways_to_start(load, source, {"base": base, "h": h, "lora_B": factor, "g": g}, {"y": y})
-    ours, launch = ways[OURS](), ways["launch"]()
+    ours, unchecked, launch = ways[OURS](), ways[UNCHECKED](), ways["launch"]()
     seen.clear()
     ours()
+    unchecked()
     launch()
     assert seen == [
         "hit",
         ("call", (base, h, factor, g), {"scaling": host.SCALING, "out": y}),
+        "hit",
+        ("launch", (base, h, factor, g), (y,), host.SCALING),
         ("launch", (base, h, factor, g), (y,), host.SCALING),
     ]
     assert ways["hit"]() is load
@@ -172,16 +175,19 @@ def test_the_table_shows_the_hosts_time() -> None:
     assert "jit 4.00" in line
 
 
+@pytest.mark.parametrize("impl", [OURS, UNCHECKED])
 @pytest.mark.parametrize(
     ("ours", "prebound_us", "jit_us", "outcomes"),
     [(12.1, 11.2, 60.0, [MET, MET]), (12.3, 11.2, 60.0, [MISSED, MET]), (9.0, 11.2, 8.0, [MET, MISSED])],
 )
 def test_a_launch_is_held_against_the_same_kernels_prebound_and_tritons_own(
-    ours: float, prebound_us: float, jit_us: float, outcomes: list[str]
+    ours: float, prebound_us: float, jit_us: float, outcomes: list[str], impl: str
 ) -> None:
     other = row("prebound", 1.0, SPECS[1])
-    rows = [row(OURS, ours), row("prebound", prebound_us), row("jit", jit_us), other]
-    found = [verdict for verdict in judge(rows) if verdict.target.op == "lora_compose"]
+    rows = [row(impl, ours), row("prebound", prebound_us), row("jit", jit_us), other]
+    verdicts = [verdict for verdict in judge(rows) if verdict.target.op == "lora_compose"]
+    found = [verdict for verdict in verdicts if verdict.target.impl == impl]
+    assert {verdict.outcome for verdict in verdicts if verdict not in found} == {UNMEASURED}
     assert [verdict.outcome for verdict in found] == outcomes
     assert found[0].measured == pytest.approx(ours - prebound_us)
     assert found[1].measured == pytest.approx(ours / jit_us)
@@ -195,7 +201,7 @@ def test_a_way_that_was_left_out_is_not_measured() -> None:
 def test_every_target_selects_a_case_that_is_measured() -> None:
     assert {target.source for target in HOST_TARGETS} == {"issue 4"}
     for target in HOST_TARGETS:
-        assert any(target.op == spec.op and target.where(row(OURS, 1.0, spec)) for spec in SPECS)
+        assert any(target.op == spec.op and target.where(row(target.impl, 1.0, spec)) for spec in SPECS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
