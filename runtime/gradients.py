@@ -16,9 +16,11 @@ columns whose g is too small to divide by.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from . import operations
 from .differentiation import once_only, without_autocast
@@ -188,6 +190,29 @@ def _unwatched(y: torch.Tensor) -> torch.Tensor:
     return y if torch.compiler.is_compiling() else y.data
 
 
+def _parameters(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Those of ``tensors`` that are parameters, None in place of the others.
+
+    A parameter lives as long as its module, so autograd need not keep it for the backward pass, and to be kept has its
+    price: under gradient checkpointing three calls of Python for each tensor.
+    """
+    if torch.compiler.is_compiling():  # which follows what autograd keeps
+        return [None] * len(tensors)
+    return [tensor if type(tensor) is nn.Parameter else None for tensor in tensors]
+
+
+def _check_unwritten(parameters: Sequence[torch.Tensor | None], versions: Sequence[int]) -> None:
+    """Raise a RuntimeError, as autograd does for what it keeps, if one was written to since it had these versions."""
+    written = [
+        p.shape for p, version in zip(parameters, versions, strict=True) if p is not None and p._version != version
+    ]
+    if written:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a weight "
+            f"{list(written[0])} of a DoRA layer, between its forward and its backward pass"
+        )
+
+
 class _Dora(torch.autograd.Function):
     """The function of this module's head. Inputs: x, base, weight, A, B, m, bias, w, form."""
 
@@ -212,15 +237,19 @@ class _Dora(torch.autograd.Function):
         ctx.adapter_dtype, ctx.magnitude_dtype = lora_A.dtype, magnitude.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.output = _Output(y) if from_y else None
-        ctx.save_for_backward(
-            x if need_a or from_y else None,
+        ctx.g, ctx.norm = saved.g, saved.norm if need_m else None
+        weights = (
             weight if need_x or from_y else None,
             saved.lora_A if need_x else None,
             saved.lora_B if need_x or need_a or need_b or from_y else None,
-            saved.g,
-            saved.norm if need_m else None,
+        )
+        ctx.held = held = _parameters(weights)
+        ctx.versions = [0 if parameter is None else parameter._version for parameter in held]
+        ctx.save_for_backward(
+            x if need_a or from_y else None,
             saved.h if need_b or from_y else None,
             _unwatched(y) if from_y else saved.inner,
+            *[tensor for tensor, parameter in zip(weights, held, strict=True) if parameter is None],
         )
         return y
 
@@ -231,12 +260,15 @@ class _Dora(torch.autograd.Function):
                 return _backward(ctx, dy, release=not torch.compiler.is_compiling())
         with torch.no_grad(), without_autocast(dy.device):
             grads = _backward(ctx, dy, release=False)
-        return once_only(ctx.form.function, grads, (dy, *ctx.saved_tensors))
+        return once_only(ctx.form.function, grads, (dy, *ctx.saved_tensors, *ctx.held))
 
 
 def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tensor | None, ...]:
     """The gradients of :class:`_Dora`; ``release`` lets go of saved tensors early, unless the graph is retained."""
-    x, weight, a, b, g, norm, h, kept = ctx.saved_tensors
+    x, h, kept, *saved = ctx.saved_tensors
+    _check_unwritten(ctx.held, ctx.versions)
+    weight, a, b = [saved.pop(0) if parameter is None else parameter for parameter in ctx.held]
+    g, norm = ctx.g, ctx.norm
     if release:
         ctx.maybe_clear_saved_tensors()
     need_x, need_base, _, need_a, need_b, need_m, need_bias, *_ = ctx.needs_input_grad

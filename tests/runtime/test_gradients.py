@@ -139,10 +139,42 @@ def test_only_what_a_gradient_asks_for_is_kept_for_the_backward_pass() -> None:
         given = {tensor.data_ptr() for tensor in (*layer.tensors.values(), *outputs)}
         return sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in given)
 
-    assert kept("x", "lora_A", "lora_B", "magnitude") == tokens * rank + 2 * d_out  # h, g and w; y is there anyway
-    assert kept("x", "lora_A", "lora_B", "magnitude", keep_inner=True) == tokens * (d_out + rank) + 2 * d_out
-    assert kept("x", "lora_A", "lora_B") == tokens * rank + d_out
-    assert kept("x", "lora_A") == kept("x") == d_out
+    assert kept("x", "lora_A", "lora_B", "magnitude") == tokens * rank  # h; y is there anyway
+    assert kept("x", "lora_A", "lora_B", "magnitude", keep_inner=True) == tokens * (d_out + rank)
+    assert kept("x", "lora_A", "lora_B") == tokens * rank
+    assert kept("x", "lora_A") == kept("x") == 0
+
+
+def with_parameters(layer: Layer, *names: str) -> Layer:
+    """The same layer with these of its tensors as parameters, as modules have them."""
+    made = {
+        name: torch.nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad) if name in names else tensor
+        for name, tensor in layer.tensors.items()
+    }
+    return Layer(made, layer.scaling, layer.dy)
+
+
+@pytest.mark.parametrize("parameters", [("weight", "lora_A", "lora_B"), ("weight",), ("lora_B",), ()])
+def test_autograd_keeps_no_parameters_and_everything_else(parameters: tuple[str, ...]) -> None:
+    layer, other = with_parameters(make_layer(), *parameters), make_layer()
+    saved = saved_for_backward(lambda: dora_linear(*layer.args))
+    kept = {name for name, tensor in layer.tensors.items() for t in saved if t.data_ptr() == tensor.data_ptr()}
+    assert kept == {"x", "weight", "lora_A", "lora_B"} - {*parameters}
+    for how in (lambda t: dora_linear(*t.args), lambda t: checkpoint(dora_linear, *t.args, use_reentrant=False)):
+        layer = with_parameters(make_layer(), *parameters)
+        for name, gradient in gradients(how(layer), layer).items():
+            wanted = gradients(dora_linear(*other.args), other)[name]
+            assert gradient is wanted is None or torch.equal(gradient, wanted), name
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_a_parameter_written_to_before_the_backward_pass_is_refused_as_autograd_does(name: str) -> None:
+    layer = with_parameters(make_layer(), "weight", "lora_A", "lora_B")
+    y = dora_linear(*layer.args)
+    with torch.no_grad():
+        layer.tensors[name].mul_(1.0)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*of a DoRA layer"):
+        y.backward(layer.dy)
 
 
 def test_the_output_is_let_go_before_the_products_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
