@@ -249,7 +249,7 @@ class _Dora(torch.autograd.Function):
             x if need_a or from_y else None,
             saved.h if need_b or from_y else None,
             _unwatched(y) if from_y else saved.inner,
-            *[tensor for tensor, parameter in zip(weights, held, strict=True) if parameter is None],
+            *[tensor if parameter is None else None for tensor, parameter in zip(weights, held, strict=True)],
         )
         return y
 
@@ -267,7 +267,7 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
     """The gradients of :class:`_Dora`; ``release`` lets go of saved tensors early, unless the graph is retained."""
     x, h, kept, *saved = ctx.saved_tensors
     _check_unwritten(ctx.held, ctx.versions)
-    weight, a, b = [saved.pop(0) if parameter is None else parameter for parameter in ctx.held]
+    weight, a, b = [other if held is None else held for held, other in zip(ctx.held, saved, strict=True)]
     g, norm = ctx.g, ctx.norm
     if release:
         ctx.maybe_clear_saved_tensors()

@@ -2,14 +2,35 @@
 
 They are not differentiable themselves: the autograd function of :mod:`.gradients` calls them, forward and backward,
 and its other products stay visible to the compiler. An operator returns a fixed number of tensors; one that was not
-asked for is empty.
+asked for is empty. They are defined in a ``Library``: a call of a ``custom_op`` costs the host three times as much.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 
 from . import operations
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("doratune", "DEF")
+
+
+def _operator(function: F) -> F:
+    """Make ``doratune::<name of the function>`` of it: fresh tensors out, nothing written to."""
+    name = function.__name__
+    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    return function
+
+
+def _fake(name: str) -> Callable[[F], F]:
+    """What operator ``name`` returns, without the values."""
+    register: Callable[[F], F] = torch.library.register_fake(f"doratune::{name}", lib=_LIBRARY)
+    return register
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
@@ -20,7 +41,7 @@ def _absent(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_empty(0)
 
 
-@torch.library.custom_op("doratune::weight_norm", mutates_args=())
+@_operator
 def weight_norm(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +50,7 @@ def weight_norm(
     return norm, squares if weight_sq is None else _absent(norm)
 
 
-@weight_norm.register_fake
+@_fake("weight_norm")
 def _(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +58,7 @@ def _(
     return norm, torch.empty_like(norm) if weight_sq is None else _absent(norm)
 
 
-@torch.library.custom_op("doratune::weight_norm_and_gain", mutates_args=())
+@_operator
 def weight_norm_and_gain(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
@@ -50,7 +71,7 @@ def weight_norm_and_gain(
     return operations.weight_norm_and_gain(weight, lora_A, lora_B, weight_sq, magnitude, scaling)
 
 
-@weight_norm_and_gain.register_fake
+@_fake("weight_norm_and_gain")
 def _(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
@@ -63,7 +84,7 @@ def _(
     return norm, torch.empty_like(norm)
 
 
-@torch.library.custom_op("doratune::lora_compose", mutates_args=())
+@_operator
 def lora_compose(
     base: torch.Tensor,
     h: torch.Tensor,
@@ -79,7 +100,7 @@ def lora_compose(
     return y, _absent(y) if inner is None else inner
 
 
-@lora_compose.register_fake
+@_fake("lora_compose")
 def _(
     base: torch.Tensor,
     h: torch.Tensor,
@@ -94,7 +115,7 @@ def _(
     return y, torch.empty_like(y) if save else _absent(y)
 
 
-@torch.library.custom_op("doratune::compose_backward", mutates_args=())
+@_operator
 def compose_backward(
     dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,7 +124,7 @@ def compose_backward(
     return dyg, dg, _absent(dg) if dbias is None else dbias
 
 
-@compose_backward.register_fake
+@_fake("compose_backward")
 def _(
     dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -111,7 +132,7 @@ def _(
     return dy.new_empty(dy.shape), dg, torch.empty_like(g) if bias else _absent(g)
 
 
-@torch.library.custom_op("doratune::compose_backward_from_output", mutates_args=())
+@_operator
 def compose_backward_from_output(
     dy: torch.Tensor,
     y: torch.Tensor,
@@ -130,7 +151,7 @@ def compose_backward_from_output(
     )
 
 
-@compose_backward_from_output.register_fake
+@_fake("compose_backward_from_output")
 def _(
     dy: torch.Tensor,
     y: torch.Tensor,
@@ -146,12 +167,12 @@ def _(
     return dy.new_empty(dy.shape), torch.empty_like(g, dtype=g.dtype if norm is None else magnitude)
 
 
-@torch.library.custom_op("doratune::sum_of_products", mutates_args=())
+@_operator
 def sum_of_products(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """``left@right + low@down``."""
     return operations.sum_of_products(left, right, low, down)
 
 
-@sum_of_products.register_fake
+@_fake("sum_of_products")
 def _(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     return left.new_empty(left.shape[0], right.shape[1])

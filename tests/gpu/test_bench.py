@@ -14,7 +14,7 @@ import doratune
 from doratune.benchmarks.host import compiled_module, host_cases, prebound
 from doratune.benchmarks.kernels import SCALING, Case, run_case
 from doratune.benchmarks.peers import peers_of
-from doratune.benchmarks.results import OURS, Outcome
+from doratune.benchmarks.results import OURS, UNCHECKED, Outcome
 from doratune.cli import main
 from doratune.codegen.ops import OPS
 from doratune.codegen.spec import KernelSpec
@@ -74,7 +74,7 @@ def test_the_host_is_timed_in_every_way_to_launch() -> None:
     result = CliRunner().invoke(main, ["bench", "host", "--rounds", "2", "--json"])
     assert result.exit_code == 0, result.output
     assert "left out" not in result.stderr
-    ways = [OURS, "hit", "launch", "prebound", "jit"]
+    ways = [OURS, UNCHECKED, "hit", "launch", "prebound", "jit"]
     found = [(row["op"], row["impl"]) for row in json.loads(result.stdout)["rows"]]
     composed = [("lora_compose", way) for way in [*ways, "torch"]]
     assert found == composed * 2 + [("weight_norm", way) for way in ways]
