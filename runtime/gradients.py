@@ -237,7 +237,6 @@ class _Dora(torch.autograd.Function):
         ctx.adapter_dtype, ctx.magnitude_dtype = lora_A.dtype, magnitude.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.output = _Output(y) if from_y else None
-        ctx.g, ctx.norm = saved.g, saved.norm if need_m else None
         weights = (
             weight if need_x or from_y else None,
             saved.lora_A if need_x else None,
@@ -247,6 +246,8 @@ class _Dora(torch.autograd.Function):
         ctx.versions = [0 if parameter is None else parameter._version for parameter in held]
         ctx.save_for_backward(
             x if need_a or from_y else None,
+            saved.g,
+            saved.norm if need_m else None,
             saved.h if need_b or from_y else None,
             _unwatched(y) if from_y else saved.inner,
             *[tensor if parameter is None else None for tensor, parameter in zip(weights, held, strict=True)],
@@ -265,10 +266,9 @@ class _Dora(torch.autograd.Function):
 
 def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tensor | None, ...]:
     """The gradients of :class:`_Dora`; ``release`` lets go of saved tensors early, unless the graph is retained."""
-    x, h, kept, *saved = ctx.saved_tensors
+    x, g, norm, h, kept, *saved = ctx.saved_tensors
     _check_unwritten(ctx.held, ctx.versions)
     weight, a, b = [other if held is None else held for held, other in zip(ctx.held, saved, strict=True)]
-    g, norm = ctx.g, ctx.norm
     if release:
         ctx.maybe_clear_saved_tensors()
     need_x, need_base, _, need_a, need_b, need_m, need_bias, *_ = ctx.needs_input_grad

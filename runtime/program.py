@@ -77,28 +77,70 @@ class _Step(NamedTuple):
 
 
 class _TensorMaps:
-    """The tensor maps of one descriptor argument, by the address of the matrix that it describes."""
+    """The tensor maps of one descriptor argument, by the address of the matrix that it describes.
+
+    Activations seldom lie twice in one place, so maps are made all the time. Triton's way to one goes through a
+    descriptor and the driver; from the second map on, the function of the driver that it ends in is called itself.
+    """
 
     def __init__(self, descriptor: Any, metadata: Any) -> None:
         self._descriptor = copy.copy(descriptor)
         self._descriptor.base = None  # keeps no tensor alive
         self._metadata = metadata
+        self._fill: Callable[..., Any] | None = None
+        self._settings: tuple[Any, ...] = ()
         self.known: dict[int, Any] = {}
 
     def expand(self, address: int) -> list[Any]:
         """The arguments that stand for the descriptor of a matrix at ``address``: its map, its shape, its strides."""
         from triton.backends.nvidia.driver import make_tensordesc_arg
+        from triton.runtime import driver
 
         descriptor = copy.copy(self._descriptor)
         descriptor.base = SimpleNamespace(data_ptr=lambda: address)
-        expanded: list[Any] = make_tensordesc_arg(descriptor, self._metadata)
+        calls: list[_Call] = []
+        active = SimpleNamespace(utils=_Listener(driver.active.utils, calls))
+        triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
+        listened = make_tensordesc_arg
+        if isinstance(listened, FunctionType):
+            inside = {**listened.__globals__, "triton": triton}
+            listened = FunctionType(listened.__code__, inside, None, listened.__defaults__, listened.__closure__)
+        expanded: list[Any] = listened(descriptor, self._metadata)
+        if len(calls) == 1 and calls[0].arguments[0] == address and calls[0].result is expanded[0]:
+            self._fill, self._settings = calls[0].function, calls[0].arguments[1:]
         return expanded
 
     def make(self, address: int) -> Any:
         if len(self.known) >= _MOST_MAPS:
             self.known.clear()
-        made = self.known[address] = self.expand(address)[0]
+        fill = self._fill
+        made = self.expand(address)[0] if fill is None else fill(address, *self._settings)
+        self.known[address] = made
         return made
+
+
+class _Call(NamedTuple):
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    result: Any
+
+
+class _Listener:
+    """The driver's functions, each noting that it is called."""
+
+    def __init__(self, utils: Any, calls: list[_Call]) -> None:
+        self._utils = utils
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._utils, name)
+
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            self._calls.append(_Call(function, arguments, result))
+            return result
+
+        return call
 
 
 class _Recorder:

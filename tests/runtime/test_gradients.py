@@ -139,10 +139,10 @@ def test_only_what_a_gradient_asks_for_is_kept_for_the_backward_pass() -> None:
         given = {tensor.data_ptr() for tensor in (*layer.tensors.values(), *outputs)}
         return sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in given)
 
-    assert kept("x", "lora_A", "lora_B", "magnitude") == tokens * rank  # h; y is there anyway
-    assert kept("x", "lora_A", "lora_B", "magnitude", keep_inner=True) == tokens * (d_out + rank)
-    assert kept("x", "lora_A", "lora_B") == tokens * rank
-    assert kept("x", "lora_A") == kept("x") == 0
+    assert kept("x", "lora_A", "lora_B", "magnitude") == tokens * rank + 2 * d_out  # h, g and w; y is there anyway
+    assert kept("x", "lora_A", "lora_B", "magnitude", keep_inner=True) == tokens * (d_out + rank) + 2 * d_out
+    assert kept("x", "lora_A", "lora_B") == tokens * rank + d_out
+    assert kept("x", "lora_A") == kept("x") == d_out
 
 
 def with_parameters(layer: Layer, *names: str) -> Layer:

@@ -443,6 +443,53 @@ def test_a_tensor_map_is_made_once_for_an_address_and_only_so_many_are_kept(
     assert max(len(maps.known) for *_, maps in step.descriptors) <= 4
 
 
+def test_all_maps_but_the_first_come_straight_from_the_driver(
+    compose: World, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.nvidia import driver as nvidia
+
+    operands = compose.operands()
+    compose.start(operands)
+    others = compose.operands()
+    wanted = resolved(compose.launch(others))
+    monkeypatch.setattr(nvidia, "make_tensordesc_arg", lambda *_: pytest.fail("made by way of a descriptor"))
+    gpus.maps.clear()
+    assert resolved(compose.start(others)) == wanted
+    base, h, lora_b, _, y = others
+    assert [made.address for made in gpus.maps] == [t.data_ptr() for t in (base, h, lora_b, y)]
+
+
+def test_maps_that_triton_makes_in_a_way_of_its_own_are_made_by_triton(
+    compose: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.nvidia import driver as nvidia
+
+    theirs = nvidia.make_tensordesc_arg
+
+    def make_tensordesc_arg(arg: Any, metadata: Any) -> list[Any]:
+        first, *rest = theirs(arg, metadata)
+        return [SimpleNamespace(wrapped=first, address=first.address), *rest]
+
+    made: list[Any] = []
+
+    class Counting:
+        def __call__(self, arg: Any, metadata: Any) -> list[Any]:
+            made.append(arg)
+            return theirs(arg, metadata)
+
+    for way in (make_tensordesc_arg, Counting()):
+        monkeypatch.setattr(nvidia, "make_tensordesc_arg", way)
+        compose.bound._programs.clear()
+        compose.bound._maps.clear()
+        for _ in range(3):
+            operands = compose.operands()
+            (start,) = compose.start(operands)
+            maps = [argument for argument in start.arguments if hasattr(argument, "address")]
+            base, h, lora_b, _, y = operands
+            assert [found.address for found in maps] == [t.data_ptr() for t in (base, h, lora_b, y)]
+    assert len(made) == 3 * 4 + 4, "in the recording by launch itself as well"
+
+
 def test_the_map_of_a_weight_serves_every_number_of_tokens(gpus: Gpus, allocations: Allocations) -> None:
     compose = World(source_of("lora_compose", "tma"), gpus, allocations)
     base, h, lora_b, g, y = compose.operands(16)
