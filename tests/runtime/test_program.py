@@ -7,6 +7,7 @@ Triton's own launcher runs up to its C function; binaries and the driver are mad
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import inspect
 import itertools
@@ -75,6 +76,11 @@ class Gpus:
         what = (*grid, stream, function, cooperative, pdl, packed, scratch, profile)
         self.starts.append(Start(what, types, tuple(arguments)))
 
+    def launch_of(self, source: str, *call: Any) -> None:
+        """The same before Triton 3.7, whose C function is made from ``source`` for the types of a kernel's arguments."""
+        *what, scratch, profile, packed, _, _, _ = call[:13]
+        self.starts.append(Start((*what, packed, scratch, profile), (source,), call[13:]))
+
     def fill(self, address: int, *rest: Any) -> Map:
         made = Map(address, tuple(tuple(r) if isinstance(r, list | tuple) else r for r in rest))
         self.maps.append(made)
@@ -108,7 +114,15 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
         launcher_cls=nvidia.CudaLauncher,
         utils=utils,
     )
-    monkeypatch.setattr(nvidia, "PyKernelArg", lambda **of: tuple(of.values()))
+    if hasattr(nvidia, "PyKernelArg"):
+        monkeypatch.setattr(nvidia, "PyKernelArg", lambda **of: tuple(of.values()))
+    else:  # Triton 3.6
+        monkeypatch.setattr(nvidia, "library_dirs", list)
+        monkeypatch.setattr(
+            nvidia,
+            "compile_module_from_src",
+            lambda src, **_: SimpleNamespace(launch=functools.partial(fake.launch_of, src)),
+        )
     monkeypatch.setattr(type(driver), "active", active, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions are to be the compiler's
