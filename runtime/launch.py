@@ -15,17 +15,43 @@ if TYPE_CHECKING:
 
 
 class FlatBinary(NamedTuple):
-    """A binary, and a C launcher for it that makes no tensor maps.
+    """A binary, and what starts it without making tensor maps: Triton's C function where its Python only leads there.
 
-    ``start`` takes the grid, the stream, ``function``, ``metadata``, three times None, then the kernel's arguments,
-    with the map, the shape and the strides of a matrix for each descriptor. ``descriptors`` is what Triton's driver
-    needs to know to make the maps.
+    ``start`` takes ``head``, with the grid from ``grid_at`` on and the stream at ``stream_at``, then the kernel's
+    arguments, ``in_one`` sequence or each on its own: the map, the shape and the strides of a matrix for each
+    descriptor. ``descriptors`` is what Triton's driver needs to know to make the maps.
     """
 
     start: Callable[..., None]
-    function: int
-    metadata: Any
+    head: tuple[Any, ...]
+    grid_at: int
+    stream_at: int
+    in_one: bool
     descriptors: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, run: Any, function: int, metadata: Any, descriptors: tuple[Any, ...]) -> FlatBinary:
+        """For a launcher of Triton, which it asks what it calls in the end, and with what."""
+        x, y, z, stream, argument = (object() for _ in range(5))
+        asked = (x, y, z, stream, function, metadata, None, None, None)
+        through = cls(run, asked, 0, 3, False, descriptors)
+        scratch = [getattr(run, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
+        if scratch != [0, 0] or not callable(getattr(run, "launch", None)):
+            return through
+        calls: list[tuple[Any, ...]] = []
+        stand_in = SimpleNamespace(**{**vars(run), "launch": lambda *arguments: calls.append(arguments)})
+        type(run).__call__(stand_in, *asked, argument)
+        if len(calls) != 1:
+            return through
+        *head, last = calls[0]
+        in_one = isinstance(last, list | tuple) and [*last] == [argument]
+        places = [[i for i, value in enumerate(head) if value is wanted] for wanted in (x, y, z, stream)]
+        if not (in_one or last is argument) or [len(found) for found in places] != [1, 1, 1, 1]:
+            return through
+        first, second, third, fourth = (found[0] for found in places)
+        if (second, third) != (first + 1, first + 2):
+            return through
+        return cls(run.launch, tuple(head), first, fourth, in_one, descriptors)
 
 
 class Launcher:
@@ -68,7 +94,7 @@ class Launcher:
         types = tuple(self._compiled.src.signature.values())
         described = sum(type_.startswith("tensordesc") for type_ in types)
         if not described:
-            return FlatBinary(run, function, metadata, ())
+            return FlatBinary.of(run, function, metadata, ())
         maps = tuple(getattr(self._compiled.metadata, "tensordesc_meta", None) or ())
         if len(maps) != described or None in maps:
             raise LookupError("descriptors without tensor maps")
@@ -78,7 +104,7 @@ class Launcher:
             flat += ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank] if type_.startswith("tensordesc") else [type_]
         fields = {**self._compiled.metadata._asdict(), "tensordesc_meta": None}
         source = SimpleNamespace(constants={}, signature=dict(enumerate(flat)))
-        return FlatBinary(driver.active.launcher_cls(source, SimpleNamespace(**fields)), function, metadata, maps)
+        return FlatBinary.of(driver.active.launcher_cls(source, SimpleNamespace(**fields)), function, metadata, maps)
 
     def _load(self) -> tuple[Callable[..., None], int, Any]:
         run = self._compiled.run  # loads the binary on the current device, after which its handle is there

@@ -55,7 +55,7 @@ class Program:
             start = workspace.data_ptr()
         for step in self._steps:
             arguments = step.arguments.copy()
-            arguments[3] = stream
+            arguments[step.stream_at] = stream
             for place, operand in step.operands:
                 arguments[place] = addresses[operand]
             for place, offset in step.workspaces:
@@ -63,14 +63,22 @@ class Program:
             for place, described, offset, maps in step.descriptors:
                 address = start + offset if described is None else addresses[described]
                 arguments[place] = maps.known.get(address) or maps.make(address)
-            step.start(*arguments)
+            if step.in_one:
+                step.start(*arguments[: step.in_one], arguments[step.in_one :])
+            else:
+                step.start(*arguments)
 
 
 class _Step(NamedTuple):
-    """One kernel: its C launcher, the arguments for it, and where among them addresses go."""
+    """One kernel: its C launcher, the arguments for it, and where among them the stream and addresses go.
+
+    From ``in_one`` on, unless that is 0, the launcher takes the arguments as one sequence.
+    """
 
     start: Callable[..., None]
     arguments: list[Any]
+    stream_at: int
+    in_one: int
     operands: tuple[tuple[int, int], ...]
     workspaces: tuple[tuple[int, int], ...]
     descriptors: tuple[tuple[int, int | None, int, _TensorMaps], ...]
@@ -267,7 +275,8 @@ class _Places:
 
 def _step(start: _Start, places: _Places, maps: Maps) -> _Step:
     binary = start.launcher.flat
-    arguments: list[Any] = [*start.grid, None, binary.function, binary.metadata, None, None, None]
+    arguments: list[Any] = [*binary.head]
+    arguments[binary.grid_at : binary.grid_at + 3] = start.grid
     operands: list[tuple[int, int]] = []
     workspaces: list[tuple[int, int]] = []
     descriptors: list[tuple[int, int | None, int, _TensorMaps]] = []
@@ -289,4 +298,6 @@ def _step(start: _Start, places: _Places, maps: Maps) -> _Step:
             operand, offset = places.find(argument.base)
             descriptors.append((len(arguments), operand, offset, maps[key]))
             arguments += [None, *maps[key].expand(argument.base.data_ptr())[1:]]
-    return _Step(binary.start, arguments, tuple(operands), tuple(workspaces), tuple(descriptors))
+    in_one = len(binary.head) if binary.in_one else 0
+    where = tuple(operands), tuple(workspaces), tuple(descriptors)
+    return _Step(binary.start, arguments, binary.stream_at, in_one, *where)

@@ -77,7 +77,7 @@ class Gpus:
         self.starts.append(Start(what, types, tuple(arguments)))
 
     def launch_of(self, source: str, *call: Any) -> None:
-        """The same before Triton 3.7, whose C function is made from ``source`` for the types of a kernel's arguments."""
+        """The same before Triton 3.7, where a C function is made from ``source`` for the types of the arguments."""
         *what, scratch, profile, packed, _, _, _ = call[:13]
         self.starts.append(Start((*what, packed, scratch, profile), (source,), call[13:]))
 
@@ -471,6 +471,20 @@ def test_all_maps_but_the_first_come_straight_from_the_driver(
     assert resolved(compose.start(others)) == wanted
     base, h, lora_b, _, y = others
     assert [made.address for made in gpus.maps] == [t.data_ptr() for t in (base, h, lora_b, y)]
+
+
+def test_a_repeated_start_goes_past_tritons_python(
+    world: World, compose: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.nvidia import driver as nvidia
+
+    for one in (world, compose):
+        operands = one.operands()
+        one.start(operands)
+        expected, apart = one.launch(operands), tuple(one._allocations.made)
+        with monkeypatch.context() as patch:
+            patch.setattr(nvidia.CudaLauncher, "__call__", lambda *_: pytest.fail("Triton's launcher was called"))
+            assert_same_starts(expected, apart, one.start(operands), tuple(one._allocations.made))
 
 
 def test_maps_that_triton_makes_in_a_way_of_its_own_are_made_by_triton(
