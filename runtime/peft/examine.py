@@ -29,11 +29,6 @@ class DoraLayer(NamedTuple):
     layer: nn.Module
     base: BaseLayer
 
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The bias of the base layer."""
-        return self.layer.bias  # type: ignore[return-value]
-
 
 class Glance:
     """What :func:`examine` said of a layer, for as long as a glance shows that nothing it looks at has changed.

@@ -65,7 +65,8 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
             return self._leave_to_peft(reason, module, active_adapter, x, result, kwargs)
         assert isinstance(dora, DoraLayer)
 
-        matrix, bias = dora.base.matrix, dora.bias
+        matrix = dora.base.matrix
+        bias: torch.Tensor | None = dora.layer.bias  # type: ignore[assignment]
         adapter = (dora.lora_A, dora.lora_B, dora.magnitude, dora.scaling)
         if drops:
             assert dropout is not None

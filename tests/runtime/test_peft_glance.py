@@ -147,7 +147,7 @@ def test_new_values_in_the_same_place_need_no_look(layer: Any, looks: list[str])
         a(layer).weight.add_(1.0)
         w(layer).bias.add_(1.0)
     assert glance.look(layer, "default") is before
-    assert before.bias is w(layer).bias  # type: ignore[union-attr]
+    assert before.layer.bias is w(layer).bias  # type: ignore[union-attr]
     assert len(looks) == 1
 
 
