@@ -2,7 +2,7 @@
 
 They are not differentiable themselves: the autograd function of :mod:`.gradients` calls them, forward and backward,
 and its other products stay visible to the compiler. An operator returns a fixed number of tensors; one that was not
-asked for is empty. They are defined in a ``Library``: a call of a ``custom_op`` costs the host three times as much.
+asked for is empty. They are defined in a ``Library``, without what a ``custom_op`` does around each call.
 """
 
 from __future__ import annotations
