@@ -87,8 +87,8 @@ class _Step(NamedTuple):
 class _TensorMaps:
     """The tensor maps of one descriptor argument, by the address of the matrix that it describes.
 
-    Activations seldom lie twice in one place, so maps are made all the time. Triton's way to one goes through a
-    descriptor and the driver; from the second map on, the function of the driver that it ends in is called itself.
+    Activations may lie elsewhere in every step, and then need new maps. Triton's way to one goes through a descriptor
+    and the driver; from the second map on, the function of the driver that it ends in is called itself.
     """
 
     def __init__(self, descriptor: Any, metadata: Any) -> None:
