@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,17 +15,14 @@ from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_o
 from .launch import bind, only_starts_kernels, uses_descriptors
 from .program import Bound
 from .reference import reference
+from .seen import Seen, rows_of
 
 if TYPE_CHECKING:
     from ..cache.lookup import Resolution
     from ..codegen.render import Source
     from .binaries import Binaries
 
-_is_contiguous = torch.Tensor.is_contiguous
 _data_ptr = torch.Tensor.data_ptr
-
-_MOST_KNOWN = 1 << 12
-"""Signatures of checked arguments that a kernel remembers; token counts may be of any number."""
 
 REFERENCE = "reference"
 """Provenance of a kernel for CPU tensors: the eager PyTorch formulas of :mod:`doratune.runtime.reference`."""
@@ -60,7 +57,7 @@ class Kernel:
         self._binaries = binaries
         self._launchers: dict[tuple[int, ...], Callable[..., None]] = {}
         self._contiguous: Bound | None = None
-        self._known: dict[tuple[object, ...], _Known] = {}
+        self._seen = Seen()
         self._descriptors = source is not None and uses_descriptors(source)
         self._repeats = source is not None and only_starts_kernels(source)
         self._scales = spec.contract.scaling
@@ -112,14 +109,13 @@ class Kernel:
         elif type(scaling) is not float and (not isinstance(scaling, int | float) or isinstance(scaling, bool)):
             raise ArgumentError(f"{self.spec.op} needs scaling, a number (PEFT's lora_alpha / r); got {scaling!r}")
         inputs = (*tensors, *named.values()) if named else tensors
-        signature = _signature(len(tensors), named, inputs, out)
-        known = None if signature is None else self._known.get(signature)
+        known = self._seen.find(inputs, named, out)
         if known is None:
             bound = bind_inputs(self.spec, tensors, named, self.device)
             made = make_outputs(self.spec, bound, out, self.device)
             inputs, outputs = tuple(bound.values()), tuple(made.values())
-            if signature is not None and [*bound][len(tensors) :] == [*named] and len(self._known) < _MOST_KNOWN:
-                self._known[signature] = _remember(inputs, outputs, given=out is not None)
+            if [*bound][len(tensors) :] == [*named]:
+                self._seen.remember(inputs, named, out, outputs)
         else:  # such tensors have been checked before, in this order
             outputs = () if out is None else (out,)
             if known.outputs:
@@ -151,7 +147,7 @@ class Kernel:
         each matrix that the kernel cannot address (:func:`~doratune.runtime.arguments.as_rows`).
         """
         given = (*inputs, *outputs)
-        rows = _rows_of(given)
+        rows = rows_of(given)
         if rows and self._repeat(given, rows, scaling):
             return
         scalars = () if scaling is None else (float(scaling),)
@@ -194,50 +190,3 @@ class Kernel:
         if self._repeats and known == contiguous_alignments(self.spec):
             self._contiguous = Bound(module, self.device)
         return launch
-
-
-class _Known(NamedTuple):
-    """What a kernel remembers of arguments that it has checked.
-
-    ``outputs`` says of each output to allocate which input has its shape and dtype, or these themselves; ``rows`` is
-    what :func:`_rows_of` says of inputs and outputs.
-    """
-
-    outputs: tuple[int | tuple[torch.Size, torch.dtype], ...]
-    rows: int
-
-
-def _remember(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], *, given: bool) -> _Known:
-    made = [
-        next(
-            (i for i, t in enumerate(inputs) if t.is_contiguous() and t.shape == o.shape and t.dtype == o.dtype),
-            (o.shape, o.dtype),
-        )
-        for o in outputs[1 if given else 0 :]
-    ]
-    return _Known(tuple(made), _rows_of((*inputs, *outputs)))
-
-
-def _rows_of(tensors: Sequence[torch.Tensor]) -> int:
-    """The rows of the first tensor, with all its leading dimensions, where all are contiguous; 0 where they are not."""
-    if not all(map(_is_contiguous, tensors)):
-        return 0
-    shape = tensors[0].shape
-    return shape[0] if len(shape) == 2 else shape[:-1].numel()
-
-
-def _signature(
-    positional: int, named: Iterable[str], inputs: Sequence[torch.Tensor], out: torch.Tensor | None
-) -> tuple[object, ...] | None:
-    """All that the check of arguments looks at; None if some argument is not a tensor.
-
-    Contiguous tensors need no strides in it: all that are contiguous, and of one shape, pass or fail alike.
-    """
-    parts: list[object] = [positional, out is None, *named]
-    try:
-        for tensor in inputs if out is None else (*inputs, out):
-            strides = tensor.is_contiguous() or tensor.stride()
-            parts += (type(tensor), tensor.shape, tensor.dtype, tensor.device, strides)
-    except (AttributeError, TypeError):
-        return None
-    return tuple(parts)

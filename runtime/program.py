@@ -10,6 +10,7 @@ is made once for each address, and starting a kernel is filling in a list. On an
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -40,48 +41,68 @@ _HARMLESS = frozenset(
 class Program:
     """The kernels that an emitted ``launch`` starts, with their arguments but for the addresses.
 
-    Made by :func:`record` for tensors of one shape. Repeating it allocates the workspace and nothing else.
+    Made by :func:`record` for tensors of one shape. Repeating it lines up all that the kernels are given (the stream,
+    the operands' addresses, places in the workspace, tensor maps, what is always the same), of which each kernel then
+    takes its arguments. It allocates the workspace and nothing else.
     """
 
-    def __init__(self, steps: Sequence[_Step], workspace_bytes: int) -> None:
-        self._steps = tuple(steps)
-        self._workspace_bytes = workspace_bytes
+    def __init__(self, steps: Sequence[_Step], line: _Line) -> None:
+        self._steps = tuple([step.settled(line) for step in steps])
+        self._workspace_bytes = line.workspace_bytes
+        self._offsets = tuple(line.offsets)
+        self.descriptors = tuple([(line.index(place), maps) for place, maps in line.descriptors])
+        self._constants = tuple(line.constants)
 
     def run(self, addresses: Sequence[int], device: torch.device, stream: int) -> None:
         """Start the kernels on operands at ``addresses``, in the order of ``launch``'s parameters, on ``stream``."""
-        start = 0
+        line: list[Any] = [stream, *addresses]
         if self._workspace_bytes:
             workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
             start = workspace.data_ptr()
-        for step in self._steps:
-            arguments = step.arguments.copy()
-            arguments[step.stream_at] = stream
-            for place, operand in step.operands:
-                arguments[place] = addresses[operand]
-            for place, offset in step.workspaces:
-                arguments[place] = start + offset
-            for place, described, offset, maps in step.descriptors:
-                address = start + offset if described is None else addresses[described]
-                arguments[place] = maps.known.get(address) or maps.make(address)
-            if step.in_one:
-                step.start(*arguments[: step.in_one], arguments[step.in_one :])
+            line += [start + offset for offset in self._offsets]
+        for described, maps in self.descriptors:
+            address = line[described]
+            line.append(maps.known.get(address) or maps.make(address))
+        line += self._constants
+        for start_kernel, head, rest in self._steps:
+            if rest is None:
+                start_kernel(*head(line))
             else:
-                step.start(*arguments)
+                start_kernel(*head(line), rest(line))
+
+
+_Take = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+class _Settled(NamedTuple):
+    """A kernel's C launcher, and what takes its arguments from the line: ``rest``, if any, those in one sequence."""
+
+    start: Callable[..., None]
+    head: _Take
+    rest: _Take | None
 
 
 class _Step(NamedTuple):
-    """One kernel: its C launcher, the arguments for it, and where among them the stream and addresses go.
+    """One kernel: its C launcher, and where in the line each of its arguments is.
 
     From ``in_one`` on, unless that is 0, the launcher takes the arguments as one sequence.
     """
 
     start: Callable[..., None]
-    arguments: list[Any]
-    stream_at: int
+    places: Sequence[_Place]
     in_one: int
-    operands: tuple[tuple[int, int], ...]
-    workspaces: tuple[tuple[int, int], ...]
-    descriptors: tuple[tuple[int, int | None, int, _TensorMaps], ...]
+
+    def settled(self, line: _Line) -> _Settled:
+        indices = [line.index(place) for place in self.places]
+        if not self.in_one:
+            return _Settled(self.start, _taking(indices), None)
+        return _Settled(self.start, _taking(indices[: self.in_one]), _taking(indices[self.in_one :]))
+
+
+def _taking(indices: Sequence[int]) -> _Take:
+    if len(indices) < 2:  # of one index, itemgetter makes no sequence
+        return lambda line: [line[index] for index in indices]
+    return operator.itemgetter(*indices)
 
 
 class _TensorMaps:
@@ -238,31 +259,60 @@ def record(
 
 
 def _assemble(starts: Sequence[_Start], operands: Sequence[torch.Tensor], maps: Maps) -> Program | None:
-    places = _Places(operands)
+    line = _Line(operands)
     try:
-        steps = [_step(start, places, maps) for start in starts]
-        return Program(steps, places.workspace_bytes)
+        return Program([_step(start, line, maps) for start in starts], line)
     except LookupError:
         return None
 
 
-class _Places:
-    """Where tensors seen in a recording lie: in an operand, or in one of the allocations made on the way."""
+class _Place(NamedTuple):
+    """A value in a line: the ``number``-th of its part."""
+
+    part: str
+    number: int
+
+
+class _Line:
+    """What a program's kernels are given, as it is found while their starts are gone through."""
 
     def __init__(self, operands: Sequence[torch.Tensor]) -> None:
         self._operands = operands
         self._workspaces: dict[int, int] = {}
         self.workspace_bytes = 0
+        self.offsets: list[int] = []
+        self.descriptors: list[tuple[_Place, _TensorMaps]] = []
+        self.constants: list[object] = []
 
-    def find(self, tensor: torch.Tensor) -> tuple[int | None, int]:
-        """The operand (None: the workspace) and the offset in it, in bytes.
+    def index(self, place: _Place) -> int:
+        """Where a value is, once all are known."""
+        parts = {
+            "stream": 1,
+            "operand": len(self._operands),
+            "workspace": len(self.offsets),
+            "descriptor": len(self.descriptors),
+            "constant": len(self.constants),
+        }
+        before = list(parts)[: list(parts).index(place.part)]
+        return sum(parts[part] for part in before) + place.number
+
+    def constant(self, value: object) -> _Place:
+        self.constants.append(value)
+        return _Place("constant", len(self.constants) - 1)
+
+    def descriptor(self, matrix: _Place, maps: _TensorMaps) -> _Place:
+        self.descriptors.append((matrix, maps))
+        return _Place("descriptor", len(self.descriptors) - 1)
+
+    def tensor(self, tensor: torch.Tensor) -> _Place:
+        """The place of a tensor's address: that of an operand, or one in an allocation made on the way.
 
         Raises:
             LookupError: a part of an operand, of which there may be several in one memory.
         """
         for index, operand in enumerate(self._operands):
             if tensor is operand:
-                return index, 0
+                return _Place("operand", index)
         memory = tensor.untyped_storage()
         start = memory.data_ptr()
         if any(operand.untyped_storage().data_ptr() == start for operand in self._operands):
@@ -270,34 +320,27 @@ class _Places:
         if start not in self._workspaces:
             self._workspaces[start] = self.workspace_bytes
             self.workspace_bytes += -(-memory.nbytes() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
-        return None, self._workspaces[start] + tensor.data_ptr() - start
+        self.offsets.append(self._workspaces[start] + tensor.data_ptr() - start)
+        return _Place("workspace", len(self.offsets) - 1)
 
 
-def _step(start: _Start, places: _Places, maps: Maps) -> _Step:
+def _step(start: _Start, line: _Line, maps: Maps) -> _Step:
     binary = start.launcher.flat
-    arguments: list[Any] = [*binary.head]
-    arguments[binary.grid_at : binary.grid_at + 3] = start.grid
-    operands: list[tuple[int, int]] = []
-    workspaces: list[tuple[int, int]] = []
-    descriptors: list[tuple[int, int | None, int, _TensorMaps]] = []
+    head = [*binary.head]
+    head[binary.grid_at : binary.grid_at + 3] = start.grid
+    places = [line.constant(value) for value in head]
+    places[binary.stream_at] = _Place("stream", 0)
+    described = 0
     for argument in start.arguments:
         if isinstance(argument, torch.Tensor):
-            operand, offset = places.find(argument)
-            if operand is None:
-                workspaces.append((len(arguments), offset))
-            else:
-                operands.append((len(arguments), operand))
-            arguments.append(None)
+            places.append(line.tensor(argument))
         elif isinstance(argument, int | float):
-            arguments.append(argument)
+            places.append(line.constant(argument))
         else:
-            number = len(descriptors)
-            key = (start.launcher, number, *argument.shape, *argument.strides)
+            key = (start.launcher, described, *argument.shape, *argument.strides)
             if key not in maps:
-                maps[key] = _TensorMaps(argument, binary.descriptors[number])
-            operand, offset = places.find(argument.base)
-            descriptors.append((len(arguments), operand, offset, maps[key]))
-            arguments += [None, *maps[key].expand(argument.base.data_ptr())[1:]]
-    in_one = len(binary.head) if binary.in_one else 0
-    where = tuple(operands), tuple(workspaces), tuple(descriptors)
-    return _Step(binary.start, arguments, binary.stream_at, in_one, *where)
+                maps[key] = _TensorMaps(argument, binary.descriptors[described])
+            described += 1
+            places.append(line.descriptor(line.tensor(argument.base), maps[key]))
+            places += [line.constant(value) for value in maps[key].expand(argument.base.data_ptr())[1:]]
+    return _Step(binary.start, places, len(head) if binary.in_one else 0)

@@ -17,6 +17,7 @@ from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import VARIANTS
 from doratune.runtime import kernel as kernel_module
+from doratune.runtime import seen
 from doratune.runtime.arguments import ArgumentError
 from doratune.runtime.kernel import Kernel
 from doratune.runtime.launch import FlatBinary, Launcher
@@ -37,6 +38,13 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(kernel_module, "bind_inputs", spy)
     return made
+
+
+@pytest.fixture(params=["guards", "signatures"])
+def recogniser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch's own test of arguments, and without."""
+    if request.param == "signatures":
+        monkeypatch.setattr(seen, "_guards", None)
 
 
 def test_equal_tensors_are_checked_once_and_others_again(checks: list[str]) -> None:
@@ -61,9 +69,12 @@ def test_named_tensors_in_another_order_are_told_apart(checks: list[str]) -> Non
     inputs, scaling = make_inputs(spec, 16)
     first = kernel(**inputs, scaling=scaling)
     turned = dict(reversed(inputs.items()))
+    alike = {name: inputs[name] for name in ("lora", "base", "g")}  # one shape and dtype at each place
     for _ in range(3):
         assert torch.equal(kernel(**turned, scaling=scaling), first)  # type: ignore[arg-type]
+        assert torch.equal(kernel(**alike, scaling=scaling), first)  # type: ignore[arg-type]
         assert torch.equal(kernel(**inputs, scaling=scaling), first)  # type: ignore[arg-type]
+        assert torch.equal(kernel(*inputs.values(), scaling=scaling), first)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -81,24 +92,62 @@ def test_named_tensors_in_another_order_are_told_apart(checks: list[str]) -> Non
         lambda t: {**t, "bias": t["g"]},
     ],
 )
-def test_what_was_refused_is_refused_after_a_good_call_too(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def test_what_was_refused_is_refused_after_a_good_call_too(
+    change: Callable[[dict[str, Any]], dict[str, Any]], recogniser: None
+) -> None:
     kernel = Kernel(SPEC, torch.device("cpu"))
     inputs, scaling = make_inputs(SPEC, 16)
-    for _ in range(2):
+    for _ in range(3):
         kernel(**inputs, scaling=scaling)
         with pytest.raises(ArgumentError):
             kernel(**change(inputs), scaling=scaling)
+        kernel(*inputs.values(), scaling=scaling)
+        with pytest.raises(ArgumentError):
+            kernel(*change(inputs).values(), scaling=scaling)
     with pytest.raises(ArgumentError, match="needs scaling"):
         kernel(**inputs)
 
 
+@pytest.mark.parametrize(
+    "other", [torch.empty(15, 48), torch.empty(16, 48).double(), torch.empty(16, 48, device="meta"), torch.empty(48), 3]
+)
+def test_an_unfit_output_is_refused_after_a_good_one_too(other: Any, recogniser: None) -> None:
+    kernel = Kernel(SPEC, torch.device("cpu"))
+    inputs, scaling = make_inputs(SPEC, 16)
+    for _ in range(3):
+        kernel(*inputs.values(), scaling=scaling, out=torch.empty(16, 48))
+        with pytest.raises(ArgumentError):
+            kernel(*inputs.values(), scaling=scaling, out=other)
+
+
+def test_calls_of_several_kinds_in_turn_are_told_apart(checks: list[str], recogniser: None) -> None:
+    kernel = Kernel(SPEC, torch.device("cpu"))
+    many, scaling = make_inputs(SPEC, 16)
+    few, _ = make_inputs(SPEC, 5)
+    spaced = {**many, "h": torch.cat((many["h"], many["h"]), 1)[:, :8]}
+    parameter = {**many, "lora_B": torch.nn.Parameter(many["lora_B"])}
+    first = kernel(**many, scaling=scaling).clone()  # type: ignore[union-attr]
+    checks.clear()
+    for _ in range(3):
+        for tensors in (many, spaced, parameter):
+            assert torch.equal(kernel(*tensors.values(), scaling=scaling), first)  # type: ignore[arg-type]
+            out = torch.empty(16, 48)
+            assert kernel(*tensors.values(), scaling=scaling, out=out) is out
+            assert torch.equal(out, first)  # type: ignore[arg-type]
+        assert kernel(*few.values(), scaling=scaling).shape == (5, 48)  # type: ignore[union-attr]
+        in_place = many["base"].clone()
+        assert kernel(in_place, *[*many.values()][1:], scaling=scaling, out=in_place) is in_place
+        assert torch.equal(in_place, first)  # type: ignore[arg-type]
+    assert len(checks) == 7, "each kind is checked once: three with and without an output, and the few tokens"
+
+
 def test_a_kernel_remembers_only_so_many_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_module, "_MOST_KNOWN", 4)
+    monkeypatch.setattr(seen, "_MOST_KNOWN", 4)
     kernel = Kernel(SPEC, torch.device("cpu"))
     for tokens in range(1, 12):
         inputs, scaling = make_inputs(SPEC, tokens)
         kernel(**inputs, scaling=scaling)
-    assert len(kernel._known) == 4
+    assert len(kernel._seen.known) == 4
 
 
 class Bound(Kernel):
