@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -219,6 +220,8 @@ def measure(
 ) -> dict[str, Sample]:
     """Time ``call`` on each contender's model in turn, after two calls to warm up and one for its peak memory.
 
+    Each round has an order of its own, the same in every run.
+
     ``before`` runs ahead of every call, outside the time: it lets go of gradients and touches what an optimizer would
     have changed. ``hide_host`` keeps the GPU busy until the host has queued the call, so that the GPU's time is its
     own; else it is what a user waits for. A contender that fails is left out, with a note.
@@ -247,14 +250,16 @@ def measure(
             before()
         busy[one.name] = 1.5e-6 * host_us * SLEEP_CYCLES_PER_SECOND if hide_host else 0.0
         samples[one.name] = sample
+    order = [one for one in contenders if one.name in samples]
+    chance = random.Random(0)
     for _ in range(rounds):
+        chance.shuffle(order)  # how warm and how fast the GPU is depends on who was there before
         with no_collection():
-            for one in contenders:
-                if one.name in samples:
-                    before()
-                    us, host_us = _clock(lambda model=one.model: call(model), device, busy[one.name])  # type: ignore[misc]
-                    samples[one.name].us.append(us)
-                    samples[one.name].cpu_us.append(host_us)
+            for one in order:
+                before()
+                us, host_us = _clock(lambda model=one.model: call(model), device, busy[one.name])  # type: ignore[misc]
+                samples[one.name].us.append(us)
+                samples[one.name].cpu_us.append(host_us)
     before()
     return samples
 

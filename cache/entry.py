@@ -24,7 +24,8 @@ class Evaluation:
     ``default`` (nobody looked). Times are microseconds of GPU time; ``samples_us`` are the single replays behind the
     median ``us``. ``error`` is the worst relative error against fp64 seen by the accuracy gate, None when not measured.
     ``registers`` are per thread, ``spills`` and ``shared_bytes`` in bytes, each the largest over the variant's kernels.
-    ``trials`` counts the configurations the search looked at.
+    ``trials`` counts the configurations the search looked at. ``unfused_us`` is of a kernel that fuses what may as well
+    be done one after another: the time of that, measured in turn with the kernel; None where nobody did.
     """
 
     provenance: str
@@ -36,6 +37,12 @@ class Evaluation:
     spills: int | None = None
     shared_bytes: int | None = None
     trials: int = 0
+    unfused_us: float | None = None
+
+    @property
+    def fusion_pays(self) -> bool:
+        """Whether the kernel was measured to be faster than what it fuses, one after another."""
+        return self.us is not None and self.unfused_us is not None and self.us < self.unfused_us
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ class Resolution:
     refused: tuple[tuple[str, int], ...]
     layers: tuple[str, ...]
 
+    @property
+    def fusion_pays(self) -> bool:
+        """Whether an entry of this very spec says that the kernel is faster than what it fuses."""
+        return self.step == "exact" and self.entry is not None and self.entry.evaluation.fusion_pays
+
     def explain(self, binary: str | None = None) -> str:
         """Return the choice, why the earlier steps gave nothing, and what is known of the loss, as lines of text.
 
@@ -86,6 +91,9 @@ class Resolution:
         if self.entry is not None:
             lines += [f"store     {self.layer}", f"tuned     {_origin(self.entry)}"]
         lines.append(f"loss      {self._loss()}")
+        if self.step == "exact" and self.entry is not None and self.entry.evaluation.unfused_us is not None:
+            pays = "pays" if self.fusion_pays else "does not pay"
+            lines.append(f"fusion    {pays}: {self.entry.evaluation.unfused_us:.4g} us one after another")
         if binary is not None:
             lines.append(f"binary    {binary}")
         lines += self._refusal_lines()

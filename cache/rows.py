@@ -27,7 +27,7 @@ _SPEC_COLUMNS = tuple(name for name in SPEC_FIELDS if hasattr(EntryRow, name))
 
 _ENVIRONMENT_TEXTS = ("triton", "torch", "driver", "gpu_name", "doratune", "architecture")
 _COUNTS = ("registers", "spills", "shared_bytes")
-_FIGURES = ("us", "floor_us", "error")
+_FIGURES = ("us", "floor_us", "error", "unfused_us")
 
 _SEAL = b"doratune-1\0"
 """What a sealed image begins with. A cubin shrinks to a fifth as xz, which unpacks in 2 ms; to a quarter with zlib."""
@@ -103,6 +103,7 @@ def entry_of(row: EntryRow, store: str) -> Entry:
                 spills=row.spills,
                 shared_bytes=row.shared_bytes,
                 trials=row.trials,
+                unfused_us=row.unfused_us,
             ),
             environment=Environment(gpu=row.tuned_gpu, **{name: values[name] for name in _ENVIRONMENT_TEXTS}),
             created_at=row.created_at,

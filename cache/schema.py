@@ -12,7 +12,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData, String, Table, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """Every schema so far, oldest first; the last is the one this doratune reads and writes."""
 
 VERSION_TABLE = "doratune_schema"
@@ -81,6 +81,7 @@ class EntryRow(Base):
     gpu_name: Mapped[str] = mapped_column(Text)
     doratune: Mapped[str] = mapped_column(Text)
     created_at: Mapped[str] = mapped_column(Text)
+    unfused_us: Mapped[float | None] = mapped_column(Double)
 
 
 class BinaryRow(Base):

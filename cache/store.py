@@ -5,6 +5,7 @@ What runs is never code from a store: a config is a validated value, and source 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from ..codegen.spec import TILE_DTYPES, KernelSpec
 from . import create as making
 from .connect import connect, explained, for_writing, sqlite_engine
 from .entry import Binary, BinaryKey, Entry
-from .errors import CorruptRowError, LocationError, ReadOnlyStoreError, StoreAccessError
+from .errors import CorruptRowError, LocationError, OlderStoreError, ReadOnlyStoreError, StoreAccessError
 from .location import Location
 from .rows import (
     CANDIDATE_COLUMNS,
@@ -271,7 +272,8 @@ class Store:
         if target.path is None:
             raise LocationError(f"export to {target}: an export is a file; name a path")
         if target.path.exists() and replace:
-            Store.open(target.path, readonly=True).close()  # raises for a file that is not ours to replace
+            with contextlib.suppress(OlderStoreError):  # which is ours too
+                Store.open(target.path, readonly=True).close()  # raises for a file that is not ours to replace
         elif target.path.exists():
             raise _exists(target)
         with making.new_file(target, target.path) as fresh:

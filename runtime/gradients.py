@@ -112,25 +112,28 @@ def _forward(
         assert weight is not None
         norm, g = norm.gain_of_weight(weight, lora_A, lora_B, magnitude, scaling, rounded=(a, b))
 
-    overwrite = form.overwrite and not torch.compiler.is_compiling()  # a compiler sees to memory itself
-    if base is None:
-        assert weight is not None
-        base, overwrite = rows @ _as(weight, dtype).T, True
-    else:
-        base = _rows(base)
     extra = None if bias is None else _as(bias, dtype)
-    if extra is not None and form.base_has_bias:
-        # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
-        # a zero row (base = b, g = m/eps) must give y = b.
-        base, overwrite = base.sub_(extra) if overwrite else base - extra, True
-    if form.delta:
-        extra = None
-
     h = torch.mm(rows.to(a.dtype) if form.exact else rows, a.T)
     left, right = _split(h, b, dtype) if form.exact else (h, b)
-    y, inner = operations.lora_compose(
-        base, left, right, g, scaling, bias=extra, delta=form.delta, save=save, overwrite=overwrite
-    )
+    if base is None and not form.delta:
+        assert weight is not None
+        y, inner = operations.dora_linear(rows, _as(weight, dtype), left, right, g, scaling, bias=extra, save=save)
+    else:
+        overwrite = form.overwrite and not torch.compiler.is_compiling()  # a compiler sees to memory itself
+        if base is None:
+            assert weight is not None
+            base, overwrite = rows @ _as(weight, dtype).T, True
+        else:
+            base = _rows(base)
+        if extra is not None and form.base_has_bias:
+            # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
+            # a zero row (base = b, g = m/eps) must give y = b.
+            base, overwrite = base.sub_(extra) if overwrite else base - extra, True
+        if form.delta:
+            extra = None
+        y, inner = operations.lora_compose(
+            base, left, right, g, scaling, bias=extra, delta=form.delta, save=save, overwrite=overwrite
+        )
     # Detached, y is no view in autograd's eyes: to change it in place is the caller's right.
     return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, inner)
 

@@ -75,6 +75,11 @@ class Kernel:
         return entry.evaluation.provenance if entry else "default"
 
     @property
+    def fusion_pays(self) -> bool:
+        """Whether a store says that this very kernel is faster than what it fuses, one after another."""
+        return self._resolution is not None and self._resolution.fusion_pays
+
+    @property
     def source(self) -> str:
         return (
             self._source.text

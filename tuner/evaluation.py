@@ -69,6 +69,16 @@ class Evaluator(ABC):
             Rejected: the candidate cannot win.
         """
 
+    def times_beside(self, fused: Source, composition: Source) -> tuple[float, float] | None:
+        """Microseconds of a fused kernel and of its work one after another (:mod:`.unfused`), measured in turn.
+
+        None from an evaluator that measures nothing.
+
+        Raises:
+            Rejected: one of them does not run.
+        """
+        return None
+
     def finish(self, spec: KernelSpec) -> None:  # noqa: B027
         """Let go of what is kept for candidates of ``spec``; its search is over."""
 

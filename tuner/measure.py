@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -21,7 +22,8 @@ from ..runtime.reference import definition
 from .accuracy import worst_error
 from .evaluation import Evaluator, GpuLostError, Rejected, Resources, floor_us
 from .inputs import make_inputs, make_outputs
-from .timing import capture, median_us, replay_us, rotations
+from .timing import capture, interleaved_us, median_us, replay_us, rotations
+from .unfused import run_unfused
 
 GATE_TOKENS = 512
 """Tokens of the gate's own inputs, less a few so that the last tile is ragged; timing runs the full bucket."""
@@ -93,6 +95,10 @@ class MeasureEvaluator(Evaluator):
         self._gate_inputs, self._gate_scaling = make_inputs(spec, gate_tokens, case="mixed", seed=1, device=self.device)
         self._gate_exact = definition(spec, self._gate_inputs, self._gate_scaling)
         self._gate_outputs = make_outputs(spec, gate_tokens, self.device)
+        self._make_sets(spec)
+        self._spec = spec  # only now: when memory ran out, the next candidate tries again
+
+    def _make_sets(self, spec: KernelSpec) -> None:
         set_bytes = spec.contract.operand_bytes(spec)
         roomy = int(MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0]) // set_bytes
         count = max(1, min(rotations(set_bytes, self.gpu.l2_bytes), roomy))
@@ -100,7 +106,6 @@ class MeasureEvaluator(Evaluator):
         for seed in range(count):
             inputs, self._scaling = make_inputs(spec, spec.tokens, case="random", seed=100 + seed, device=self.device)
             self._sets.append((inputs, make_outputs(spec, spec.tokens, self.device)))
-        self._spec = spec  # only now: when memory ran out, the next candidate tries again
 
     def evaluate(self, source: Source, compiled: Sequence[Resources]) -> Evaluation:
         """Gate and time one candidate.
@@ -111,17 +116,12 @@ class MeasureEvaluator(Evaluator):
             GpuLostError: it left the GPU unusable for this process.
         """
         spec = source.spec
-        try:
+        with _rejecting(source):
             self._prepare(spec)
             launch = bind(source).launch
             error = self._gate(spec, launch)
             samples = self._time(launch)
             error = max(error, self._check_rows(spec))
-        except (RuntimeError, ValueError, TypeError) as failure:
-            reason = next(iter(str(failure).splitlines()), type(failure).__name__)
-            if not _gpu_answers():
-                raise GpuLostError(f"{source.config} of {spec} broke the GPU context: {reason}") from failure
-            raise Rejected(f"does not run: {reason}") from failure
         us = median_us(samples)
         self._best_us[spec] = min(us, self._best_us.get(spec, us))
         return Evaluation(
@@ -134,6 +134,31 @@ class MeasureEvaluator(Evaluator):
             spills=max(kernel.spills for kernel in compiled),
             shared_bytes=max(kernel.shared_bytes for kernel in compiled),
         )
+
+    def times_beside(self, fused: Source, composition: Source) -> tuple[float, float]:
+        """Time both on random inputs that rotate as those of a candidate.
+
+        Raises:
+            Rejected: one of them failed to launch. GpuLostError: and left the GPU unusable for this process.
+        """
+        spec = fused.spec
+        self.finish(spec)
+        with _rejecting(fused):
+            self._make_sets(spec)
+            launch, compose = bind(fused).launch, bind(composition).launch
+            one = [
+                functools.partial(launch, *inputs.values(), *outputs.values(), self._scaling)
+                for inputs, outputs in self._sets
+            ]
+            apart = [
+                functools.partial(run_unfused, composition.spec, compose, inputs, outputs, self._scaling)
+                for inputs, outputs in self._sets
+            ]
+            repeats = self._repeats(spec)
+            graphs = [(capture(calls * repeats), len(calls) * repeats) for calls in (one, apart)]
+            samples = interleaved_us(graphs)
+        self.finish(spec)
+        return median_us(samples[0]), median_us(samples[1])
 
     def finish(self, spec: KernelSpec) -> None:
         """Let go of the inputs."""
@@ -165,14 +190,17 @@ class MeasureEvaluator(Evaluator):
     def _time(self, launch: Callable[..., None]) -> list[float]:
         assert self._spec is not None
         scalars = (self._scaling,) if self._spec.contract.scaling else ()
-        repeats = max(1, SHORT_GRAPH_CALLS // len(self._sets)) if self._spec.tokens <= 1024 else 1
         calls = [
             functools.partial(launch, *inputs.values(), *outputs.values(), *scalars) for inputs, outputs in self._sets
-        ] * repeats
+        ] * self._repeats(self._spec)
         for tensor in self._sets[-1][1].values():  # what another candidate wrote must not pass for this one's
             tensor.fill_(float("nan"))
         graph = capture(calls)
         return replay_us(graph, len(calls), give_up_us=GIVE_UP * self._best_us.get(self._spec, 0.0))
+
+    def _repeats(self, spec: KernelSpec) -> int:
+        """How often a graph calls each of the rotating sets."""
+        return max(1, SHORT_GRAPH_CALLS // len(self._sets)) if spec.tokens <= 1024 else 1
 
     def _check_rows(self, spec: KernelSpec) -> float:
         """Hold some rows of the timed outputs against fp64: the first, the last and a spread between."""
@@ -188,6 +216,18 @@ class MeasureEvaluator(Evaluator):
         if complaint:
             raise Rejected(f"inaccurate at {spec.tokens} tokens: {complaint}")
         return error
+
+
+@contextmanager
+def _rejecting(source: Source) -> Iterator[None]:
+    """Turn what goes wrong on the GPU inside the block into the reason why ``source`` is out."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as failure:
+        reason = next(iter(str(failure).splitlines()), type(failure).__name__)
+        if not _gpu_answers():
+            raise GpuLostError(f"{source.config} of {source.spec} broke the GPU context: {reason}") from failure
+        raise Rejected(f"does not run: {reason}") from failure
 
 
 def _gpu_answers() -> bool:

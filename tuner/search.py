@@ -9,7 +9,8 @@ neighbours too.
 **What is kept.** A winner is stored as soon as its search ends, and its binaries soon after. A spec is skipped when the
 store has an entry of the same template whose provenance is better, or equal with a finished search of at least this
 effort: the study says so, or, where the study is not at hand, the entry was tuned with at least the effort's patience
-in trials. The binaries of such entries are made last, where the store lacks them for the installed Triton.
+in trials. The binaries of such entries are made last, where the store lacks them for the installed Triton; and so is
+what says whether the fusion of a kernel pays (:mod:`.unfused`).
 
 **Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate being evaluated is finished and nothing new is
 begun. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run goes
@@ -37,7 +38,7 @@ from ..codegen.gpu import Gpu
 from ..codegen.module import declared_kernels
 from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
-from ..codegen.variants import check_config
+from ..codegen.variants import check_config, default_config
 from .effort import STANDARD, Budget, Effort
 from .evaluation import Evaluator, GpuLostError, Rejected, floor_us
 from .predict import shortlist
@@ -53,6 +54,7 @@ from .studies import (
     searched_with,
     study_name,
 )
+from .unfused import composition_of
 from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 
 TUNED, KEPT, PARTIAL, UNFINISHED, FAILED = "tuned", "kept", "partial", "unfinished", "failed"
@@ -243,6 +245,7 @@ class _Run:
             self._store_packed()
         for search in active.values():
             self._cut_short(search)
+        self._time_unfused()
         self._finish_binaries()
 
     def _stopping(self) -> bool:
@@ -381,6 +384,48 @@ class _Run:
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
             self._pack(self._rows[spec].entry)
         self.progress.done(spec, outcome, best[1].us if best else None, search.floor_us)
+
+    def _time_unfused(self) -> None:
+        """Have kernels that fuse timed beside their work one after another, where nobody did or its part is new."""
+        if self.evaluator.provenance != MEASURED or self._stopping():
+            return
+        pending = []
+        for row in self._rows.values():
+            composition = composition_of(row.spec)
+            if composition is None or row.entry is None or row.entry.evaluation.provenance != MEASURED:
+                continue
+            part = self._rows.get(composition)
+            if row.entry.evaluation.unfused_us is None or (part is not None and part.outcome == TUNED):
+                sources = render(row.spec, row.entry.config), render(composition, self._config(composition))
+                pending.append((row.entry, sources, [self.pool.submit(source) for source in sources]))
+        if pending:
+            self.progress.note(f"timing {len(pending)} fused kernels beside their work one after another")
+        for entry, (fused, composed), compiled in pending:
+            while not all(future.done() for future in compiled) and not self._stopping():
+                self.pool.wait([future for future in compiled if not future.done()], POLL_SECONDS)
+            if self._stopping():
+                return
+            reason = next((str(future.exception()) for future in compiled if future.exception()), None)
+            if reason is None:
+                try:
+                    times = self.evaluator.times_beside(fused, composed)
+                except GpuLostError:
+                    raise
+                except Rejected as rejected:
+                    reason = str(rejected)
+            if reason is not None:
+                self.progress.note(f"{entry.spec} is not timed beside its work one after another: {reason}")
+            elif times is not None and entry.evaluation.us is not None:
+                unfused_us = entry.evaluation.us * times[1] / times[0]  # as on the clocks of the entry's own time
+                self.store.put(replace(entry, evaluation=replace(entry.evaluation, unfused_us=unfused_us)))
+                self._rows[entry.spec] = replace(self._rows[entry.spec], entry=self.store.get(entry.spec))
+
+    def _config(self, spec: KernelSpec) -> Config:
+        """The best config that is known for ``spec``, which need not be one of this run."""
+        entry = self.store.get(spec)
+        if entry is not None and check_config(spec, entry.config, self.gpu) is None:
+            return entry.config
+        return (self.known(spec) if self.known else None) or default_config(spec, self.gpu)
 
     def _pack(self, entry: Entry | None) -> bool:
         """Have the binaries of an entry made, unless the store has them; return whether they are under way."""

@@ -216,6 +216,29 @@ def test_the_explanation_of_a_measured_spec() -> None:
 
 
 @pytest.mark.parametrize(
+    ("us", "unfused_us", "says"),
+    [
+        (20.0, 25.5, "fusion    pays: 25.5 us one after another"),
+        (20.0, 20.0, "fusion    does not pay: 20 us one after another"),
+        (None, 25.5, "fusion    does not pay: 25.5 us one after another"),
+    ],
+)
+def test_fusion_pays_where_the_very_spec_was_measured_to_be_faster_fused(
+    us: float | None, unfused_us: float, says: str
+) -> None:
+    def found(step: str, entry: Entry | None) -> Resolution:
+        return Resolution(WANTED, step, DEFAULT_CONFIG, entry, "/team.sqlite", 0.0, (), (), ("/team.sqlite",))
+
+    entry = replace(an_entry(), evaluation=replace(an_entry().evaluation, us=us, unfused_us=unfused_us))
+    exact = found("exact", entry)
+    assert exact.fusion_pays == (" pays" in says)
+    assert says in exact.explain().splitlines()
+    for other in (found("nearest", entry), found("exact", an_entry()), found("default", None)):
+        assert not other.fusion_pays
+        assert "fusion" not in other.explain()
+
+
+@pytest.mark.parametrize(
     ("entries", "lines"),
     [
         ([an_entry(provenance=PREDICTED)], ["loss      unknown: predicted, never timed, 20 us = 1.25 x its floor"]),

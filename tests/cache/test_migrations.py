@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ NEXT_REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision = "0002", "0001"
+revision, down_revision = "0003", "0002"
 
 
 def upgrade() -> None:
@@ -74,15 +75,15 @@ def test_the_listed_revisions_are_those_in_the_folder(place: str) -> None:
 
 
 def _release_next_version(monkeypatch: pytest.MonkeyPatch, folder: Path, then: str = "pass") -> None:
-    first = migrations.HERE / "versions" / "rev_0001.py"
     (folder / "versions").mkdir()
-    (folder / "versions" / first.name).write_text(first.read_text())
-    (folder / "versions" / "rev_0002.py").write_text(NEXT_REVISION.format(then=then))
+    for released in (migrations.HERE / "versions").glob("rev_*.py"):
+        (folder / "versions" / released.name).write_text(released.read_text())
+    (folder / "versions" / "rev_0003.py").write_text(NEXT_REVISION.format(then=then))
     configuration = migrations.configuration
     monkeypatch.setattr(
         migrations, "configuration", lambda connection: configuration(connection, versions=folder / "versions")
     )
-    monkeypatch.setattr(schema, "REVISIONS", ("0001", "0002"))
+    monkeypatch.setattr(schema, "REVISIONS", (*schema.REVISIONS, "0003"))
 
 
 def test_an_older_store_keeps_its_entries_when_its_next_writer_migrates_it(
@@ -91,13 +92,40 @@ def test_an_older_store_keeps_its_entries_when_its_next_writer_migrates_it(
     with Store.open(place, create=True) as store:
         store.put(an_entry())
     _release_next_version(monkeypatch, tmp_path)
-    with pytest.raises(OlderStoreError, match=r"older doratune \(schema 0001, now 0002\).*doratune tune"):
+    with pytest.raises(OlderStoreError, match=r"older doratune \(schema 0002, now 0003\).*doratune tune"):
         Store.open(place, readonly=True)
     with Store.open(place) as store:
         assert store.entries() == [an_entry()]
     with Store.open(place, readonly=True) as store, store._engine.connect() as connection:
-        assert create.read_revision(connection) == "0002"
+        assert create.read_revision(connection) == "0003"
         assert "remark" in {column["name"] for column in inspect(connection).get_columns("doratune_entries")}
+
+
+def test_a_store_of_the_first_schema_keeps_its_entries_and_learns_of_unfused_times(place: str) -> None:
+    fused = replace(an_entry().evaluation, unfused_us=30.0)
+    with Store.open(place, create=True) as store:
+        store.put(an_entry())
+        with store._writer.begin() as connection:
+            migrations.downgrade(connection, "0001")
+    with pytest.raises(OlderStoreError, match="schema 0001"):
+        Store.open(place, readonly=True)
+    with Store.open(place) as store:
+        assert store.entries() == [an_entry()]
+        assert store.put(replace(an_entry(), evaluation=fused))
+    with Store.open(place, readonly=True) as store:
+        assert store.entries() == [replace(an_entry(), evaluation=fused)]
+
+
+def test_an_export_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped.sqlite"
+    with Store.open(tmp_path / "store.sqlite", create=True) as store:
+        store.put(an_entry())
+        store.export(shipped)
+        with Store.open(shipped) as older, older._writer.begin() as connection:
+            migrations.downgrade(connection, "0001")
+        store.export(shipped, replace=True)
+    with Store.open(shipped, readonly=True) as replaced:
+        assert replaced.entries() == [an_entry()]
 
 
 def test_a_migration_that_fails_leaves_the_older_store_as_it_was(

@@ -12,6 +12,7 @@ from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import default_config
 from doratune.runtime.device import find_device, gpu_of
 from doratune.tuner.evaluation import Evaluator, Rejected, Resources
+from doratune.tuner.unfused import composition_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,3 +68,17 @@ def test_a_kernel_that_leaves_rows_unwritten_is_noticed() -> None:
     with pytest.raises(Rejected, match="inaccurate"):
         evaluator.evaluate(broken, USED)
     evaluator.close()
+
+
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_a_fused_kernel_and_its_work_one_after_another_are_timed_in_turn(tokens: int) -> None:
+    evaluator, source = evaluator_and_source("dora_linear_forward", tokens)
+    spec = composition_of(source.spec)
+    assert spec is not None
+    times = evaluator.times_beside(source, render(spec, default_config(spec, evaluator.gpu)))
+    alone = evaluator.evaluate(source, USED).us
+    evaluator.close()
+    assert times is not None
+    assert alone is not None
+    assert 0.7 * alone < times[0] < 1.4 * alone
+    assert times[1] > 0.5 * evaluator.gpu.floor_us(2 * 4096 * 4096, 2 * tokens * 4096 * 4096, "bf16")

@@ -23,21 +23,25 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+import torch
 
 from doratune.cache.entry import MEASURED, PREDICTED, Binary
 from doratune.cache.store import Store
 from doratune.codegen.compile import CompileError
-from doratune.codegen.render import render, template_digest
+from doratune.codegen.render import Source, render, template_digest
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import check_config
 from doratune.errors import DoratuneError, UsageError
+from doratune.runtime.reference import definition, reference
 from doratune.tuner import search
 from doratune.tuner.effort import EFFORTS, STANDARD, find_effort
 from doratune.tuner.evaluation import GpuLostError, Rejected
+from doratune.tuner.inputs import make_inputs, make_outputs
 from doratune.tuner.progress import SilentProgress
 from doratune.tuner.search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from doratune.tuner.space import Space
 from doratune.tuner.studies import open_study_storage, release
+from doratune.tuner.unfused import composition_of, run_unfused
 
 from .fakes import FORWARD, GPU, SPECS, TRIALS, FakeEvaluator, FakePool, forward_spec, steps_from
 
@@ -410,6 +414,111 @@ def test_unknown_efforts_and_empty_budgets_are_refused() -> None:
         find_effort("standart")
     with pytest.raises(UsageError, match="at least 1"):
         STANDARD.measure.with_trials(0)
+
+
+# What says whether a fusion pays.
+
+SIZES = {"d_out": 4096, "rank": 384, "tokens": 16, "dtype": "bf16", "adapter": "bf16", "gpu": "h200"}
+FUSED = KernelSpec.create("dora_linear_forward", **SIZES, d_in=4096)  # type: ignore[arg-type]
+COMPOSITION = KernelSpec.create("lora_compose", **SIZES)  # type: ignore[arg-type]
+
+
+def flat(spec: KernelSpec, config: Config) -> float:
+    return 20.0
+
+
+class Timing(FakeEvaluator):
+    """Finds each fused kernel to take 10 us, and its work one after another ``unfused_us``."""
+
+    def __init__(self, unfused_us: float = 15.0) -> None:
+        super().__init__(flat)
+        self.timed: list[tuple[KernelSpec, Config, KernelSpec, Config]] = []
+        self.unfused_us = unfused_us
+        self.beside = self.time
+
+    def time(self, fused: Source, composition: Source) -> tuple[float, float]:
+        self.timed.append((fused.spec, fused.config, composition.spec, composition.config))
+        return 10.0, self.unfused_us
+
+
+@pytest.mark.parametrize(("unfused_us", "pays"), [(15.0, True), (9.0, False)])
+def test_a_fused_winner_is_timed_beside_the_best_composition(
+    tune: Tune, store: Store, unfused_us: float, pays: bool
+) -> None:
+    evaluator = Timing(unfused_us)
+    result = tune([FUSED, COMPOSITION], evaluator, trials=3)
+    fused, composition = (store.get(spec) for spec in (FUSED, COMPOSITION))
+    assert fused is not None
+    assert composition is not None
+    assert result.rows[0].entry == fused
+    assert evaluator.timed == [(FUSED, fused.config, COMPOSITION, composition.config)]
+    assert fused.evaluation.unfused_us == pytest.approx(20.0 * unfused_us / 10.0)  # on the entry's own clocks
+    assert fused.evaluation.fusion_pays == pays
+    assert composition.evaluation.unfused_us is None
+
+
+def test_a_kept_fused_winner_is_timed_once_and_again_with_a_new_composition(tune: Tune, store: Store) -> None:
+    tune([FUSED], FakeEvaluator(flat), trials=3)
+    entry = store.get(FUSED)
+    assert entry is not None
+    assert entry.evaluation.unfused_us is None
+    evaluator = Timing()
+    for _ in range(2):
+        result = tune([FUSED], evaluator, trials=3)
+        assert [row.outcome for row in result.rows] == [KEPT]
+    assert len(evaluator.timed) == 1
+    tune([FUSED, COMPOSITION], Timing(31.0), trials=3)
+    again = store.get(FUSED)
+    assert again is not None
+    assert again.evaluation.unfused_us == pytest.approx(62.0)
+    assert replace(again.evaluation, unfused_us=None) == entry.evaluation
+
+
+def test_what_cannot_be_timed_beside_is_told_and_stored_all_the_same(tune: Tune, store: Store) -> None:
+    def fail(fused: Source, composition: Source) -> tuple[float, float]:
+        raise Rejected("out of memory")
+
+    evaluator, said = FakeEvaluator(flat), Notes()
+    evaluator.beside = fail
+    assert tune([FUSED], evaluator, trials=3, progress=said).rows[0].outcome == TUNED
+    assert any("out of memory" in note and str(FUSED) in note for note in said.notes)
+    entry = store.get(FUSED)
+    assert entry is not None
+    assert not entry.evaluation.fusion_pays
+
+
+def test_a_prediction_says_nothing_of_a_fusion(tune: Tune, store: Store) -> None:
+    tune([FUSED], FakeEvaluator(flat), trials=3)
+
+    class Predicting(Timing):
+        provenance = PREDICTED
+
+    evaluator = Predicting()
+    tune([FUSED], evaluator, trials=3)
+    assert not evaluator.timed
+
+
+@pytest.mark.parametrize("flags", [(), ("bias",), ("save",), ("bias", "save")])
+@pytest.mark.parametrize("adapter", ["fp32", "bf16"])
+def test_one_after_another_computes_what_the_fused_kernel_does(flags: tuple[str, ...], adapter: str) -> None:
+    sizes = {**SIZES, "d_out": 48, "rank": 8, "gpu": "cpu", "adapter": adapter, **dict.fromkeys(flags, True)}
+    spec = KernelSpec.create("dora_linear_forward", **sizes, d_in=32)  # type: ignore[arg-type]
+    composition = composition_of(spec)
+    assert composition is not None
+    inputs, scaling = make_inputs(spec, 16)
+    outputs = make_outputs(spec, 16)
+    operands = composition.contract.inputs_of(composition)
+
+    def launch(*given: object) -> None:
+        *tensors, scaling = given
+        by_name = dict(zip([operand.name for operand in operands], tensors, strict=False))
+        results = reference(composition, by_name, scaling)  # type: ignore[arg-type]
+        for out, result in zip(tensors[len(operands) :], results.values(), strict=True):
+            out.copy_(result)  # type: ignore[attr-defined]
+
+    run_unfused(composition, launch, inputs, outputs, scaling)
+    for name, exact in definition(spec, inputs, scaling).items():
+        assert torch.linalg.norm(outputs[name].double() - exact) < 0.01 * torch.linalg.norm(exact)
 
 
 # Binaries.
