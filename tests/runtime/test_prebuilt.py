@@ -38,6 +38,17 @@ def test_every_kernel_of_llama_8b_is_found_exact_and_measured() -> None:
         assert source.digest == resolution.entry.source_digest
 
 
+def test_of_every_fused_layer_it_is_known_whether_the_fusion_pays() -> None:
+    pays = {}
+    for spec in plan_jobs(MODEL, ranks=[384], gpu="h200", ops=["dora_linear_forward"]):
+        resolution, _ = resolve(spec)
+        assert resolution.entry is not None
+        assert resolution.entry.evaluation.unfused_us is not None
+        pays[spec.d_out, spec.d_in, spec.tokens] = resolution.fusion_pays
+    assert all(pays[shape] for shape in pays if shape[2] <= 16)
+    assert not all(pays.values())
+
+
 def test_no_entry_is_stale() -> None:
     """After a change of a template, tune again and replace the file."""
     for path in prebuilt_paths():
