@@ -23,6 +23,7 @@ __all__ = [
     "check_config",
     "default_config",
     "find_variant",
+    "padding",
     "variants_of",
 ]
 
@@ -101,3 +102,10 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     if config.num_stages not in STAGES:
         return f"num_stages={config.num_stages} is not between {STAGES[0]} and {STAGES[-1]}"
     return variant.refuse(spec, config, gpu)
+
+
+def padding(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+    """Why a config that was tuned for more tokens is no good for so few: most of its tiles would be padding."""
+    given = dict(config.params).get("block_t", 0)
+    most = max(find_variant(spec.op, config.variant).choices(spec, gpu).get("block_t", (given,)))
+    return f"block_t={given} where no tile of {spec.tokens} tokens needs more than {most}" if given > most else None

@@ -83,3 +83,14 @@ def test_a_shape_nobody_tuned_says_so() -> None:
     text = doratune.explain("lora_compose/d_out=5120/rank=320/tokens=4096/activation=bf16/adapter=bf16@h200")
     assert "nearest" in text
     assert "not measured for this spec" in text
+
+
+def test_a_config_for_many_tokens_is_not_taken_for_few() -> None:
+    """The only fp32 compositions are of 4096 tokens: at 16, seven rows of eight in their tiles would be padding."""
+    sizes = {"d_out": 4096, "rank": 384, "dtype": "fp32", "adapter": "fp32", "gpu": "h200"}
+    few, _ = resolve(KernelSpec.create("lora_compose", tokens=16, **sizes))  # type: ignore[arg-type]
+    assert few.step == "default"
+    assert few.config["block_t"] == 16
+    assert "block_t=128 where no tile of 16 tokens needs more than 16" in few.explain()
+    many, _ = resolve(KernelSpec.create("lora_compose", tokens=1024, **sizes))  # type: ignore[arg-type]
+    assert many.step == "nearest"
