@@ -30,6 +30,7 @@ def row_of(entry: Entry) -> dict[str, Any]:
         "shared_bytes": evaluation.shared_bytes,
         "us": evaluation.us,
         "floor_us": evaluation.floor_us,
+        "unfused_us": evaluation.unfused_us,
         "provenance": evaluation.provenance,
     }
 

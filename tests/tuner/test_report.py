@@ -25,7 +25,7 @@ ENTRY = Entry(
 NORM = replace(
     ENTRY,
     spec=KernelSpec.create("weight_norm", d_out=4096, d_in=1024, rank=16, dtype="bf16", adapter="fp32", gpu="h200"),
-    evaluation=Evaluation(MEASURED, us=5.0, floor_us=4.0),
+    evaluation=Evaluation(MEASURED, us=5.0, floor_us=4.0, unfused_us=6.0),
 )
 
 
@@ -48,9 +48,11 @@ def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> N
         "shared_bytes": 4096,
         "us": 12.34,
         "floor_us": 9.0,
+        "unfused_us": None,
         "provenance": "predicted",
     }
     assert list(rows[1]) == list(rows[0])
+    assert rows[1]["unfused_us"] == 6.0
     assert (rows[1]["d_in"], rows[1]["tokens"], rows[1]["dtype"], rows[1]["registers"]) == (1024, None, "bf16", None)
     assert KernelSpec.parse(rows[1]["spec"]) == NORM.spec
     assert Config.parse(rows[0]["config"]) == CONFIG
