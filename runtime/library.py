@@ -116,6 +116,37 @@ def _(
 
 
 @_operator
+def dora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and inner if ``save``."""
+    y, inner = operations.dora_linear(x, weight, h, lora_B, g, scaling, bias=bias, save=save)
+    return y, _absent(y) if inner is None else inner
+
+
+@_fake("dora_linear")
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, torch.empty_like(y) if save else _absent(y)
+
+
+@_operator
 def compose_backward(
     dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

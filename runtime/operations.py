@@ -154,8 +154,11 @@ def dora_linear(
     Where a store says that it is faster, one kernel computes all of it (``dora_linear_forward``). Its base product is
     not rounded on the way. x [T, d_in] and weight [d_out, d_in] in one dtype.
     """
+    if torch.compiler.is_compiling():
+        compiled, kept = torch.ops.doratune.dora_linear(x, weight, h, lora_B, g, bias, scaling, save)
+        return compiled, kept if save else None
     tokens, d_in = x.shape
-    if tokens and not torch.compiler.is_compiling():
+    if tokens:
         d_out, rank = lora_B.shape
         flags = _flags(bias=bias is not None, save=save)
         key = ("dora_linear_forward", d_out, d_in, rank, _bucket(tokens), x.dtype, lora_B.dtype, flags, None)

@@ -96,7 +96,8 @@ def test_forward_and_backward_are_one_graph_each_with_the_operators_in_it(form: 
     if form == "foreign base":  # has its norm from weight_norm, and leaves W's part of dX to the base's own graph
         assert graphs.operators() == ["weight_norm", "lora_compose", backward]
     else:
-        assert graphs.operators() == ["weight_norm_and_gain", "lora_compose", backward, "sum_of_products"]
+        forward = "dora_linear" if form == "own, bias" else "lora_compose"
+        assert graphs.operators() == ["weight_norm_and_gain", forward, backward, "sum_of_products"]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler")
@@ -125,7 +126,7 @@ def test_fp32_adapters_under_autocast_compile_to_one_graph() -> None:
     assert torch.equal(y, wanted)
     for name, value in gradients(wanted, again).items():
         torch.testing.assert_close(grads[name], value, rtol=1e-2, atol=1e-2)
-    assert graphs.operators() == ["weight_norm_and_gain", "lora_compose", "compose_backward", "sum_of_products"]
+    assert graphs.operators() == ["weight_norm_and_gain", "dora_linear", "compose_backward", "sum_of_products"]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -189,6 +190,9 @@ def samples(name: str) -> list[tuple[Any, ...]]:
             (rows, h, lora_b, g, bias, 0.5, delta, save)
             for bias, delta, save in ((None, False, False), (None, True, True), (g, False, True))
         ],
+        "dora_linear": [
+            (tensor(5, 16), weight, h, lora_b, g, bias, 0.5, save) for bias, save in ((None, False), (g, True))
+        ],
         "compose_backward": [(rows, tensor(5, 24), g, bias) for bias in (False, True)],
         "compose_backward_from_output": [
             (rows, tensor(5, 24), g, tensor(5, 16), weight, h, lora_b, norm, dtype, 0.5)
@@ -204,6 +208,7 @@ def samples(name: str) -> list[tuple[Any, ...]]:
         "weight_norm",
         "weight_norm_and_gain",
         "lora_compose",
+        "dora_linear",
         "compose_backward",
         "compose_backward_from_output",
         "sum_of_products",
