@@ -400,25 +400,29 @@ class _Run:
                 pending.append((row.entry, sources, [self.pool.submit(source) for source in sources]))
         if pending:
             self.progress.note(f"timing {len(pending)} fused kernels beside their work one after another")
-        for entry, (fused, composed), compiled in pending:
-            while not all(future.done() for future in compiled) and not self._stopping():
+        for entry, sources, compiled in pending:
+            while not self._stopping() and not all(future.done() for future in compiled):
                 self.pool.wait([future for future in compiled if not future.done()], POLL_SECONDS)
             if self._stopping():
                 return
             reason = next((str(future.exception()) for future in compiled if future.exception()), None)
-            if reason is None:
-                try:
-                    times = self.evaluator.times_beside(fused, composed)
-                except GpuLostError:
-                    raise
-                except Rejected as rejected:
-                    reason = str(rejected)
-            if reason is not None:
+            reason = reason or self._time_beside(entry, *sources)
+            if reason:
                 self.progress.note(f"{entry.spec} is not timed beside its work one after another: {reason}")
-            elif times is not None and entry.evaluation.us is not None:
-                unfused_us = entry.evaluation.us * times[1] / times[0]  # as on the clocks of the entry's own time
-                self.store.put(replace(entry, evaluation=replace(entry.evaluation, unfused_us=unfused_us)))
-                self._rows[entry.spec] = replace(self._rows[entry.spec], entry=self.store.get(entry.spec))
+
+    def _time_beside(self, entry: Entry, fused: Source, composition: Source) -> str | None:
+        """Store what the work of a fused kernel takes one after another; the reason if that cannot be had."""
+        try:
+            times = self.evaluator.times_beside(fused, composition)
+        except GpuLostError:
+            raise
+        except Rejected as reason:
+            return str(reason)
+        if times is not None and entry.evaluation.us is not None:
+            unfused_us = entry.evaluation.us * times[1] / times[0]  # as on the clocks of the entry's own time
+            self.store.put(replace(entry, evaluation=replace(entry.evaluation, unfused_us=unfused_us)))
+            self._rows[entry.spec] = replace(self._rows[entry.spec], entry=self.store.get(entry.spec))
+        return None
 
     def _config(self, spec: KernelSpec) -> Config:
         """The best config that is known for ``spec``, which need not be one of this run."""
