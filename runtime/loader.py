@@ -79,8 +79,8 @@ def load_kernel(
     """
     where = _settle(device)
     asked = (
-        *(op, d_out, d_in, rank, tokens, dtype, adapter_dtype, magnitude_dtype),
-        *(bias, delta, save, output, autocast, where, store),
+        (op, d_out, d_in, rank, tokens, dtype, adapter_dtype, magnitude_dtype),
+        (bias, delta, save, output, autocast, where, store),
     )
     if type(d_out) is type(d_in) is type(rank) is type(tokens) is int:  # 8.0 == 8, but is no rank
         try:
@@ -118,10 +118,10 @@ def load_kernel(
 
 def _settle(device: torch.device | str | int | None) -> torch.device:
     """The device meant, with little ado where that is certain."""
+    if device is None:
+        return _cuda_device(torch._C._cuda_getDevice()) if torch.cuda.is_initialized() else find_device(None)
     if isinstance(device, torch.device) and device.index is not None:
         return device
-    if device is None and torch.cuda.is_initialized():
-        return _cuda_device(torch._C._cuda_getDevice())
     return find_device(device)
 
 

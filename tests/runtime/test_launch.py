@@ -4,6 +4,7 @@ the tensors as they are, and past it only where a tensor's layout or a profiler 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,17 @@ def test_equal_tensors_are_checked_once_and_others_again(checks: list[str]) -> N
     assert len(checks) == 3
     fewer, _ = make_inputs(SPEC, 3)
     assert kernel(*fewer.values(), scaling=scaling).shape == (3, 48)  # type: ignore[union-attr]
+
+
+def test_tensors_that_are_remembered_are_not_kept_alive(recogniser: None) -> None:
+    kernel = Kernel(SPEC, torch.device("cpu"))
+    inputs, scaling = make_inputs(SPEC, 16)
+    out = torch.empty(16, 48)
+    for _ in range(3):
+        kernel(*inputs.values(), scaling=scaling, out=out)
+    kept = [weakref.ref(tensor) for tensor in (*inputs.values(), out)]
+    del inputs, out
+    assert [tensor() for tensor in kept] == [None] * len(kept)
 
 
 def test_named_tensors_in_another_order_are_told_apart(checks: list[str]) -> None:
