@@ -52,7 +52,7 @@ def weight_norm(
 
 @_fake("weight_norm")
 def _(
-    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor | None, scaling: float
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor | None, *_: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     norm = weight.new_empty(weight.shape[0], dtype=_wide(weight))
     return norm, torch.empty_like(norm) if weight_sq is None else _absent(norm)
@@ -72,14 +72,7 @@ def weight_norm_and_gain(
 
 
 @_fake("weight_norm_and_gain")
-def _(
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    weight_sq: torch.Tensor | None,
-    magnitude: torch.Tensor,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(weight: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     norm = weight.new_empty(weight.shape[0], dtype=_wide(weight))
     return norm, torch.empty_like(norm)
 
@@ -101,16 +94,8 @@ def lora_compose(
 
 
 @_fake("lora_compose")
-def _(
-    base: torch.Tensor,
-    h: torch.Tensor,
-    lora_B: torch.Tensor,
-    g: torch.Tensor,
-    bias: torch.Tensor | None,
-    scaling: float,
-    delta: bool,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(base: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, save = others
     y = base.new_empty(base.shape)
     return y, torch.empty_like(y) if save else _absent(y)
 
@@ -132,16 +117,8 @@ def dora_linear(
 
 
 @_fake("dora_linear")
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    h: torch.Tensor,
-    lora_B: torch.Tensor,
-    g: torch.Tensor,
-    bias: torch.Tensor | None,
-    scaling: float,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(x: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, save = others
     y = x.new_empty(x.shape[0], weight.shape[0])
     return y, torch.empty_like(y) if save else _absent(y)
 
@@ -183,18 +160,8 @@ def compose_backward_from_output(
 
 
 @_fake("compose_backward_from_output")
-def _(
-    dy: torch.Tensor,
-    y: torch.Tensor,
-    g: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    h: torch.Tensor,
-    lora_B: torch.Tensor,
-    norm: torch.Tensor | None,
-    magnitude: torch.dtype | None,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(dy: torch.Tensor, y: torch.Tensor, g: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, norm, magnitude, _ = others
     return dy.new_empty(dy.shape), torch.empty_like(g, dtype=g.dtype if norm is None else magnitude)
 
 
@@ -205,5 +172,5 @@ def sum_of_products(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, 
 
 
 @_fake("sum_of_products")
-def _(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def _(left: torch.Tensor, right: torch.Tensor, *_: object) -> torch.Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
