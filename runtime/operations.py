@@ -158,7 +158,7 @@ def dora_linear(
         compiled, kept = torch.ops.doratune.dora_linear(x, weight, h, lora_B, g, bias, scaling, save)
         return compiled, kept if save else None
     tokens, d_in = x.shape
-    if tokens:
+    if tokens and weight.stride(1) == 1:  # a kernel would have a W that lies by columns copied, at every call
         d_out, rank = lora_B.shape
         flags = _flags(bias=bias is not None, save=save)
         key = ("dora_linear_forward", d_out, d_in, rank, _bucket(tokens), x.dtype, lora_B.dtype, flags, None)

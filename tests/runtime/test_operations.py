@@ -91,11 +91,13 @@ def test_the_fused_kernel_runs_where_it_pays_and_gives_the_same(
         assert error(one, another.double()) < 1e-5
 
 
-@pytest.mark.parametrize("form", ["delta", "a base that is there", "no tokens"])
+@pytest.mark.parametrize("form", ["delta", "a base that is there", "no tokens", "W by columns"])
 def test_other_forms_take_no_fused_kernel(fused: Callable[[bool], Fused], form: str) -> None:
     kernel, one = fused(True), layer()
     if form == "delta":
         dora_linear(*one.args, delta=True)
+    elif form == "W by columns":  # a kernel would have it copied
+        dora_linear(one.x, one.weight.T.contiguous().T, *one.args[2:])
     elif form == "no tokens":
         assert dora_linear(one.x[:, :0], *one.args[1:]).shape == (2, 0, 48)
     else:
