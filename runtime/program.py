@@ -3,8 +3,8 @@
 An emitted ``launch`` reads like one that a person wrote: it allocates its workspace, describes its matrices to the
 tensor memory accelerator, works out grids and starts its kernels. For one number of tokens and one scaling all of it is
 the same every time but the addresses. A :class:`Program` keeps the rest: the workspace is one allocation, a tensor map
-is made once for each address, and starting a kernel is filling in a list. On an H200's host a ``weight_norm`` at
-4096x4096, r = 384 took 156 us as emitted and 24 us so (benchmarks/results/h200/host.json).
+is made once for each address, and to start a kernel is to pick its arguments. On an H200's host a ``weight_norm`` at
+4096x4096, r = 384 took 185 us as emitted and 24 us so (benchmarks/results/h200/host.json).
 """
 
 from __future__ import annotations
