@@ -57,8 +57,8 @@ Only warp groups, four warps on 64 rows or more, get the rest."""
 WARP_GROUP, WARP_GROUP_ROWS = 4, 64
 
 LIBRARY_SHARE = 0.9
-"""Share of the attained rates that a product of the library reaches (model assumption: cuBLAS's W @ A.T takes 1.05 to
-1.3 times its floor at rank 384 on one H200, benchmarks/results/h200/kernels.json)."""
+"""Share of the attained rates that a product of the library reaches (model assumption: cuBLAS's W @ A.T takes 1.02 to
+1.3 times its floor at rank 384 on one H200, benchmarks/results/h200/weight_norm.json)."""
 
 LIBRARY_FP32_SHARE = 0.75
 """The same for plain fp32 products, of the datasheet's rate: 46 to 50 of 66.9 TFLOP/s there."""
