@@ -176,7 +176,7 @@ def _resolve(spec: KernelSpec, layers: list[Store]) -> tuple[Resolution, Source]
     from ..cache.lookup import lookup
     from ..codegen.gpu import find_gpu
     from ..codegen.render import render, template_digest
-    from ..codegen.variants import check_config, default_config, padding
+    from ..codegen.variants import check_config, default_config, refuse_padding
 
     if spec.gpu == CPU:
         raise SpecError(f"{spec}: CPU tensors run the eager reference, no kernel is looked up; name a GPU after the @")
@@ -199,7 +199,7 @@ def _resolve(spec: KernelSpec, layers: list[Store]) -> tuple[Resolution, Source]
         layers,
         default=default_config(spec, gpu),
         architecture=gpu.architecture,
-        accepts=lambda wanted, config: check_config(wanted, config, gpu) or padding(wanted, config, gpu),
+        accepts=lambda wanted, config: check_config(wanted, config, gpu) or refuse_padding(wanted, config, gpu),
         template_digest=installed_digest,
         reproduces=differs,
     )

@@ -143,21 +143,23 @@ class MeasureEvaluator(Evaluator):
         """
         spec = fused.spec
         self.finish(spec)
-        with _rejecting(fused):
-            self._make_sets(spec)
-            launch, compose = bind(fused).launch, bind(composition).launch
-            one = [
-                functools.partial(launch, *inputs.values(), *outputs.values(), self._scaling)
-                for inputs, outputs in self._sets
-            ]
-            apart = [
-                functools.partial(run_unfused, composition.spec, compose, inputs, outputs, self._scaling)
-                for inputs, outputs in self._sets
-            ]
-            repeats = self._repeats(spec)
-            graphs = [(capture(calls * repeats), len(calls) * repeats) for calls in (one, apart)]
-            samples = interleaved_us(graphs)
-        self.finish(spec)
+        try:
+            with _rejecting(fused):
+                self._make_sets(spec)
+                launch, compose = bind(fused).launch, bind(composition).launch
+                one = [
+                    functools.partial(launch, *inputs.values(), *outputs.values(), self._scaling)
+                    for inputs, outputs in self._sets
+                ]
+                apart = [
+                    functools.partial(run_unfused, composition.spec, compose, inputs, outputs, self._scaling)
+                    for inputs, outputs in self._sets
+                ]
+                repeats = self._repeats(spec)
+                graphs = [(capture(calls * repeats), len(calls) * repeats) for calls in (one, apart)]
+                samples = interleaved_us(graphs)
+        finally:
+            self.finish(spec)
         return median_us(samples[0]), median_us(samples[1])
 
     def finish(self, spec: KernelSpec) -> None:

@@ -414,9 +414,9 @@ class _Run:
         """Store what the work of a fused kernel takes one after another; the reason if that cannot be had."""
         try:
             times = self.evaluator.times_beside(fused, composition)
-        except GpuLostError:
-            raise
         except Rejected as reason:
+            if isinstance(reason, GpuLostError):
+                raise
             return str(reason)
         if times is not None and entry.evaluation.us is not None:
             unfused_us = entry.evaluation.us * times[1] / times[0]  # as on the clocks of the entry's own time

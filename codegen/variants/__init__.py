@@ -23,7 +23,7 @@ __all__ = [
     "check_config",
     "default_config",
     "find_variant",
-    "padding",
+    "refuse_padding",
     "variants_of",
 ]
 
@@ -104,7 +104,7 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     return variant.refuse(spec, config, gpu)
 
 
-def padding(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+def refuse_padding(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     """Why a config that was tuned for more tokens is no good for so few: most of its tiles would be padding."""
     given = dict(config.params).get("block_t", 0)
     most = max(find_variant(spec.op, config.variant).choices(spec, gpu).get("block_t", (given,)))

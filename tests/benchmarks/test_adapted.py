@@ -151,16 +151,19 @@ def test_rounds_are_interleaved_and_a_contender_that_fails_is_left_out() -> None
     notes: list[str] = []
     running = [Contender(name, Named(name)) for name in ("a", "bad", "b")]
     samples = measure(
-        running, call, before=lambda: called.append("-"), rounds=2, device=CPU, hide_host=True, notes=notes
+        running, call, before=lambda: called.append("-"), rounds=6, device=CPU, hide_host=True, notes=notes
     )
     assert list(samples) == ["a", "b"]
     assert notes == ["bad left out: RuntimeError: does not fit"]
-    assert "".join(called).endswith("-a-b-a-b-")
-    assert not any(collecting[-4:]), "Python's garbage collector rests while the rounds are timed"
+    timed = called[-25:]
+    assert timed[::2] == ["-"] * 13, "before each call, and after the last"
+    rounds = ["".join(timed[start : start + 3 : 2]) for start in range(1, 25, 4)]
+    assert set(rounds) == {"ab", "ba"}, "everyone once in a round, not always after the same one"
+    assert not any(collecting[-12:]), "Python's garbage collector rests while the rounds are timed"
     assert gc.isenabled()
     for sample in samples.values():
         columns = sample.columns()
-        assert len(sample.us) == 2
+        assert len(sample.us) == 6
         assert columns["us_p20"] <= columns["us"] <= columns["us_p80"]
         assert columns["cpu_us"] > 0.0
         assert columns["peak_mb"] is None
