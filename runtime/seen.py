@@ -23,8 +23,8 @@ class Known(NamedTuple):
     """What is remembered of checked arguments.
 
     ``outputs`` says of each output to allocate which input has its shape and dtype, or these themselves; ``rows`` is
-    what :func:`rows_of` says of inputs and outputs. ``accepts`` recognises as many ``inputs``, and an ``out`` after them
-    if there was one, where all are positional and no two the same.
+    what :func:`rows_of` says of inputs and outputs. ``accepts`` recognises as many ``inputs``, and an ``out`` after
+    them if there was one, where all are positional and no two the same.
     """
 
     outputs: tuple[int | tuple[torch.Size, torch.dtype], ...]

@@ -6,94 +6,41 @@ Triton's own launcher runs up to its C function; binaries and the driver are mad
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import inspect
-import itertools
-import re
 import threading
-from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from doratune.codegen.compile import launch_options, triton_source
 from doratune.codegen.gpu import Gpu, find_gpu
-from doratune.codegen.module import kernel_names, load_module
 from doratune.codegen.ops import OPS
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config, find_variant
-from doratune.runtime import kernel as kernel_module
 from doratune.runtime import program as program_module
-from doratune.runtime.kernel import Kernel
 from doratune.runtime.launch import Launcher
-from doratune.runtime.program import Bound
-from doratune.runtime.reference import reference
-from doratune.tuner.inputs import make_inputs, make_outputs
+
+from .fakes import (
+    SCALING,
+    STREAM,
+    Allocations,
+    Gpus,
+    Map,
+    World,
+    assert_same_starts,
+    resolved,
+)
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon.language")  # while the interpreter is on, or it cannot be loaded later
 
-CPU = torch.device("cpu")
-STREAM = 4242
 SIZES = {"d_out": 256, "d_in": 512, "rank": 64, "tokens": 16, "dtype": "bf16", "adapter": "bf16"}
-SCALING = 0.75
-
-
-class Map(NamedTuple):
-    """A tensor map: the address of the matrix, and all else that it was made from."""
-
-    address: int
-    rest: tuple[Any, ...]
-
-
-class Start(NamedTuple):
-    """One call of Triton's C function: which binary on which grid, the types of its arguments, and these."""
-
-    what: tuple[Any, ...]
-    types: tuple[str, ...]
-    arguments: tuple[Any, ...]
-
-
-@dataclass
-class Gpus:
-    """A driver without a GPU: it keeps what is started and what tensor maps are made."""
-
-    starts: list[Start] = field(default_factory=list)
-    maps: list[Map] = field(default_factory=list)
-    meanwhile: Callable[[], object] | None = None
-    """What another thread does while the next tensor map is made."""
-
-    def launch(self, *call: Any) -> None:
-        *grid, stream, function, cooperative, pdl, packed, _, _, _, scratch, profile, _, types, arguments = call
-        what = (*grid, stream, function, cooperative, pdl, packed, scratch, profile)
-        self.starts.append(Start(what, types, tuple(arguments)))
-
-    def launch_of(self, source: str, *call: Any) -> None:
-        """The same before Triton 3.7, where a C function is made from ``source`` for the types of the arguments."""
-        *what, scratch, profile, packed, _, _, _ = call[:13]
-        self.starts.append(Start((*what, packed, scratch, profile), (source,), call[13:]))
-
-    def fill(self, address: int, *rest: Any) -> Map:
-        made = Map(address, tuple(tuple(r) if isinstance(r, list | tuple) else r for r in rest))
-        self.maps.append(made)
-        if self.meanwhile is not None:
-            thread, self.meanwhile = threading.Thread(target=self.meanwhile), None
-            thread.start()
-            thread.join()
-        return made
-
-    def taken(self) -> list[Start]:
-        """What was started since the last look."""
-        taken, self.starts = self.starts, []
-        return taken
 
 
 @pytest.fixture
@@ -127,49 +74,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions are to be the compiler's
     return fake
-
-
-class Compiled:
-    """Triton's compiled kernel, but for the machine code."""
-
-    def __init__(self, source: Source, kernel: Any, number: int) -> None:
-        from triton.runtime import driver
-
-        self.src = triton_source(source, kernel)
-        described = [type_ for type_ in self.src.signature.values() if type_.startswith("tensordesc")]
-        facts = {
-            "tensordesc_meta": [self._describe(type_, place) for place, type_ in enumerate(described)] or None,
-            "launch_pdl": bool(launch_options(source, kernel.__name__).get("launch_pdl")),
-            "launch_cooperative_grid": False,
-            **dict.fromkeys(("global_scratch_size", "profile_scratch_size"), 0),
-            **dict.fromkeys(("global_scratch_align", "profile_scratch_align", "num_ctas"), 1),
-        }
-        self.metadata = namedtuple("KernelMetadata", facts)(**facts)  # type: ignore[misc]
-        self.function = 1000 + number
-        self.packed_metadata = (number, 1, 0)
-        self.run = driver.active.launcher_cls(self.src, self.metadata)
-        self.through_triton: list[tuple[int, ...]] = []
-
-    @staticmethod
-    def _describe(type_: str, place: int) -> dict[str, Any]:
-        block = [int(side) for side in re.findall(r"\[(\d+), (\d+)\]", type_)[0]]
-        return {"swizzle": place, "elem_size": 2, "elem_type": 8, "block_size": block, "fp4_padded": False}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        """Triton's own runner, which tells the hooks."""
-
-        def start(*arguments: Any) -> None:
-            self.through_triton.append(grid)
-            self.run(*grid, STREAM, self.function, self.packed_metadata, None, None, None, *arguments)
-
-        return start
-
-
-def bound_module(source: Source) -> ModuleType:
-    module = load_module(source)
-    for number, name in enumerate(kernel_names(module)):
-        setattr(module, name, Launcher(Compiled(source, getattr(module, name), number)))
-    return module
 
 
 REPEATED = [variant for variant in VARIANTS if not variant.library]
@@ -217,13 +121,6 @@ def source_of(op: str, name: str) -> Source:
     return render(spec, config_of(find_variant(op, name), spec, gpu))
 
 
-@dataclass
-class Allocations:
-    """What a ``launch`` allocated, kept so that no two have one address."""
-
-    made: list[torch.Tensor] = field(default_factory=list)
-
-
 @pytest.fixture
 def allocations(monkeypatch: pytest.MonkeyPatch) -> Allocations:
     kept = Allocations()
@@ -238,117 +135,6 @@ def allocations(monkeypatch: pytest.MonkeyPatch) -> Allocations:
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, spy(getattr(torch, name)))
     return kept
-
-
-def address_in(argument: Any) -> int | None:
-    """The address that an argument of the C function gives: a pointer's, or that of a tensor map."""
-    if isinstance(argument, torch.Tensor):
-        return argument.data_ptr()
-    return argument.address if isinstance(argument, Map) else None
-
-
-def assert_same_starts(
-    expected: Sequence[Start],
-    apart: Sequence[torch.Tensor],
-    found: Sequence[Start],
-    together: Sequence[torch.Tensor],
-) -> None:
-    """``found`` is ``expected`` with the allocations ``apart`` at places of their own in the one allocation of it."""
-    assert [(start.what, start.types) for start in found] == [(start.what, start.types) for start in expected]
-    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in apart]
-    moved: dict[int, set[int]] = {}
-    for one, other in zip(expected, found, strict=True):
-        for was, now in zip(one.arguments, other.arguments, strict=True):
-            address = address_in(was)
-            if address is None:
-                assert (type(now), now) == (type(was), was)
-                continue
-            if isinstance(was, Map):
-                assert now.rest == was.rest
-            there = now.address if isinstance(was, Map) else now
-            assert type(there) is int
-            which = next((i for i, (start, end) in enumerate(ranges) if start <= address < end), None)
-            if which is None:
-                assert there == address, "an operand"
-            else:
-                moved.setdefault(which, set()).add(there - (address - ranges[which][0]))
-    if not apart:
-        assert not together
-        return
-    (workspace,) = together
-    assert moved.keys() == set(range(len(apart))), "all of the workspace is used"
-    places = []
-    for which, starts in moved.items():
-        (start,) = starts
-        offset = start - workspace.data_ptr()
-        assert offset % 512 == 0
-        places.append((offset, offset + apart[which].nbytes))
-    places.sort()
-    assert places[0][0] >= 0
-    assert places[-1][1] <= workspace.nbytes
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places)), "no byte is shared"
-
-
-def resolved(starts: Sequence[Start]) -> list[Start]:
-    """The same with the addresses of pointers in place of tensors, as the C function takes them."""
-    return [
-        start._replace(arguments=tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in start.arguments))
-        for start in starts
-    ]
-
-
-class World:
-    """An emitted module whose binaries are made up, and what repeats its ``launch``."""
-
-    def __init__(self, source: Source, gpus: Gpus, allocations: Allocations) -> None:
-        self.spec = source.spec
-        self.module = bound_module(source)
-        self.bound = Bound(self.module, CPU)
-        self.scaling = SCALING if self.spec.contract.scaling else None
-        self._gpus = gpus
-        self._allocations = allocations
-
-    def operands(self, tokens: int = 16, *, in_place: bool = False) -> list[torch.Tensor]:
-        """Fresh ones; ``in_place`` puts the first output where the first input of its shape and dtype is."""
-        inputs, _ = make_inputs(self.spec, tokens)
-        first, *others = make_outputs(self.spec, tokens).values()
-        if in_place:
-            first = next(t for t in inputs.values() if (t.shape, t.dtype) == (first.shape, first.dtype))
-        return [*inputs.values(), first, *others]
-
-    def start(self, operands: Sequence[torch.Tensor], scaling: float | None = None) -> list[Start]:
-        """Start as a kernel does; returns what that started."""
-        self._forget()
-        scaling = self.scaling if scaling is None else scaling
-        self.bound.start(operands, [operand.data_ptr() for operand in operands], len(operands[0]), scaling)
-        return self._gpus.taken()
-
-    def launch(self, operands: Sequence[torch.Tensor], scaling: float | None = None) -> list[Start]:
-        """Run the emitted ``launch``; returns what that started."""
-        self._forget()
-        scaling = self.scaling if scaling is None else scaling
-        self.module.launch(*operands, *(() if scaling is None else (scaling,)))
-        return self._gpus.taken()
-
-    @contextlib.contextmanager
-    def repeating(self) -> Iterator[None]:
-        """In here the emitted ``launch`` must not run."""
-        launch, self.module.launch = self.module.launch, None  # type: ignore[assignment]
-        yield
-        self.module.launch = launch  # type: ignore[method-assign]
-
-    def assert_repeats(self, operands: Sequence[torch.Tensor], scaling: float | None = None) -> None:
-        """What is repeated on ``operands`` is what ``launch`` does on them."""
-        expected = self.launch(operands, scaling)
-        apart = tuple(self._allocations.made)
-        with self.repeating():
-            found = self.start(operands, scaling)
-        assert expected
-        assert_same_starts(expected, apart, found, tuple(self._allocations.made))
-
-    def _forget(self) -> None:
-        self._gpus.taken()
-        self._allocations.made.clear()
 
 
 @pytest.fixture
@@ -638,154 +424,3 @@ def test_threads_share_a_program(compose: World, gpus: Gpus, monkeypatch: pytest
     for operands in sets:
         (expected,) = resolved(compose.launch(operands))
         assert sum(start == expected for start in mixed) == 200
-
-
-# What reaches a program at all.
-
-
-class Eager(Kernel):
-    """A kernel for a GPU whose ``launch`` is the eager formula on CPU tensors; counts what is left to be repeated."""
-
-    def __init__(self, spec: KernelSpec, monkeypatch: pytest.MonkeyPatch, *, descriptors: bool) -> None:
-        super().__init__(spec, torch.device("cuda", 0))
-        self._source = SimpleNamespace()  # type: ignore[assignment]
-        self._repeats = True
-        self._descriptors = descriptors
-        self.repeated = 0
-        self.seen: list[tuple[torch.Tensor, ...]] = []
-
-        def launch(*operands: Any) -> None:
-            *tensors, scaling = operands
-            self.seen.append(tuple(tensors))
-            named = {o.name: t for o, t in zip(spec.contract.inputs_of(spec), tensors, strict=False)}
-            for output, value in zip(tensors[len(named) :], reference(spec, named, scaling).values(), strict=True):
-                output.copy_(value)
-
-        start = Bound.start
-
-        def spy(bound: Bound, *args: Any) -> None:
-            self.repeated += 1
-            start(bound, *args)
-
-        monkeypatch.setattr(kernel_module, "bind", lambda *_: SimpleNamespace(launch=launch))
-        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-        monkeypatch.setattr(Bound, "start", spy)
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.new_zeros(len(tensor), tensor.shape[1] + 4)[:, : tensor.shape[1]].copy_(tensor)
-
-
-def shifted(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.new_zeros(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
-
-
-def columns(tensor: torch.Tensor) -> torch.Tensor:
-    """Its elements in the memory order of its transpose."""
-    return tensor.T.contiguous().T
-
-
-def every_second(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
-
-
-def three(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(2, -1, tensor.shape[-1])
-
-
-def odd_row(tensor: torch.Tensor) -> torch.Tensor:
-    """A single row whose stride, which nothing reads, is 1."""
-    return tensor.as_strided(tensor.shape, (1, 1))
-
-
-MATRICES = ("base", "h", "y")
-LAYOUTS = {
-    **{
-        f"{name} {how.__name__}": (16, {name: how})
-        for name in MATRICES
-        for how in (wide, shifted, columns, every_second)
-    },
-    **{f"{name} odd row": (1, {name: odd_row}) for name in MATRICES},
-    "lora_B columns": (16, {"lora_B": columns}),
-    "lora_B wide": (16, {"lora_B": wide}),
-    "g every_second": (16, {"g": every_second}),
-    "g shifted": (16, {"g": shifted}),
-    "all at once": (16, {"base": columns, "h": every_second, "lora_B": columns, "g": every_second, "y": wide}),
-}
-
-
-@pytest.mark.parametrize("descriptors", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_tensors_that_are_not_plain_are_never_repeated_and_come_out_right(
-    layout: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = KernelSpec.create("lora_compose", d_out=48, rank=8, tokens=16, dtype="fp32", adapter="fp32", gpu="cpu")
-    kernel = Eager(spec, monkeypatch, descriptors=descriptors)
-    tokens, changes = LAYOUTS[layout]
-    inputs, scaling = make_inputs(spec, tokens)
-    expected = reference(spec, inputs, scaling)["y"]
-    for _ in range(2):
-        (y,) = make_outputs(spec, tokens).values()
-        kernel.launch(tuple(inputs.values()), (y,), scaling)
-        assert torch.equal(y, expected)
-    assert kernel.repeated == 1, "plain tensors are"
-    changed = {name: changes[name](tensor) if name in changes else tensor for name, tensor in inputs.items()}
-    for _ in range(2):
-        (y,) = make_outputs(spec, tokens).values()
-        y = changes["y"](y) if "y" in changes else y
-        kernel.launch(tuple(changed.values()), (y,), scaling)
-        assert torch.equal(y.reshape(expected.shape), expected)
-        assert kernel.repeated == 1
-        for given in kernel.seen[-1]:
-            assert given.stride(-1) == 1
-            assert given.ndim < 3
-            if descriptors and given.ndim == 2:
-                assert given.data_ptr() % 16 == 0
-                assert given.stride(0) * given.element_size() % 16 == 0
-                assert given.stride(0) >= given.shape[1]
-    for name, tensor in changed.items():
-        assert torch.equal(tensor.reshape(inputs[name].shape), inputs[name]), "inputs are left alone"
-
-
-def test_tokens_in_two_dimensions_are_repeated_as_the_rows_of_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = KernelSpec.create("lora_compose", d_out=48, rank=8, tokens=16, dtype="fp32", adapter="fp32", gpu="cpu")
-    kernel = Eager(spec, monkeypatch, descriptors=True)
-    kernel.device = CPU
-    inputs, scaling = make_inputs(spec, 16)
-    expected = reference(spec, inputs, scaling)["y"]
-    changed = {name: three(tensor) if name in ("base", "h") else tensor for name, tensor in inputs.items()}
-    for count in range(1, 4):
-        (y,) = make_outputs(spec, 16).values()
-        kernel.launch(tuple(changed.values()), (three(y),), scaling)
-        assert torch.equal(y, expected)
-        found = kernel(*changed.values(), scaling=scaling)
-        assert isinstance(found, torch.Tensor)
-        assert torch.equal(found, three(expected))
-        assert kernel.repeated == 2 * count - 1, "all but the first launch, which binds"
-    assert {tensor.ndim for given in kernel.seen for tensor in given} == {1, 2}
-    assert kernel._contiguous is not None
-    assert [rows for rows, _ in kernel._contiguous._programs] == [16], "what serves two rows would be another program"
-
-
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not re.search("columns|every_second|all", name)])
-def test_a_call_that_is_known_is_repeated_on_plain_tensors_only(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = KernelSpec.create("lora_compose", d_out=48, rank=8, tokens=16, dtype="fp32", adapter="fp32", gpu="cpu")
-    kernel = Eager(spec, monkeypatch, descriptors=True)
-    kernel.device = CPU  # where the tensors are; the device that is asked for stays the kernel's
-    tokens, changes = LAYOUTS[layout]
-    inputs, scaling = make_inputs(spec, tokens)
-    expected = reference(spec, inputs, scaling)["y"]
-    changed = {name: changes[name](tensor) if name in changes else tensor for name, tensor in inputs.items()}
-    for out in (True, False)[: 1 if "y" in changes else 2]:
-        for tensors, change, plain in ((inputs, {}, True), (changed, changes, False)):
-            for count in range(3):
-                (y,) = make_outputs(spec, tokens).values()
-                y = change["y"](y) if "y" in change else y.reshape(tensors["base"].shape)
-                before = kernel.repeated
-                found = kernel(*tensors.values(), scaling=scaling, out=y if out else None)
-                assert isinstance(found, torch.Tensor)
-                assert torch.equal(found.reshape(expected.shape), expected)
-                assert found is y or not out
-                assert kernel.repeated - before == (plain and (count > 0 or not out))
