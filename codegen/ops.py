@@ -250,6 +250,28 @@ COMPOSE_BACKWARD_EXACT = Op(
     scaling=True,
 )
 
+ADAPTER_BACKWARD = Op(
+    name="adapter_backward",
+    maths="dB = g*s*P; dg = sum_t dY*base + s*rowsum(B*P) with P = dY.T@h; dm = dg / max(w, eps)",
+    dims=("d_out", "rank"),
+    dtypes=("activation", "adapter"),
+    optional_dtypes=("magnitude",),
+    flags=(),
+    inputs=(
+        Operand("product", ("d_out", "rank"), "fp32"),
+        Operand("lora_B", ("d_out", "rank"), "activation"),
+        Operand("g", ("d_out",), "fp32"),
+        Operand("dg_base", ("d_out",), "fp32"),
+        Operand("norm", ("d_out",), "fp32", when="magnitude"),
+    ),
+    outputs=(
+        Operand("dlora_B", ("d_out", "rank"), "adapter"),
+        Operand("dg", ("d_out",), "fp32", when="!magnitude"),
+        Operand("dmagnitude", ("d_out",), "magnitude", when="magnitude"),
+    ),
+    scaling=True,
+)
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
@@ -258,6 +280,7 @@ OPS: dict[str, Op] = {
         COMPOSE_FORWARD,
         COMPOSE_BACKWARD,
         COMPOSE_BACKWARD_EXACT,
+        ADAPTER_BACKWARD,
         DORA_LINEAR_FORWARD,
     )
 }

@@ -9,6 +9,7 @@ from .differentiation import refuse_transforms
 from .gradients import Form, dora
 from .linear import check_layer, keeps_adapters, product_dtype, trains
 from .norm import check_adapters
+from .watching import watched
 
 
 def dora_compose(
@@ -22,7 +23,7 @@ def dora_compose(
     *,
     norm: torch.Tensor,
     delta: bool = False,
-    overwrite_base: bool = False,
+    own_base: bool = False,
 ) -> torch.Tensor:
     """Return ``y = g*(base - b + s*(x@A.T)@B.T) + b`` with ``g = m / max(norm, 1e-12)``.
 
@@ -37,8 +38,9 @@ def dora_compose(
         scaling: s. bias: b [d_out], when ``base`` contains it.
         norm: the row norm w [d_out] (:func:`doratune.runtime.norm.norm_from_products`).
         delta: return ``(g-1)*(base - b) + g*s*(x@A.T)@B.T``, what DoRA adds to the base output.
-        overwrite_base: y may take the memory of ``base``. Only right where nobody needs its values any more, the
-            gradient of the base layer included (linear layers do not).
+        own_base: the memory of ``base`` is the function's from here on: y may take it, or the backward pass keeps it.
+            Only right where nobody else has it, and the base layer's own gradient does not need its values (linear
+            layers do not).
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit each other.
@@ -58,7 +60,7 @@ def dora_compose(
         exact=keeps_adapters(lora_A, dtype),
         delta=delta,
         base_has_bias=bias is not None,
-        overwrite=overwrite_base,
+        owns_memory=own_base and not watched(),
         train=trains(base, x, lora_A, lora_B, magnitude, bias),
     )
     return dora(form, x.to(dtype), base.to(dtype), None, lora_A, lora_B, magnitude, bias, norm.detach())

@@ -1,17 +1,20 @@
 """DoRA's forward and hand-written backward: one autograd function for both public forms.
 
     forward    y = g*(base + s*h@B.T) + b, h = x@A.T, g = m / max(w, eps); delta form: (g-1)*base + g*s*h@B.T
-    backward   dYg = g*dY, dg = sum_t dY*y/g or sum_t dY*inner (one pass), t = s*dYg@B
-               dX = dYg@W + t@A, dB = s*dYg.T@h, dA = t.T@x, dm = dg / max(w, eps), db = sum_t dY
+    backward   dYg = g*dY and dg_base = sum_t dY*base (one pass), P = dY.T@h, t = s*dYg@B
+               dX = dYg@W + t@A, dB = g*s*P, dA = t.T@x, dm = (dg_base + s*rowsum(B*P)) / max(w, eps), db = sum_t dY
 
 Either the function owns the base product (``weight`` is given: dX has both terms, one GEMM accumulated into the other,
 and the graph of ``base`` gets no gradient), or ``base`` is somebody else's and its whole gradient is dYg. w carries no
 gradient (DoRA, arXiv 2402.09353, section 4.3). s is folded into the products of rank r, so that no pass over
 [T, d_out] is spent on it.
 
-For dg the forward pass keeps y, which most often the next operation keeps anyway, and not a tensor inner of its own;
-but inner where y does not lead back to it: with a bias, in the delta form, and where x and W are not at hand for the
-columns whose g is too small to divide by.
+What dg needs is kept in memory that nobody else can write to, because kernels that PyTorch does not see (fused
+activations, rotary embeddings) overwrite the y that they are given:
+
+- the base product, where its memory is the function's own. It is there already, so keeping it costs no pass;
+- else inner = base + s*h@B.T, which the composition then writes beside y;
+- y itself only where the caller vouches for it (``from_output``); then no tensor of y's size is kept beside it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from . import operations
 from .differentiation import once_only, without_autocast
 from .norm import norm_and_gain_of, safe_norm
 from .norm_cache import NormCache
+from .watching import hidden
 
 
 class Form(NamedTuple):
@@ -33,8 +37,8 @@ class Form(NamedTuple):
 
     ``function`` is the public name, for messages. ``dtype`` is what products run in. ``exact`` keeps fp32 adapters
     beside 16-bit activations as they are, where autocast would round them. ``base_has_bias``: ``base`` already
-    contains the bias. ``overwrite``: y may take the memory of ``base``. ``train``: save for a backward pass.
-    ``keep_inner``: keep inner even where y would do.
+    contains the bias. ``owns_memory``: nobody else has the memory of ``base``. ``train``: save for a backward pass.
+    ``from_output``: nobody overwrites y unseen by PyTorch, so dg may come from it.
     """
 
     function: str
@@ -43,15 +47,20 @@ class Form(NamedTuple):
     exact: bool
     delta: bool = False
     base_has_bias: bool = False
-    overwrite: bool = False
+    owns_memory: bool = False
     train: bool = False
-    keep_inner: bool = False
+    from_output: bool = False
+
+
+NOTHING, BASE, INNER, OUTPUT = "nothing", "base", "inner", "output"
+"""What dg comes from: no gradient of m is asked for; the base product without bias; base + s*h@B.T; y."""
 
 
 class _Saved(NamedTuple):
     """What the backward pass needs of the forward pass; None where no gradient asks for it.
 
-    ``norm`` is w itself, before it is kept away from zero.
+    ``norm`` is w itself, before it is kept away from zero. ``kept`` is the tensor that dg comes from: ``source`` says
+    which.
     """
 
     lora_A: torch.Tensor
@@ -59,7 +68,8 @@ class _Saved(NamedTuple):
     g: torch.Tensor
     norm: torch.Tensor
     h: torch.Tensor
-    inner: torch.Tensor | None
+    kept: torch.Tensor | None
+    source: str
 
 
 def dora(
@@ -76,14 +86,16 @@ def dora(
     """Run ``form`` on checked tensors with any leading dimensions; differentiable where something asks for a gradient.
 
     ``norm`` is w, or a cache to take it from, or None to compute it from ``weight``. Autocast may be on: what enters a
-    product here has its dtype already, so there is nothing to switch off.
+    product here has its dtype already, so there is nothing to switch off. No mode sees what happens here: a recompute
+    that reuses the norm does less than its forward pass did, and selective checkpointing counts operations in both.
     """
     if not form.train:
-        with torch.no_grad():
-            return _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, save=False)[0]
-    result: torch.Tensor = _Dora.apply(  # type: ignore[no-untyped-call]
-        x, base, weight, lora_A, lora_B, magnitude, bias, norm, form
-    )
+        with torch.no_grad(), hidden():
+            return _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, needs_dg=False)[0]
+    with hidden():
+        result: torch.Tensor = _Dora.apply(  # type: ignore[no-untyped-call]
+            x, base, weight, lora_A, lora_B, magnitude, bias, norm, form
+        )
     return result
 
 
@@ -98,7 +110,7 @@ def _forward(
     bias: torch.Tensor | None,
     norm: torch.Tensor | NormCache | None,
     *,
-    save: bool,
+    needs_dg: bool,
 ) -> tuple[torch.Tensor, _Saved]:
     scaling, dtype = form.scaling, form.dtype
     rows = _rows(x)
@@ -115,27 +127,56 @@ def _forward(
     extra = None if bias is None else _as(bias, dtype)
     h = torch.mm(rows.to(a.dtype) if form.exact else rows, a.T)
     left, right = _split(h, b, dtype) if form.exact else (h, b)
-    if base is None and not form.delta:
+    source = NOTHING if not needs_dg else OUTPUT if _leads_back(form, x, weight, bias) else INNER
+    kept: torch.Tensor | None
+    if base is None and not form.delta and _fuses(rows, weight, right, extra, source):
         assert weight is not None
-        y, inner = operations.dora_linear(rows, _as(weight, dtype), left, right, g, scaling, bias=extra, save=save)
+        y, kept = operations.dora_linear(
+            rows, _as(weight, dtype), left, right, g, scaling, bias=extra, save=source is INNER
+        )
     else:
-        overwrite = form.overwrite and not torch.compiler.is_compiling()  # a compiler sees to memory itself
+        owned = form.owns_memory or base is None
         if base is None:
             assert weight is not None
-            base, overwrite = rows @ _as(weight, dtype).T, True
+            base = rows @ _as(weight, dtype).T
         else:
             base = _rows(base)
         if extra is not None and form.base_has_bias:
             # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
             # a zero row (base = b, g = m/eps) must give y = b.
-            base, overwrite = base.sub_(extra) if overwrite else base - extra, True
+            base = base.sub_(extra) if owned and not torch.compiler.is_compiling() else base - extra
+            owned = True
+        if source is INNER and owned:
+            source = BASE
         if form.delta:
             extra = None
-        y, inner = operations.lora_compose(
-            base, left, right, g, scaling, bias=extra, delta=form.delta, save=save, overwrite=overwrite
+        y, kept = operations.lora_compose(
+            base,
+            left,
+            right,
+            g,
+            scaling,
+            bias=extra,
+            delta=form.delta,
+            save=source is INNER,
+            overwrite=owned and source is not BASE,
         )
+        if source is BASE:
+            kept = base
+    if source is OUTPUT:
+        kept = y
     # Detached, y is no view in autograd's eyes: to change it in place is the caller's right.
-    return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, inner)
+    return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, kept, source)
+
+
+def _fuses(
+    rows: torch.Tensor, weight: torch.Tensor | None, lora_B: torch.Tensor, bias: torch.Tensor | None, source: str
+) -> bool:
+    """Whether one operator makes the base product too: under a compiler always, it decides when it runs."""
+    assert weight is not None
+    if torch.compiler.is_compiling():
+        return True
+    return operations.fusion_pays(rows, _as(weight, rows.dtype), lora_B, bias=bias is not None, save=source is INNER)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,7 +202,7 @@ def _product(
     """``s * left @ right`` in ``dtype``; ``like`` is any tensor of the factors' dtype that expands to the result."""
     wide = dtype is torch.float32 and left.dtype is not torch.float32
     if wide and left.is_cuda and not torch.compiler.is_compiling():
-        product = torch.mm(left, right, out_dtype=torch.float32)  # the accumulator as it is: no rounding, no cast
+        product = operations.wide_product(left, right)  # the accumulator as it is: no rounding, no cast
         return product if scaling == 1.0 else product.mul_(scaling)
     if scaling == 1.0:
         return _as(left @ right, dtype)
@@ -169,8 +210,8 @@ def _product(
 
 
 def _leads_back(form: Form, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
-    """Whether dg can be had from y: there is nothing in y but g*inner, and x and W for the columns with a tiny g."""
-    plain = bias is None and not form.delta and not form.exact and not form.keep_inner
+    """Whether dg is taken from y: there is nothing in y but g*inner, and x and W for the columns with a tiny g."""
+    plain = form.from_output and bias is None and not form.delta and not form.exact
     return plain and weight is not None and weight.dtype == x.dtype
 
 
@@ -233,17 +274,16 @@ class _Dora(torch.autograd.Function):
         form: Form,
     ) -> torch.Tensor:
         need_x, _, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
-        from_y = need_m and _leads_back(form, x, weight, bias)
-        save_inner = need_m and not from_y
-        y, saved = _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, save=save_inner)
-        ctx.form, ctx.owns_base = form, weight is not None
+        y, saved = _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, needs_dg=need_m)
+        from_y = saved.source is OUTPUT
+        ctx.form, ctx.owns_base, ctx.source = form, weight is not None, saved.source
         ctx.adapter_dtype, ctx.magnitude_dtype = lora_A.dtype, magnitude.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.output = _Output(y) if from_y else None
         weights = (
             weight if need_x or from_y else None,
             saved.lora_A if need_x else None,
-            saved.lora_B if need_x or need_a or need_b or from_y else None,
+            saved.lora_B if need_x or need_a or need_b or need_m else None,
         )
         ctx.held = held = _parameters(weights)
         ctx.versions = [0 if parameter is None else parameter._version for parameter in held]
@@ -251,8 +291,8 @@ class _Dora(torch.autograd.Function):
             x if need_a or from_y else None,
             saved.g,
             saved.norm if need_m else None,
-            saved.h if need_b or from_y else None,
-            _unwatched(y) if from_y else saved.inner,
+            saved.h if need_b or need_m else None,
+            _unwatched(y) if from_y else saved.kept,
             *[tensor if parameter is None else None for tensor, parameter in zip(weights, held, strict=True)],
         )
         return y
@@ -282,17 +322,23 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
     gain = g - 1.0 if form.delta else g
     dx = da = db = dmagnitude = dbias = total = None
     if need_m:
-        kept = kept.reshape(rows.shape)
-        if ctx.output is not None and not ctx.output.changed():
+        source, kept = ctx.source, kept.reshape(rows.shape)
+        if source is OUTPUT and ctx.output.changed():  # in place by whoever had it: y says nothing, so inner again
+            source = INNER
+            kept = operations.lora_compose(_rows(x) @ weight.T, h, b, torch.ones_like(g), form.scaling)[0]
+        if source is OUTPUT:
             dbase, dmagnitude = operations.compose_backward_from_output(
                 rows, kept, g, _rows(x), weight, h, b, form.scaling, norm=norm, magnitude=ctx.magnitude_dtype
             )
         else:
-            if ctx.output is not None:  # changed in place by whoever had it: y says nothing, so make inner again
-                kept = operations.lora_compose(_rows(x) @ weight.T, h, b, torch.ones_like(g), form.scaling)[0]
             dbase, dg, total = operations.compose_backward(rows, kept, gain, bias=need_bias)
-            dmagnitude = _as(dg / safe_norm(norm), ctx.magnitude_dtype)
-        kept = None  # y's memory is there for what comes now
+            if source is BASE:
+                db, dmagnitude = operations.adapter_backward(
+                    _as(rows, b.dtype), h, b, g, dg, norm, form.scaling, ctx.adapter_dtype, ctx.magnitude_dtype
+                )
+            else:
+                dmagnitude = _as(dg / safe_norm(norm), ctx.magnitude_dtype)
+        kept = None  # its memory is there for what comes now
     else:
         dbase = _as(rows * gain, rows.dtype)
         if need_bias:
@@ -306,10 +352,8 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
         low = _as(low, b.dtype)  # wider when adapters are exact, else the same
         if need_x or need_a:
             t = _product(low, down, form.scaling, b[:1], low.dtype)
-        if need_b:
-            db = _product(low.T, h, form.scaling, b, ctx.adapter_dtype)
-            if form.delta:
-                db = _as(db * g[:, None], ctx.adapter_dtype)
+        if need_b and db is None:
+            db = _as(g[:, None] * (form.scaling * operations.wide_product(_as(rows, b.dtype).T, h)), ctx.adapter_dtype)
         if need_a:
             da = _product(t.T, _as(_rows(x), t.dtype), 1.0, t, ctx.adapter_dtype)
         if need_x:

@@ -166,6 +166,28 @@ def _(dy: torch.Tensor, y: torch.Tensor, g: torch.Tensor, *others: Any) -> tuple
 
 
 @_operator
+def adapter_backward(
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    g: torch.Tensor,
+    dg_base: torch.Tensor,
+    norm: torch.Tensor,
+    scaling: float,
+    adapter: torch.dtype,
+    magnitude: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dB and dm."""
+    return operations.adapter_backward(dy, h, lora_B, g, dg_base, norm, scaling, adapter, magnitude)
+
+
+@_fake("adapter_backward")
+def _(dy: torch.Tensor, h: torch.Tensor, lora_B: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, adapter, magnitude = others
+    return lora_B.new_empty(lora_B.shape, dtype=adapter), lora_B.new_empty(lora_B.shape[0], dtype=magnitude)
+
+
+@_operator
 def sum_of_products(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """``left@right + low@down``."""
     return operations.sum_of_products(left, right, low, down)

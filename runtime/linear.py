@@ -9,6 +9,7 @@ from .differentiation import refuse_transforms
 from .gradients import Form, dora
 from .norm import check_adapters, check_plain
 from .norm_cache import NormCache
+from .watching import watched
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -25,8 +26,8 @@ def dora_linear(
     base: torch.Tensor | None = None,
     norm: torch.Tensor | NormCache | None = None,
     delta: bool = False,
-    overwrite_base: bool = False,
-    keep_inner: bool = False,
+    own_base: bool = False,
+    from_output: bool = False,
 ) -> torch.Tensor:
     """Return ``y = g*(x@W.T + s*(x@A.T)@B.T) + b`` with ``g = m / max(||W + sBA||_row, 1e-12)``.
 
@@ -42,9 +43,11 @@ def dora_linear(
         norm: the row norm w [d_out] (:func:`doratune.weight_norm`), or a cache to take it from; computed when None.
         delta: return ``(g-1)*(x@W.T) + g*s*(x@A.T)@B.T`` instead, what DoRA adds to the base output (for PEFT's
             dropout, where x is the dropped input); b only says what ``base`` contains.
-        overwrite_base: y may take the memory of ``base``, whose values are then lost.
-        keep_inner: keep a tensor of y's size for the gradient of m, where y itself would do. Only for what follows the
-            layer overwriting y unseen by PyTorch, as fused kernels do that write gradients over their inputs.
+        own_base: the memory of ``base`` is the function's from here on: y may take it, or the backward pass keeps it.
+            Only right where nobody else has it.
+        from_output: take the gradient of m from y, without a tensor of its size kept beside it. Only right where no
+            kernel that PyTorch does not see overwrites y before the backward pass, as fused activations and rotary
+            embeddings (Liger's, Unsloth's) do: then the gradient of m is wrong in silence.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit each other.
@@ -73,8 +76,8 @@ def dora_linear(
         base=base,
         norm=norm,
         delta=delta,
-        overwrite_base=overwrite_base,
-        keep_inner=keep_inner,
+        own_base=own_base,
+        from_output=from_output,
     )
 
 
@@ -90,8 +93,8 @@ def checked_linear(
     base: torch.Tensor | None = None,
     norm: torch.Tensor | NormCache | None = None,
     delta: bool = False,
-    overwrite_base: bool = False,
-    keep_inner: bool = False,
+    own_base: bool = False,
+    from_output: bool = False,
 ) -> torch.Tensor:
     """:func:`dora_linear` on tensors that are known to fit each other; where it is, that is not looked at again."""
     dtype = product_dtype(x.device, weight.dtype)
@@ -106,9 +109,9 @@ def checked_linear(
         exact=keeps_adapters(lora_A, dtype),
         delta=delta,
         base_has_bias=base is not None and bias is not None,
-        overwrite=overwrite_base,
+        owns_memory=own_base and not watched(),
         train=trains(x, lora_A, lora_B, magnitude, bias),
-        keep_inner=keep_inner,
+        from_output=from_output,
     )
     return dora(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm)
 

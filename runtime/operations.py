@@ -157,18 +157,13 @@ def dora_linear(
     if torch.compiler.is_compiling():
         compiled, kept = torch.ops.doratune.dora_linear(x, weight, h, lora_B, g, bias, scaling, save)
         return compiled, kept if save else None
-    tokens, d_in = x.shape
-    if tokens and weight.stride(1) == 1:  # a kernel would have a W that lies by columns copied, at every call
-        d_out, rank = lora_B.shape
-        flags = _flags(bias=bias is not None, save=save)
-        key = ("dora_linear_forward", d_out, d_in, rank, _bucket(tokens), x.dtype, lora_B.dtype, flags, None)
-        kernel = _paying_kernel(*key, x.device)
-        if kernel is not None:
-            y = torch.empty(tokens, d_out, dtype=x.dtype, device=x.device)
-            inner = torch.empty_like(y) if save else None
-            inputs = (x, weight, h, lora_B, g)
-            kernel.launch(inputs if bias is None else (*inputs, bias), (y,) if inner is None else (y, inner), scaling)
-            return y, inner
+    kernel = _fused_kernel(x, weight, lora_B, bias is not None, save)
+    if kernel is not None:
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        inner = torch.empty_like(y) if save else None
+        inputs = (x, weight, h, lora_B, g)
+        kernel.launch(inputs if bias is None else (*inputs, bias), (y,) if inner is None else (y, inner), scaling)
+        return y, inner
     return lora_compose(x @ weight.T, h, lora_B, g, scaling, bias=bias, save=save, overwrite=True)
 
 
@@ -223,12 +218,77 @@ def compose_backward_from_output(
     return dyg, result
 
 
+def adapter_backward(
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    g: torch.Tensor,
+    dg_base: torch.Tensor,
+    norm: torch.Tensor,
+    scaling: float,
+    adapter: torch.dtype,
+    magnitude: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dB = g*s*P [d_out, r] with P = dY.T@h, and dm = (dg_base + s*rowsum(B*P)) / max(w, eps) [d_out].
+
+    dy [T, d_out], h [T, r] and lora_B [d_out, r] in one dtype; ``dg_base`` = sum_t dY*base and norm [d_out] fp32.
+    ``adapter`` and ``magnitude`` are the dtypes of dB and dm. The rank-r term of dg needs no pass over [T, d_out], and
+    nothing is divided by g.
+    """
+    if torch.compiler.is_compiling():
+        db, dm = torch.ops.doratune.adapter_backward(dy, h, lora_B, g, dg_base, norm, scaling, adapter, magnitude)
+        return db, dm
+    product = wide_product(dy.T, h)
+    d_out, rank = product.shape
+    wide = product.dtype
+    stored = adapter if adapter in (lora_B.dtype, wide) else wide  # dtypes that a kernel has; else converted at the end
+    divided = wide if magnitude is torch.float64 else magnitude
+    inputs = {"product": product, "lora_B": lora_B, "g": g, "dg_base": dg_base, "norm": norm}
+    key = ("adapter_backward", d_out, 1, rank, 1, lora_B.dtype, stored, (), divided)
+    kernel = _kernel(*key, dy.device)
+    if kernel is None:
+        results = _eager(_spec(*key), inputs, scaling)
+        db, dm = results["dlora_B"], results["dmagnitude"]
+    else:
+        db = torch.empty(d_out, rank, dtype=stored, device=dy.device)
+        dm = torch.empty(d_out, dtype=divided, device=dy.device)
+        kernel.launch(tuple(inputs.values()), (db, dm), scaling)
+    return (db if db.dtype is adapter else db.to(adapter)), (dm if dm.dtype is magnitude else dm.to(magnitude))
+
+
+def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` in fp32 (fp64 from fp64), as it was accumulated: not rounded to 16 bits on the way."""
+    if left.dtype in (torch.float32, torch.float64):
+        return left @ right
+    if left.is_cuda and not torch.compiler.is_compiling():
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float() if left.device.type == "cpu" else (left @ right).float()
+
+
+def fusion_pays(
+    x: torch.Tensor, weight: torch.Tensor, lora_B: torch.Tensor, *, bias: bool = False, save: bool = False
+) -> bool:
+    """Whether :func:`dora_linear` computes these operands in one kernel, without a base product in memory."""
+    return _fused_kernel(x, weight, lora_B, bias, save) is not None
+
+
 def sum_of_products(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """Return ``left@right + low@down``, [T, n] in the factors' dtype: one product accumulated into the other."""
     if torch.compiler.is_compiling():  # which would copy the first product before it adds to it
         total: torch.Tensor = torch.ops.doratune.sum_of_products(left, right, low, down)
         return total
     return (left @ right).addmm_(low, down)
+
+
+def _fused_kernel(x: torch.Tensor, weight: torch.Tensor, lora_B: torch.Tensor, bias: bool, save: bool) -> Kernel | None:
+    """The kernel of ``dora_linear_forward`` for these operands, if a store says that it is faster."""
+    tokens, d_in = x.shape
+    if not tokens or weight.stride(1) != 1:  # a kernel would have a W that lies by columns copied, at every call
+        return None
+    d_out, rank = lora_B.shape
+    flags = _flags(bias=bias, save=save)
+    key = ("dora_linear_forward", d_out, d_in, rank, _bucket(tokens), x.dtype, lora_B.dtype, flags, None)
+    return _paying_kernel(*key, x.device)
 
 
 def _compose_backward(

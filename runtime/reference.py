@@ -139,10 +139,18 @@ def _compose_backward_exact(spec: KernelSpec, inputs: Tensors, scaling: float) -
     return {"dg_exact": dg, **({"dmagnitude": dg / inputs["norm"].clamp_min(EPS)} if "norm" in inputs else {})}
 
 
+def _adapter_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    product = scaling * inputs["product"]
+    dg = inputs["dg_base"] + (inputs["lora_B"] * product).sum(dim=1)
+    results = {"dlora_B": inputs["g"][:, None] * product, "dg": dg}
+    return results | ({"dmagnitude": dg / inputs["norm"].clamp_min(EPS)} if "norm" in inputs else {})
+
+
 _FORMULAS = {
     "lora_compose": _lora_compose,
     "compose_forward": _compose_forward,
     "compose_backward": _compose_backward,
     "dora_linear_forward": _dora_linear_forward,
     "compose_backward_exact": _compose_backward_exact,
+    "adapter_backward": _adapter_backward,
 }

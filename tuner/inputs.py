@@ -33,6 +33,7 @@ FEW_VALUES = 512
 there, and in fp32 nobody gets their last digits right."""
 
 _SCALING = {"negative_scaling": -0.7, "zero_scaling": 0.0}
+_SCALING_SIGN = {"negative_scaling": -1.0}
 
 
 def make_inputs(
@@ -135,6 +136,14 @@ def _token_inputs(
         values["x"] = normal(tokens, spec.d_in).clamp(-1.0, 1.0) * size
         values["weight"] = normal(spec.d_out, spec.d_in) * spec.d_in**-0.5
         values["weight"][bands["zero_weight"]] = 0.0
+    if spec.op == "adapter_backward":
+        # B and P of one sign in a row: with random ones dg could cancel to nothing.
+        sign = torch.where(normal(spec.d_out) < 0.0, -1.0, 1.0)
+        values["lora_B"] = values["lora_B"].abs() * sign[:, None]
+        values["product"] = normal(spec.d_out, spec.rank).abs()
+        values["product"][bands["zero_weight"]] = 0.0
+        values["dg_base"] = sign * normal(spec.d_out).abs() * _SCALING_SIGN.get(case, 1.0)
+        values["norm"] = 0.5 + normal(spec.d_out).abs()
     if spec.op == "compose_backward_exact":
         if case != "random":  # the usual case, of which time is taken: no column is below the bound
             g[1::3] = 0.0

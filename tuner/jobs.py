@@ -25,9 +25,10 @@ def plan_jobs(
     """Return the distinct specs of DoRA on every projection of ``model``.
 
     ``weight_norm`` depends on (d_out, d_in, rank), ``lora_compose`` on (d_out, rank, tokens, bias), ``compose_forward``
-    and ``compose_backward`` on (d_out, tokens, bias), the others on (d_out, d_in, rank, tokens); projections that agree
-    in these share a job. With a bias the backward takes ``inner`` and needs no exact columns; without one it seldom
-    finds any, and ``compose_backward_exact`` is planned for the most tokens only.
+    on (d_out, tokens, bias), ``compose_backward`` on (d_out, tokens), ``adapter_backward`` on (d_out, rank), the others
+    on (d_out, d_in, rank, tokens); projections that agree in these share a job. ``compose_backward_exact`` serves
+    layers that keep their output instead of the base product, which is not the default: it is planned where ``ops``
+    names it, for the most tokens only, since it seldom finds a column to compute.
 
     Args:
         ranks: the adapter ranks, each an integer of at least 1, without repeats.
@@ -35,7 +36,7 @@ def plan_jobs(
         adapter_dtype: of A and B; None means ``dtype``, fp32 beside bf16 is PEFT's default.
         autocast: fp32 adapters are rounded to ``dtype``, as torch.autocast does, instead of kept exact.
         gpu: a slug or an architecture, as :func:`~doratune.codegen.gpu.find_gpu` takes it.
-        ops: the operations to plan; None means all.
+        ops: the operations to plan; None means all that a layer runs by default.
         tokens: token counts, each rounded up to its bucket; None means every bucket.
 
     Returns:
@@ -57,14 +58,13 @@ def plan_jobs(
             d_in=projection.d_in,
             rank=rank,
             tokens=bucket,
-            dtype=dtype,
+            dtype=dtype if autocast or op != "adapter_backward" else adapter,  # the dtype that B is multiplied in
             adapter=adapter,
             gpu=slug,
             **_flags(op, projection, autocast),
         )
         for op in names
         for projection in model.projections
-        if op != "compose_backward_exact" or not projection.bias
         for rank in checked_ranks
         for bucket in (buckets[-1:] if op == "compose_backward_exact" else buckets)
     }
@@ -73,9 +73,9 @@ def plan_jobs(
 
 
 def _flags(op: str, projection: Projection, autocast: bool) -> dict[str, bool]:
-    """The form in which a training step runs ``op``: it keeps y for the backward, and where y has a bias inner."""
+    """The form in which a training step runs ``op``: the gradient of a frozen bias is not asked for."""
     if op == "compose_backward":
-        return {"output": not projection.bias}
+        return {}
     flags = {"bias": projection.bias, "autocast": autocast}
     return {flag: wanted for flag, wanted in flags.items() if flag in OPS[op].flags}
 
@@ -110,7 +110,7 @@ def _check_dtypes(dtype: str, adapter: str, autocast: bool) -> None:
 
 def _check_ops(ops: Sequence[str] | None) -> tuple[str, ...]:
     if ops is None:
-        return tuple(OPS)
+        return tuple(op for op in OPS if op != "compose_backward_exact")
     if isinstance(ops, str) or not ops:
         raise UsageError(f"ops={ops!r}: give a list of operations out of {', '.join(OPS)}, or None for all")
     for op in ops:

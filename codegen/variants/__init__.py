@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...errors import near_names
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec, SpecError
+from .adapter_backward import AdapterBackwardRows
 from .base import STAGES, WARPS, LibraryCall, Variant, Work
 from .compose import BackwardColumns, ForwardTile
 from .compose_backward_exact import BackwardExactTiles
@@ -43,6 +44,7 @@ VARIANTS: tuple[Variant, ...] = (
     DoraLinearSplitK(),
     DoraLinearLibrary(),
     BackwardExactTiles(),
+    AdapterBackwardRows(),
 )
 
 

@@ -12,7 +12,8 @@ MAX_ELEMENTS = 64
 """Tile elements a thread holds of each operand; more leaves no registers for loads in flight."""
 
 
-def _refuse_tile(rows: int, cols: int, warps: int) -> str | None:
+def refuse_tile(rows: int, cols: int, warps: int) -> str | None:
+    """Why an elementwise [rows, cols] tile on ``warps`` warps cannot work, or None."""
     per_thread = rows * cols // (warps * 32)
     if per_thread > MAX_ELEMENTS:
         return f"{per_thread} elements a thread ({rows}x{cols} on {warps} warps) do not fit the registers"
@@ -48,7 +49,7 @@ class ForwardTile(Variant):
         )
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
-        return _refuse_tile(config["block_t"], config["block_n"], config.num_warps)
+        return refuse_tile(config["block_t"], config["block_n"], config.num_warps)
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
         moved = spec.tokens * spec.d_out * dtype_bytes(spec.activation) * (4 if spec.save else 3)
@@ -103,7 +104,7 @@ class BackwardColumns(Variant):
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         if config["block_t"] > config["chunk"]:
             return f"block_t={config['block_t']} exceeds chunk={config['chunk']}"
-        return _refuse_tile(config["block_t"], config["block_n"], config.num_warps) or _refuse_tile(
+        return refuse_tile(config["block_t"], config["block_n"], config.num_warps) or refuse_tile(
             config["reduce_c"], config["reduce_n"], 4
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,9 +21,7 @@ if TYPE_CHECKING:
 _COMPOSITION = ("lora_compose", "compose_backward")
 
 
-def accelerate(
-    model: nn.Module, *, norm_reuse: str = "auto", keep_inner: bool | None = None, quiet: bool = False
-) -> Report:
+def accelerate(model: nn.Module, *, norm_reuse: str = "auto", from_output: bool = False, quiet: bool = False) -> Report:
     """Run the DoRA layers of a PEFT model on doratune, and say what was done to each.
 
     The swap touches PEFT's variant hook and nothing else: parameters, state dicts, saving, merging and
@@ -36,9 +33,9 @@ def accelerate(
         model: any module with PEFT LoRA layers in it, e.g. a ``PeftModel``.
         norm_reuse: a policy of :class:`~doratune.runtime.norm_cache.NormCache`: ``auto`` (in checkpoint recomputes),
             ``tracked`` (also from one forward to the next) or ``off``.
-        keep_inner: keep a tensor of each output's size for the gradient of m, instead of reading it from the output.
-            Needed where a fused kernel writes gradients over its inputs unseen by PyTorch, as those of Liger do;
-            None: where ``liger_kernel`` has been imported.
+        from_output: take the gradient of m from each layer's output, without a tensor of its size kept beside it. It
+            saves memory where the next operation keeps the output anyway. Only right where no kernel that PyTorch does
+            not see overwrites the output, as Liger's and Unsloth's do: then the gradient of m is wrong in silence.
         quiet: do not print the report.
 
     Raises:
@@ -53,11 +50,10 @@ def accelerate(
     from .examine import examine
     from .variant import DoraVariant, InputCast
 
-    keep_inner = "liger_kernel" in sys.modules if keep_inner is None else keep_inner
     layers = []
     for name, module in lora_layers:
         for adapter in _dora_adapters(module):
-            variant = DoraVariant(name, norm_reuse, keep_inner)
+            variant = DoraVariant(name, norm_reuse, from_output)
             if not _is_linear(module, adapter):
                 layers.append(Layer(name, adapter, type(module).__name__, PEFT, remark="no linear layer"))
                 continue

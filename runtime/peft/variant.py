@@ -25,7 +25,8 @@ from ..differentiation import without_autocast
 from ..linear import checked_linear, dora_linear
 from ..norm import norm_from_products
 from ..norm_cache import NormCache
-from .base_layers import BNB_8BIT, multiply, products, row_squares
+from ..watching import hidden, tracing
+from .base_layers import BNB_8BIT, is_untouched, multiply, products, row_squares
 from .examine import PLAIN_TENSORS, DoraLayer, Glance
 
 
@@ -35,22 +36,22 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
     Args:
         layer: the layer's name in the model, for messages.
         norm_reuse: a policy of :class:`~doratune.runtime.norm_cache.NormCache`.
-        keep_inner: as :func:`~doratune.dora_linear` takes it.
+        from_output: as :func:`~doratune.dora_linear` takes it.
 
     Raises:
         NormReuseError: another policy.
     """
 
-    def __init__(self, layer: str, norm_reuse: str, keep_inner: bool) -> None:
+    def __init__(self, layer: str, norm_reuse: str, from_output: bool) -> None:
         self.layer = layer
-        self.keep_inner = keep_inner
+        self.from_output = from_output
         self.norms = NormCache(norm_reuse)
         self.squares = RowSquares()
         self.glance = Glance()
         self._told: set[str] = set()
 
     def __reduce__(self) -> tuple[type[DoraVariant], tuple[str, str, bool]]:
-        state = (self.layer, self.norms.reuse, self.keep_inner)
+        state = (self.layer, self.norms.reuse, self.from_output)
         return DoraVariant, state  # a copy has other weights: it starts with empty caches
 
     def forward(
@@ -77,15 +78,17 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
             norm = self._norm(module, active_adapter, dora)
             # A dense W that comes here is trained too and gets its gradient in this product, as with PEFT.
             product = multiply(dora.layer, dora.base, x) if matrix is None else nn.functional.linear(x, matrix)
-            return result + dora_compose(product, x, *adapter, norm=norm, delta=True)
-        if dora.base.plain and type(module) is PeftLinear and _is_alone(module):
+            return result + dora_compose(product, x, *adapter, norm=norm, delta=True, own_base=True)
+        alone = _is_alone(module)
+        own_base = alone and _is_private(module, dora)
+        if dora.base.plain and alone and type(module) is PeftLinear:
             assert matrix is not None
             norm = self._norm(module, active_adapter, dora, owned=True)
-            # A plain base layer's output is a fresh tensor that its own backward does not need: y may take its memory.
             return checked_linear(
-                x, matrix, *adapter, bias, base=result, norm=norm, overwrite_base=True, keep_inner=self.keep_inner
+                x, matrix, *adapter, bias, base=result, norm=norm, own_base=own_base, from_output=self.from_output
             )
-        return dora_compose(result, x, *adapter, bias, norm=self._norm(module, active_adapter, dora))
+        norm = self._norm(module, active_adapter, dora)
+        return dora_compose(result, x, *adapter, bias, norm=norm, own_base=own_base)
 
     @overload
     def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor: ...
@@ -102,7 +105,8 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         a, b, base = dora.lora_A, dora.lora_B, dora.base
         if base.matrix is not None:
             return self.norms.of_weight(base.matrix, a, b, dora.scaling)
-        with torch.no_grad(), without_autocast(a.device):  # the base layer's product in the dtype it chooses itself
+        # The base layer's product in the dtype it chooses itself; hidden, since what is reused is not computed again.
+        with torch.no_grad(), without_autocast(a.device), hidden():
             squares = self.squares.get(base.weight, lambda: row_squares(dora.layer, base, b.shape[0], a.shape[1]))
             return self.norms.get(
                 (squares, a, b),  # a quantised W may have no storage to tell it by; its squares are new when it is
@@ -191,6 +195,7 @@ def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) 
             return "a torch.func transform is active"
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation is on"
+        return tracing()
     return None
 
 
@@ -202,6 +207,14 @@ def _is_alone(module: LoraLayer) -> bool:
     """Whether ``result`` comes straight from the base layer: a second adapter gets the first one's output."""
     active = module._active_adapter
     return type(active) is str or len(active) == 1 or len(_active(module)) == 1
+
+
+def _is_private(module: LoraLayer, dora: DoraLayer) -> bool:
+    """Whether nobody can hold the base layer's output: no hook sees it, and PEFT's own layers hand it on and forget it.
+
+    It is fresh memory, which no base layer that is supported needs in its backward pass.
+    """
+    return type(module).__module__.startswith("peft.tuners.lora.") and is_untouched(dora.layer)
 
 
 def _compute_norm(magnitude: nn.Module, compute: Callable[[], torch.Tensor], *, adapter_name: str) -> torch.Tensor:

@@ -34,7 +34,7 @@ FORMS: dict[str, Callable[[Layer], torch.Tensor]] = {
     "given base": lambda t: dora_linear(*t.args, base=t.x @ t.weight.T),
     "given base, bias": lambda t: dora_linear(*t.args, t.bias, base=t.x @ t.weight.T + t.bias),
     "given base, bias, overwritten": lambda t: dora_linear(
-        *t.args, t.bias, base=t.x @ t.weight.T + t.bias, overwrite_base=True
+        *t.args, t.bias, base=t.x @ t.weight.T + t.bias, own_base=True
     ),
     "delta": lambda t: dora_linear(*t.args, delta=True),
     "delta, given base, bias": lambda t: dora_linear(*t.args, t.bias, base=t.x @ t.weight.T + t.bias, delta=True),
@@ -139,8 +139,10 @@ def test_only_what_a_gradient_asks_for_is_kept_for_the_backward_pass() -> None:
         given = {tensor.data_ptr() for tensor in (*layer.tensors.values(), *outputs)}
         return sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in given)
 
-    assert kept("x", "lora_A", "lora_B", "magnitude") == tokens * rank + 2 * d_out  # h, g and w; y is there anyway
-    assert kept("x", "lora_A", "lora_B", "magnitude", keep_inner=True) == tokens * (d_out + rank) + 2 * d_out
+    assert kept("x", "lora_A", "lora_B", "magnitude") == tokens * (d_out + rank) + 2 * d_out  # x@W.T, h, g and w
+    assert (
+        kept("x", "lora_A", "lora_B", "magnitude", from_output=True) == tokens * rank + 2 * d_out
+    )  # y is there anyway
     assert kept("x", "lora_A", "lora_B") == tokens * rank + d_out
     assert kept("x", "lora_A") == kept("x") == d_out
 
@@ -177,7 +179,10 @@ def test_a_parameter_written_to_before_the_backward_pass_is_refused_as_autograd_
         y.backward(layer.dy)
 
 
-def test_the_output_is_let_go_before_the_products_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("from_output", [True, False])
+def test_what_dg_came_from_is_let_go_before_the_products_of_the_backward_pass(
+    from_output: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, gone = make_layer(dtype=torch.float32), list[bool]()
     product = gradients_module._product
 
@@ -187,10 +192,11 @@ def test_the_output_is_let_go_before_the_products_of_the_backward_pass(monkeypat
 
     monkeypatch.setattr(gradients_module, "_product", spy)
     for retained in (True, False):
-        y = dora_linear(*layer.args)
-        memory = StorageWeakRef(y.untyped_storage())
+        base = layer.x.detach() @ layer.weight.T
+        y = dora_linear(*layer.args, base=base, own_base=True, from_output=from_output)
+        memory = StorageWeakRef((y if from_output else base).untyped_storage())
         loss = (y * layer.dy).sum()
-        del y
+        del y, base
         if retained:
             loss.backward(retain_graph=True)
             assert not any(gone), "it is needed again"
@@ -333,28 +339,68 @@ def test_the_output_may_be_changed_in_place(form: str, through_a_view: bool) -> 
     assert_close(gradients(y, again), wanted, 1e-12, form)
 
 
-def test_keeping_inner_is_right_where_y_is_overwritten_unseen() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_kernel_that_pytorch_does_not_see_may_overwrite_the_output(form: str) -> None:
+    """Fused activations and rotary embeddings do: through ``.data`` no version changes, as a launch changes none."""
+    layer, again = make_layer(), make_layer()
+    wanted = gradients(FORMS[form](layer), layer)
+    y = FORMS[form](again)
+    y.data.zero_()
+    assert_close(gradients(y, again), wanted, 1e-13, form)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("compute", ["linear", "compose"])
+def test_who_handed_in_a_base_may_overwrite_it(compute: str, bias: bool) -> None:
+    results = []
+    for overwritten in (False, True):
+        layer = make_layer(trained=TRAINED[:-1])
+        base = (layer.x @ layer.weight.T + (layer.bias if bias else 0.0)).detach()
+        if compute == "linear":
+            y = dora_linear(*layer.args, layer.bias if bias else None, base=base)
+        else:
+            y = compose(layer, base, layer.bias if bias else None)
+        if overwritten:
+            base.data.zero_()
+        results.append(gradients(y, layer))
+    assert_close(results[1], results[0], 1e-15, compute)  # type: ignore[arg-type]
+
+
+def test_dg_from_the_output_is_for_who_vouches_for_it() -> None:
     layer, again = make_layer(), make_layer()
     wanted = gradients(dora_linear(*layer.args), layer)
-    y = dora_linear(*again.args, keep_inner=True)
-    y.data.zero_()
-    assert_close(gradients(y, again), wanted, 1e-13, "keep_inner")
-    y = dora_linear(*again.args)
+    y = dora_linear(*again.args, from_output=True)
+    assert_close(gradients(y, again), wanted, 1e-12, "not overwritten")
+    y = dora_linear(*again.args, from_output=True)
+    y.mul_(3.0)  # PyTorch sees it
+    assert_close(
+        gradients(y, again),
+        {name: 3.0 * grad for name, grad in wanted.items() if grad is not None}  # type: ignore[operator]
+        | {"bias": None},
+        1e-12,
+        "changed in place",
+    )
+    y = dora_linear(*again.args, from_output=True)
     y.data.zero_()
     assert gradients(y, again)["magnitude"].count_nonzero() == 0  # type: ignore[union-attr]
 
 
-def test_an_overwritten_foreign_base_cannot_be_used_in_a_backward_pass_unnoticed(
-    kernels_on_paper: Callable[[], dict[str, int]],
+@pytest.mark.parametrize("trained", [TRAINED[:-1], ("x", "lora_A", "lora_B")])
+def test_a_foreign_base_that_its_own_gradient_needs_is_kept_or_missed_loudly(
+    trained: tuple[str, ...], kernels_on_paper: Callable[[], dict[str, int]]
 ) -> None:
-    layer = make_layer(dtype=torch.float32)
+    layer = make_layer(dtype=torch.float32, trained=trained)
     base = torch.tanh(layer.x @ layer.weight.T)  # tanh's gradient reads its output
     x, weight, lora_a, lora_b, magnitude, scaling = layer.args
     norm = weight_norm(weight, lora_a, lora_b, scaling)
-    y = dora_compose(base, x, lora_a, lora_b, magnitude, scaling, norm=norm, overwrite_base=True)
-    assert y.data_ptr() == base.data_ptr()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    y = dora_compose(base, x, lora_a, lora_b, magnitude, scaling, norm=norm, own_base=True)
+    if "magnitude" in trained:
+        assert y.data_ptr() != base.data_ptr(), "it is kept for dg"
         y.sum().backward()
+    else:
+        assert y.data_ptr() == base.data_ptr()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 def test_an_adapter_changed_between_forward_and_backward_is_noticed() -> None:

@@ -82,6 +82,13 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
         )
         dg = torch.where(t["g"].abs() < 2.0**-32, (t["dy"] * inner).sum(dim=0), t["dg"])
         return {"dmagnitude": dg / t["norm"].clamp_min(1e-12)} if "norm" in t else {"dg_exact": dg}
+    if spec.op == "adapter_backward":
+        rows = range(spec.d_out)
+        dg = t["dg_base"] + torch.stack([scaling * t["product"][i].dot(t["lora_B"][i]) for i in rows])
+        return {
+            "dlora_B": torch.stack([t["g"][i] * scaling * t["product"][i] for i in rows]),
+            **({"dmagnitude": dg / t["norm"].clamp_min(1e-12)} if "norm" in t else {"dg": dg}),
+        }
     if spec.op == "compose_backward":
         tokens = range(t["dy"].shape[0])
         return {
@@ -95,7 +102,9 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
 
 
 @pytest.mark.parametrize(
-    ("op", "magnitude"), [*((op, "fp32") for op in OPS), ("compose_backward_exact", None)], ids=lambda value: str(value)
+    ("op", "magnitude"),
+    [*((op, "fp32") for op in OPS), ("compose_backward_exact", None), ("adapter_backward", None)],
+    ids=lambda value: str(value),
 )
 def test_the_definition_says_what_the_contract_says(op: str, magnitude: str | None) -> None:
     spec = spec_of(op, "fp32", magnitude=magnitude, bias="bias" in OPS[op].flags)

@@ -243,6 +243,9 @@ BREAKAGES = [
     ("compose_backward_exact-tiles", "inner += scaling * share", "inner += 1.01 * scaling * share", "B's term 1 % off"),
     ("compose_backward_exact-tiles", "inner += share", "inner += share * (first == 0)", "x's later columns dropped"),
     ("compose_backward_exact-tiles", "tl.where(tiny, sums, dg)", "sums", "good columns replaced too"),
+    ("adapter_backward-rows", "g * product", "g * g * product", "g twice"),
+    ("adapter_backward-rows", "sums += b * product", "sums += 0.99 * b * product", "rank-r term 1 % off"),
+    ("adapter_backward-rows", "product = scaling *", "product = tl.abs(scaling) *", "sign of s lost"),
     (
         "compose_backward-columns",
         "tl.store(dyg_ptrs",

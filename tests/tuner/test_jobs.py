@@ -20,14 +20,14 @@ LLAMA = find_model("llama-3.1-8b")
 QWEN = find_model("qwen2.5-7b")
 
 
-def test_llama_8b_at_one_rank_has_138_jobs() -> None:
+def test_llama_8b_at_one_rank_has_137_jobs() -> None:
     jobs = plan_jobs(LLAMA, ranks=[384], gpu="h200")
     assert Counter(job.op for job in jobs) == {
         "weight_norm": 4,
         "lora_compose": 30,
         "compose_forward": 30,
         "compose_backward": 30,
-        "compose_backward_exact": 4,
+        "adapter_backward": 3,
         "dora_linear_forward": 40,
     }
     norms = [(job.d_out, job.d_in) for job in jobs if job.op == "weight_norm"]
@@ -41,9 +41,8 @@ def test_a_job_prints_as_a_spec_of_its_own_fields_alone() -> None:
         "weight_norm/d_out=4096/d_in=14336/rank=384/weight=bf16/adapter=fp32@h200",
         "lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=fp32@h200",
         "compose_forward/d_out=4096/tokens=4096/activation=bf16@h200",
-        "compose_backward/d_out=4096/tokens=4096/activation=bf16/output@h200",
-        "compose_backward_exact/d_out=4096/d_in=4096/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
-        "compose_backward_exact/d_out=4096/d_in=14336/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
+        "compose_backward/d_out=4096/tokens=4096/activation=bf16@h200",
+        "adapter_backward/d_out=4096/rank=384/activation=fp32/adapter=fp32@h200",
         "dora_linear_forward/d_out=4096/d_in=4096/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
         "dora_linear_forward/d_out=4096/d_in=14336/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
     ]
@@ -55,7 +54,11 @@ def test_adapters_have_the_models_dtype_unless_told_otherwise() -> None:
 
 def test_autocast_is_planned_where_there_are_adapters_to_round() -> None:
     jobs = plan_jobs(LLAMA, ranks=[8], tokens=[1], gpu="h200", adapter_dtype="fp32", autocast=True)
-    assert {job.op: job.autocast for job in jobs} == {op: "autocast" in OPS[op].flags for op in OPS}
+    assert {job.op: job.autocast for job in jobs} == {
+        op: "autocast" in OPS[op].flags for op in OPS if op != "compose_backward_exact"
+    }
+    (backward,) = {job for job in jobs if job.op == "adapter_backward" and job.d_out == 1024}
+    assert (backward.activation, backward.adapter) == ("bf16", "fp32")
 
 
 def test_a_second_rank_adds_only_kernels_that_depend_on_the_rank() -> None:
@@ -65,10 +68,10 @@ def test_a_second_rank_adds_only_kernels_that_depend_on_the_rank() -> None:
     assert {(job.op, job.rank) for job in two - one} == {
         ("weight_norm", 64),
         ("lora_compose", 64),
-        ("compose_backward_exact", 64),
+        ("adapter_backward", 64),
         ("dora_linear_forward", 64),
     }
-    assert len(two - one) == 78
+    assert len(two - one) == 77
 
 
 def test_biased_and_unbiased_projections_of_one_width_are_two_jobs() -> None:
@@ -84,12 +87,14 @@ def test_biased_and_unbiased_projections_of_one_width_are_two_jobs() -> None:
     assert not any(job.bias for job in jobs if job.op == "weight_norm")
 
 
-def test_the_backward_takes_inner_where_y_holds_a_bias_and_else_y_with_an_exact_path_beside_it() -> None:
-    jobs = plan_jobs(QWEN, ranks=[16], tokens=[1], gpu="h200")
-    backward = [(job.d_out, job.output) for job in jobs if job.op == "compose_backward"]
-    assert backward == [(512, False), (3584, False), (3584, True), (18944, True)]
-    exact = {(job.d_out, job.d_in) for job in jobs if job.op == "compose_backward_exact"}
-    assert exact == {(3584, 3584), (3584, 18944), (18944, 3584)}
+def test_the_backward_is_planned_as_a_layer_runs_it_and_exact_columns_where_they_are_asked_for() -> None:
+    jobs = plan_jobs(QWEN, ranks=[16], tokens=[1, 4096], gpu="h200")
+    backward = {(job.d_out, job.output, job.bias) for job in jobs if job.op == "compose_backward"}
+    assert backward == {(512, False, False), (3584, False, False), (18944, False, False)}
+    assert not [job for job in jobs if job.op == "compose_backward_exact"]
+    exact = plan_jobs(QWEN, ranks=[16], tokens=[1, 4096], gpu="h200", ops=["compose_backward_exact"])
+    assert {job.tokens for job in exact} == {4096}
+    assert (3584, 18944) in {(job.d_out, job.d_in) for job in exact}
 
 
 @pytest.mark.parametrize("model", list_models(), ids=lambda model: model.name)
@@ -101,9 +106,8 @@ def test_every_listed_model_plans_and_covers_its_projections(model: Model) -> No
         for tokens in TOKEN_BUCKETS:
             for op in ("lora_compose", "compose_forward", "dora_linear_forward"):
                 assert KernelSpec.create(op, tokens=tokens, bias=p.bias, **fields) in jobs
-            assert KernelSpec.create("compose_backward", tokens=tokens, output=not p.bias, **fields) in jobs
-        exact = KernelSpec.create("compose_backward_exact", tokens=TOKEN_BUCKETS[-1], **fields)
-        assert p.bias or exact in jobs
+            assert KernelSpec.create("compose_backward", tokens=tokens, **fields) in jobs
+        assert KernelSpec.create("adapter_backward", **{**fields, "dtype": "fp32"}) in jobs
 
 
 projections = st.builds(
@@ -135,9 +139,9 @@ def test_the_plan_is_sorted_distinct_and_blind_to_the_order_of_its_inputs(
     assert found["weight_norm"] == len({(p.d_out, p.d_in) for p in layers}) * len(ranks)
     assert found["lora_compose"] == len(widths) * len(buckets) * len(ranks)
     assert found["dora_linear_forward"] == len(shapes) * len(buckets) * len(ranks)
-    assert found["compose_forward"] == found["compose_backward"] == len(widths) * len(buckets)
-    unbiased = {(p.d_out, p.d_in) for p in layers if not p.bias}
-    assert found["compose_backward_exact"] == len(unbiased) * len(ranks)
+    assert found["compose_forward"] == len(widths) * len(buckets)
+    assert found["compose_backward"] == len({p.d_out for p in layers}) * len(buckets)
+    assert found["adapter_backward"] == len({p.d_out for p in layers}) * len(ranks)
     for values in (layers, ranks, tokens):
         random.shuffle(values)
     assert plan_jobs(Model("m", "", 1, tuple(layers)), ranks=ranks, tokens=tokens, gpu="h200") == jobs

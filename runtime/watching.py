@@ -1,0 +1,75 @@
+"""Who sees the tensors between two operations: PyTorch's modes and global hooks.
+
+A ``TorchDispatchMode`` sees each operation and may keep its result. Selective activation checkpointing does: in the
+forward pass it keeps the results that its policy names, and in the recompute it hands them out again in the order of
+the calls. So memory that a mode may hold is never written over, and operations that run in one pass and not in the
+other (a norm that is reused) are hidden from it. A global module hook sees what every module returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+
+_NOTHING = nullcontext()
+
+
+def _hidden_way() -> Callable[[], AbstractContextManager[Any]] | None:
+    try:
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:
+        return None
+    return _disable_current_modes
+
+
+_hide = _hidden_way()
+_dispatch_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_function_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_function_stack", None)
+_global_hooks: Callable[[], bool] | None = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
+
+
+def watched() -> bool:
+    """Whether a mode or a global hook may hold the result of an operation. Where PyTorch cannot be asked, it may."""
+    if torch.compiler.is_compiling():  # no mode runs in a compiled graph
+        return False
+    if _dispatch_modes is None or _function_modes is None or _global_hooks is None:
+        return True
+    return _dispatch_modes() > 0 or bool(_global_hooks()) or (_function_modes() > 0 and not _only_devices())
+
+
+def _only_devices() -> bool:
+    """Whether every function mode is that of ``torch.set_default_device``, which holds nothing."""
+    try:
+        from torch.overrides import _get_current_function_mode_stack
+        from torch.utils._device import DeviceContext
+    except ImportError:
+        return False
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def tracing() -> str | None:
+    """Why what runs now must be seen by PyTorch operation by operation (it is being traced), or None."""
+    if torch.compiler.is_compiling() or (_dispatch_modes is not None and _dispatch_modes() == 0):
+        return None
+    try:
+        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    except ImportError:
+        return "a TorchDispatchMode is on, and this PyTorch does not say which"
+    if _hide is None:
+        return "a TorchDispatchMode is on, from which this PyTorch cannot hide the reuse of norms"
+    traced = [mode for mode in _get_current_dispatch_mode_stack() if getattr(mode, "_mode_key", None) is not None]
+    return f"{type(traced[0]).__name__} is tracing it" if traced else None
+
+
+def hidden() -> AbstractContextManager[Any]:
+    """A context in which no mode sees what runs; free of charge where none is on."""
+    if torch.compiler.is_compiling() or not watched():
+        return _NOTHING
+    stack = ExitStack()
+    if _hide is not None:
+        stack.enter_context(_hide())
+    stack.enter_context(torch._C.DisableTorchFunction())
+    return stack
