@@ -54,8 +54,7 @@ def find_binaries(source: Source, layers: Sequence[Store], gpu: Gpu) -> Binaries
     only ever a compile saved.
     """
     from ..cache.errors import StoreError
-    from ..codegen.binary import BinaryError, OtherSettingsError, check, must_compile
-    from ..codegen.module import declared_kernels
+    from ..codegen.binary import BinaryError, OtherSettingsError, must_compile
 
     try:
         from triton import __version__ as version
@@ -64,8 +63,6 @@ def find_binaries(source: Source, layers: Sequence[Store], gpu: Gpu) -> Binaries
     reason = must_compile()
     if reason is not None:
         return Binaries(note=reason)
-    names = set(declared_kernels(source))
-    target = gpu.triton_target()
     wanted = f"Triton {version} on {gpu.architecture}"
     others: list[str] = []
     damaged: list[str] = []
@@ -74,10 +71,7 @@ def find_binaries(source: Source, layers: Sequence[Store], gpu: Gpu) -> Binaries
             found = {binary.kernel: binary for binary in layer.binaries(source.code_digest, version, gpu.architecture)}
             if not found:
                 continue
-            if found.keys() != names:
-                raise BinaryError(f"there are binaries of {', '.join(found)}, but the kernels are {', '.join(names)}")
-            for name, binary in found.items():
-                check(source, name, target, binary.metadata)
+            _check_all(source, found, gpu)
         except OtherSettingsError as problem:
             others.append(f"{layer.location}: {problem}")
         except (BinaryError, StoreError) as problem:
@@ -87,3 +81,20 @@ def find_binaries(source: Source, layers: Sequence[Store], gpu: Gpu) -> Binaries
             return Binaries(found, layer.location, f"for {wanted}", tuple(damaged))
     reasons = "; ".join(damaged + others) or f"no store has a binary for {wanted}"
     return Binaries(note=reasons, damaged=tuple(damaged))
+
+
+def _check_all(source: Source, found: Mapping[str, Binary], gpu: Gpu) -> None:
+    """Hold the binaries of a store against every kernel of a source.
+
+    Raises:
+        BinaryError: there is not one of each kernel, or one is not what a compile here would give.
+    """
+    from ..codegen.binary import BinaryError, check
+    from ..codegen.module import declared_kernels
+
+    names = declared_kernels(source)
+    if found.keys() != set(names):
+        there = ", ".join(found)
+        raise BinaryError(f"there are binaries of {there[:200]}, but the kernels are {', '.join(names)}")
+    for name, binary in found.items():
+        check(source, name, gpu.triton_target(), binary.metadata, binary.image)
