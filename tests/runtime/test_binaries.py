@@ -228,21 +228,97 @@ def test_a_neighbouring_token_bucket_needs_no_binary_of_its_own(store: Store, gp
     assert len(gpu.loaded) == len(declared_kernels(source))
 
 
-def test_a_binary_serves_from_whichever_layer_has_it(
-    store: Store, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+# From which store.
+
+
+def whole_stack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, contents: dict[str, tuple[bool, tuple[Binary, ...]]]
+) -> dict[str, str]:
+    """Make stores that have the entry or not, and binaries; returns where each is. "user" and "prebuilt" are what they
+    say, the others are named by the search path, in this order."""
+    special = {"user": tmp_path / "home" / "store.sqlite", "prebuilt": tmp_path / "prebuilt" / "h200.sqlite"}
+    places = {name: special.get(name, tmp_path / f"{name}.sqlite") for name in contents}
+    for name, (has_entry, binaries) in contents.items():
+        places[name].parent.mkdir(exist_ok=True)
+        with Store.open(places[name], create=True) as store:
+            if has_entry:
+                store.put(entry_of(source_of(SPEC)))
+            for binary in binaries:
+                store.put_binary(binary)
+    named = [str(place) for name, place in places.items() if name not in special]
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", ":".join(named))
+    return {name: str(place) for name, place in places.items()}
+
+
+@pytest.mark.parametrize("other", ["user", "prebuilt"])
+def test_the_config_may_come_from_one_store_and_the_binary_from_your_own_or_a_prebuilt_one(
+    other: str, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The config may come from one store and the binary from another, which is read-only."""
-    store.export(tmp_path / "shipped.sqlite")
-    with Store.open(tmp_path / "own.sqlite", create=True) as own:
-        own.put(entry_of(source_of(SPEC)))
-        own.put_binary(compiled[0])  # not of every kernel
-    (tmp_path / "shipped.sqlite").chmod(0o444)
-    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{tmp_path / 'own.sqlite'}:{tmp_path / 'shipped.sqlite'}")
+    at = whole_stack(monkeypatch, tmp_path, {"team": (True, ()), other: (False, compiled)})
+    Path(at[other]).chmod(0o444)
     resolution, source, binaries = resolve_binaries(SPEC)
-    assert resolution.layer == str(tmp_path / "own.sqlite")
-    assert binaries.layer == str(tmp_path / "shipped.sqlite")
+    assert (resolution.layer, binaries.layer) == (at["team"], at[other])
     bind(source, None, binaries.kernels)
     assert len(gpu.loaded) == len(compiled)
+
+
+@pytest.mark.parametrize("holder", ["named", "user", "prebuilt", None])
+def test_a_store_without_the_entry_gives_no_binary(
+    holder: str | None, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where it is asked first, nor where the built-in default is chosen."""
+    monkeypatch.setattr("doratune.codegen.variants.default_config", lambda spec, gpu: source_of(SPEC).config)
+    at = whole_stack(monkeypatch, tmp_path, {"stranger": (False, compiled)} | ({holder: (True, ())} if holder else {}))
+    resolution, source, binaries = resolve_binaries(SPEC)
+    assert resolution.layer == (at[holder] if holder else None)
+    assert binaries.explain().startswith(
+        f"compiled at the first call: {at['stranger']}: has binaries, but not the entry"
+    )
+    assert (binaries.layer, binaries.kernels, binaries.damaged) == (None, {}, ())
+    with pytest.raises(Compiles):
+        bind(source, None, binaries.kernels)
+
+
+def test_explain_names_the_store_of_the_binary_and_those_passed_over(
+    gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forged = tuple(
+        replace(binary, metadata=json.dumps({**json.loads(binary.metadata), "shared": -1})) for binary in compiled
+    )
+    at = whole_stack(
+        monkeypatch,
+        tmp_path,
+        {
+            "stranger": (False, compiled),
+            "team": (True, forged),
+            "user": (False, compiled[:1]),
+            "prebuilt": (False, compiled),
+        },
+    )
+    resolution, source, binaries = resolve_binaries(SPEC)
+    assert (resolution.layer, binaries.layer) == (at["team"], at["prebuilt"])
+    taken, *passed_over = binaries.explain().split("; passed over ")
+    assert (
+        taken == f"in {at['prebuilt']}, for Triton {triton.__version__} on sm_90: contiguous operands need no compile"
+    )
+    assert [reason.split(":")[0] for reason in passed_over] == [at["stranger"], at["team"], at["user"]]
+    assert "shared=-1" in passed_over[1]
+    assert "there are binaries of" in passed_over[2]
+    assert list(binaries.damaged) == passed_over[1:]
+    bind(source, None, binaries.kernels)
+    assert len(gpu.loaded) == len(compiled)
+
+
+def test_your_own_store_stays_yours_where_it_is_also_named(
+    gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = whole_stack(monkeypatch, tmp_path, {"team": (True, ()), "user": (False, compiled)})
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{at['user']}:{at['team']}")
+    assert resolve_binaries(SPEC)[2].layer == at["user"]
+    assert resolve_binaries(SPEC, at["user"])[2].layer == at["user"]
+
+
+# For which operands.
 
 
 def test_other_alignments_are_compiled(store: Store, gpu: FakeGpu) -> None:
