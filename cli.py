@@ -204,7 +204,11 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
                 "layer": resolution.layer,
                 "distance": resolution.distance,
                 "refused": [vars(refusal) for refusal in resolution.trace],
-                "binary": {"layer": binaries.layer, "note": binaries.note},
+                "binary": {
+                    "layer": binaries.layer,
+                    "note": binaries.note,
+                    "passed_over": list(binaries.passed_over),
+                },
             }
         )
     else:

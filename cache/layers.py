@@ -67,12 +67,20 @@ def layer_locations(store: str | None = None) -> list[Layer]:
         named = [Layer(str(store), "store")]
     else:
         named = [Layer(item, PATH_VARIABLE) for item in split_locations(os.environ.get(PATH_VARIABLE, ""))]
-    own = [Layer(str(user_store_path()), USER)] if user_store_path().exists() else []
-    stack = [*named, *own, *(Layer(str(path), PREBUILT) for path in prebuilt_paths())]
     unique: dict[Location, Layer] = {}
-    for layer in stack:
+    for layer in (*named, *_own_and_prebuilt()):
         unique.setdefault(Location.parse(layer.location), layer)
     return list(unique.values())
+
+
+def trusted_locations() -> frozenset[str]:
+    """The user's own store and the prebuilt ones, each as its ``Store.location``: what nobody else writes."""
+    return frozenset(str(Location.parse(layer.location)) for layer in _own_and_prebuilt())
+
+
+def _own_and_prebuilt() -> list[Layer]:
+    own = [Layer(str(user_store_path()), USER)] if user_store_path().exists() else []
+    return [*own, *(Layer(str(path), PREBUILT) for path in prebuilt_paths())]
 
 
 def open_layers(store: str | None = None) -> list[Store]:

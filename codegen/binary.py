@@ -2,32 +2,50 @@
 
 A binary serves only where Triton would make the same one: for the same code (its digest is what a store finds it by),
 for contiguous operands, with the signature and alignments, the options, the target and the compiler's environment
-variables with which it was made. The metadata records all of these, and :func:`restore` holds them against what a
-compile here would begin with. Only the image goes to the GPU; nothing of a binary is executed as Python.
+variables with which it was made. The metadata records all of these, and what the compiler made of them. A store may
+come from anybody, and Triton's host code believes the metadata, so :func:`check` derives every part of it here
+(:mod:`.launch_facts`), reads the image's own description of its kernel (:mod:`.image`), and refuses a binary that
+differs in anything. Only the image goes to the GPU; nothing of a binary is executed as Python.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from ..errors import DoratuneError
-from .compile import launch_options, triton_source
+from .compile import contiguous_alignments, divisibility, launch_options, signature_of, triton_source
+from .gpu import find_gpu
+from .image import ImageError, read_image
+from .launch_facts import LaunchFacts, launch_facts
 from .render import Source
 
 _ASSUMED = "doratune"
 """The key in the metadata under which doratune keeps what Triton's own metadata leaves out."""
 _LOCAL = ("extern_libs",)
 """Options that are paths of the machine that compiled. The libraries belong to the Triton version."""
-_DECIDED = ("num_warps",)
-"""Options that the compiler itself may change: warps that specialise come on top of those asked for."""
+_HASH = "hash"
+"""The key of Triton's own cache. It also depends on how Triton was built, and nothing is launched by it: only its form
+is checked."""
+_MOST_METADATA = 1 << 16
+"""Characters of metadata: those of this package's kernels have up to 6,000."""
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+_short.maxlist = _short.maxdict = _short.maxtuple = 6
+_short.maxlevel = 2
+_shown = _short.repr
+"""A value for a message, short whatever a store holds."""
 
 
 class BinaryError(DoratuneError):
-    """A stored binary is unsound: its metadata is not that of this kernel, or Triton cannot make a kernel from it."""
+    """A stored binary is unsound: a part of its metadata or its image is not that of this kernel."""
 
 
 class OtherSettingsError(BinaryError):
@@ -37,7 +55,7 @@ class OtherSettingsError(BinaryError):
 def pack(handle: Any) -> tuple[str, bytes]:
     """The metadata, as JSON, and the image of a kernel that :func:`~doratune.codegen.compile.build` gave."""
     metadata = _as_json({name: value for name, value in handle.metadata._asdict().items() if name not in _LOCAL})
-    metadata[_ASSUMED] = _assumptions(handle.src)
+    metadata[_ASSUMED] = _assumptions(handle.src.signature, handle.src.attrs)
     return json.dumps(metadata, sort_keys=True), bytes(handle.kernel)
 
 
@@ -57,14 +75,14 @@ def must_compile() -> str | None:
     return None
 
 
-def check(source: Source, kernel: str, target: Any, metadata: str) -> None:
-    """Hold the metadata of a stored binary against what a compile of ``kernel`` for a ``GPUTarget`` would begin with.
+def check(source: Source, kernel: str, target: Any, metadata: str, image: bytes) -> None:
+    """Hold a stored binary against what a compile of ``kernel`` for a ``GPUTarget`` would give, without compiling.
 
     Raises:
         OtherSettingsError: Triton's options or environment here are others.
-        BinaryError: the metadata is of another kernel, or no metadata of one.
+        BinaryError: a part of the metadata or of the image is not that of this kernel; the message names it.
     """
-    _check(source, kernel, target, _parsed(kernel, metadata))
+    _checked(source, kernel, target, metadata, image)
 
 
 def restore(source: Source, kernel: Any, target: Any, metadata: str, image: bytes) -> Any:
@@ -73,66 +91,124 @@ def restore(source: Source, kernel: Any, target: Any, metadata: str, image: byte
     It is what :func:`~doratune.codegen.compile.build` would return, but that ``asm`` holds the image alone.
 
     Raises:
-        OtherSettingsError: Triton's options or environment here are others.
-        BinaryError: the parts are not those of this kernel, or no compiled kernel can be made from them.
+        OtherSettingsError, BinaryError: as :func:`check`.
     """
     from triton.compiler import CompiledKernel
     from triton.compiler.compiler import make_backend
 
     name = kernel.__name__
-    values = _parsed(name, metadata)
-    options = _check(source, name, target, values)
-    triton_input = triton_source(source, kernel)
-    if values.pop(_ASSUMED) != _assumptions(triton_input):
-        raise BinaryError(f"the binary of {name} was compiled for other parameters or alignments")
-    values |= {local: options[local] for local in _LOCAL if local in options}
-    try:
-        with tempfile.TemporaryDirectory(prefix="doratune-") as folder:  # Triton reads a kernel from files
-            parts = {f"{name}.json": json.dumps(values).encode(), f"{name}.{make_backend(target).binary_ext}": image}
-            for part, content in parts.items():
-                (Path(folder) / part).write_bytes(content)
-            handle = CompiledKernel(triton_input, {part: str(Path(folder) / part) for part in parts}, values["hash"])
-    except (AttributeError, KeyError, TypeError, ValueError) as problem:
-        raise BinaryError(f"the binary of {name} is incomplete: {problem}") from problem
+    values = _checked(source, name, target, metadata, image)
+    with tempfile.TemporaryDirectory(prefix="doratune-") as folder:  # Triton reads a kernel from files
+        parts = {f"{name}.json": json.dumps(values).encode(), f"{name}.{make_backend(target).binary_ext}": image}
+        for part, content in parts.items():
+            (Path(folder) / part).write_bytes(content)
+        paths = {part: str(Path(folder) / part) for part in parts}
+        handle = CompiledKernel(triton_source(source, kernel), paths, values[_HASH])
     handle.metadata_group = {}  # the files are gone
     return handle
 
 
+def _checked(source: Source, kernel: str, target: Any, metadata: str, image: bytes) -> dict[str, Any]:
+    """Check a binary; returns the metadata as Triton's compiler would write it here."""
+    import triton
+    from triton.compiler.compiler import make_backend
+
+    values = _parsed(kernel, metadata)
+    asked = launch_options(source, kernel)
+    options = _as_json(vars(make_backend(target).parse_options(dict(asked))))
+    local = {name: options.pop(name) for name in _LOCAL if name in options}
+    facts = launch_facts(source, kernel, target, options)
+    signature = signature_of(source, kernel)
+    assumed = _assumptions(signature, divisibility(signature, contiguous_alignments(source.spec)))
+    settings = options.keys() - asked.keys() - facts.exact.keys()
+    _refuse_other_settings(kernel, values, {name: options[name] for name in settings}, assumed["environment"])
+    known = {**options, **assumed["environment"], **facts.exact, "target": _as_json(vars(target))}
+    known |= {"triton_version": triton.__version__, _ASSUMED: assumed}
+    _refuse_other_names(kernel, values, {*known, *facts.bounds, _HASH})
+    _refuse_other_names(kernel, values[_ASSUMED], {*assumed})
+    for name, value in sorted(known.items()):
+        difference = _difference(name, values[name], value)
+        if difference is not None:
+            raise BinaryError(f"the binary of {kernel} was made with {difference}")
+    for name, allowed in facts.bounds.items():
+        if type(values[name]) is not int or values[name] not in allowed:
+            raise BinaryError(f"the binary of {kernel} has {name}={_shown(values[name])}, which is not in {allowed}")
+    if not isinstance(values[_HASH], str) or not re.fullmatch("[0-9a-f]{64}", values[_HASH]):
+        raise BinaryError(f"the binary of {kernel} has {_HASH}={_shown(values[_HASH])}, which is no SHA-256")
+    del known[_ASSUMED]
+    checked = {**known, **{name: values[name] for name in (*facts.bounds, _HASH)}}
+    _refuse_other_image(source, kernel, checked, facts, image)
+    return {**checked, **local}
+
+
 def _parsed(kernel: str, metadata: str) -> dict[str, Any]:
     try:
-        values = json.loads(metadata)
-    except ValueError:
+        values = json.loads(metadata) if len(metadata) <= _MOST_METADATA else None
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or values.get("name") != kernel or not isinstance(values.get(_ASSUMED), dict):
         raise BinaryError(f"the metadata is not that of {kernel}")
     return values
 
 
-def _check(source: Source, kernel: str, target: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for parsed metadata; returns the options of a compile here."""
-    import triton
-    from triton.compiler.compiler import make_backend
-
-    options = vars(make_backend(target).parse_options(launch_options(source, kernel)))
-    expected = _as_json({**options, "target": target, "triton_version": triton.__version__})
-    for name in sorted(expected.keys() - {*_LOCAL, *_DECIDED}):
-        if name not in values:
-            raise BinaryError(f"the metadata of {kernel} lacks {name}")
-        if values[name] != expected[name]:
-            raise OtherSettingsError(
-                f"the binary of {kernel} was made with {name}={values[name]!r}, here it is {expected[name]!r}"
-            )
-    if values[_ASSUMED].get("environment") != _environment():
+def _refuse_other_settings(
+    kernel: str, found: Mapping[str, Any], settings: Mapping[str, object], environment: Mapping[str, str]
+) -> None:
+    """Refuse what may well be sound: Triton is told here to use other options, or its environment is another."""
+    for name, value in sorted(settings.items()):
+        difference = _difference(name, found.get(name, value), value)
+        if difference is not None:
+            raise OtherSettingsError(f"the binary of {kernel} was made with {difference}")
+    stated = found[_ASSUMED].get("environment")
+    if isinstance(stated, dict) and stated != environment:
         raise OtherSettingsError(f"the binary of {kernel} was made under other environment variables of Triton's")
-    return _as_json(options)
 
 
-def _assumptions(triton_input: Any) -> dict[str, Any]:
+def _refuse_other_names(kernel: str, found: Mapping[str, object], wanted: Set[str]) -> None:
+    for name in sorted(wanted - found.keys()):
+        raise BinaryError(f"the metadata of {kernel} lacks {name}")
+    for name in sorted(found.keys() - wanted):
+        raise BinaryError(f"the metadata of {kernel} has {_shown(name)}, which no binary of this Triton has")
+
+
+def _refuse_other_image(
+    source: Source, kernel: str, checked: Mapping[str, Any], facts: LaunchFacts, image: bytes
+) -> None:
+    try:
+        read = read_image(image)
+    except ImageError as problem:
+        raise BinaryError(f"the image of {kernel} cannot be launched: {problem}") from None
+    architecture = re.sub("^sm", "sm_", checked["arch"])
+    for what, found, wanted in (
+        ("the kernel", read.kernel, kernel),
+        ("the architecture", read.architecture, architecture),
+        ("the bytes of each parameter", read.parameters, facts.parameters),
+        ("the threads of a block", read.threads, facts.threads),
+        ("the blocks of a cluster", read.blocks, checked["num_ctas"]),
+    ):
+        if found != wanted:
+            raise BinaryError(f"the image of {kernel} has {what} {_shown(found)}, here it is {_shown(wanted)}")
+    needed, most = checked["shared"] + read.shared, find_gpu(source.spec.gpu).shared_bytes_per_multiprocessor
+    if needed > most:
+        raise BinaryError(f"the binary of {kernel} needs {needed} bytes of shared memory, {source.spec.gpu} has {most}")
+
+
+def _difference(name: str, found: object, wanted: object) -> str | None:
+    """Where and how two JSON values differ, or None; also in type, since to Python 1, 1.0 and True are equal."""
+    inner: list[tuple[str, object, object]] = []
+    if isinstance(found, dict) and isinstance(wanted, dict) and found.keys() == wanted.keys():
+        inner = [(f"{name}.{key}", found[key], value) for key, value in wanted.items()]
+    elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        inner = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(found, wanted, strict=True))]
+    elif type(found) is not type(wanted) or found != wanted:
+        return f"{name}={_shown(found)}, here it is {_shown(wanted)}"
+    return next(filter(None, (_difference(*pair) for pair in inner)), None)
+
+
+def _assumptions(signature: Mapping[str, str], attributes: Mapping[tuple[int, ...], object]) -> dict[str, Any]:
     """What a compiled kernel takes for granted, beyond Triton's metadata: its parameters and what divides them."""
-    attributes = [[*index, value] for index, value in sorted(triton_input.attrs.items())]
-    return _as_json(
-        {"signature": [*triton_input.signature.items()], "attributes": attributes, "environment": _environment()}
-    )
+    known = [[*index, value] for index, value in sorted(attributes.items())]
+    return _as_json({"signature": [*signature.items()], "attributes": known, "environment": _environment()})
 
 
 def _environment() -> dict[str, str]:

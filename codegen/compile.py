@@ -7,6 +7,7 @@ memory) is read back from the binary and held against the GPU's limits, which Tr
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import re
 import subprocess
@@ -21,6 +22,9 @@ from .module import kernel_names, load_module
 from .ops import ALIGNMENT, DTYPE_BYTES
 from .render import Source
 from .spec import KernelSpec
+
+DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[(\d+), (\d+)\](?:,.*)?>", re.DOTALL)
+"""The type of a tensor descriptor: its dtype, rows and columns; in Gluon a layout follows."""
 
 SPARE_REGISTERS = 16
 """A kernel that leaves this many registers of a thread unused did not spill: its stack frame has another cause."""
@@ -51,16 +55,46 @@ class CompiledKernel:
     handle: Any = field(repr=False, compare=False, default=None)
 
 
+@functools.lru_cache(maxsize=16)
+def _syntax(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+@functools.lru_cache(maxsize=16)
+def _calls(text: str) -> tuple[ast.Call, ...]:
+    return tuple(node for node in ast.walk(_syntax(text)) if isinstance(node, ast.Call))
+
+
 def launch_options(source: Source, kernel: str) -> dict[str, int | bool]:
     """The ``num_warps``, ``num_stages`` and ``launch_pdl`` with which the emitted text starts ``kernel``.
 
     The place is in ``launch``, or in a function that it calls.
     """
-    for call in (node for node in ast.walk(ast.parse(source.text)) if isinstance(node, ast.Call)):
+    for call in _calls(source.text):
         started = call.func.value if isinstance(call.func, ast.Subscript) else None
         if isinstance(started, ast.Name) and started.id == kernel:
             return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
     raise CompileError(f"the emitted text of {source.spec} does not start {kernel}")
+
+
+def extra_warps(source: Source, kernel: str) -> tuple[int, ...]:
+    """The warps that ``kernel`` starts beside its first ones, for each of its other tasks; none in most kernels."""
+    for call in (node for node in ast.walk(_definition(source, kernel)) if isinstance(node, ast.Call)):
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "warp_specialize":
+            return tuple(ast.literal_eval(call.args[1]))
+    return ()
+
+
+def _definition(source: Source, kernel: str) -> ast.FunctionDef:
+    for node in _syntax(source.text).body:
+        if isinstance(node, ast.FunctionDef) and node.name == kernel:
+            return node
+    raise CompileError(f"the emitted text of {source.spec} does not define {kernel}")
+
+
+def _is_gluon(definition: ast.FunctionDef) -> bool:
+    names = (node for decorator in definition.decorator_list for node in ast.walk(decorator))
+    return any(isinstance(node, ast.Name) and node.id == "gluon" for node in names)
 
 
 def contiguous_alignments(spec: KernelSpec) -> dict[str, int]:
@@ -115,27 +149,39 @@ def triton_source(source: Source, kernel: Any, alignments: Mapping[str, int] | N
     The parameter annotations of the emitted text (``"*bf16"``, ``"i32"``) are the signature. ``alignments`` are the
     bytes that divide the address and the row stride of each operand, by name; None means contiguous operands.
     """
-    ast_source, signature = _signature(kernel)
+    signature = signature_of(source, kernel.__name__)
     attrs = divisibility(signature, contiguous_alignments(source.spec) if alignments is None else alignments)
-    return ast_source(kernel, signature, constexprs={}, attrs=attrs)
+    return _source_class(kernel)(kernel, signature, constexprs={}, attrs=attrs)
 
 
-def _signature(kernel: Any) -> tuple[Any, dict[str, str]]:
-    """The kind of source that a jit function is, and its parameters' types: in Gluon, descriptors name their layout."""
+def _source_class(kernel: Any) -> Any:
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
     from triton.compiler import ASTSource
 
-    signature = {param.name: param.annotation for param in kernel.params}
-    if not kernel.is_gluon():
-        return ASTSource, signature
+    return ASTSource
+
+
+def signature_of(source: Source, kernel: str) -> dict[str, str]:
+    """The types of a kernel's parameters by name, from the text alone; in Gluon, descriptors name their layout."""
+    definition = _definition(source, kernel)
+    signature = {
+        parameter.arg: ast.literal_eval(parameter.annotation)
+        for parameter in definition.args.args
+        if parameter.annotation is not None
+    }
+    if not _is_gluon(definition):
+        return signature
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     dtypes = {"bf16": gl.bfloat16, "fp16": gl.float16}
     for name, type_ in signature.items():
-        if match := re.fullmatch(r"tensordesc<(\w+)\[(\d+), (\d+)\]>", type_):
+        if match := DESCRIPTOR.fullmatch(type_):
             layout = gl.NVMMASharedLayout.get_default_for([int(match[2]), int(match[3])], dtypes[match[1]])
             signature[name] = f"{type_[:-1]},{layout!r}>"
-    return GluonASTSource, signature
+    return signature
 
 
 def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ..cache.store import Store
     from ..codegen.gpu import Gpu
     from ..codegen.render import Source
+
+_UNTRUSTED = "has binaries, but not the entry that was chosen, and is neither your own store nor a prebuilt one"
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,20 @@ class Binaries:
         layer: the location of the store that they come from.
         note: what to say of them: for what they were made, or why there are none.
         damaged: what was wrong with those that should have served, but cannot.
+        passed_over: the stores whose binaries were not taken, each with the reason.
     """
 
     kernels: Mapping[str, Binary] = field(default_factory=dict, repr=False)
     layer: str | None = None
     note: str = ""
     damaged: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
     def explain(self) -> str:
-        """Where the binary comes from, in a phrase."""
+        """Where the binary comes from, in a phrase, and which were passed over and why."""
         if self.kernels:
-            return f"in {self.layer}, {self.note}: contiguous operands need no compile"
+            taken = f"in {self.layer}, {self.note}: contiguous operands need no compile"
+            return "; ".join((taken, *(f"passed over {reason}" for reason in self.passed_over)))
         return f"compiled at the first call: {self.note}"
 
     def warn(self) -> None:
@@ -47,15 +52,14 @@ def warn_of_compile(problem: object) -> None:
     warnings.warn(f"doratune compiles a kernel whose binary is stored: {problem}", RuntimeWarning, stacklevel=3)
 
 
-def find_binaries(source: Source, layers: Sequence[Store], gpu: Gpu) -> Binaries:
+def find_binaries(source: Source, layers: Sequence[Store], gpu: Gpu, trusted: Set[str | None]) -> Binaries:
     """Look for the binaries of every kernel of ``source``, for the installed Triton and this GPU, in stores in order.
 
-    The first store that has all of them serves. What does not serve is passed over and told in the result: a binary is
-    only ever a compile saved.
+    The first store at a ``trusted`` location that has all of them serves. What does not serve is passed over and told
+    in the result: a binary is only ever a compile saved.
     """
     from ..cache.errors import StoreError
-    from ..codegen.binary import BinaryError, OtherSettingsError, check, must_compile
-    from ..codegen.module import declared_kernels
+    from ..codegen.binary import BinaryError, OtherSettingsError, must_compile
 
     try:
         from triton import __version__ as version
@@ -64,26 +68,44 @@ def find_binaries(source: Source, layers: Sequence[Store], gpu: Gpu) -> Binaries
     reason = must_compile()
     if reason is not None:
         return Binaries(note=reason)
-    names = set(declared_kernels(source))
-    target = gpu.triton_target()
     wanted = f"Triton {version} on {gpu.architecture}"
-    others: list[str] = []
+    passed_over: list[str] = []
     damaged: list[str] = []
     for layer in layers:
         try:
-            found = {binary.kernel: binary for binary in layer.binaries(source.code_digest, version, gpu.architecture)}
+            key = (source.code_digest, version, gpu.architecture)
+            if layer.location not in trusted:
+                if layer.binary_keys(*key):
+                    passed_over.append(f"{layer.location}: {_UNTRUSTED}")
+                continue
+            found = {binary.kernel: binary for binary in layer.binaries(*key)}
             if not found:
                 continue
-            if found.keys() != names:
-                raise BinaryError(f"there are binaries of {', '.join(found)}, but the kernels are {', '.join(names)}")
-            for name, binary in found.items():
-                check(source, name, target, binary.metadata)
+            _check_all(source, found, gpu)
         except OtherSettingsError as problem:
-            others.append(f"{layer.location}: {problem}")
+            passed_over.append(f"{layer.location}: {problem}")
         except (BinaryError, StoreError) as problem:
             text = str(problem)
             damaged.append(text if layer.location in text else f"{layer.location}: {text}")
+            passed_over.append(damaged[-1])
         else:
-            return Binaries(found, layer.location, f"for {wanted}", tuple(damaged))
-    reasons = "; ".join(damaged + others) or f"no store has a binary for {wanted}"
-    return Binaries(note=reasons, damaged=tuple(damaged))
+            return Binaries(found, layer.location, f"for {wanted}", tuple(damaged), tuple(passed_over))
+    note = "; ".join(passed_over) or f"no store has a binary for {wanted}"
+    return Binaries(note=note, damaged=tuple(damaged), passed_over=tuple(passed_over))
+
+
+def _check_all(source: Source, found: Mapping[str, Binary], gpu: Gpu) -> None:
+    """Hold the binaries of a store against every kernel of a source.
+
+    Raises:
+        BinaryError: there is not one of each kernel, or one is not what a compile here would give.
+    """
+    from ..codegen.binary import BinaryError, check
+    from ..codegen.module import declared_kernels
+
+    names = declared_kernels(source)
+    if found.keys() != set(names):
+        there = ", ".join(found)
+        raise BinaryError(f"there are binaries of {there[:200]}, but the kernels are {', '.join(names)}")
+    for name, binary in found.items():
+        check(source, name, gpu.triton_target(), binary.metadata, binary.image)

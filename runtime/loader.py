@@ -151,13 +151,18 @@ def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Sou
 
 
 def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source, Binaries]:
-    """The same, and the binaries that the stores have of what was rendered: in whichever store they are."""
+    """The same, and the binaries of what was rendered.
+
+    They come from the store of the entry that was chosen, from the user's own store or from a prebuilt one.
+    """
+    from ..cache.layers import trusted_locations
     from ..codegen.gpu import find_gpu
     from .binaries import find_binaries
 
     with _stack(store) as layers:
         resolution, source = _resolve(spec, layers)
-        return resolution, source, find_binaries(source, layers, find_gpu(spec.gpu))
+        trusted = {resolution.layer, *trusted_locations()}
+        return resolution, source, find_binaries(source, layers, find_gpu(spec.gpu), trusted)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ..cache.entry import Binary
-from ..codegen.binary import pack
+from ..codegen.binary import check, pack
 from ..codegen.compile import CompiledKernel, CompileError, compile_source
 from ..codegen.gpu import Gpu, find_gpu
 from ..codegen.render import Source, render
@@ -202,14 +202,18 @@ def binaries_job(spec: str, config: str, gpu: str) -> tuple[Binary, ...]:
 
     Raises:
         CompileError: as :func:`~doratune.codegen.compile.compile_source`.
+        BinaryError: the installed Triton makes binaries with facts that no lookup would accept.
     """
     import triton
 
     source, target = render(KernelSpec.parse(spec), Config.parse(config)), find_gpu(gpu)
-    return tuple(
+    made = tuple(
         Binary(source.code_digest, kernel.name, triton.__version__, target.architecture, *pack(kernel.handle))
         for kernel in _compiled(source, target)
     )
+    for binary in made:
+        check(source, binary.kernel, target.triton_target(), binary.metadata, binary.image)
+    return made
 
 
 def _compiled(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:

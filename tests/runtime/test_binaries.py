@@ -228,21 +228,97 @@ def test_a_neighbouring_token_bucket_needs_no_binary_of_its_own(store: Store, gp
     assert len(gpu.loaded) == len(declared_kernels(source))
 
 
-def test_a_binary_serves_from_whichever_layer_has_it(
-    store: Store, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+# From which store.
+
+
+def whole_stack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, contents: dict[str, tuple[bool, tuple[Binary, ...]]]
+) -> dict[str, str]:
+    """Make stores that have the entry or not, and binaries; returns where each is. "user" and "prebuilt" are what they
+    say, the others are named by the search path, in this order."""
+    special = {"user": tmp_path / "home" / "store.sqlite", "prebuilt": tmp_path / "prebuilt" / "h200.sqlite"}
+    places = {name: special.get(name, tmp_path / f"{name}.sqlite") for name in contents}
+    for name, (has_entry, binaries) in contents.items():
+        places[name].parent.mkdir(exist_ok=True)
+        with Store.open(places[name], create=True) as store:
+            if has_entry:
+                store.put(entry_of(source_of(SPEC)))
+            for binary in binaries:
+                store.put_binary(binary)
+    named = [str(place) for name, place in places.items() if name not in special]
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", ":".join(named))
+    return {name: str(place) for name, place in places.items()}
+
+
+@pytest.mark.parametrize("other", ["user", "prebuilt"])
+def test_the_config_may_come_from_one_store_and_the_binary_from_your_own_or_a_prebuilt_one(
+    other: str, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The config may come from one store and the binary from another, which is read-only."""
-    store.export(tmp_path / "shipped.sqlite")
-    with Store.open(tmp_path / "own.sqlite", create=True) as own:
-        own.put(entry_of(source_of(SPEC)))
-        own.put_binary(compiled[0])  # not of every kernel
-    (tmp_path / "shipped.sqlite").chmod(0o444)
-    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{tmp_path / 'own.sqlite'}:{tmp_path / 'shipped.sqlite'}")
+    at = whole_stack(monkeypatch, tmp_path, {"team": (True, ()), other: (False, compiled)})
+    Path(at[other]).chmod(0o444)
     resolution, source, binaries = resolve_binaries(SPEC)
-    assert resolution.layer == str(tmp_path / "own.sqlite")
-    assert binaries.layer == str(tmp_path / "shipped.sqlite")
+    assert (resolution.layer, binaries.layer) == (at["team"], at[other])
     bind(source, None, binaries.kernels)
     assert len(gpu.loaded) == len(compiled)
+
+
+@pytest.mark.parametrize("holder", ["named", "user", "prebuilt", None])
+def test_a_store_without_the_entry_gives_no_binary(
+    holder: str | None, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where it is asked first, nor where the built-in default is chosen."""
+    monkeypatch.setattr("doratune.codegen.variants.default_config", lambda spec, gpu: source_of(SPEC).config)
+    at = whole_stack(monkeypatch, tmp_path, {"stranger": (False, compiled)} | ({holder: (True, ())} if holder else {}))
+    resolution, source, binaries = resolve_binaries(SPEC)
+    assert resolution.layer == (at[holder] if holder else None)
+    assert binaries.explain().startswith(
+        f"compiled at the first call: {at['stranger']}: has binaries, but not the entry"
+    )
+    assert (binaries.layer, binaries.kernels, binaries.damaged) == (None, {}, ())
+    with pytest.raises(Compiles):
+        bind(source, None, binaries.kernels)
+
+
+def test_explain_names_the_store_of_the_binary_and_those_passed_over(
+    gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forged = tuple(
+        replace(binary, metadata=json.dumps({**json.loads(binary.metadata), "shared": -1})) for binary in compiled
+    )
+    at = whole_stack(
+        monkeypatch,
+        tmp_path,
+        {
+            "stranger": (False, compiled),
+            "team": (True, forged),
+            "user": (False, compiled[:1]),
+            "prebuilt": (False, compiled),
+        },
+    )
+    resolution, source, binaries = resolve_binaries(SPEC)
+    assert (resolution.layer, binaries.layer) == (at["team"], at["prebuilt"])
+    taken, *passed_over = binaries.explain().split("; passed over ")
+    assert (
+        taken == f"in {at['prebuilt']}, for Triton {triton.__version__} on sm_90: contiguous operands need no compile"
+    )
+    assert [reason.split(":")[0] for reason in passed_over] == [at["stranger"], at["team"], at["user"]]
+    assert "shared=-1" in passed_over[1]
+    assert "there are binaries of" in passed_over[2]
+    assert list(binaries.damaged) == passed_over[1:]
+    bind(source, None, binaries.kernels)
+    assert len(gpu.loaded) == len(compiled)
+
+
+def test_your_own_store_stays_yours_where_it_is_also_named(
+    gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = whole_stack(monkeypatch, tmp_path, {"team": (True, ()), "user": (False, compiled)})
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{at['user']}:{at['team']}")
+    assert resolve_binaries(SPEC)[2].layer == at["user"]
+    assert resolve_binaries(SPEC, at["user"])[2].layer == at["user"]
+
+
+# For which operands.
 
 
 def test_other_alignments_are_compiled(store: Store, gpu: FakeGpu) -> None:
@@ -343,7 +419,7 @@ def edited(compiled: tuple[Binary, ...], **values: object) -> Callable[[Store], 
         ({"debug": True}, "debug=True"),
         ({"arch": "sm80"}, "arch='sm80'"),
         ({"triton_version": "2.0"}, "triton_version='2.0'"),
-        ({"target": {"backend": "cuda", "arch": 80, "warp_size": 32}}, "target="),
+        ({"target": {"backend": "cuda", "arch": 80, "warp_size": 32}}, "target.arch=80"),
         ({"name": "another_kernel"}, "metadata is not that of"),
         ({"doratune": GONE}, "metadata is not that of"),
         ({"enable_fp_fusion": GONE}, "lacks enable_fp_fusion"),
@@ -355,34 +431,61 @@ def test_metadata_of_another_compile_is_refused_when_loading(
     assert complaint in without_binary(edited(compiled, **values), store, gpu)
 
 
-@pytest.mark.parametrize(
-    ("values", "complaint"),
-    [
-        ({"shared": GONE}, "incomplete"),
-        ({"not a name": 1}, "incomplete"),
-        ({"shared": "much"}, "not supported between"),
-        ({"shared": 1 << 20}, "out of resource"),
-    ],
-)
-def test_metadata_of_which_no_kernel_can_be_made_is_compiled_with_a_warning(
+ATTACKS: dict[str, tuple[dict[str, object], str]] = {
+    "maps beyond an array of the host's": ({"tensordesc_meta": [{"block_size": [64] * 1090}]}, "tensordesc_meta"),
+    "less than no shared memory": ({"shared": -1}, "shared=-1"),
+    "no shared memory": ({"shared": GONE}, "lacks shared"),
+    "more shared memory than there is": ({"shared": 1 << 20}, f"shared={1 << 20}"),
+    "a word for a number": ({"shared": "much"}, "shared='much'"),
+    "more warps": ({"num_warps": 64}, "num_warps=64"),
+    "endless scratch": ({"global_scratch_size": 2**60}, "global_scratch_size="),
+    "another name": ({"not a name": 1}, "'not a name'"),
+    "another path": ({"extern_libs": [["libdevice", "/tmp/x.bc"]]}, "'extern_libs'"),
+}
+
+
+@pytest.mark.parametrize(("values", "complaint"), ATTACKS.values(), ids=ATTACKS.keys())
+def test_forged_launch_facts_are_refused_at_the_lookup_and_told_once(
     values: dict[str, object], complaint: str, store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
 ) -> None:
-    edited(compiled, **values)(store)
-    _, source, binaries = resolve_binaries(SPEC, store.location)
-    with pytest.warns(RuntimeWarning, match=complaint), pytest.raises(Compiles):
-        bind(source, None, binaries.kernels)
-    assert gpu.loaded == []
+    assert complaint in without_binary(edited(compiled, **values), store, gpu)
+    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel whose binary is stored") as told:
+        resolve_binaries(SPEC, store.location)[2].warn()
+    assert len(told) == 1
+    assert complaint in str(told[0].message)
 
 
-def test_a_binary_for_other_parameters_is_compiled_with_a_warning(
+def test_a_binary_for_other_parameters_is_refused_at_the_lookup(
     store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
 ) -> None:
-    assumed = json.loads(compiled[0].metadata)["doratune"]
-    assumed["attributes"][0][-1][0][1] *= 2
-    edited(compiled, doratune=assumed)(store)
+    for part, change in (("attributes", [16]), ("signature", ["scaling", "fp32"])):
+        assumed = json.loads(compiled[0].metadata)["doratune"]
+        assumed[part][0] = change
+        assert f"doratune.{part}[0]" in without_binary(edited(compiled[:1], doratune=assumed), store, gpu)
+
+
+def test_garbage_and_other_kernels_images_are_refused_at_the_lookup(
+    store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
+) -> None:
+    first, second = compiled[:2]
+    for image, complaint in (
+        (b"garbage", "no 64-bit ELF"),
+        (first.image[:-9], "cut off"),
+        (second.image, f"the kernel '{second.kernel}'"),
+    ):
+        store.put_binary(replace(first, image=image))
+        assert complaint in without_binary(lambda _: None, store, gpu)
+
+
+def test_what_was_sound_at_the_lookup_is_checked_again_when_it_is_loaded(
+    store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
+) -> None:
     _, source, binaries = resolve_binaries(SPEC, store.location)
-    with pytest.warns(RuntimeWarning, match="other parameters or alignments"), pytest.raises(Compiles):
-        bind(source, None, binaries.kernels)
+    first = compiled[0]
+    for forged in (replace(first, image=b"garbage"), replace(first, metadata="{}")):
+        with pytest.warns(RuntimeWarning, match=first.kernel), pytest.raises(Compiles):
+            bind(source, None, {**binaries.kernels, first.kernel: forged})
+    assert gpu.loaded == []
 
 
 def test_a_binary_that_the_driver_refuses_is_compiled_with_a_warning(store: Store, gpu: FakeGpu) -> None:
@@ -450,17 +553,17 @@ def test_compiler_variables_that_triton_keys_its_cache_by_are_a_reason_to_compil
     compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target, binary = source_of(SPEC), GPU.triton_target(), compiled[0]
-    check(source, binary.kernel, target, binary.metadata)
+    check(source, binary.kernel, target, binary.metadata, binary.image)
     monkeypatch.setattr(binary_module, "_environment", lambda: {"TRITON_ENABLE_SOMETHING": "1"})
     with pytest.raises(OtherSettingsError, match="environment"):
-        check(source, binary.kernel, target, binary.metadata)
+        check(source, binary.kernel, target, binary.metadata, binary.image)
 
 
 def test_metadata_is_never_more_than_data(compiled: tuple[Binary, ...]) -> None:
     source, target = source_of(SPEC), GPU.triton_target()
     for metadata in ("__import__('os')", "[]", "null", '{"__class__": "x"}'):
         with pytest.raises(BinaryError, match="metadata is not that of"):
-            check(source, compiled[0].kernel, target, metadata)
+            check(source, compiled[0].kernel, target, metadata, compiled[0].image)
 
 
 def test_bind_without_binaries_compiles(gpu: FakeGpu) -> None:
