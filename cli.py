@@ -137,17 +137,21 @@ def tune(as_json: bool, **options: Any) -> None:
     from .tuner.tune_model import Request, tune_model
 
     run = tune_model(Request(**options), standard_error_progress())
-    entries = [row.entry for row in run.result.rows if row.entry is not None]
     if as_json:
-        click.echo(report_json(entries, model=run.model.name, gpu=run.gpu.slug, store=run.store))
+        click.echo(report_json(run.result, model=run.model.name, gpu=run.gpu.slug, store=run.store))
     else:
+        entries = [row.entry for row in run.result.rows if row.entry is not None]
         _print_table(report_table(entries, model=run.model.name, gpu=run.gpu.slug))
     for note in run.model.notes:
         click.echo(f"note: {note}", err=True)
+    for row in run.result.failed:
+        click.echo(f"failed: {row.spec}: {row.note}", err=True)
     click.echo(run.summary(), err=True)
     if run.result.stopped == "interrupt":
         sys.exit(INTERRUPTED)
-    if run.result.count("failed"):
+    if run.result.fault:
+        raise DoratuneError(run.result.fault)
+    if run.result.failed:
         sys.exit(1)
 
 

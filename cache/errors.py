@@ -9,6 +9,10 @@ class LocationError(UsageError):
     """The text does not name a store: an unknown URL scheme, an in-memory database, an empty path."""
 
 
+class NoHomeError(DoratuneError):
+    """This user has no folder for a store of their own, or ``DORATUNE_HOME`` names none."""
+
+
 class StoreError(DoratuneError):
     """A store could not be opened, read or written; the base of the errors below."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import platformdirs
 
-from .errors import OlderStoreError, StoreError
+from .errors import NoHomeError, OlderStoreError, StoreError
 from .location import Location, split_locations
 
 if TYPE_CHECKING:
@@ -39,14 +39,63 @@ class Layer:
 
 
 def home() -> Path:
-    """The user's doratune folder: ``DORATUNE_HOME``, else the platform's place for user data. It may not exist yet."""
+    """The user's doratune folder: ``DORATUNE_HOME``, else the platform's place for user data. It may not exist yet.
+
+    Raises:
+        NoHomeError: the system knows no home directory for this user, as in a container with a user id of its own, or
+            none for the ``~`` in ``DORATUNE_HOME``.
+    """
     named = os.environ.get(HOME_VARIABLE, "").strip()
-    return Path(named).expanduser().absolute() if named else platformdirs.user_data_path("doratune")
+    try:
+        if named:
+            return Path(named).expanduser().absolute()
+        found = platformdirs.user_data_path("doratune")
+    except (RuntimeError, OSError):
+        if named:
+            raise NoHomeError(
+                f"{HOME_VARIABLE}={named} names no folder (where it leads to is not known); set it to an absolute path"
+            ) from None
+        raise _homeless() from None
+    if not found.is_absolute():  # an unresolved ~, or an XDG_DATA_HOME that XDG says to ignore
+        raise _homeless()
+    return found
+
+
+def _homeless() -> NoHomeError:
+    return NoHomeError(
+        "this user has no home directory for a store of their own (HOME and XDG_DATA_HOME give no absolute path); "
+        f"set {HOME_VARIABLE} to a folder that can be written, or name the files themselves (doratune tune: both "
+        "--store and --study-storage)"
+    )
 
 
 def user_store_path() -> Path:
-    """The file of the user's own store. It may not exist yet."""
+    """The file of the user's own store. It may not exist yet.
+
+    Raises:
+        NoHomeError: as :func:`home`.
+    """
     return home() / "store.sqlite"
+
+
+def _own_layer() -> list[Layer]:
+    """The user's own store, where there is one: a user without a home, or who may not enter it, has none.
+
+    Raises:
+        NoHomeError: ``DORATUNE_HOME`` names no folder.
+    """
+    named = bool(os.environ.get(HOME_VARIABLE, "").strip())  # then it is never passed over
+    try:
+        path = user_store_path()
+    except NoHomeError:
+        if named:
+            raise
+        return []
+    try:
+        there = path.exists()
+    except OSError:  # a folder on the way refuses: opening the store says which
+        there = named
+    return [Layer(str(path), USER)] if there else []
 
 
 def prebuilt_paths() -> list[Path]:
@@ -61,7 +110,7 @@ def layer_locations(store: str | None = None) -> list[Layer]:
     :func:`~doratune.cache.location.split_locations`), then the user's store where it exists, then the prebuilt ones.
 
     Raises:
-        LocationError: a named location is not a path or a known URL.
+        LocationError: a named location is not a path or a known URL. NoHomeError: ``DORATUNE_HOME`` names no folder.
     """
     if store is not None:
         named = [Layer(str(store), "store")]
@@ -79,8 +128,7 @@ def trusted_locations() -> frozenset[str]:
 
 
 def _own_and_prebuilt() -> list[Layer]:
-    own = [Layer(str(user_store_path()), USER)] if user_store_path().exists() else []
-    return [*own, *(Layer(str(path), PREBUILT) for path in prebuilt_paths())]
+    return [*_own_layer(), *(Layer(str(path), PREBUILT) for path in prebuilt_paths())]
 
 
 def open_layers(store: str | None = None) -> list[Store]:
@@ -91,7 +139,7 @@ def open_layers(store: str | None = None) -> list[Store]:
     Raises:
         StoreError: a store cannot be opened. A broken layer is never passed over: the kernels chosen would silently be
             others than the ones it holds.
-        LocationError: a named location is not a path or a known URL.
+        LocationError: a named location is not a path or a known URL. NoHomeError: ``DORATUNE_HOME`` names no folder.
     """
     stores: list[Store] = []
     try:

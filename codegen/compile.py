@@ -29,13 +29,30 @@ DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[(\d+), (\d+)\](?:,.*)?>", re.DOTALL)
 SPARE_REGISTERS = 16
 """A kernel that leaves this many registers of a thread unused did not spill: its stack frame has another cause."""
 
+_REFUSED_BY_PASSES = "PassManager::run failed"
+"""The text of the RuntimeError with which MLIR's passes refuse a kernel."""
+
+_ASSEMBLER_ERROR = re.compile(r"\berror\s*:(.*)")
+"""How ptxas complains of a kernel. Of unreadable files, unknown options and the like it says ``fatal`` alone."""
+
+_MISSING_TOOL = ("Cannot find ", "Failed to find C compiler", "Could not create or locate cache dir")
+"""How the RuntimeErrors begin with which Triton misses a tool or its cache."""
+
 
 class CompileError(DoratuneError):
-    """Triton or its assembler refused the emitted text; the message carries the first line of its reason."""
+    """Triton or its assembler refused the emitted text; the message carries a line of its reason."""
 
 
 class OverLimitError(CompileError):
     """The kernel compiled, but needs more than the GPU has."""
+
+
+class ToolchainError(DoratuneError):
+    """A compile failed, and nothing shows that the emitted text is to blame: on another day it may compile."""
+
+
+class BrokenToolchainError(ToolchainError):
+    """No text compiles on this machine: a folder or disk refuses, a tool is missing, or Triton cannot be imported."""
 
 
 @dataclass(frozen=True)
@@ -188,23 +205,19 @@ def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
     """Compile every kernel of an emitted text for ``gpu`` and check it against the GPU's limits.
 
     Raises:
-        OverLimitError: a kernel needs more shared memory or threads than the GPU has.
+        OverLimitError: a kernel needs more shared memory or registers than the GPU has.
         CompileError: Triton or the assembler refused the text.
+        BrokenToolchainError: nothing compiles here now.
+        ToolchainError: it failed for another reason, which need not lie in the text.
     """
-    target = gpu.triton_target()
-    module = load_module(source)
-    compiled = []
-    for name in kernel_names(module):
-        try:
-            handle = build(source, getattr(module, name), target)
-        except Exception as error:
-            if isinstance(error, KeyboardInterrupt | MemoryError):
-                raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CompileError(
-                f"{name} of {source.spec} does not compile for {gpu.slug} with {source.config}: {reason}"
-            ) from error
-        compiled.append(_inspect(name, handle, gpu))
+    try:
+        target = gpu.triton_target()
+        module = load_module(source)
+        compiled = tuple(
+            _inspect(name, build(source, getattr(module, name), target), gpu) for name in kernel_names(module)
+        )
+    except Exception as error:
+        raise judge_failure(error, f"{source.spec} does not compile for {gpu.slug} with {source.config}") from error
     for kernel in compiled:
         if kernel.shared_bytes > gpu.shared_bytes_per_block:
             raise OverLimitError(
@@ -217,7 +230,84 @@ def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
                 f"{kernel.name} of {source.spec} needs {used} registers a block; "
                 f"a multiprocessor of {gpu.slug} has {gpu.registers_per_multiprocessor} ({source.config})"
             )
-    return tuple(compiled)
+    return compiled
+
+
+def judge_failure(error: Exception, what: str) -> CompileError | ToolchainError:
+    """Return a failed compile as the exception to raise; ``what`` begins its message.
+
+    A list of known complaints decides that the text is at fault (:class:`CompileError`): Triton's frontend, its passes,
+    or ptxas refused it. Anything else, a full disk or a crash in Triton, says nothing of the text.
+    """
+    if isinstance(error, CompileError | ToolchainError):
+        return error
+    causes = _causes(error)  # the frontend wraps whatever it meets in its own error
+    broken = next((cause for cause in causes if _is_broken(cause)), None)
+    if broken is not None:
+        return BrokenToolchainError(f"no kernel can be compiled here: {_reason(broken)}; {_remedy(broken)}")
+    complaint = next((text for cause in causes if (text := _complaint(cause)) is not None), None)
+    if complaint is not None:
+        return CompileError(f"{what}: {complaint}")
+    return ToolchainError(f"{what}: {_reason(error)} (which need not be the config's fault)")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, the innermost first."""
+    found: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in found:
+        found.insert(0, at)
+        at = at.__cause__ or at.__context__
+    return found
+
+
+def _is_broken(error: BaseException) -> bool:
+    missing = isinstance(error, RuntimeError) and str(error).startswith(_MISSING_TOOL)
+    return missing or isinstance(error, OSError | ImportError)
+
+
+def _complaint(error: BaseException) -> str | None:
+    """What Triton or ptxas says against the text, in a line; None where this is no such complaint."""
+    try:
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import PTXASError
+    except ImportError:
+        return None
+    if isinstance(error, PTXASError):
+        complaint = _ASSEMBLER_ERROR.search(error.error_message or "")
+        return f"ptxas: {complaint[1].strip()}" if complaint else None
+    if isinstance(error, CompilationError):
+        said = error.error_message or repr(error.__cause__ or error.__context__)  # its str() begins with the kernel
+        return str(said).strip().splitlines()[-1].strip()
+    return str(error).strip() if isinstance(error, RuntimeError) and _REFUSED_BY_PASSES in str(error) else None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
+
+
+def _remedy(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return (
+            f"make Triton's cache{_cache_folder()} and the folder for temporary files writable and leave space on "
+            "their disks, or name others with TRITON_CACHE_DIR and TMPDIR"
+        )
+    if "C compiler" in str(error):
+        return "install a C compiler such as gcc, or name one in CC"
+    if "cache dir" in str(error):
+        return "name a folder that can be written with TRITON_CACHE_DIR"
+    return "reinstall Triton, in the version that PyTorch asks for"
+
+
+def _cache_folder() -> str:
+    try:
+        from triton import knobs
+
+        return f" ({knobs.cache.dir})"
+    except Exception:  # it is Triton that may be broken
+        return ""
 
 
 def _inspect(name: str, handle: Any, gpu: Gpu) -> CompiledKernel:
@@ -245,7 +335,7 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
         ).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
     if usage is None:
-        raise CompileError(f"cuobjdump gave no resource usage for a cubin of {len(cubin)} bytes: {report.strip()!r}")
+        raise ToolchainError(f"cuobjdump gave no resource usage for a cubin of {len(cubin)} bytes: {report.strip()!r}")
     return int(usage[1]), int(usage[2])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from click.testing import CliRunner, Result
 from doratune import __version__
 from doratune.cache.store import Store
 from doratune.cli import main
+from doratune.tuner.evaluation import Rejected
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "kernels.json"
 SPEC = "compose_forward/d_out=64/tokens=1/activation=bf16@sm_90"
@@ -228,6 +230,53 @@ def test_a_second_run_keeps_the_kernels_without_searching(tuned: Tuned, monkeypa
     table = tune_tiny(tuned.home, tuned.config)
     assert "compose_forward" in done(table)
     assert "times predicted by a model, not measured" in table.stdout
+
+
+def test_a_run_on_a_broken_machine_says_why_and_the_same_command_succeeds_once_it_is_mended(
+    tiny: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    broken = tune_tiny(home, tiny, "--json")
+    assert broken.exit_code == 1
+    data = json.loads(broken.stdout)
+    (failed,) = data["failed"]
+    assert failed["spec"] == SPEC
+    assert f"Not a directory ({tmp_path / 'file' / 'cache'})" in failed["reason"]
+    assert data["rows"] == []
+    assert data["stopped"] == "fault"
+    for told in (f"failed: {SPEC}: {failed['reason']}", "1 unfinished, 1 failed in", f"Error: {data['fault']}"):
+        assert told in broken.stderr
+    assert "TRITON_CACHE_DIR" in data["fault"]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    mended = tune_tiny(home, tiny, "--json")
+    assert [row["spec"] for row in json.loads(done(mended))["rows"]] == [SPEC, SPEC.replace("d_out=64", "d_out=128")]
+
+
+def test_kernels_that_fail_are_told_with_their_reasons(tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reject(self: object, source: object, compiled: object) -> None:
+        raise Rejected("no program fits a multiprocessor")
+
+    monkeypatch.setattr("doratune.tuner.predict.PredictEvaluator.evaluate", reject)
+    for options in ((), ("--json",)):
+        result = tune_tiny(home, tiny, *options)
+        assert result.exit_code == 1
+        assert result.stderr.count(": every config was rejected: no program fits a multiprocessor") == 2
+        assert "Error" not in result.stderr
+    assert [row["reason"] for row in json.loads(result.stdout)["failed"]] == [
+        "every config was rejected: no program fits a multiprocessor"
+    ] * 2
+
+
+def test_an_interrupted_run_exits_with_130(tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: object, source: object, compiled: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise Rejected("whatever")
+
+    monkeypatch.setattr("doratune.tuner.predict.PredictEvaluator.evaluate", interrupted)
+    result = tune_tiny(home, tiny)
+    assert result.exit_code == 130
+    assert "interrupted: the same command goes on from here" in result.stderr
 
 
 def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:

@@ -15,14 +15,37 @@ from ..errors import DoratuneError
 
 
 class Rejected(DoratuneError):
-    """A candidate cannot win: it is inaccurate, does not launch, or exceeds a limit. The message is the reason."""
+    """A candidate cannot win: it is inaccurate, does not launch, or exceeds a limit. The message is the reason.
+
+    Raised only for a property of the config, since the study records it for ever.
+    """
 
 
-class GpuLostError(Rejected):
+class ContextLostError(Rejected):
     """A candidate faulted and took the process's GPU context with it: it is out, and the run must end.
 
     The same command goes on in a new process, without the candidate.
     """
+
+
+class Undecided(DoratuneError):
+    """A candidate could not be judged, and nothing shows that the config is to blame: it stays untried."""
+
+
+class GpuMemoryError(Undecided):
+    """The free memory of the GPU does not hold the tensors of a kernel; other kernels may fit."""
+
+
+class BrokenEnvironmentError(Undecided):
+    """No candidate can be judged now. The message says what is wrong, where, and what to do."""
+
+
+class GpuLostError(BrokenEnvironmentError):
+    """The GPU no longer answers this process, and no candidate is known to be the cause."""
+
+
+class LaunchFailureError(GpuLostError):
+    """The GPU context ended with an error that a failing GPU and a faulty kernel have in common."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,8 @@ class Evaluator(ABC):
 
         Raises:
             Rejected: the candidate cannot win.
+            CompileError: the compiler, asked again here, refuses it.
+            Undecided, ToolchainError: it could not be judged.
         """
 
     def times_beside(self, fused: Source, composition: Source) -> tuple[float, float] | None:
@@ -75,7 +100,8 @@ class Evaluator(ABC):
         None from an evaluator that measures nothing.
 
         Raises:
-            Rejected: one of them does not run.
+            Rejected, CompileError: one of them does not run.
+            Undecided, ToolchainError: they could not be timed.
         """
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import subprocess
@@ -12,15 +13,25 @@ import torch
 
 from .. import __version__
 from ..cache.entry import MEASURED, Environment, Evaluation
+from ..codegen.compile import judge_failure
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source
 from ..codegen.spec import KernelSpec
-from ..errors import UsageError
+from ..errors import DoratuneError, UsageError
 from ..runtime.device import find_device
 from ..runtime.launch import bind
 from ..runtime.reference import definition
 from .accuracy import worst_error
-from .evaluation import Evaluator, GpuLostError, Rejected, Resources, floor_us
+from .evaluation import (
+    ContextLostError,
+    Evaluator,
+    GpuLostError,
+    GpuMemoryError,
+    LaunchFailureError,
+    Rejected,
+    Resources,
+    floor_us,
+)
 from .inputs import make_inputs, make_outputs
 from .timing import capture, interleaved_us, median_us, replay_us, rotations
 from .unfused import run_unfused
@@ -39,6 +50,26 @@ MEMORY_SHARE = 0.7
 
 SHORT_GRAPH_CALLS = 64
 """Calls in a graph at least, where one call is short, so that starting the graph weighs nothing."""
+
+
+_REFUSED_LAUNCHES = (
+    "out of resource",
+    "too many resources requested for launch",
+    "invalid configuration argument",
+    "Triton Error [CUDA]: invalid argument",  # a grid or tensor map beyond what the GPU takes
+)
+"""What the driver says of a launch that asks for more than the GPU has."""
+
+_KERNEL_FAULTS = (
+    "illegal memory access",
+    "misaligned address",
+    "illegal instruction",
+    "invalid program counter",
+    "device-side assert",
+)
+"""What the driver says where a kernel's own code faulted, and ended the context."""
+
+_LAUNCH_FAILURE = "unspecified launch failure"
 
 
 class NoGpuError(UsageError):
@@ -111,13 +142,15 @@ class MeasureEvaluator(Evaluator):
         """Gate and time one candidate.
 
         Raises:
-            Rejected: it failed to launch, is inaccurate, gives different bits for equal inputs, or its tensors do not
-                fit the GPU's memory.
-            GpuLostError: it left the GPU unusable for this process.
+            Rejected: it asks for more than the GPU has, is inaccurate, or gives different bits for equal inputs.
+            ContextLostError: its code faulted, and left the GPU unusable for this process.
+            GpuLostError: the GPU is unusable for another reason. GpuMemoryError: its tensors do not fit.
+            CompileError, ToolchainError: as :func:`~doratune.codegen.compile.compile_source`.
         """
         spec = source.spec
-        with _rejecting(source):
+        with _judged(source, started=False):
             self._prepare(spec)
+        with _judged(source):
             launch = bind(source).launch
             error = self._gate(spec, launch)
             samples = self._time(launch)
@@ -138,13 +171,12 @@ class MeasureEvaluator(Evaluator):
     def times_beside(self, fused: Source, composition: Source) -> tuple[float, float]:
         """Time both on random inputs that rotate as those of a candidate.
 
-        Raises:
-            Rejected: one of them failed to launch. GpuLostError: and left the GPU unusable for this process.
+        Raises: as :meth:`evaluate`, for one of them.
         """
         spec = fused.spec
         self.finish(spec)
         try:
-            with _rejecting(fused):
+            with _judged(fused):
                 self._make_sets(spec)
                 launch, compose = bind(fused).launch, bind(composition).launch
                 one = [
@@ -172,7 +204,8 @@ class MeasureEvaluator(Evaluator):
         """Give the GPU memory back."""
         if self._spec is not None:
             self.finish(self._spec)
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a lost GPU has nothing to give back
+            torch.cuda.empty_cache()
 
     def _gate(self, spec: KernelSpec, launch: Callable[..., None]) -> float:
         scalars = (self._gate_scaling,) if spec.contract.scaling else ()
@@ -221,15 +254,35 @@ class MeasureEvaluator(Evaluator):
 
 
 @contextmanager
-def _rejecting(source: Source) -> Iterator[None]:
-    """Turn what goes wrong on the GPU inside the block into the reason why ``source`` is out."""
+def _judged(source: Source, *, started: bool = True) -> Iterator[None]:
+    """Turn what fails inside the block into what it says of ``source``.
+
+    ``started`` is false where the candidate has not run yet, so that nothing can be its fault.
+    """
     try:
         yield
-    except (RuntimeError, ValueError, TypeError) as failure:
-        reason = next(iter(str(failure).splitlines()), type(failure).__name__)
-        if not _gpu_answers():
-            raise GpuLostError(f"{source.config} of {source.spec} broke the GPU context: {reason}") from failure
-        raise Rejected(f"does not run: {reason}") from failure
+    except DoratuneError:
+        raise
+    except Exception as failure:
+        raise _judge(source, failure, started) from failure
+
+
+def _judge(source: Source, failure: Exception, started: bool) -> DoratuneError:
+    reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+    which = f"{source.config} of {source.spec}"
+    if not _gpu_answers():
+        if started and any(text in reason for text in _KERNEL_FAULTS):
+            return ContextLostError(f"{which} broke the GPU context: {reason}")
+        lost = LaunchFailureError if started and _LAUNCH_FAILURE in reason else GpuLostError
+        return lost(f"the GPU failed at {which}: {reason}. Check it with nvidia-smi and the system's log (dmesg)")
+    if isinstance(failure, torch.cuda.OutOfMemoryError) or "CUDA]: out of memory" in reason:
+        return GpuMemoryError(
+            f"the GPU's free memory does not hold the tensors of {source.spec}: {reason} "
+            "End what else uses the GPU, or leave these token counts out with --tokens"
+        )
+    if started and any(text in reason for text in _REFUSED_LAUNCHES):
+        return Rejected(f"does not run: {reason}")
+    return judge_failure(failure, f"{which} does not run")
 
 
 def _gpu_answers() -> bool:
@@ -249,6 +302,6 @@ def driver_version() -> str:
         tool = ["cat", "/sys/module/amdgpu/version"]
     try:
         answer = subprocess.run(tool, capture_output=True, text=True, timeout=30).stdout.split()
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         answer = []
     return answer[0] if answer else f"unknown ({platform.release()})"

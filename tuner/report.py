@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
 from ..cache.entry import MEASURED, PREDICTED, Entry
+from .search import TuneResult
 
 SCHEMA = 1
 
@@ -35,20 +36,26 @@ def row_of(entry: Entry) -> dict[str, Any]:
     }
 
 
-def report(entries: Iterable[Entry], *, model: str, gpu: str, store: str) -> dict[str, Any]:
-    """The whole report: a schema number, the model, GPU slug and store it is about, and a row for each entry."""
+def report(result: TuneResult, *, model: str, gpu: str, store: str) -> dict[str, Any]:
+    """The whole report: a schema number, the model, GPU slug and store it is about, and a row for each entry.
+
+    ``failed`` has the specs without a winner and why; ``stopped`` and ``fault`` are those of the result.
+    """
     return {
         "schema": SCHEMA,
         "model": model,
         "gpu": gpu,
         "store": store,
-        "rows": [row_of(entry) for entry in entries],
+        "rows": [row_of(row.entry) for row in result.rows if row.entry is not None],
+        "failed": [{"spec": str(row.spec), "reason": row.note} for row in result.failed],
+        "stopped": result.stopped,
+        "fault": result.fault,
     }
 
 
-def report_json(entries: Iterable[Entry], *, model: str, gpu: str, store: str) -> str:
+def report_json(result: TuneResult, *, model: str, gpu: str, store: str) -> str:
     """The same as indented JSON text."""
-    return json.dumps(report(entries, model=model, gpu=gpu, store=store), indent=2)
+    return json.dumps(report(result, model=model, gpu=gpu, store=store), indent=2)
 
 
 def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:

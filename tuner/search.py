@@ -12,6 +12,11 @@ effort: the study says so, or, where the study is not at hand, the entry was tun
 in trials. The binaries of such entries are made last, where the store lacks them for the installed Triton; and so is
 what says whether the fusion of a kernel pays (:mod:`.unfused`).
 
+**What fails.** Only a property of a config is recorded against it: a compile error, a limit exceeded, a compiler that
+crashes or does not end, an inaccurate result, a memory fault. Whatever else fails (a disk, a tool, the GPU, memory, a
+killed worker) says nothing of the config: it is tried again by the next run. Where nothing can be judged any more, the
+run ends and says why (``TuneResult.fault``): at once where the cause is known, else after :data:`IN_A_ROW` candidates.
+
 **Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate being evaluated is finished and nothing new is
 begun. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run goes
 on from its trials. A run that is killed loses the candidates under way.
@@ -34,13 +39,23 @@ import optuna
 
 from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Binary, Entry
 from ..cache.store import Store
+from ..codegen.compile import BrokenToolchainError, CompileError, judge_failure
 from ..codegen.gpu import Gpu
 from ..codegen.module import declared_kernels
 from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
 from ..codegen.variants import check_config, default_config
+from ..errors import DoratuneError
 from .effort import STANDARD, Budget, Effort
-from .evaluation import Evaluator, GpuLostError, Rejected, floor_us
+from .evaluation import (
+    BrokenEnvironmentError,
+    ContextLostError,
+    Evaluator,
+    GpuMemoryError,
+    LaunchFailureError,
+    Rejected,
+    floor_us,
+)
 from .predict import shortlist
 from .progress import SilentProgress
 from .space import Space
@@ -62,8 +77,16 @@ TUNED, KEPT, PARTIAL, UNFINISHED, FAILED = "tuned", "kept", "partial", "unfinish
 BEHIND = 1.25
 """A candidate guessed to take this many times the best guess so far is not compiled."""
 
+IN_A_ROW = 3
+"""So many candidates one after another that cannot be judged end the run, or the kernel where only its tensors do not
+fit the GPU's memory."""
+
 _STUDIES_PER_WORKER = 2
 _RANKS = (DEFAULT, PREDICTED, MEASURED)
+_VERDICTS = (Rejected, CompileError)
+"""What says that a config is out, on whatever day it is tried."""
+_BROKEN = (BrokenToolchainError, BrokenEnvironmentError)
+"""What says that no config can be judged now."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +94,8 @@ class Tuned:
     """What became of one spec.
 
     ``outcome`` is ``tuned``; ``kept`` (the store had it); ``partial`` (stopped, but the seeds were tried and the best
-    is stored); ``unfinished`` (stopped before that; nothing stored); ``failed`` (every candidate was rejected).
-    ``entry`` is what the store holds for the spec now, None when nothing; ``note`` says why it ended.
+    is stored); ``unfinished`` (stopped before that; nothing stored); ``failed`` (every candidate was rejected, or none
+    could be judged). ``entry`` is what the store holds for the spec now, None when nothing; ``note`` says why it ended.
     """
 
     spec: KernelSpec
@@ -88,14 +111,23 @@ class Tuned:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """The rows of a run in the order of its specs; ``stopped`` is empty, ``timeout`` or ``interrupt``."""
+    """The rows of a run in the order of its specs.
+
+    ``stopped`` is empty, ``timeout``, ``interrupt`` or ``fault``; then ``fault`` says what is wrong and what to do.
+    """
 
     rows: tuple[Tuned, ...]
     stopped: str = ""
+    fault: str = ""
 
     def count(self, outcome: str) -> int:
         """How many specs ended in this way."""
         return sum(row.outcome == outcome for row in self.rows)
+
+    @property
+    def failed(self) -> tuple[Tuned, ...]:
+        """The rows of the specs for which nothing was found; each ``note`` is the reason."""
+        return tuple(row for row in self.rows if row.outcome == FAILED)
 
 
 def tune(
@@ -122,6 +154,9 @@ def tune(
     The evaluator is closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
     since the workers import the main module.
 
+    A machine on which nothing can be compiled or measured any more ends the run; the result says why. Nothing of it is
+    recorded, so the same call goes on once it is mended.
+
     Raises:
         SpecError: a spec has no variant for this GPU.
         StoreError, StudyStorageError: a database failed.
@@ -147,7 +182,7 @@ def tune(
         pool.close()
         evaluator.close()
         release(storage)
-    return TuneResult(tuple(run.row(spec) for spec in specs), run.stopped)
+    return TuneResult(tuple(run.row(spec) for spec in specs), run.stopped, run.fault)
 
 
 @contextmanager
@@ -204,8 +239,10 @@ class _Run:
     binaries: bool
     progress: SilentProgress
     stopped: str = ""
+    fault: str = ""
 
     def __post_init__(self) -> None:
+        self._undecided_in_a_row = 0
         self._rows: dict[KernelSpec, Tuned] = {}
         self._deadline: float | None = None
         self._environment = self.evaluator.environment()
@@ -247,6 +284,10 @@ class _Run:
             self._cut_short(search)
         self._time_unfused()
         self._finish_binaries()
+
+    def _break_off(self, fault: str) -> None:
+        """Have the run end because of what is wrong with the machine."""
+        self.stopped, self.fault = "fault", fault
 
     def _stopping(self) -> bool:
         if not self.stopped and self._deadline is not None and time.monotonic() >= self._deadline:
@@ -332,19 +373,20 @@ class _Run:
             if self._stopping():
                 return True
             candidate, source, future = search.batch.pop(0)
-            error = future.exception()
-            if error is not None:
-                search.study.reject(candidate, str(error))
-                continue
             try:
                 evaluation = self.evaluator.evaluate(source, future.result())
-            except Rejected as reason:
-                search.study.reject(candidate, str(reason))
-                if isinstance(reason, GpuLostError):
-                    raise GpuLostError(f"{reason}. The same command goes on from here without that config") from reason
+            except Exception as error:
+                failure = error if isinstance(error, DoratuneError) else judge_failure(error, f"{source.spec} fails")
+                if isinstance(failure, _VERDICTS):
+                    self._reject(search, candidate, failure)
+                elif not self._set_aside(search, candidate, failure):
+                    return False
             else:
                 search.study.accept(candidate, evaluation)
+                self._undecided_in_a_row = 0
             self._show(search)
+        if self.fault:
+            return True
         self._fill(search, self.effort.batch)
         if search.batch:
             return True
@@ -352,6 +394,37 @@ class _Run:
         self.evaluator.finish(search.spec)
         self._close(search, TUNED, search.study.stop(self.budget) or "no configs left")
         return False
+
+    def _reject(self, search: _Search, candidate: Candidate, verdict: DoratuneError) -> None:
+        search.study.reject(candidate, str(verdict))
+        self._undecided_in_a_row = 0
+        if isinstance(verdict, ContextLostError):
+            self._break_off(f"{verdict}. The same command goes on from here without that config")
+
+    def _set_aside(self, search: _Search, candidate: Candidate, failure: DoratuneError) -> bool:
+        """Leave a candidate that could not be judged for another run; return whether its search goes on in this one."""
+        if isinstance(failure, LaunchFailureError) and search.study.suspect(candidate):
+            self._reject(search, candidate, ContextLostError(f"{failure}; the same happened in an earlier run"))
+            return True
+        reason = str(failure)
+        search.study.set_aside(candidate, reason)
+        self._undecided_in_a_row += 1
+        if not isinstance(failure, _BROKEN) and self._undecided_in_a_row < IN_A_ROW:
+            return True
+        self._undecided_in_a_row = 0
+        if not isinstance(failure, GpuMemoryError):
+            self._break_off(f"{reason}. The same command goes on from here")
+        self.evaluator.finish(search.spec)
+        self._give_up(search, reason)
+        return False
+
+    def _give_up(self, search: _Search, reason: str) -> None:
+        """End a search that cannot go on now."""
+        if search.study.best is not None and search.study.seeded(self.budget):
+            self._close(search, PARTIAL, reason)
+        else:
+            self._rows[search.spec] = Tuned(search.spec, FAILED, self.store.get(search.spec), reason)
+            self.progress.done(search.spec, FAILED, None, search.floor_us)
 
     def _cut_short(self, search: _Search) -> None:
         study = search.study
@@ -365,7 +438,7 @@ class _Run:
         """Store the winner of a search and note the row."""
         spec, best = search.spec, search.study.best
         if best is None:
-            outcome, note = FAILED, "every config was rejected: " + (search.study.reasons or ["there is none"])[-1]
+            outcome, note = FAILED, _why_none(search.study)
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
         else:
             config, evaluation = best
@@ -381,6 +454,10 @@ class _Run:
                 created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
             self.store.put(entry)
+            undecided = search.study.undecided
+            if undecided:
+                note = f"{note}; configs that could not be judged: {len(undecided)}, {[*undecided.values()][-1]}"
+                self.progress.note(f"{spec}: {note}")
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
             self._pack(self._rows[spec].entry)
         self.progress.done(spec, outcome, best[1].us if best else None, search.floor_us)
@@ -405,19 +482,22 @@ class _Run:
                 self.pool.wait([future for future in compiled if not future.done()], POLL_SECONDS)
             if self._stopping():
                 return
-            reason = next((str(future.exception()) for future in compiled if future.exception()), None)
-            reason = reason or self._time_beside(entry, *sources)
+            reason = self._time_beside(entry, sources, compiled)
             if reason:
                 self.progress.note(f"{entry.spec} is not timed beside its work one after another: {reason}")
 
-    def _time_beside(self, entry: Entry, fused: Source, composition: Source) -> str | None:
+    def _time_beside(
+        self, entry: Entry, sources: tuple[Source, Source], compiled: Sequence[Future[Compiled]]
+    ) -> str | None:
         """Store what the work of a fused kernel takes one after another; the reason if that cannot be had."""
         try:
-            times = self.evaluator.times_beside(fused, composition)
-        except Rejected as reason:
-            if isinstance(reason, GpuLostError):
-                raise
-            return str(reason)
+            for future in compiled:
+                future.result()
+            times = self.evaluator.times_beside(*sources)
+        except Exception as failure:
+            if isinstance(failure, (ContextLostError, *_BROKEN)):
+                self._break_off(f"{failure}. The same command goes on from here")
+            return str(failure) or type(failure).__name__
         if times is not None and entry.evaluation.us is not None:
             unfused_us = entry.evaluation.us * times[1] / times[0]  # as on the clocks of the entry's own time
             self.store.put(replace(entry, evaluation=replace(entry.evaluation, unfused_us=unfused_us)))
@@ -452,6 +532,9 @@ class _Run:
                 continue
             del self._packing[digest]
             error = future.exception()
+            if isinstance(error, _BROKEN):
+                self._break_off(f"{error}. The winners so far are stored; the same command goes on from here")
+                continue
             if error is not None:  # the winner is stored all the same: whoever loads it compiles it
                 self.progress.note(f"no binary of {spec}: {error}")
                 continue
@@ -478,6 +561,13 @@ class _Run:
 def _family(spec: KernelSpec) -> KernelSpec:
     """The spec without its token bucket: same shape, same code."""
     return replace(spec, tokens=1) if spec.tokens else spec
+
+
+def _why_none(study: KernelStudy) -> str:
+    """Why a search ended without a winner."""
+    if study.undecided:
+        return [*study.undecided.values()][-1]
+    return "every config was rejected: " + (study.reasons or ["there is none"])[-1]
 
 
 def _lazily(make: Callable[[], Sequence[Config]]) -> Iterator[Config]:

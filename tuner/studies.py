@@ -44,6 +44,11 @@ TRIED_BY_SAMPLER = 12
 
 _BUSY_SECONDS = 60
 _DONE = "searched_with"
+_SUSPECTS = "suspects"
+
+_VERDICT = "rejected"
+"""The trial attribute that says why a config is out. Earlier versions wrote ``reason`` instead, and did so for full
+disks and lost GPUs too: such trials are passed over, and their configs tried again."""
 
 
 class StudyStorageError(DoratuneError):
@@ -51,7 +56,11 @@ class StudyStorageError(DoratuneError):
 
 
 def default_study_storage() -> str:
-    """The URL of the user's own study storage, a SQLite file beside the user's store."""
+    """The URL of the user's own study storage, a SQLite file beside the user's store.
+
+    Raises:
+        NoHomeError: as :func:`~doratune.cache.layers.home`.
+    """
     return f"sqlite:///{home() / 'studies.sqlite'}"
 
 
@@ -65,7 +74,10 @@ def open_study_storage(url: str | None = None) -> optuna.storages.BaseStorage:
     with _explained(url):
         if not url.startswith("sqlite:///"):
             return optuna.storages.RDBStorage(url)
-        path = Path(url.removeprefix("sqlite:///")).expanduser().absolute()
+        try:
+            path = Path(url.removeprefix("sqlite:///")).expanduser().absolute()
+        except RuntimeError as error:  # a ~ of a user without a home
+            raise ValueError(str(error)) from None
         if not path.exists():
             _create(path)
         wait_for_claim(path)
@@ -102,7 +114,8 @@ def _explained(url: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, OSError) as error:
-        reason = without_password(str(getattr(error, "orig", None) or error).strip().splitlines()[0])
+        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error  # Optuna's words hide it
+        reason = without_password(str(getattr(cause, "orig", None) or cause).strip().splitlines()[0])
         raise StudyStorageError(
             f"study storage {without_password(url)}: {reason}; check the URL and permissions, "
             "or name another with --study-storage"
@@ -126,8 +139,8 @@ class Candidate:
 class KernelStudy:
     """The search of one spec: what to try next, what was found, when to stop.
 
-    Only evaluated and rejected configs count as trials and are stored. Refused ones, repeated ones and ones that
-    ``behind`` judges not worth a compile are told to the sampler only.
+    Only evaluated and rejected configs count as trials and are stored. Refused ones, repeated ones, ones that could not
+    be judged and ones that ``behind`` judges not worth a compile are told to the sampler only.
     """
 
     def __init__(
@@ -146,11 +159,15 @@ class KernelStudy:
         self.evaluated: dict[Config, Evaluation | None] = {}
         """Each config tried, in order, with its evaluation or None for a rejected one."""
         self.reasons: list[str] = []
+        self.undecided: dict[Config, str] = {}
+        """The configs that could not be judged, with the reason. The next process tries them again."""
         self.exhausted = False
         self._url = url
         with _explained(url):
             self._stored = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
-            past = [trial for trial in self._stored.get_trials(deepcopy=False) if "config" in trial.user_attrs]
+            past = [trial for trial in self._stored.get_trials(deepcopy=False) if _is_judged(trial)]
+            self._done = int(self._stored.user_attrs.get(_DONE, 0))
+            self._suspects: list[str] = list(self._stored.user_attrs.get(_SUSPECTS, ()))
         seed = int.from_bytes(hashlib.sha256(f"{space.spec}+{len(past)}".encode()).digest()[:4], "big")
         self._chance = random.Random(seed)
         self._study = optuna.create_study(sampler=_sampler(seed))
@@ -180,17 +197,16 @@ class KernelStudy:
         return None
 
     def seeded(self, budget: Budget) -> bool:
-        """Whether every seed that the budget allows for has been tried."""
-        return all(seed in self.evaluated for seed in self.seeds[: budget.trials])
+        """Whether every seed that the budget allows for has been tried, be it in vain."""
+        return all(seed in self.evaluated or seed in self.undecided for seed in self.seeds[: budget.trials])
 
     def finish(self, budget: Budget) -> None:
-        """Record that the search of this effort is over."""
+        """Record that the search of this effort is over; not while a config is undecided."""
+        if self.undecided:
+            return
+        self._done = max(budget.trials, self._done)
         with _explained(self._url):
-            self._stored.set_user_attr(_DONE, max(budget.trials, self.searched_with()))
-
-    def searched_with(self) -> int:
-        """The largest budget of trials with which this study was brought to its end, 0 for none."""
-        return int(self._stored.user_attrs.get(_DONE, 0))
+            self._stored.set_user_attr(_DONE, self._done)
 
     def ask(self, behind: Callable[[Config], float | None]) -> Candidate | None:
         """Let the sampler pick a config that is new and valid; None when it finds none, and the space is exhausted.
@@ -234,9 +250,28 @@ class KernelStudy:
         self._record(candidate, evaluation)
 
     def reject(self, candidate: Candidate, reason: str) -> None:
-        """Record why a candidate is out."""
-        candidate.trial.set_user_attr("reason", reason)
+        """Record why a candidate is out: a property of its config."""
+        candidate.trial.set_user_attr(_VERDICT, reason)
         self._record(candidate, None)
+
+    def set_aside(self, candidate: Candidate, reason: str) -> None:
+        """Leave a candidate that could not be judged out of this process's search. Nothing is recorded."""
+        self._study.tell(candidate.trial, state=TrialState.FAIL)
+        self.undecided[candidate.config] = reason  # and it stays pending, so that it is not proposed again
+
+    def suspect(self, candidate: Candidate) -> bool:
+        """Note that a candidate was running when the GPU failed; return whether it was in an earlier process too.
+
+        A note is no trial: the next process tries the config again. Only a config that fails there as well is known
+        to be the cause.
+        """
+        name = str(candidate.config)
+        if name in self._suspects:
+            return True
+        self._suspects.append(name)
+        with _explained(self._url):
+            self._stored.set_user_attr(_SUSPECTS, self._suspects)
+        return False
 
     def _candidate(self, config: Config, trial: optuna.Trial) -> Candidate:
         self._pending.add(config)
@@ -262,7 +297,7 @@ class KernelStudy:
             values = json.loads(text)
             evaluation = Evaluation(**{**values, "samples_us": tuple(values["samples_us"])})
         else:
-            self.reasons.append(str(trial.user_attrs.get("reason", "rejected")))
+            self.reasons.append(str(trial.user_attrs[_VERDICT]))
         self.evaluated[Config.parse(trial.user_attrs["config"])] = evaluation
 
     def _trials_without_gain(self) -> int:
@@ -274,6 +309,10 @@ class KernelStudy:
                 idle = 0
             best = min(best, us)
         return idle
+
+
+def _is_judged(trial: optuna.trial.FrozenTrial) -> bool:
+    return "config" in trial.user_attrs and bool({"evaluation", _VERDICT} & trial.user_attrs.keys())
 
 
 def _sampler(seed: int) -> optuna.samplers.TPESampler:

@@ -16,12 +16,13 @@ from ..errors import UsageError
 from ..runtime.device import find_device, gpu_of
 from ..runtime.loader import resolve
 from .effort import find_effort
-from .evaluation import Evaluator
+from .evaluation import Evaluator, GpuLostError
 from .jobs import plan_jobs
 from .models import Model, find_model, read_config
 from .predict import PredictEvaluator
 from .progress import SilentProgress
 from .search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult, tune
+from .studies import default_study_storage
 
 EVALUATORS = ("auto", "measure", "predict")
 
@@ -67,10 +68,13 @@ class ModelRun:
     def summary(self) -> str:
         """What became of the kernels and where they are, in a sentence."""
         counts = ((self.result.count(outcome), outcome) for outcome in (TUNED, KEPT, PARTIAL, UNFINISHED, FAILED))
-        stopped = {"": "", "timeout": "; the time limit ended the run", "interrupt": "; interrupted"}[
-            self.result.stopped
-        ]
-        again = ": the same command goes on from here" if self.result.stopped else ""
+        stopped = {
+            "": "",
+            "timeout": "; the time limit ended the run",
+            "interrupt": "; interrupted",
+            "fault": "; the run broke off",
+        }[self.result.stopped]
+        again = ": the same command goes on from here" if self.result.stopped in ("timeout", "interrupt") else ""
         return (
             f"{', '.join(f'{count} {outcome}' for count, outcome in counts if count)} in {self.store}{stopped}{again}"
         )
@@ -81,6 +85,7 @@ def tune_model(request: Request, progress: SilentProgress | None = None) -> Mode
 
     Raises:
         UsageError: an unknown model or GPU, a malformed config, an invalid option.
+        NoHomeError: a store or study storage is not named, and this user has no folder for it.
         StoreError, StudyStorageError: a database failed.
     """
     if (request.model is None) == (request.config is None):
@@ -100,6 +105,7 @@ def tune_model(request: Request, progress: SilentProgress | None = None) -> Mode
     effort = find_effort(request.effort)
     if request.trials is not None:
         effort.budget(evaluator.provenance).with_trials(request.trials)  # before a store is made
+    study_storage = request.study_storage or default_study_storage()  # it may have no place: no store is made then
     with Store.open(request.store or user_store_path(), create=True) as store:
         result = tune(
             specs,
@@ -110,7 +116,7 @@ def tune_model(request: Request, progress: SilentProgress | None = None) -> Mode
             trials=request.trials,
             timeout=request.timeout,
             jobs=request.jobs,
-            study_storage=request.study_storage,
+            study_storage=study_storage,
             known=measured_elsewhere if evaluator.provenance == MEASURED else None,
             binaries=request.binaries,
             progress=progress,
@@ -133,6 +139,7 @@ def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:
 
     Raises:
         UsageError: measuring was asked for a GPU that is not here, or there is neither a GPU nor a named target.
+        GpuLostError: PyTorch sees a GPU that does not answer.
     """
     from .measure import MeasureEvaluator, NoGpuError
 
@@ -141,7 +148,8 @@ def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:
     named = find_device(request.device) if request.device is not None else None
     if named is not None and named.type != "cuda":
         raise UsageError(f"--device {request.device}: kernels are measured on a GPU; leave --device out to predict")
-    here = gpu_of(named or find_device("cuda")) if torch.cuda.is_available() else None
+    predicting = request.evaluator == "predict" and request.gpu != "auto"
+    here = None if predicting else _gpu_here(named)
     if request.gpu == "auto":
         if here is None and request.evaluator == "measure":
             raise NoGpuError()
@@ -160,3 +168,14 @@ def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:
             )
         return target, MeasureEvaluator(target, named or find_device("cuda"))
     return target, PredictEvaluator(target)
+
+
+def _gpu_here(device: torch.device | None) -> Gpu | None:
+    """The GPU that PyTorch would measure on, None where it sees none."""
+    try:
+        return gpu_of(device or find_device("cuda")) if torch.cuda.is_available() else None
+    except RuntimeError as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise GpuLostError(
+            f"the GPU does not answer PyTorch: {reason}. Check it with nvidia-smi and the system's log (dmesg)"
+        ) from error

@@ -1,5 +1,10 @@
 """Compiling candidates in other processes, so that all cores work and a crashing compiler ends only its candidate.
 
+**When a worker dies**, every job of its pool fails, so each is repeated alone. If the worker dies again, its exit code
+says why. A crash of the compiler, where it compiled other texts, and 60 s of processor time are properties of the
+config (:class:`CompilerCrashError`). A kill from outside, as where memory runs out, and a compile that waits are not
+(:class:`~.evaluation.Undecided`).
+
 Every job also fills Triton's cache on disk: when the search later loads the kernel on a GPU, or wants the binary of a
 winner, nothing is compiled again.
 """
@@ -12,10 +17,12 @@ import multiprocessing
 import os
 import queue
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from ..cache.entry import Binary
@@ -24,10 +31,13 @@ from ..codegen.compile import CompiledKernel, CompileError, compile_source
 from ..codegen.gpu import Gpu, find_gpu
 from ..codegen.render import Source, render
 from ..codegen.spec import Config, KernelSpec
-from .evaluation import Resources
+from .evaluation import BrokenEnvironmentError, Resources, Undecided
 
-COMPILE_SECONDS = 90
-"""A compile that takes longer is ended: a kernel of this package takes one to three seconds."""
+COMPILE_SECONDS = 60
+"""A compile that uses more processor time is ended: a kernel of this package takes one to three seconds."""
+
+STUCK_SECONDS = 180
+"""So is one that takes this long by the clock; then the machine may be busy or a disk may hang."""
 
 POLL_SECONDS = 0.2
 """How long :meth:`CompilePool.wait` sleeps at most, so that its caller can look at the clock and at signals."""
@@ -37,12 +47,18 @@ Compiled = tuple[Resources, ...]
 _Result = TypeVar("_Result")
 _Job = Callable[[str, str, str], _Result]
 
+_CRASHES = frozenset((signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP))
+_EXIT_SECONDS = 10
 _INTERPRETER = "TRITON_INTERPRET"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class CompilerCrashError(CompileError):
-    """The compiler took its process down with it, or did not come to an end."""
+    """The compiler crashed on this text alone, or used :data:`COMPILE_SECONDS` of processor time on it."""
+
+
+class WorkerLostError(Undecided):
+    """The worker ended for a reason outside the compiler; the message says how, and what to do."""
 
 
 def default_jobs() -> int:
@@ -64,8 +80,10 @@ class CompilePool:
         self._results: dict[str, Future[Compiled]] = {}
         self._pool: ProcessPoolExecutor | None = None
         self._solo: ProcessPoolExecutor | None = None
+        self._solo_worker: BaseProcess | None = None
         self._suspects: queue.SimpleQueue[tuple[Source, Future[Compiled]]] = queue.SimpleQueue()
         self._suspect: tuple[Source, Future[Compiled], Future[Compiled]] | None = None
+        self._compiles = False  # whether the compiler has come to an end with any text
 
     def submit(self, source: Source) -> Future[Compiled]:
         """Compile ``source`` some time soon, or return what is known of the same code.
@@ -73,11 +91,14 @@ class CompilePool:
         The future gives the resources of each kernel, or raises:
 
             OverLimitError: it needs more than the GPU has.
-            CompilerCrashError: its compile killed the worker or took over :data:`COMPILE_SECONDS`.
+            CompilerCrashError: the compiler crashed on it, or took over :data:`COMPILE_SECONDS`.
             CompileError: Triton or the assembler refused it.
+            WorkerLostError: its worker was killed, or it did not end within :data:`STUCK_SECONDS`.
+            BrokenToolchainError, BrokenEnvironmentError: nothing compiles here.
+            ToolchainError: it failed for a reason that need not lie in the text.
         """
         known = self._results.get(source.code_digest)
-        if known is None:
+        if known is None or _is_undecided(known):
             known = self._results[source.code_digest] = Future()
             self._start(source, compile_job).add_done_callback(functools.partial(self._settle, source, known))
         return known
@@ -85,10 +106,11 @@ class CompilePool:
     def binaries(self, source: Source) -> Future[tuple[Binary, ...]]:
         """Have the binaries of every kernel of ``source`` made for a store, for contiguous operands.
 
-        The future raises a CompileError as :meth:`submit` does, or a BrokenProcessPool where a worker crashed: then
-        nothing is tried again.
+        The future raises what that of :meth:`submit` does. Nothing is repeated where a worker died.
         """
-        return self._start(source, binaries_job)
+        made: Future[tuple[Binary, ...]] = Future()
+        self._start(source, binaries_job).add_done_callback(functools.partial(_settle_binaries, source, made))
+        return made
 
     def wait(self, futures: Collection[Future[Any]], seconds: float = POLL_SECONDS) -> None:
         """Return when one more of ``futures`` is done, or after ``seconds``."""
@@ -103,14 +125,17 @@ class CompilePool:
         self._pool = self._solo = None
 
     def _start(self, source: Source, job: _Job[_Result]) -> Future[_Result]:
-        if self._pool is None:
-            self._pool = _workers(self.jobs)
         try:
-            return _send(self._pool, source, self.gpu, job)
-        except BrokenProcessPool:
-            self._pool.shutdown(wait=False)
-            self._pool = _workers(self.jobs)
-            return _send(self._pool, source, self.gpu, job)
+            if self._pool is None:
+                self._pool = _workers(self.jobs)
+            try:
+                return _send(self._pool, source, self.gpu, job)
+            except BrokenProcessPool:
+                self._pool.shutdown(wait=False)
+                self._pool = _workers(self.jobs)
+                return _send(self._pool, source, self.gpu, job)
+        except (OSError, ImportError, NotImplementedError) as error:
+            return _failed(error)
 
     def _settle(self, source: Source, known: Future[Compiled], job: Future[Compiled]) -> None:
         """Pass a finished job's outcome on. Runs in a thread of the pool."""
@@ -120,7 +145,7 @@ class CompilePool:
             # Every job under way fails when one kills its worker; which one it was shows when each runs alone.
             self._suspects.put((source, known))
         else:
-            _pass_on(job, known)
+            self._pass_on(job, known)
 
     def _try_suspects(self) -> None:
         if self._suspect is not None and self._suspect[2].done():
@@ -128,26 +153,109 @@ class CompilePool:
             self._suspect = None
             if isinstance(job.exception(), BrokenProcessPool):
                 self._solo = None
-                known.set_exception(
-                    CompilerCrashError(
-                        f"the compiler crashed, or took over {COMPILE_SECONDS} s, on {source.spec} with {source.config}"
-                    )
-                )
+                known.set_exception(self._post_mortem(source))
             else:
-                _pass_on(job, known)
+                self._pass_on(job, known)
         if self._suspect is None and not self._suspects.empty():
             source, known = self._suspects.get()
+            self._suspect = (source, known, self._start_alone(source))
+
+    def _start_alone(self, source: Source) -> Future[Compiled]:
+        try:
             if self._solo is None:
                 self._solo = _workers(1)
-            self._suspect = (source, known, _send(self._solo, source, self.gpu, compile_job))
+            job = _send(self._solo, source, self.gpu, compile_job)
+        except BrokenProcessPool as error:  # it was killed between two jobs
+            self._solo = None
+            return _failed(error)
+        except (OSError, ImportError, NotImplementedError) as error:
+            return _failed(error)
+        self._solo_worker = next(iter((self._solo._processes or {}).values()), None)  # for its exit code
+        return job
+
+    def _post_mortem(self, source: Source) -> CompilerCrashError | WorkerLostError | BrokenEnvironmentError:
+        """Why the worker that ran alone died."""
+        code = _exit_code(self._solo_worker)
+        which = f"{source.spec} with {source.config}"
+        if code is None or code >= 0:
+            return BrokenEnvironmentError(
+                f"compile workers do not start: one ended with exit code {code} and printed the reason above, if it "
+                "knew it; check that a new Python process can import doratune and Triton, and that a script guards "
+                'its call with if __name__ == "__main__":'
+            )
+        name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
+        if -code == signal.SIGPROF:
+            return CompilerCrashError(f"the compiler took over {COMPILE_SECONDS} s of processor time on {which}")
+        if -code in _CRASHES and self._compiles:
+            return CompilerCrashError(f"the compiler crashed ({name}) on {which}, alone as well")
+        if -code in _CRASHES:
+            return WorkerLostError(
+                f"the compiler crashed ({name}) on {which}, and has compiled nothing else so far; check the memory "
+                "that processes may use (ulimit -a) and the installation of Triton"
+            )
+        if -code == signal.SIGALRM:
+            return WorkerLostError(
+                f"compiling {which} did not end in {STUCK_SECONDS} s; the machine is busy or a disk hangs: repeat when "
+                "it is idle, or with fewer workers (--jobs)"
+            )
+        if -code == signal.SIGKILL:
+            return WorkerLostError(
+                f"the compile worker was killed (SIGKILL) on {which}, as Linux does where memory runs out (see dmesg); "
+                "give the job more memory or fewer workers (--jobs)"
+            )
+        return WorkerLostError(f"the compile worker was ended by {name} on {which}; repeat and leave the workers alone")
+
+    def _pass_on(self, job: Future[Compiled], known: Future[Compiled]) -> None:
+        error = job.exception()
+        if error is None:
+            self._compiles = True
+            known.set_result(job.result())
+        else:
+            self._compiles = self._compiles or isinstance(error, CompileError)
+            known.set_exception(error)
 
 
-def _pass_on(job: Future[Compiled], known: Future[Compiled]) -> None:
+def _is_undecided(known: Future[Compiled]) -> bool:
+    """Whether a compile ended without saying anything of its text, so that it is worth another try."""
+    if not known.done() or known.cancelled():
+        return False
+    return known.exception() is not None and not isinstance(known.exception(), CompileError)
+
+
+def _settle_binaries(source: Source, made: Future[tuple[Binary, ...]], job: Future[tuple[Binary, ...]]) -> None:
+    if job.cancelled():
+        made.cancel()
+        return
     error = job.exception()
+    if isinstance(error, BrokenProcessPool):
+        error = WorkerLostError(
+            f"the worker died while it made the binaries of {source.spec}; where memory ran out (see dmesg), use fewer "
+            "workers (--jobs)"
+        )
     if error is not None:
-        known.set_exception(error)
+        made.set_exception(error)
     else:
-        known.set_result(job.result())
+        made.set_result(job.result())
+
+
+def _failed(error: Exception) -> Future[Any]:
+    """A job that could not be handed to a worker."""
+    job: Future[Any] = Future()
+    if not isinstance(error, BrokenProcessPool):
+        error = BrokenEnvironmentError(
+            f"compile workers cannot be started: {error or type(error).__name__}; check the limits on processes, "
+            "memory and open files and that /dev/shm can be written, or use fewer workers (--jobs)"
+        )
+    job.set_exception(error)
+    return job
+
+
+def _exit_code(worker: BaseProcess | None) -> int | None:
+    """The exit code of a process that is ending. Its pool waits for it too, and may be the one that learns the code."""
+    deadline = time.monotonic() + _EXIT_SECONDS
+    while worker is not None and worker.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return None if worker is None else worker.exitcode
 
 
 def _workers(jobs: int) -> ProcessPoolExecutor:
@@ -179,7 +287,8 @@ def _without_interpreter() -> Iterator[None]:
 
 def _prepare_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process even inside LLVM, where no Python handler runs
+    for timer in (signal.SIGALRM, signal.SIGPROF):  # end the process even inside LLVM, where no Python handler runs
+        signal.signal(timer, signal.SIG_DFL)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -191,7 +300,7 @@ def compile_job(spec: str, config: str, gpu: str) -> Compiled:
     """Compile one kernel for a GPU, all given in their text forms; runs in a worker.
 
     Raises:
-        CompileError: as :func:`~doratune.codegen.compile.compile_source`.
+        CompileError, ToolchainError: as :func:`~doratune.codegen.compile.compile_source`.
     """
     compiled = _compiled(render(KernelSpec.parse(spec), Config.parse(config)), find_gpu(gpu))
     return tuple(Resources(k.name, k.registers, k.spills, k.shared_bytes, k.num_warps) for k in compiled)
@@ -201,7 +310,7 @@ def binaries_job(spec: str, config: str, gpu: str) -> tuple[Binary, ...]:
     """The same, for the binaries. Triton's cache on disk has them when the kernel was compiled for a search before.
 
     Raises:
-        CompileError: as :func:`~doratune.codegen.compile.compile_source`.
+        CompileError, ToolchainError: as :func:`~doratune.codegen.compile.compile_source`.
         BinaryError: the installed Triton makes binaries with facts that no lookup would accept.
     """
     import triton
@@ -217,8 +326,10 @@ def binaries_job(spec: str, config: str, gpu: str) -> tuple[Binary, ...]:
 
 
 def _compiled(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
-    signal.alarm(COMPILE_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)
+    signal.alarm(STUCK_SECONDS)
     try:
         return compile_source(source, gpu)
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)

@@ -7,16 +7,29 @@ interpreter switched on.
 
 from __future__ import annotations
 
+import ast
+import errno
 import multiprocessing
 import os
+import pickle
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from subprocess import CalledProcessError
 from types import SimpleNamespace
 
 import pytest
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import PTXASError
 
 import doratune.codegen.compile as compile_module
-from doratune.codegen.compile import CompileError, OverLimitError
+from doratune.codegen.compile import (
+    BrokenToolchainError,
+    CompileError,
+    OverLimitError,
+    ToolchainError,
+    judge_failure,
+)
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.spec import Config, KernelSpec
@@ -142,10 +155,98 @@ def test_a_binary_beyond_the_shared_memory_is_refused_after_compiling(workers: P
 
 def test_text_that_triton_refuses_is_a_compile_error_with_its_reason(workers: ProcessPoolExecutor) -> None:
     spec = spec_of("lora_compose", "h200")
-    with pytest.raises(CompileError, match="does not compile for h200"):
+    with pytest.raises(CompileError, match=r"does not compile for h200 with .*: .*power of 2"):
         workers.submit(
             compile_job, str(spec), "tile:block_k=48,block_n=128,block_t=128,num_warps=8,num_stages=3", "h200"
         ).result()
+
+
+def frontend_error(inner: Exception | None, message: str | None = None) -> Exception:
+    """Triton's own error, as its frontend raises it around whatever it meets."""
+    error = CompilationError("def kernel():\n    x = 1", ast.parse("x"), message)
+    error.__cause__ = inner
+    return error
+
+
+PTXAS = "`ptxas` failed with error code 255\n`ptxas` stderr:\n{}\nRepro command: ptxas -v"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (frontend_error(None, "arange's range must be a power of 2"), "with CONFIG: arange's range"),
+        (frontend_error(ValueError("shapes differ"), "shapes differ"), "shapes differ"),
+        (frontend_error(frontend_error(None, "in a callee")), "in a callee"),
+        (frontend_error(AssertionError()), "AssertionError"),
+        (RuntimeError("PassManager::run failed"), "PassManager::run failed"),
+        (
+            PTXASError(PTXAS.format("ptxas error   : Entry function 'k' uses too much shared data (0x493e0 bytes)")),
+            "ptxas: Entry function 'k' uses too much shared data",
+        ),
+        (
+            PTXASError(PTXAS.format("ptxas a.ptx, line 4; error   : Not a name of any known instruction")),
+            "ptxas: Not a name",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_triton_or_ptxas_says_against_a_text_is_a_compile_error(error: Exception, said: str) -> None:
+    judged = judge_failure(error, "SPEC with CONFIG")
+    assert isinstance(judged, CompileError)
+    assert re.search(said, str(judged))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"No space left on device; .*TRITON_CACHE_DIR and TMPDIR"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/c/k"),
+            r"Permission denied \(/c/k\); make Triton's cache",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/bin/ptxas"), "/bin/ptxas"),
+        (frontend_error(OSError(errno.EIO, "Input/output error")), "Input/output error"),
+        (frontend_error(frontend_error(ImportError("no libdevice")), "in a callee"), "no libdevice; reinstall Triton"),
+        (RuntimeError("Cannot find ptxas"), "Cannot find ptxas; reinstall Triton"),
+        (
+            RuntimeError("Failed to find C compiler. Please specify"),
+            "install a C compiler such as gcc, or name one in CC",
+        ),
+        (RuntimeError("Could not create or locate cache dir"), "TRITON_CACHE_DIR"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_broken_toolchain_is_no_compile_error_and_says_what_to_do(error: Exception, said: str) -> None:
+    judged = judge_failure(error, "SPEC with CONFIG")
+    assert isinstance(judged, BrokenToolchainError)
+    assert not isinstance(judged, CompileError)
+    assert re.search(said, str(judged))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        AssertionError("surprise"),
+        RuntimeError("something else"),
+        CalledProcessError(-9, ["cuobjdump"]),
+        PTXASError(PTXAS.format("ptxas fatal   : Output file '/full/a.o' could not be opened")),
+        PTXASError(PTXAS.format("ptxas a.ptx, line 1; fatal   : Unsupported .version 99.0")),
+        PTXASError("`ptxas` failed with error code -9\n`ptxas` stderr:\n\nRepro command: ptxas -v"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_any_other_failure_says_nothing_of_the_text(error: Exception) -> None:
+    judged = judge_failure(error, "SPEC with CONFIG")
+    assert type(judged) is ToolchainError
+    assert "SPEC with CONFIG" in str(judged)
+
+
+def test_a_judged_failure_reaches_the_search_whole() -> None:
+    for error in (OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x"), PTXASError("error: y")):
+        judged = judge_failure(error, "SPEC")
+        again = pickle.loads(pickle.dumps(judged))
+        assert (type(again), str(again)) == (type(judged), str(judged))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from rich.console import Console
 from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.tuner.report import report_json, report_table
+from doratune.tuner.search import FAILED, TUNED, Tuned, TuneResult
 
 CONFIG = Config.create("tile", block_t=4, block_n=1024, num_warps=4, num_stages=2)
 ENTRY = Entry(
@@ -30,9 +31,11 @@ NORM = replace(
 
 
 def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> None:
-    document = json.loads(report_json([ENTRY, NORM], model="llama-8b", gpu="h200", store="/s"))
+    result = TuneResult((Tuned(ENTRY.spec, TUNED, ENTRY), Tuned(NORM.spec, TUNED, NORM)))
+    document = json.loads(report_json(result, model="llama-8b", gpu="h200", store="/s"))
     rows = document.pop("rows")
-    assert document == {"schema": 1, "model": "llama-8b", "gpu": "h200", "store": "/s"}
+    about = {"schema": 1, "model": "llama-8b", "gpu": "h200", "store": "/s"}
+    assert document == {**about, "failed": [], "stopped": "", "fault": ""}
     assert rows[0] == {
         "op": "compose_forward",
         "spec": str(ENTRY.spec),
@@ -56,6 +59,15 @@ def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> N
     assert (rows[1]["d_in"], rows[1]["tokens"], rows[1]["dtype"], rows[1]["registers"]) == (1024, None, "bf16", None)
     assert KernelSpec.parse(rows[1]["spec"]) == NORM.spec
     assert Config.parse(rows[0]["config"]) == CONFIG
+
+
+def test_the_json_says_which_kernels_failed_and_why_the_run_ended() -> None:
+    rows = (Tuned(ENTRY.spec, TUNED, ENTRY), Tuned(NORM.spec, FAILED, None, "the disk is full"))
+    result = TuneResult(rows, "fault", "the disk is full: free space")
+    document = json.loads(report_json(result, model="llama-8b", gpu="h200", store="/s"))
+    assert [row["spec"] for row in document["rows"]] == [str(ENTRY.spec)]
+    assert document["failed"] == [{"spec": str(NORM.spec), "reason": "the disk is full"}]
+    assert (document["stopped"], document["fault"]) == ("fault", "the disk is full: free space")
 
 
 @pytest.mark.parametrize(

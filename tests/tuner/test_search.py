@@ -35,7 +35,7 @@ from doratune.errors import DoratuneError, UsageError
 from doratune.runtime.reference import definition, reference
 from doratune.tuner import search
 from doratune.tuner.effort import EFFORTS, STANDARD, find_effort
-from doratune.tuner.evaluation import GpuLostError, Rejected
+from doratune.tuner.evaluation import ContextLostError, Rejected
 from doratune.tuner.inputs import make_inputs, make_outputs
 from doratune.tuner.progress import SilentProgress
 from doratune.tuner.search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
@@ -173,24 +173,24 @@ def test_a_spec_whose_every_config_is_rejected_fails_with_the_reason_and_stores_
     assert store.get(SPECS[0]) is None
 
 
-def test_a_candidate_that_takes_the_gpu_along_ends_the_run_and_is_not_tried_again(tune: Tune, store: Store) -> None:
+def test_a_candidate_that_takes_the_gpu_along_ends_the_run_and_is_not_tried_again(tune: Tune) -> None:
     def cost(spec: KernelSpec, config: Config) -> float:
         if config.num_warps == 4:
-            raise GpuLostError("broke the GPU context: an illegal memory access")
+            raise ContextLostError("broke the GPU context: an illegal memory access")
         return steps_from(FORWARD)(spec, config)
 
-    lost: list[str] = []
+    faults: list[str] = []
     evaluators = []
     for _ in range(30):
         evaluators.append(FakeEvaluator(cost))
-        try:
-            result = tune(ONE, evaluators[-1])
+        result = tune(ONE, evaluators[-1])
+        if not result.fault:
             break
-        except GpuLostError as error:
-            lost.append(str(error))
-    assert lost
-    assert "illegal memory access" in lost[0]
-    assert "goes on from here without that config" in lost[0]
+        assert result.stopped == "fault"
+        faults.append(result.fault)
+    assert faults
+    assert "illegal memory access" in faults[0]
+    assert "goes on from here without that config" in faults[0]
     tried = [config for evaluator in evaluators for _, config in evaluator.evaluated]
     assert max(Counter(tried).values()) == 1
     assert all(evaluator.closed for evaluator in evaluators)

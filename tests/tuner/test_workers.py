@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from doratune.codegen.compile import OverLimitError
+from doratune.codegen.compile import CompileError, OverLimitError
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import default_config
-from doratune.tuner.workers import Compiled, CompilePool, CompilerCrashError
+from doratune.tuner.evaluation import BrokenEnvironmentError
+from doratune.tuner.workers import Compiled, CompilePool, CompilerCrashError, WorkerLostError
 
 GPU = find_gpu("rtx4090")
 FORWARD = Config.create("tile", block_t=1, block_n=256, num_warps=1, num_stages=2)
@@ -82,31 +83,81 @@ def test_a_kernel_beyond_the_gpu_is_a_typed_failure(pool: CompilePool) -> None:
         job.result()
 
 
-def test_a_compile_that_kills_its_worker_is_rejected_and_the_others_succeed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [
+        (signal.SIGSEGV, CompilerCrashError, r"the compiler crashed \(SIGSEGV\)"),
+        (signal.SIGPROF, CompilerCrashError, "s of processor time"),
+        (signal.SIGKILL, WorkerLostError, r"was killed \(SIGKILL\).*memory.*--jobs"),
+        (signal.SIGTERM, WorkerLostError, "was ended by SIGTERM"),
+        (signal.SIGALRM, WorkerLostError, "did not end in .* the machine is busy"),
+    ],
+)
+def test_a_worker_that_dies_says_of_its_candidate_what_its_end_shows_and_the_others_succeed(
+    number: signal.Signals, error: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
 
     real = triton.knobs.nvidia.ptxas.path
     assembler = tmp_path / "ptxas"
     # Eight warps are the mark of the kernel that this assembler does not survive, nor the process that called it.
+    kill = f"kill -{int(number)} $PPID && sleep 2"
     assembler.write_text(
-        f'#!/bin/sh\nfor f in "$@"; do grep -qs -- "reqntid 256" "$f" && kill -9 $PPID\ndone\nexec {real} "$@"\n'
+        f'#!/bin/sh\nfor f in "$@"; do grep -qs -- "reqntid 256" "$f" && {kill}\ndone\nexec {real} "$@"\n'
     )
     assembler.chmod(0o755)
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(assembler))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    crashing = Config.create("tile", block_t=1, block_n=512, num_warps=8, num_stages=2)
-    pool = CompilePool(GPU, jobs=2)
-    jobs = [pool.submit(forward(16, config)) for config in (crashing, FORWARD)]
-    settle(pool, *jobs)
+    dying = Config.create("tile", block_t=1, block_n=512, num_warps=8, num_stages=2)
+    pool = CompilePool(GPU, jobs=1)
+    fine = pool.submit(forward(16))
+    settle(pool, fine)
+    job = pool.submit(forward(16, dying))
+    settle(pool, job)
     late = pool.submit(forward(16, d_out=1024))
     settle(pool, late)
     pool.close()
-    with pytest.raises(CompilerCrashError, match="crashed"):
-        jobs[0].result()
-    assert jobs[1].result()[0].registers > 0
+    with pytest.raises(error, match=said) as caught:
+        job.result()
+    assert isinstance(caught.value, CompileError) == (error is CompilerCrashError), "only a verdict is a CompileError"
+    assert fine.result()[0].registers > 0
     assert late.result()[0].registers > 0
+
+
+def test_a_crash_where_nothing_has_compiled_yet_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assembler = tmp_path / "ptxas"
+    assembler.write_text("#!/bin/sh\n[ $# = 1 ] && exec echo 'release 12.8, V12.8.93'\nkill -SEGV $PPID && sleep 2\n")
+    assembler.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(assembler))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    pool = CompilePool(GPU, jobs=1)
+    job = pool.submit(forward(16))
+    settle(pool, job)
+    pool.close()
+    with pytest.raises(WorkerLostError, match="has compiled nothing else so far"):
+        job.result()
+
+
+def test_a_worker_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doratune.tuner.workers._prepare_worker", sys.exit)  # any function that ends the process
+    pool = CompilePool(GPU, jobs=1)
+    job = pool.submit(forward(16))
+    settle(pool, job)
+    pool.close()
+    with pytest.raises(BrokenEnvironmentError, match=r"compile workers do not start.*a new Python process"):
+        job.result()
+
+
+def test_a_pool_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(jobs: int) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("doratune.tuner.workers._workers", refuse)
+    pool = CompilePool(GPU, jobs=1)
+    job = pool.submit(forward(16))
+    with pytest.raises(BrokenEnvironmentError, match=r"cannot be started.*Permission denied.*/dev/shm.*--jobs"):
+        job.result(0)
+    assert pool.submit(forward(16)) is not job, "only what a compile says of its text is remembered"
 
 
 PARENT = """
