@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ..cache.entry import MEASURED, PREDICTED, Entry
+from .projections import LeftOut, Model, Projection
 
 SCHEMA = 1
 
@@ -35,20 +36,52 @@ def row_of(entry: Entry) -> dict[str, Any]:
     }
 
 
-def report(entries: Iterable[Entry], *, model: str, gpu: str, store: str) -> dict[str, Any]:
-    """The whole report: a schema number, the model, GPU slug and store it is about, and a row for each entry."""
+def layers_of(model: Model) -> dict[str, Any]:
+    """A model's linear layers for programs: those that are tuned, and what is not tuned with the reason."""
+    return {
+        "projections": [vars(projection) for projection in model.projections],
+        "not_tuned": [vars(left) for left in model.left_out],
+        "notes": list(model.notes),
+    }
+
+
+def layer_lines(model: Model) -> list[str]:
+    """The same for people: a line for each shape, then for whatever is not tuned, then the notes."""
+    shapes: dict[tuple[int, int, bool], list[Projection]] = {}
+    for projection in model.projections:
+        shapes.setdefault((projection.d_out, projection.d_in, projection.bias), []).append(projection)
+    total = sum(projection.count for projection in model.projections)
+    lines = [f"{model.name}: {total} linear layers to put DoRA on"]
+    for (d_out, d_in, bias), group in shapes.items():
+        names = ", ".join(f"{projection.name} ×{projection.count}" for projection in group)
+        lines.append(f"  [{d_out}, {d_in}]{' with bias' if bias else ''}: {names}")
+    lines += [f"not tuned: {left_out_text(left)}" for left in model.left_out]
+    return lines + [f"note: {note}" for note in model.notes]
+
+
+def left_out_text(left: LeftOut) -> str:
+    """What is not tuned, and why."""
+    return f"{left.name} {list(left.shape)} ×{left.count}: {left.why}"
+
+
+def report(
+    entries: Iterable[Entry], *, model: str, gpu: str, store: str, layers: Model | None = None
+) -> dict[str, Any]:
+    """The whole report: a schema number, the model, GPU slug and store it is about, a row for each entry, and the
+    linear layers that the run was for."""
     return {
         "schema": SCHEMA,
         "model": model,
         "gpu": gpu,
         "store": store,
         "rows": [row_of(entry) for entry in entries],
+        **(layers_of(layers) if layers is not None else {}),
     }
 
 
-def report_json(entries: Iterable[Entry], *, model: str, gpu: str, store: str) -> str:
+def report_json(entries: Iterable[Entry], *, model: str, gpu: str, store: str, layers: Model | None = None) -> str:
     """The same as indented JSON text."""
-    return json.dumps(report(entries, model=model, gpu=gpu, store=store), indent=2)
+    return json.dumps(report(entries, model=model, gpu=gpu, store=store, layers=layers), indent=2)
 
 
 def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:

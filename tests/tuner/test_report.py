@@ -10,7 +10,8 @@ from rich.console import Console
 
 from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
 from doratune.codegen.spec import Config, KernelSpec
-from doratune.tuner.report import report_json, report_table
+from doratune.tuner.projections import LeftOut, Model, Projection
+from doratune.tuner.report import layer_lines, report_json, report_table
 
 CONFIG = Config.create("tile", block_t=4, block_n=1024, num_warps=4, num_stages=2)
 ENTRY = Entry(
@@ -87,3 +88,42 @@ def test_the_table_shows_shapes_resources_and_times() -> None:
     text = captured.get()
     for part in ("4096x1024, r 16", "40/0/4096", "-/-/-", "12.3", "9.0", "512", "predicted", "measured"):
         assert part in text
+
+
+MODEL = Model(
+    "tiny",
+    "",
+    2,
+    (
+        Projection("q", 64, 32, True, 2, ("a.q", "b.q")),
+        Projection("k", 64, 32, True, 1),
+        Projection("o", 8, 64, False, 4),
+    ),
+    ("as its class has it",),
+    (LeftOut("lm_head", (99, 32), False, 1, True, "the output head"),),
+)
+
+
+def test_the_layers_of_a_run_are_in_its_json() -> None:
+    document = json.loads(report_json([], model="tiny", gpu="h200", store="/s", layers=MODEL))
+    assert document["projections"][0] == {
+        "name": "q",
+        "d_out": 64,
+        "d_in": 32,
+        "bias": True,
+        "count": 2,
+        "modules": ["a.q", "b.q"],
+    }
+    assert document["not_tuned"][0]["shape"] == [99, 32]
+    assert document["not_tuned"][0]["why"] == "the output head"
+    assert document["notes"] == ["as its class has it"]
+
+
+def test_the_layers_of_a_run_are_told_in_lines() -> None:
+    assert layer_lines(MODEL) == [
+        "tiny: 7 linear layers to put DoRA on",
+        "  [64, 32] with bias: q ×2, k ×1",
+        "  [8, 64]: o ×4",
+        "not tuned: lm_head [99, 32] ×1: the output head",
+        "note: as its class has it",
+    ]
