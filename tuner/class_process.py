@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import resource
@@ -88,6 +89,7 @@ def main(seconds: int) -> None:
     """Answer one request from standard input on standard output; runs in the process of its own."""
     answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
+    gc.disable()  # a quarter of the time that the imports take: 2.7 s instead of 3.5
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     for library in _UNUSED:
         sys.modules[library] = None  # type: ignore[assignment]
