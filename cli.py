@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from .errors import DoratuneError, UsageError, near_names
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from .tuner.projections import Model, Projection
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -132,18 +134,20 @@ def tune(as_json: bool, **options: Any) -> None:
     Stopping it, with Ctrl-C or however, loses the running trials at most: the same command goes on from there, and
     finished kernels are not searched again.
     """
+    from .tuner.models import requested_model
+
+    model = requested_model(options["model"], options["config"])  # read while PyTorch is imported here
+
     from .tuner.progress import standard_error_progress
     from .tuner.report import report_json, report_table
     from .tuner.tune_model import Request, tune_model
 
-    run = tune_model(Request(**options), standard_error_progress())
+    run = tune_model(Request(**options), standard_error_progress(), model)
     if as_json:
-        click.echo(report_json(run.result, model=run.model.name, gpu=run.gpu.slug, store=run.store))
+        click.echo(report_json(run.result, model=run.model, gpu=run.gpu.slug, store=run.store))
     else:
         entries = [row.entry for row in run.result.rows if row.entry is not None]
         _print_table(report_table(entries, model=run.model.name, gpu=run.gpu.slug))
-    for note in run.model.notes:
-        click.echo(f"note: {note}", err=True)
     for row in run.result.failed:
         click.echo(f"failed: {row.spec}: {row.note}", err=True)
     click.echo(run.summary(), err=True)
@@ -220,30 +224,36 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE", help="The model of this config.json instead."
+)
 @json_option
-def models(as_json: bool) -> None:
-    """List the known models and their linear projections [d_out, d_in]."""
+def models(config: Path | None, as_json: bool) -> None:
+    """List the known models and their linear projections [d_out, d_in], or all linear layers of one config.json.
+
+    A config's layers are those of transformers' class for it; the last column says which get no DoRA adapter, and why.
+    """
+    from .tuner.models import list_models, read_config
+
+    known = list_models() if config is None else (read_config(config),)
+    if as_json:
+        from .tuner.report import layers_of
+
+        named = ("name", "hf_id", "layers")
+        _print_json(
+            {"models": [{**{name: getattr(model, name) for name in named}, **layers_of(model)} for model in known]}
+        )
+    elif config is None:
+        _print_table(_known_models(known))
+    else:
+        _print_table(_layers(known[0]))
+        for note in known[0].notes:
+            click.echo(f"note: {note}", err=True)
+
+
+def _known_models(known: Iterable[Model]) -> Table:
     from rich.table import Table
 
-    from .tuner.models import list_models
-
-    known = list_models()
-    if as_json:
-        _print_json(
-            {
-                "models": [
-                    {
-                        "name": model.name,
-                        "hf_id": model.hf_id,
-                        "layers": model.layers,
-                        "projections": [vars(projection) for projection in model.projections],
-                        "notes": list(model.notes),
-                    }
-                    for model in known
-                ]
-            }
-        )
-        return
     table = Table("model", "Hugging Face id", "layers", "projections")
     for model in known:
         shapes: dict[str, list[str]] = {}
@@ -255,7 +265,21 @@ def models(as_json: bool) -> None:
             str(model.layers),
             "; ".join(f"{' '.join(names)} {shape}" for shape, names in shapes.items()),
         )
-    _print_table(table)
+    return table
+
+
+def _layers(model: Model) -> Table:
+    from rich.table import Table
+
+    from .tuner.projections import LeftOut
+
+    table = Table("layer", "shape", "bias", "how many", "first one", "DoRA", title=model.name)
+    layers: list[Projection | LeftOut] = [*model.projections, *model.left_out]
+    for layer in layers:
+        why = f"no: {layer.why}" if isinstance(layer, LeftOut) else "yes"
+        first = layer.modules[0] if layer.modules else ""
+        table.add_row(layer.name, str(list(layer.shape)), "bias" if layer.bias else "", str(layer.count), first, why)
+    return table
 
 
 @main.group(cls=_Group)

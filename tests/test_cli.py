@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -526,6 +527,8 @@ def without(field: str) -> str:
         (without("num_hidden_layers"), ["num_hidden_layers", "is missing"]),
         (without("intermediate_size"), ["intermediate_size", "is missing"]),
         (json.dumps({**TINY, "hidden_size": "64"}), ["hidden_size", "'64'", "not an integer of at least 1"]),
+        (json.dumps({**TINY, "num_hidden_layers": 10**9}), ["num_hidden_layers", "more than any model has"]),
+        (json.dumps({**TINY, "architectures": ["X"], "auto_map": {"AutoModel": "x.X"}}), ["executes none of it"]),
         (json.dumps({**TINY, "num_attention_heads": 0}), ["num_attention_heads", "0", "not an integer of at least 1"]),
         (json.dumps({**TINY, "num_key_value_heads": 3}), ["num_key_value_heads", "does not divide"]),
         ("\udcff", ["cannot be read as text", "give a model's config.json"]),
@@ -717,6 +720,33 @@ def test_as_a_program_it_fails_with_one_message(tuned: Tuned, tmp_path: Path) ->
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"Error: store {store}: the file is not a SQLite database")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+def test_models_lists_every_linear_layer_of_a_config_and_says_which_get_no_adapter(tiny: Path, home: Path) -> None:
+    (model,) = json.loads(done(run("models", "--config", str(tiny), "--json", home=home)))["models"]
+    assert {layer["name"]: (layer["d_out"], layer["d_in"], layer["count"]) for layer in model["projections"]} == {
+        "q_proj": (64, 64, 1),
+        "k_proj": (64, 64, 1),
+        "v_proj": (64, 64, 1),
+        "o_proj": (64, 64, 1),
+        "gate_proj": (128, 64, 1),
+        "up_proj": (128, 64, 1),
+        "down_proj": (64, 128, 1),
+    }
+    assert [layer["modules"] for layer in model["not_tuned"]] == [["lm_head"]]
+    table = run("models", "--config", str(tiny), home=home)
+    assert "model.layers.0.mlp.gate_proj" in done(table)
+    assert "no: the output head, which PEFT's all-linear leaves out" in table.stdout
+    assert "note: the layers of transformers" in table.stderr
+
+
+def test_tune_tells_what_it_tunes_for_before_it_tunes(tuned: Tuned) -> None:
+    data = json.loads(tuned.result.stdout)
+    assert [layer["name"] for layer in data["projections"]][:2] == ["q_proj", "k_proj"]
+    listed, kernels = tuned.result.stderr.index("[128, 64]: gate_proj ×1"), tuned.result.stderr.index("2 kernels")
+    assert tuned.result.stderr.startswith("tiny: 7 linear layers to put DoRA on\n")
+    assert listed < kernels
 
 
 def test_a_reader_that_stops_early_gets_no_traceback(tuned: Tuned) -> None:

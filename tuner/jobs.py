@@ -43,8 +43,10 @@ def plan_jobs(
         The specs, ordered by operation (``weight_norm`` first), d_out and tokens.
 
     Raises:
-        UsageError: an invalid rank, dtype, operation or token count, or an unknown GPU.
+        UsageError: an invalid rank, dtype, operation or token count, an unknown GPU, or a model without projections.
     """
+    if not model.projections:
+        raise UsageError(f"{model.name} has no linear layer that PEFT can put a DoRA adapter on: nothing to tune")
     adapter = dtype if adapter_dtype is None else adapter_dtype
     checked_ranks = _check_ranks(ranks)
     _check_dtypes(dtype, adapter, autocast)

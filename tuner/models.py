@@ -1,21 +1,39 @@
 """Which linear projections a model has, from the shipped table or from any Hugging Face ``config.json``.
 
-Both go the same way: a row of ``models.csv`` is read as a config. What a config leaves out is filled in as the model's
-class in transformers does; what cannot be known is refused rather than guessed, for a wrong shape tunes kernels that
-nobody runs. Embeddings, the output head and the experts' routers are no projections here: adapters leave them alone.
+A config's projections are those of transformers' own class, built on the meta device (:mod:`.class_layers`). Without
+transformers the table's families are read from their fields (:mod:`.families`), and every other config is refused: a
+wrong shape tunes kernels that nobody runs.
 """
 
 from __future__ import annotations
 
 import csv
 import functools
+import importlib.util
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import UsageError, near_names
+from .families import FAMILIES, check_sizes, covers, is_family, read_family
+from .projections import LeftOut, Model, ModelConfigError, Projection
+
+__all__ = [
+    "ALIASES",
+    "TABLE",
+    "LeftOut",
+    "Model",
+    "ModelConfigError",
+    "Projection",
+    "UnknownModelError",
+    "find_model",
+    "list_models",
+    "read_config",
+    "requested_model",
+]
 
 TABLE = Path(__file__).with_name("models.csv")
 
@@ -37,104 +55,14 @@ class UnknownModelError(UsageError):
     """The table has no model of this name; the message gives near names and the way around the table."""
 
 
-class ModelConfigError(UsageError):
-    """A config cannot be read as a model; the message names the file, the field and the remedy."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer W [d_out, d_in] that occurs ``count`` times in the whole model."""
-
-    name: str
-    d_out: int
-    d_in: int
-    bias: bool
-    count: int
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model's linear projections, as far as adapters are put on them.
-
-    ``layers`` counts decoder layers; ``hf_id`` is empty for a model read from a file; ``notes`` says what was assumed
-    or left out. The projections of experts are named ``experts.gate_proj`` and so on, each expert counted.
-    """
-
-    name: str
-    hf_id: str
-    layers: int
-    projections: tuple[Projection, ...]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Family:
-    """How a ``model_type`` of transformers differs from Llama.
-
-    ``qkv_bias`` and ``out_bias``: True or False where the class fixes them, else the config field that says it and its
-    default. ``experts_field`` counts the experts, ``experts_width`` is the width of one. ``defaults`` are the class's
-    defaults of the fields that published configs leave out.
-    """
-
-    qkv_bias: bool | tuple[str, bool] = False
-    out_bias: bool | tuple[str, bool] = False
-    mlp_bias: bool | tuple[str, bool] = False
-    layout: str = "split"
-    experts_field: str = ""
-    experts_width: str = "moe_intermediate_size"
-    defaults: tuple[tuple[str, int], ...] = ()
-    equal_kv_heads: bool = False
-
-
-_ATTENTION_BIAS = ("attention_bias", False)
-_LLAMA = _Family(_ATTENTION_BIAS, _ATTENTION_BIAS, ("mlp_bias", False), equal_kv_heads=True)
-_MISTRAL = _Family(defaults=(("num_key_value_heads", 8),))
-_QWEN2 = _Family(qkv_bias=True)
-_QWEN3 = _Family(_ATTENTION_BIAS, _ATTENTION_BIAS, defaults=(("head_dim", 128),))
-_QWEN3_MOE = _Family(_ATTENTION_BIAS, _ATTENTION_BIAS, experts_field="num_experts")
-_GEMMA_HEADS = (("num_attention_heads", 8), ("num_key_value_heads", 4), ("head_dim", 256))
-_GEMMA = _Family(_ATTENTION_BIAS, _ATTENTION_BIAS, defaults=_GEMMA_HEADS)
-
-_FAMILIES = {
-    "llama": _LLAMA,
-    "mistral": _MISTRAL,
-    "mistral3": _MISTRAL,
-    "mixtral": _Family(
-        experts_field="num_local_experts", experts_width="intermediate_size", defaults=(("num_key_value_heads", 8),)
-    ),
-    "qwen2": _QWEN2,
-    "qwen2_vl": _QWEN2,
-    "qwen2_vl_text": _QWEN2,
-    "qwen2_5_vl": _QWEN2,
-    "qwen2_5_vl_text": _QWEN2,
-    "qwen3": _QWEN3,
-    "qwen3_vl": _QWEN3,
-    "qwen3_vl_text": _QWEN3,
-    "qwen3_moe": _QWEN3_MOE,
-    "qwen3_vl_moe": _QWEN3_MOE,
-    "qwen3_vl_moe_text": _QWEN3_MOE,
-    "gemma2": _GEMMA,
-    "gemma3": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "phi3": _Family(layout="phi3", equal_kv_heads=True),
-    "gpt_neox": _Family(
-        ("attention_bias", True), ("attention_bias", True), True, layout="gpt_neox", equal_kv_heads=True
-    ),
+_LANGUAGE_PART = {
+    "mistral3": "mistral",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
+    "gemma3": "gemma3_text",
 }
-
-_MULTIMODAL = ("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
-
-_UNLIKE_LLAMA = {
-    "kv_lora_rank": "low-rank attention",
-    "n_routed_experts": "experts",
-    "num_experts": "experts",
-    "num_local_experts": "experts",
-    "linear_num_value_heads": "linear attention",
-    "mamba_d_state": "state-space layers",
-    "multi_query": "fused attention",
-}
-"""Fields of configs whose projections are not Llama's, although the common fields are there."""
-
+"""The family of the language part of the table's multimodal models."""
 
 _AGAIN = "download the model's config.json again"
 
@@ -147,18 +75,24 @@ def _table() -> Mapping[str, Model]:
 
 def _from_row(row: Mapping[str, str]) -> Model:
     kind, width = row["model_type"], int(row["intermediate_size"])
+    family = _LANGUAGE_PART.get(kind, kind)
     config: dict[str, Any] = {
-        "model_type": kind,
+        "model_type": family,
         "hidden_size": int(row["hidden_size"]),
         "num_hidden_layers": int(row["num_layers"]),
         "num_attention_heads": int(row["num_heads"]),
         "num_key_value_heads": int(row["num_kv_heads"]),
         "head_dim": int(row["head_dim"]),
         "intermediate_size": width,
+        "vocab_size": int(row["vocab_size"]),
     }
+    notes = []
+    if family != kind:
+        notes.append("the language model alone: --config with the model's config.json has its other parts too")
     if row["num_experts"]:
-        config |= {_FAMILIES[kind].experts_field: int(row["num_experts"]), "moe_intermediate_size": width}
-    return _Reader(config, f"{TABLE.name}, {row['name']}").model(row["name"], row["hf_id"])
+        config |= {FAMILIES[family].experts_field: int(row["num_experts"]), "moe_intermediate_size": width}
+        notes.append("transformers before 5 has a layer for each expert: --config lists what the installed one has")
+    return replace(read_family(config, row["name"], row["hf_id"]), notes=tuple(notes))
 
 
 def list_models() -> tuple[Model, ...]:
@@ -187,15 +121,31 @@ def find_model(name: str) -> Model:
 def read_config(path: str | Path) -> Model:
     """Read the model of a Hugging Face ``config.json``, or of the folder that holds one.
 
-    The language part of a multimodal config (its ``text_config``) is read; the vision part is left out. A
-    ``model_type`` that is not known but has Llama's fields is read as Llama's, which ``notes`` says.
+    Every linear layer of transformers' class is listed: of the vision and audio parts, too. Code that comes with the
+    model is never executed, and nothing is downloaded.
 
     Raises:
-        ModelConfigError: the file is missing, no JSON object, or a field is missing or invalid.
+        ModelConfigError: the file is missing or no JSON object, transformers has no class for it or cannot build it, or
+            transformers is not installed and the model is of no known family.
     """
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
+    text, config = _load(file)
+    name = (file.resolve().parent.name if file.name == "config.json" else file.stem) or "config"
+    try:
+        if is_family(config):
+            check_sizes(config)
+        if importlib.util.find_spec("transformers") is not None:
+            from .class_process import layers_of_class
+
+            return layers_of_class(text, name)
+        return _without_transformers(config, name)
+    except ModelConfigError as error:
+        raise ModelConfigError(f"{file}: {error}") from error
+
+
+def _load(file: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -211,143 +161,34 @@ def read_config(path: str | Path) -> Model:
         raise ModelConfigError(f"{file}: not readable as JSON ({error}); {_AGAIN}") from error
     if not isinstance(config, dict):
         raise ModelConfigError(f"{file}: holds no JSON object but {text.strip()[:40]!r}; give a model's config.json")
-    name = file.resolve().parent.name if file.name == "config.json" else file.stem
-    return _Reader(config, str(file)).model(name or "config", "")
+    return text, config
 
 
-class _Reader:
-    """Reads one config's fields, with the errors that name them."""
-
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self.where = where
-        self.notes: list[str] = []
-        self.prefix = ""
-        self.kind = self._kind(config, "")
-        self.config = config
-        if self.kind in _MULTIMODAL or "text_config" in config:
-            self.notes.append("the language model alone: projections of the vision or audio part are left out")
-        if "text_config" in config:
-            nested = config["text_config"]
-            if not isinstance(nested, dict):
-                self._fail("text_config", f"is {nested!r}, not an object")
-            self.config, self.prefix = nested, "text_config."
-            self.kind = self._kind(nested, self.kind)
-        self.family = _FAMILIES.get(self.kind) or self._assume_llama()
-        self.defaults = dict(self.family.defaults)
-
-    def _kind(self, config: Mapping[str, Any], default: str) -> str:
-        kind = config.get("model_type", default)
-        if not isinstance(kind, str):
-            self._fail("model_type", f"is {kind!r}, not a name")
-        return kind
-
-    def _assume_llama(self) -> _Family:
-        for name, what in _UNLIKE_LLAMA.items():
-            if self.config.get(name):
-                self._fail(
-                    name,
-                    f"means {what}, which is not known for model_type {self.kind!r}",
-                    f"the known types are {', '.join(_FAMILIES)}",
-                )
-        self.notes.append(f"model_type {self.kind!r} is not known: read as Llama's projections from its fields")
-        return _Family(_ATTENTION_BIAS, _ATTENTION_BIAS, ("mlp_bias", False))
-
-    def _fail(self, name: str, problem: str, remedy: str = f"correct it or {_AGAIN}") -> NoReturn:
-        raise ModelConfigError(f"{self.where}: field {self.prefix}{name} {problem}; {remedy}")
-
-    def size(self, name: str) -> int:
-        """A field that must be an integer of at least 1, or its class's default."""
-        value = self.config.get(name)
-        if value is None:
-            value = self.defaults.get(name)
-        if value is None:
-            self._fail(name, "is missing", f"add it (an integer of at least 1) or {_AGAIN}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self._fail(name, f"is {value!r}, not an integer of at least 1")
-        return value
-
-    def flag(self, rule: bool | tuple[str, bool]) -> bool:
-        """A bias rule's outcome for this config."""
-        if isinstance(rule, bool):
-            return rule
-        name, default = rule
-        value = self.config.get(name, default)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self._fail(name, f"is {value!r}, not true or false")
-        return value
-
-    def head_dim(self, hidden: int, heads: int) -> int:
-        if self.config.get("head_dim") is not None or "head_dim" in self.defaults:
-            return self.size("head_dim")
-        if hidden % heads:
-            problem = f"is missing, and hidden_size={hidden} is not divisible by num_attention_heads={heads}"
-            self._fail("head_dim", problem, "add it")
-        return hidden // heads
-
-    def model(self, name: str, hf_id: str) -> Model:
-        layers = self.size("num_hidden_layers")
-        projections = (*self.attention(layers), *self.mlp(layers))
-        return Model(name, hf_id, layers, projections, tuple(self.notes))
-
-    def attention(self, layers: int) -> tuple[Projection, ...]:
-        hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
-        width = self.head_dim(hidden, heads)
-        same = self.family.equal_kv_heads and self.config.get("num_key_value_heads") is None
-        kv_heads = heads if same else self.size("num_key_value_heads")
-        if heads % kv_heads:
-            self._fail("num_key_value_heads", f"is {kv_heads}, which does not divide num_attention_heads={heads}")
-        qkv, out = self.flag(self.family.qkv_bias), self.flag(self.family.out_bias)
-        q, kv = heads * width, kv_heads * width
-        if self.family.layout == "gpt_neox":
-            return (
-                Projection("query_key_value", 3 * hidden, hidden, qkv, layers),
-                Projection("dense", hidden, hidden, out, layers),
-            )
-        if self.family.layout == "phi3":
-            return (
-                Projection("qkv_proj", q + 2 * kv, hidden, qkv, layers),
-                Projection("o_proj", hidden, q, out, layers),
-            )
-        return (
-            Projection("q_proj", q, hidden, qkv, layers),
-            Projection("k_proj", kv, hidden, qkv, layers),
-            Projection("v_proj", kv, hidden, qkv, layers),
-            Projection("o_proj", hidden, q, out, layers),
+def _without_transformers(config: Mapping[str, Any], name: str) -> Model:
+    if not covers(config):
+        kind, named = config.get("model_type"), config.get("architectures")
+        what = f"model_type {kind!r}" + (f" with architectures {named!r}" if is_family(config) else "")
+        raise ModelConfigError(
+            f"transformers is not installed, and only it knows the layers of {what} (known without it: "
+            f"{', '.join(FAMILIES)}); pip install 'doratune[peft]'"
         )
+    notes = ["read from the config's fields, since transformers is not installed"]
+    if "vocab_size" not in config:
+        notes.append("vocab_size is not in the file: the output head is not listed")
+    return replace(read_family(config, name), notes=tuple(notes))
 
-    def mlp(self, layers: int) -> tuple[Projection, ...]:
-        field = self.family.experts_field
-        if not field:
-            return self.gated("", self.size("intermediate_size"), layers)
-        experts = self.size(field)
-        sparse = self.sparse_layers(layers)
-        dense = self.gated("", self.size("intermediate_size"), layers - sparse) if sparse < layers else ()
-        of_experts = self.gated("experts.", self.size(self.family.experts_width), sparse * experts) if sparse else ()
-        return (*dense, *of_experts)
 
-    def sparse_layers(self, layers: int) -> int:
-        """How many layers have experts: every ``decoder_sparse_step``-th one that is not in ``mlp_only_layers``."""
-        step = 1 if self.config.get("decoder_sparse_step") is None else self.size("decoder_sparse_step")
-        without = self.config.get("mlp_only_layers") or []
-        if not isinstance(without, list) or not all(isinstance(index, int) for index in without):
-            self._fail("mlp_only_layers", f"is {without!r}, not a list of layer numbers")
-        return sum((index + 1) % step == 0 and index not in without for index in range(layers))
+def requested_model(model: str | None, config: str | Path | None) -> Callable[[], Model]:
+    """Begin to find the one of both that is given, and return a function that waits for it.
 
-    def gated(self, prefix: str, width: int, count: int) -> tuple[Projection, ...]:
-        """The feed-forward part: gate, up and down, or what the family has in their place."""
-        hidden, bias = self.size("hidden_size"), self.flag(self.family.mlp_bias)
-        if self.family.layout == "gpt_neox":
-            return (
-                Projection("dense_h_to_4h", width, hidden, bias, count),
-                Projection("dense_4h_to_h", hidden, width, bias, count),
-            )
-        down = Projection(f"{prefix}down_proj", hidden, width, bias, count)
-        if self.family.layout == "phi3":
-            return (Projection("gate_up_proj", 2 * width, hidden, bias, count), down)
-        return (
-            Projection(f"{prefix}gate_proj", width, hidden, bias, count),
-            Projection(f"{prefix}up_proj", width, hidden, bias, count),
-            down,
-        )
+    Reading a config takes seconds in a process of its own, in which the caller can import PyTorch.
+
+    Raises (from the returned function):
+        UsageError: both or none are given, an unknown model, or a config that cannot be read.
+    """
+    if (model is None) == (config is None):
+        raise UsageError("name either a model (--model llama-8b) or a config (--config path/to/config.json)")
+    pool = ThreadPoolExecutor(1)
+    found = pool.submit(find_model, model) if model is not None else pool.submit(read_config, str(config))
+    pool.shutdown(wait=False)
+    return found.result

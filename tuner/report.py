@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ..cache.entry import MEASURED, PREDICTED, Entry
+from .projections import LeftOut, Model, Projection
 from .search import TuneResult
 
 SCHEMA = 1
@@ -36,24 +37,54 @@ def row_of(entry: Entry) -> dict[str, Any]:
     }
 
 
-def report(result: TuneResult, *, model: str, gpu: str, store: str) -> dict[str, Any]:
-    """The whole report: a schema number, the model, GPU slug and store it is about, and a row for each entry.
+def layers_of(model: Model) -> dict[str, Any]:
+    """A model's linear layers for programs: those that are tuned, and what is not tuned with the reason."""
+    return {
+        "projections": [vars(projection) for projection in model.projections],
+        "not_tuned": [vars(left) for left in model.left_out],
+        "notes": list(model.notes),
+    }
+
+
+def layer_lines(model: Model) -> list[str]:
+    """The same for people: a line for each shape, then for whatever is not tuned, then the notes."""
+    shapes: dict[tuple[int, int, bool], list[Projection]] = {}
+    for projection in model.projections:
+        shapes.setdefault((projection.d_out, projection.d_in, projection.bias), []).append(projection)
+    total = sum(projection.count for projection in model.projections)
+    lines = [f"{model.name}: {total} linear layers to put DoRA on"]
+    for (d_out, d_in, bias), group in shapes.items():
+        names = ", ".join(f"{projection.name} ×{projection.count}" for projection in group)
+        lines.append(f"  [{d_out}, {d_in}]{' with bias' if bias else ''}: {names}")
+    lines += [f"not tuned: {left_out_text(left)}" for left in model.left_out]
+    return lines + [f"note: {note}" for note in model.notes]
+
+
+def left_out_text(left: LeftOut) -> str:
+    """What is not tuned, and why."""
+    return f"{left.name} {list(left.shape)} ×{left.count}: {left.why}"
+
+
+def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[str, Any]:
+    """The whole report: a schema number, the model, GPU slug and store it is about, a row for each entry, and the
+    linear layers that the run was for.
 
     ``failed`` has the specs without a winner and why; ``stopped`` and ``fault`` are those of the result.
     """
     return {
         "schema": SCHEMA,
-        "model": model,
+        "model": model.name,
         "gpu": gpu,
         "store": store,
         "rows": [row_of(row.entry) for row in result.rows if row.entry is not None],
         "failed": [{"spec": str(row.spec), "reason": row.note} for row in result.failed],
         "stopped": result.stopped,
         "fault": result.fault,
+        **layers_of(model),
     }
 
 
-def report_json(result: TuneResult, *, model: str, gpu: str, store: str) -> str:
+def report_json(result: TuneResult, *, model: Model, gpu: str, store: str) -> str:
     """The same as indented JSON text."""
     return json.dumps(report(result, model=model, gpu=gpu, store=store), indent=2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from ..runtime.loader import resolve
 from .effort import find_effort
 from .evaluation import Evaluator, GpuLostError
 from .jobs import plan_jobs
-from .models import Model, find_model, read_config
+from .models import Model, requested_model
 from .predict import PredictEvaluator
 from .progress import SilentProgress
+from .report import layer_lines
 from .search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult, tune
 from .studies import default_study_storage
 
@@ -80,20 +82,23 @@ class ModelRun:
         )
 
 
-def tune_model(request: Request, progress: SilentProgress | None = None) -> ModelRun:
+def tune_model(
+    request: Request, progress: SilentProgress | None = None, model: Callable[[], Model] | None = None
+) -> ModelRun:
     """Tune every kernel that DoRA on a model's linear projections needs.
+
+    ``model`` is what :func:`~.models.requested_model` returned for the request, where the caller has begun to find the
+    model; ``progress`` is told its layers before the search.
 
     Raises:
         UsageError: an unknown model or GPU, a malformed config, an invalid option.
         NoHomeError: a store or study storage is not named, and this user has no folder for it.
         StoreError, StudyStorageError: a database failed.
     """
-    if (request.model is None) == (request.config is None):
-        raise UsageError("name either a model (--model llama-8b) or a config (--config path/to/config.json)")
-    model = find_model(request.model) if request.model is not None else read_config(str(request.config))
+    found = (model or requested_model(request.model, request.config))()
     gpu, evaluator = choose_evaluator(request)
     specs = plan_jobs(
-        model,
+        found,
         ranks=request.ranks,
         dtype=request.dtype,
         adapter_dtype=request.adapter_dtype,
@@ -106,6 +111,9 @@ def tune_model(request: Request, progress: SilentProgress | None = None) -> Mode
     if request.trials is not None:
         effort.budget(evaluator.provenance).with_trials(request.trials)  # before a store is made
     study_storage = request.study_storage or default_study_storage()  # it may have no place: no store is made then
+    said = progress or SilentProgress()
+    for line in layer_lines(found):
+        said.note(line)
     with Store.open(request.store or user_store_path(), create=True) as store:
         result = tune(
             specs,
@@ -119,9 +127,9 @@ def tune_model(request: Request, progress: SilentProgress | None = None) -> Mode
             study_storage=study_storage,
             known=measured_elsewhere if evaluator.provenance == MEASURED else None,
             binaries=request.binaries,
-            progress=progress,
+            progress=said,
         )
-        return ModelRun(model, gpu, evaluator.provenance, store.location, result)
+        return ModelRun(found, gpu, evaluator.provenance, store.location, result)
 
 
 def measured_elsewhere(spec: KernelSpec) -> Config | None:

@@ -194,6 +194,11 @@ def test_a_wrong_request_is_refused_with_the_remedy(changes: dict[str, Any], mes
     assert str(caught.value) == message
 
 
+def test_a_model_without_a_layer_for_an_adapter_is_refused() -> None:
+    with pytest.raises(UsageError, match="resnet has no linear layer that PEFT can put a DoRA adapter on"):
+        plan_jobs(Model("resnet", "", None, ()), ranks=[8], gpu="h200")
+
+
 def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(UnknownGpuError, match="unknown GPU 'h2000'; did you mean h200"):
         plan_jobs(LLAMA, ranks=[8], gpu="h2000")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from doratune.errors import UsageError
 from doratune.tuner.models import (
@@ -25,6 +26,7 @@ from doratune.tuner.models import (
     find_model,
     list_models,
     read_config,
+    requested_model,
 )
 
 Shapes = dict[str, tuple[int, int, bool, int]]
@@ -75,18 +77,12 @@ EXPECTED: dict[str, Shapes] = {
         "k_proj": (512, 2048, False, 48),
         "v_proj": (512, 2048, False, 48),
         "o_proj": (2048, 4096, False, 48),
-        "experts.gate_proj": (768, 2048, False, 48 * 128),
-        "experts.up_proj": (768, 2048, False, 48 * 128),
-        "experts.down_proj": (2048, 768, False, 48 * 128),
     },
     "mixtral-8x7b": {
         "q_proj": (4096, 4096, False, 32),
         "k_proj": (1024, 4096, False, 32),
         "v_proj": (1024, 4096, False, 32),
         "o_proj": (4096, 4096, False, 32),
-        "experts.gate_proj": (14336, 4096, False, 256),
-        "experts.up_proj": (14336, 4096, False, 256),
-        "experts.down_proj": (4096, 14336, False, 256),
     },
     "gemma-3-12b": {
         "q_proj": (4096, 3840, False, 48),
@@ -137,7 +133,9 @@ def test_the_table_gives_every_row_its_layers_and_widths() -> None:
         assert found["o_proj"] == (int(row["hidden_size"]), attention_in, False, model.layers)
         fused = "+".join(name for name in found if name in ("qkv_proj", "gate_up_proj"))
         assert fused == row["fused_projections"]
-        assert any(name.startswith("experts.") for name in found) == bool(row["experts_note"])
+        assert any(not left.linear for left in model.left_out) == bool(row["experts_note"])
+        head = ("lm_head", (int(row["vocab_size"]), int(row["hidden_size"])))
+        assert [(left.name, left.shape) for left in model.left_out if left.linear] == [head]
 
 
 def test_only_qwen2_has_biases_in_the_table_and_only_on_q_k_v() -> None:
@@ -160,12 +158,13 @@ def test_parameters_with_embedding_and_head_add_up_to_the_published_count(name: 
     model = find_model(name)
     row = next(row for row in csv.DictReader(TABLE.open(newline="", encoding="utf-8")) if row["name"] == name)
     embedding_and_head = 2 * int(row["vocab_size"]) * int(row["hidden_size"])
-    count = embedding_and_head + sum(p.d_out * p.d_in * p.count for p in model.projections)
+    experts = sum(math.prod(left.shape) * left.count for left in model.left_out if not left.linear)
+    count = embedding_and_head + experts + sum(p.d_out * p.d_in * p.count for p in model.projections)
     assert count / 1e9 == pytest.approx(billions, rel=0.005)
 
 
 def test_multimodal_models_say_that_the_vision_part_is_left_out() -> None:
-    noted = {model.name for model in list_models() if model.notes}
+    noted = {model.name for model in list_models() if any("the language model alone" in note for note in model.notes)}
     assert "gemma-3-4b" in noted
     assert "qwen2.5-vl-32b" in noted
     assert not noted & {"gemma-3-1b", "llama-3.1-8b", "qwen3-4b", "mistral-small-24b"}
@@ -210,117 +209,82 @@ def test_a_name_like_no_model_still_gets_the_way_around() -> None:
         find_model("")
 
 
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+
+
+@pytest.fixture
+def _without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+
+@needs_transformers
 def test_a_config_gives_what_the_table_gives(tmp_path: Path) -> None:
     folder = tmp_path / "my-llama"
     folder.mkdir()
     file = write(folder, LLAMA)
     model = read_config(file)
     assert shapes(model) == LLAMA_SHAPES
-    assert (model.name, model.hf_id, model.layers, model.notes) == ("my-llama", "", 32, ())
+    assert (model.name, model.hf_id, model.layers) == ("my-llama", "", 32)
+    assert "LlamaForCausalLM" in model.notes[0]
     assert read_config(folder) == read_config(str(file)) == model
 
 
-def test_a_file_of_another_name_names_the_model(tmp_path: Path) -> None:
-    assert read_config(write(tmp_path, LLAMA).rename(tmp_path / "tiny.json")).name == "tiny"
+@needs_transformers
+def test_a_published_config_is_read_with_its_class(tmp_path: Path) -> None:
+    model = read_config(Path(__file__).with_name("configs") / "t5-base.json")
+    assert model.name == "t5-base"
+    assert sum(p.count for p in model.projections) == 192
+    assert all(name for p in model.projections for name in p.modules)
 
 
+@needs_transformers
+def test_what_transformers_refuses_names_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, without(LLAMA, model_type="lamma"))
+    with pytest.raises(ModelConfigError) as caught:
+        read_config(file)
+    assert str(caught.value).startswith(f"{file}: transformers ")
+    assert "did you mean llama?" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.usefixtures("_without_transformers")
+def test_without_transformers_a_family_is_read_from_its_fields_and_says_so(tmp_path: Path) -> None:
+    model = read_config(write(tmp_path, LLAMA).rename(tmp_path / "tiny.json"))
+    assert shapes(model) == LLAMA_SHAPES
+    assert (model.name, model.layers, model.left_out) == ("tiny", 32, ())
+    assert model.notes == (
+        "read from the config's fields, since transformers is not installed",
+        "vocab_size is not in the file: the output head is not listed",
+    )
+    told = read_config(write(tmp_path, without(LLAMA, vocab_size=128256, architectures=["LlamaForCausalLM"])))
+    assert [(left.name, left.shape) for left in told.left_out] == [("lm_head", (128256, 4096))]
+
+
+@pytest.mark.usefixtures("_without_transformers")
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("changes", "what"),
     [
-        pytest.param(
-            without(LLAMA, "num_key_value_heads"),
-            {"k_proj": (4096, 4096, False, 32)},
-            id="an old llama has as many key heads as heads",
-        ),
-        pytest.param(
-            without(LLAMA, attention_bias=True, mlp_bias=True),
-            {name: (*shape[:2], True, 32) for name, shape in LLAMA_SHAPES.items()},
-            id="llama with biases everywhere",
-        ),
-        pytest.param(without(LLAMA, head_dim=64), {"q_proj": (2048, 4096, False, 32)}, id="head_dim is believed"),
-        pytest.param(
-            without(LLAMA, head_dim=None), {"q_proj": (4096, 4096, False, 32)}, id="a null head_dim is derived"
-        ),
-        pytest.param(
-            without(LLAMA, model_type="mistral", attention_bias=True),
-            {"q_proj": (4096, 4096, False, 32)},
-            id="mistral never has biases",
-        ),
-        pytest.param(
-            without(LLAMA, "attention_bias", model_type="qwen2"),
-            {"q_proj": (4096, 4096, True, 32), "o_proj": (4096, 4096, False, 32)},
-            id="qwen2 has q k v biases without saying so",
-        ),
-        pytest.param(
-            without(LLAMA, model_type="qwen3", hidden_size=2560),
-            {"q_proj": (4096, 2560, False, 32), "o_proj": (2560, 4096, False, 32)},
-            id="qwen3's head_dim is 128 when it is left out",
-        ),
-        pytest.param(
-            without(LLAMA, model_type="mixtral", num_local_experts=4),
-            {"experts.up_proj": (14336, 4096, False, 128)},
-            id="mixtral's experts have intermediate_size",
-        ),
-        pytest.param(
-            without(
-                LLAMA,
-                model_type="qwen3_moe",
-                num_experts=8,
-                moe_intermediate_size=768,
-                decoder_sparse_step=2,
-                mlp_only_layers=[0, 1, 3],
-            ),
-            {"gate_proj": (14336, 4096, False, 18), "experts.gate_proj": (768, 4096, False, 14 * 8)},
-            id="qwen3_moe with dense layers between",
-        ),
-        pytest.param(
-            without(LLAMA, model_type="phi3"),
-            {"qkv_proj": (6144, 4096, False, 32), "gate_up_proj": (28672, 4096, False, 32)},
-            id="phi3 is fused",
-        ),
-        pytest.param(
-            {
-                "model_type": "gpt_neox",
-                "hidden_size": 512,
-                "intermediate_size": 2048,
-                "num_attention_heads": 8,
-                "num_hidden_layers": 6,
-            },
-            {
-                "query_key_value": (1536, 512, True, 6),
-                "dense": (512, 512, True, 6),
-                "dense_h_to_4h": (2048, 512, True, 6),
-                "dense_4h_to_h": (512, 2048, True, 6),
-            },
-            id="gpt_neox is fused with biases",
+        ({"model_type": "falcon"}, "model_type 'falcon' "),
+        ({"model_type": "gemma3"}, "model_type 'gemma3' "),
+        ({"model_type": None}, "model_type None "),
+        ({"model_type": ["llama"]}, "model_type ['llama'] "),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "model_type 'llama' with architectures ['LlamaForSequenceClassification'] ",
         ),
     ],
+    ids=str,
 )
-def test_families_differ_where_their_classes_do(tmp_path: Path, config: dict[str, Any], expected: Shapes) -> None:
-    model = read_config(write(tmp_path, config))
-    found = shapes(model)
-    assert {name: found[name] for name in expected} == expected
-    assert model.notes == ()
-
-
-def test_gemma3_as_published_leaves_out_its_class_defaults(tmp_path: Path) -> None:
-    """gemma-3-4b's text_config gives neither heads nor head_dim; 2560 / 8 would be the wrong head_dim."""
-    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
-    vision = {"hidden_size": 1152, "num_hidden_layers": 27}
-    model = read_config(write(tmp_path, {"model_type": "gemma3", "text_config": text, "vision_config": vision}))
-    assert shapes(model) == shapes(find_model("gemma-3-4b"))
-    assert model.notes == ("the language model alone: projections of the vision or audio part are left out",)
-
-
-def test_a_text_config_without_a_type_has_the_outer_type(tmp_path: Path) -> None:
-    nested = {"model_type": "qwen2_5_vl", "text_config": without(LLAMA, "model_type")}
-    assert shapes(read_config(write(tmp_path, nested)))["q_proj"] == (4096, 4096, True, 32)
-
-
-def test_an_unknown_type_with_llamas_fields_is_read_as_llama_and_says_so(tmp_path: Path) -> None:
-    model = read_config(write(tmp_path, without(LLAMA, model_type="brand_new")))
-    assert shapes(model) == LLAMA_SHAPES
-    assert model.notes == ("model_type 'brand_new' is not known: read as Llama's projections from its fields",)
+def test_without_transformers_anything_else_is_refused_with_the_remedy(
+    tmp_path: Path, changes: dict[str, Any], what: str
+) -> None:
+    file = write(tmp_path, {**LLAMA, **changes})
+    with pytest.raises(ModelConfigError) as caught:
+        read_config(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: transformers is not installed, and only it knows the layers of {what}")
+    assert message.endswith("; pip install 'doratune[peft]'")
+    assert "known without it: llama, mistral, mixtral" in message
 
 
 @pytest.mark.parametrize(
@@ -331,42 +295,8 @@ def test_an_unknown_type_with_llamas_fields_is_read_as_llama_and_says_so(tmp_pat
         ("", "not valid JSON (line 1, column 1: "),
         ('{"hidden_size": ' + "9" * 5000 + "}", "not readable as JSON ("),
         ("[" * 100_000, "not readable as JSON ("),
-        ({}, "field num_hidden_layers is missing; add it (an integer of at least 1) or download"),
         (without(LLAMA, "hidden_size"), "field hidden_size is missing; add it"),
-        (without(LLAMA, "intermediate_size"), "field intermediate_size is missing; add it"),
-        (without(LLAMA, "num_attention_heads"), "field num_attention_heads is missing; add it"),
-        (without(LLAMA, "num_key_value_heads", model_type="new"), "field num_key_value_heads is missing; add it"),
-        (without(LLAMA, hidden_size=-1), "field hidden_size is -1, not an integer of at least 1; correct it or"),
-        (without(LLAMA, hidden_size=0), "field hidden_size is 0, not an integer"),
-        (without(LLAMA, hidden_size=4096.0), "field hidden_size is 4096.0, not an integer"),
-        (without(LLAMA, hidden_size="4096"), "field hidden_size is '4096', not an integer"),
-        (without(LLAMA, num_hidden_layers=True), "field num_hidden_layers is True, not an integer"),
-        (without(LLAMA, intermediate_size=[1, 2]), "field intermediate_size is [1, 2], not an integer"),
-        (without(LLAMA, head_dim=0), "field head_dim is 0, not an integer"),
-        (
-            without(LLAMA, hidden_size=4100),
-            "field head_dim is missing, and hidden_size=4100 is not divisible by num_attention_heads=32; add it",
-        ),
-        (
-            without(LLAMA, num_key_value_heads=5),
-            "field num_key_value_heads is 5, which does not divide num_attention_heads=32; correct it",
-        ),
-        (without(LLAMA, attention_bias="no"), "field attention_bias is 'no', not true or false; correct it"),
-        (without(LLAMA, model_type=3), "field model_type is 3, not a name; correct it"),
-        ({"text_config": 3}, "field text_config is 3, not an object; correct it"),
-        ({"text_config": LLAMA | {"hidden_size": 0}}, "field text_config.hidden_size is 0, not an integer"),
-        (without(LLAMA, model_type="qwen3_moe"), "field num_experts is missing; add it"),
-        (without(LLAMA, model_type="qwen3_moe", num_experts=8), "field moe_intermediate_size is missing; add it"),
-        (without(LLAMA, model_type="mixtral"), "field num_local_experts is missing; add it"),
-        (
-            without(LLAMA, model_type="qwen3_moe", num_experts=8, mlp_only_layers="all"),
-            "field mlp_only_layers is 'all', not a list of layer numbers; correct it",
-        ),
-        (
-            without(LLAMA, model_type="deepseek_v3", kv_lora_rank=512),
-            "field kv_lora_rank means low-rank attention, which is not known for model_type 'deepseek_v3'; the known",
-        ),
-        (without(LLAMA, model_type="new_moe", num_experts=8), "field num_experts means experts, which is not known"),
+        (without(LLAMA, num_key_value_heads=5), "field num_key_value_heads is 5, which does not divide"),
     ],
 )
 def test_a_config_that_cannot_be_read_names_file_field_and_remedy(tmp_path: Path, config: object, message: str) -> None:
@@ -392,23 +322,10 @@ def test_a_binary_file_is_no_config(tmp_path: Path) -> None:
         read_config(file)
 
 
-json_values = st.sampled_from([None, True, False, -1, 0, 1, 8, 96, 4096, 10**30, 0.5, "8", "", [], [0], {}, {"a": 1}])
-
-
-@given(
-    st.sampled_from(["llama", "qwen2", "qwen3_moe", "mixtral", "gemma3", "phi3", "gpt_neox", "other"]),
-    st.dictionaries(
-        st.sampled_from([*LLAMA, "head_dim", "num_experts", "num_local_experts", "mlp_only_layers", "text_config"]),
-        json_values,
-    ),
-)
-def test_any_json_is_read_or_refused_with_the_error_meant_for_it(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, changes: dict[str, Any]
-) -> None:
-    file = write(tmp_path_factory.getbasetemp(), {**LLAMA, "model_type": kind, **changes})
-    try:
-        model = read_config(file)
-    except ModelConfigError:
-        return
-    assert all(min(p.d_out, p.d_in, p.count) >= 1 for p in model.projections)
-    assert all(isinstance(p.bias, bool) for p in model.projections)
+def test_one_of_model_and_config_is_asked_for() -> None:
+    for both in ((None, None), ("llama-8b", "config.json")):
+        with pytest.raises(UsageError, match="name either a model"):
+            requested_model(*both)
+    assert requested_model("llama-8b", None)() == find_model("llama-8b")
+    with pytest.raises(ModelConfigError, match="no such file"):
+        requested_model(None, "missing.json")()

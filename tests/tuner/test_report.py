@@ -10,7 +10,8 @@ from rich.console import Console
 
 from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
 from doratune.codegen.spec import Config, KernelSpec
-from doratune.tuner.report import report_json, report_table
+from doratune.tuner.projections import LeftOut, Model, Projection
+from doratune.tuner.report import layer_lines, report_json, report_table
 from doratune.tuner.search import FAILED, TUNED, Tuned, TuneResult
 
 CONFIG = Config.create("tile", block_t=4, block_n=1024, num_warps=4, num_stages=2)
@@ -32,9 +33,11 @@ NORM = replace(
 
 def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> None:
     result = TuneResult((Tuned(ENTRY.spec, TUNED, ENTRY), Tuned(NORM.spec, TUNED, NORM)))
-    document = json.loads(report_json(result, model="llama-8b", gpu="h200", store="/s"))
+    document = json.loads(report_json(result, model=MODEL, gpu="h200", store="/s"))
     rows = document.pop("rows")
-    about = {"schema": 1, "model": "llama-8b", "gpu": "h200", "store": "/s"}
+    about = {"schema": 1, "model": "tiny", "gpu": "h200", "store": "/s"}
+    for name in ("projections", "not_tuned", "notes"):
+        assert document.pop(name)
     assert document == {**about, "failed": [], "stopped": "", "fault": ""}
     assert rows[0] == {
         "op": "compose_forward",
@@ -64,7 +67,7 @@ def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> N
 def test_the_json_says_which_kernels_failed_and_why_the_run_ended() -> None:
     rows = (Tuned(ENTRY.spec, TUNED, ENTRY), Tuned(NORM.spec, FAILED, None, "the disk is full"))
     result = TuneResult(rows, "fault", "the disk is full: free space")
-    document = json.loads(report_json(result, model="llama-8b", gpu="h200", store="/s"))
+    document = json.loads(report_json(result, model=MODEL, gpu="h200", store="/s"))
     assert [row["spec"] for row in document["rows"]] == [str(ENTRY.spec)]
     assert document["failed"] == [{"spec": str(NORM.spec), "reason": "the disk is full"}]
     assert (document["stopped"], document["fault"]) == ("fault", "the disk is full: free space")
@@ -99,3 +102,42 @@ def test_the_table_shows_shapes_resources_and_times() -> None:
     text = captured.get()
     for part in ("4096x1024, r 16", "40/0/4096", "-/-/-", "12.3", "9.0", "512", "predicted", "measured"):
         assert part in text
+
+
+MODEL = Model(
+    "tiny",
+    "",
+    2,
+    (
+        Projection("q", 64, 32, True, 2, ("a.q", "b.q")),
+        Projection("k", 64, 32, True, 1),
+        Projection("o", 8, 64, False, 4),
+    ),
+    ("as its class has it",),
+    (LeftOut("lm_head", (99, 32), False, 1, True, "the output head"),),
+)
+
+
+def test_the_layers_of_a_run_are_in_its_json() -> None:
+    document = json.loads(report_json(TuneResult(()), model=MODEL, gpu="h200", store="/s"))
+    assert document["projections"][0] == {
+        "name": "q",
+        "d_out": 64,
+        "d_in": 32,
+        "bias": True,
+        "count": 2,
+        "modules": ["a.q", "b.q"],
+    }
+    assert document["not_tuned"][0]["shape"] == [99, 32]
+    assert document["not_tuned"][0]["why"] == "the output head"
+    assert document["notes"] == ["as its class has it"]
+
+
+def test_the_layers_of_a_run_are_told_in_lines() -> None:
+    assert layer_lines(MODEL) == [
+        "tiny: 7 linear layers to put DoRA on",
+        "  [64, 32] with bias: q ×2, k ×1",
+        "  [8, 64]: o ×4",
+        "not tuned: lm_head [99, 32] ×1: the output head",
+        "note: as its class has it",
+    ]

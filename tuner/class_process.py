@@ -1,0 +1,123 @@
+"""A process of its own for :mod:`.class_layers`: what a config makes transformers do ends there.
+
+The process has no network, a bound on its memory and one on its time. Transformers and its many imports stay out of
+the process that tunes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from .projections import LeftOut, Model, ModelConfigError, Projection
+
+START_SECONDS = 240
+"""How long the process may take in all: on a cold disk most of it is the import of PyTorch and transformers."""
+BUILD_SECONDS = 40
+"""How long building a class may take once they are imported; the largest published models take under two seconds."""
+MEMORY_BYTES = 8 * 2**30
+"""The data that the process may hold. PyTorch takes some hundred megabytes, and parameters on meta take none."""
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+_UNUSED = ("torchao", "bitsandbytes", "deepspeed", "tensorflow", "jax", "flax", "sklearn", "datasets", "pandas")
+"""Libraries that transformers imports where they are installed, which takes seconds and changes no layer."""
+_NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
+_REMOTE_CODE = "transformers_modules"
+"""The package under which transformers imports code that came with a model."""
+
+
+@functools.lru_cache(maxsize=64)
+def layers_of_class(text: str, name: str, seconds: int = BUILD_SECONDS) -> Model:
+    """List the layers of transformers' class for the JSON ``text`` of a config.
+
+    Raises:
+        ModelConfigError: as :func:`~.class_layers.list_layers`, or the class took too much time or memory.
+    """
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main({seconds})"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=f"{json.dumps(name)}\n{text}",
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, **_ENVIRONMENT},
+            timeout=START_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelConfigError(f"reading it with transformers took over {START_SECONDS} s and was ended") from None
+    if done.returncode == -signal.SIGALRM:
+        raise ModelConfigError(
+            f"building its class took over {seconds} s and was ended; its counts or sizes are larger than any model's"
+        )
+    if done.returncode or not done.stdout:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ModelConfigError(f"reading it with transformers failed: {said}")
+    answer = json.loads(done.stdout)
+    if "refused" in answer:
+        raise ModelConfigError(answer["refused"])
+    return _model_of(answer["model"])
+
+
+def _model_of(data: dict[str, Any]) -> Model:
+    """The model that the other process sent as JSON, which has lists where the values have tuples."""
+    projections = tuple(Projection(**{**row, "modules": tuple(row["modules"])}) for row in data["projections"])
+    left_out = tuple(
+        LeftOut(**{**row, "shape": tuple(row["shape"]), "modules": tuple(row["modules"])}) for row in data["left_out"]
+    )
+    return Model(data["name"], "", data["layers"], projections, tuple(data["notes"]), left_out)
+
+
+def main(seconds: int) -> None:
+    """Answer one request from standard input on standard output; runs in the process of its own."""
+    answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    gc.disable()  # a quarter of the time that the imports take: 2.7 s instead of 3.5
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    for library in _UNUSED:
+        sys.modules[library] = None  # type: ignore[assignment]
+    sys.addaudithook(_refuse)
+    name = json.loads(sys.stdin.readline())
+    json.dump(_answer(json.loads(sys.stdin.read()), name, seconds), answer_to)
+    answer_to.flush()
+    os._exit(0)  # nothing is left to tidy up, and interpreters with PyTorch take a while to
+
+
+def _answer(config: dict[str, Any], name: str, seconds: int) -> dict[str, Any]:
+    from .class_layers import list_layers, load_transformers
+
+    load_transformers()
+    signal.alarm(seconds)
+    try:
+        return {"model": dataclasses.asdict(list_layers(config, name))}
+    except ModelConfigError as error:
+        return {"refused": str(error)}
+    except MemoryError:
+        return {"refused": "building its class takes more memory than any model's; its counts or sizes are too large"}
+    finally:
+        signal.alarm(0)
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: reading a config needs neither the network nor a model's own code."""
+    if event in _NETWORK:
+        raise OSError("the network is not used to read a config")
+    if event == "import" and str(arguments[0]).partition(".")[0] == _REMOTE_CODE:
+        raise ImportError("code that comes with a model is not executed")
