@@ -243,6 +243,9 @@ BREAKAGES = [
     ("compose_backward_exact-tiles", "inner += scaling * share", "inner += 1.01 * scaling * share", "B's term 1 % off"),
     ("compose_backward_exact-tiles", "inner += share", "inner += share * (first == 0)", "x's later columns dropped"),
     ("compose_backward_exact-tiles", "tl.where(tiny, sums, dg)", "sums", "good columns replaced too"),
+    ("weight_norm_exact-rows", "w + s_wide * ba", "w + 0.999 * s_wide * ba", "BA 1e-3 off where it takes W away"),
+    ("weight_norm_exact-rows", "weight_sq + s * s * summands", "weight_sq", "A's rows that are alike not noticed"),
+    ("weight_norm_exact-rows", "tl.where(lane == i, cancels, 0)", "1 + 0 * cancels", "good rows replaced too"),
     (
         "compose_backward-columns",
         "tl.store(dyg_ptrs",
