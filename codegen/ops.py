@@ -30,6 +30,18 @@ end at 2**-126: g = 2**-32 leaves room for |dY*inner| down to 2**-94. Below the 
 """
 
 
+LEAST_SHARE = 0.5
+"""The least share of its terms' size that w**2 keeps: a row that has less is summed directly (``weight_norm_exact``).
+
+``w**2 = nW + 2s*c + s**2*q`` is off by the rounding of its terms, and c and q by that of their own. Their size is
+``nW + s**2*rowsum(B*B * rowsum(A*A))``: the second part is what q is added up from, which is more than q where the rows
+of A are alike and B's signs take them away from each other again. The relative error of w is the sums' own divided by
+the share. In fp32 on a CPU that is 1e-7 to 5e-7, so that 1e-5 would hold down to a share of 0.05. Tensor cores cut the
+low bits off a running sum, which of a W along -BA takes more: cut to 24 bits every 16 columns, w is off by 6.5e-6 over
+8192 columns at a share of 0.48, by 1.0e-5 at 0.38 (emulated). No adapter that is small beside W comes near a half.
+"""
+
+
 class Spec(Protocol):
     """A spec as its contract reads it: sizes, dtypes and flags by name (:class:`~doratune.codegen.spec.KernelSpec`)."""
 
@@ -142,6 +154,28 @@ WEIGHT_NORM = Op(
     ),
     scaling=True,
     matrix_dims=("d_out", "d_in", "rank"),
+)
+
+WEIGHT_NORM_EXACT = Op(
+    name="weight_norm_exact",
+    maths="w = ||W + s*B@A|| in rows where w*w < (nW + s*s*rowsum(B*B*rowsum(A*A)))/2, else w; g = m / max(w, eps)",
+    dims=("d_out", "d_in", "rank"),
+    dtypes=("weight", "adapter"),
+    optional_dtypes=("magnitude",),
+    flags=("autocast",),
+    inputs=(
+        Operand("weight", ("d_out", "d_in"), "weight", rare=True),
+        Operand("lora_A", ("rank", "d_in"), "adapter"),
+        Operand("lora_B", ("d_out", "rank"), "adapter"),
+        Operand("weight_sq", ("d_out",), "fp32"),
+        Operand("norm", ("d_out",), "fp32"),
+        Operand("magnitude", ("d_out",), "magnitude", when="magnitude"),
+    ),
+    outputs=(
+        Operand("norm_exact", ("d_out",), "fp32"),
+        Operand("g", ("d_out",), "fp32", when="magnitude"),
+    ),
+    scaling=True,
 )
 
 LORA_COMPOSE = Op(
@@ -276,6 +310,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         WEIGHT_NORM,
+        WEIGHT_NORM_EXACT,
         LORA_COMPOSE,
         COMPOSE_FORWARD,
         COMPOSE_BACKWARD,

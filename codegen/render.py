@@ -16,7 +16,7 @@ import jinja2
 
 from .digest import code_digest
 from .gpu import find_gpu
-from .ops import EPS, SMALLEST_GAIN
+from .ops import EPS, LEAST_SHARE, SMALLEST_GAIN
 from .spec import Config, KernelSpec
 from .variants import find_variant
 
@@ -99,6 +99,7 @@ def render(spec: KernelSpec, config: Config) -> Source:
             template=variant.template,
             fp32_precision="tf32x3" if gpu.backend == "cuda" else "bf16x6",
             eps=EPS,
+            least_share=LEAST_SHARE,
             multiprocessors=gpu.multiprocessors,
             **dict(config.params),
         )

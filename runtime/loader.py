@@ -64,7 +64,7 @@ def load_kernel(
         d_out, d_in, rank: sizes of W [d_out, d_in], A [rank, d_in], B [d_out, rank].
         tokens: the number of tokens expected; the kernel is right for any number.
         dtype: of W and of the activations. adapter_dtype: of A and B, ``dtype`` when None.
-        magnitude_dtype: ``weight_norm`` also takes m of this dtype and returns g; ``compose_backward_exact`` and
+        magnitude_dtype: the norms also take m of this dtype and return g; ``compose_backward_exact`` and
             ``adapter_backward`` also take w and return the gradient of an m of this dtype instead of dg.
         bias: add (or, backward, sum up) a bias. delta: the delta form. save: also return nW or inner.
             output: ``compose_backward`` takes y instead of inner. autocast: fp32 A and B are rounded to ``dtype``, as

@@ -36,7 +36,7 @@ def weight_norm(
     """Return ``||W + sBA||`` by rows and ``rowsum(W*W)``, both [d_out] fp32 (fp64 from fp64).
 
     weight [d_out, d_in], lora_A [r, d_in], lora_B [d_out, r]; A and B in W's dtype or fp32. ``weight_sq`` is returned
-    as it is when given, and computed on the way otherwise.
+    as it is when given, and computed on the way otherwise. Rows whose terms nearly cancel are summed directly.
     """
     if torch.compiler.is_compiling():
         norm, squares = torch.ops.doratune.weight_norm(weight, lora_A, lora_B, weight_sq, scaling)
@@ -73,26 +73,41 @@ def _weight_norm(
     magnitude: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """w, nW and, where a magnitude is given, g."""
+    """w, nW and, where a magnitude is given, g: the factored norm, then the rows in which that has lost its digits."""
     d_out, d_in = weight.shape
     inputs = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if weight_sq is not None:
         inputs["weight_sq"] = weight_sq
-    if magnitude is not None:
-        inputs["magnitude"] = magnitude
     flags = ("save",) if weight_sq is None else ()
-    dtype = None if magnitude is None else magnitude.dtype
-    key = ("weight_norm", d_out, d_in, lora_A.shape[0], 1, weight.dtype, lora_A.dtype, flags, dtype)
-    kernel = _kernel(*key, weight.device)
+    sizes = (d_out, d_in, lora_A.shape[0], 1, weight.dtype, lora_A.dtype)
+    exact = ("weight_norm_exact", *sizes, (), None if magnitude is None else magnitude.dtype)
+    kernel = _kernel("weight_norm", *sizes, flags, None, weight.device)
     if kernel is None:
-        results = _eager(_spec(*key), inputs, scaling)
-        return results["norm"], results["weight_sq"] if weight_sq is None else weight_sq, results.get("g")
+        results = _eager(_spec("weight_norm", *sizes, flags, None), inputs, scaling)
+        if weight_sq is None:
+            weight_sq = results["weight_sq"]
+        inputs |= {"weight_sq": weight_sq, "norm": results["norm"]}
+        if magnitude is not None:
+            inputs["magnitude"] = magnitude
+        results = _eager(_spec(*exact), inputs, scaling)
+        return results["norm_exact"], weight_sq, results.get("g")
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()  # once: each of the two kernels would copy it
     norm = torch.empty(d_out, dtype=torch.float32, device=weight.device)
-    g = None if magnitude is None else torch.empty_like(norm)
-    squares = torch.empty_like(norm) if weight_sq is None else None
-    outputs = tuple(output for output in (norm, g, squares) if output is not None)
-    kernel.launch(tuple(inputs.values()), outputs, scaling)
-    return norm, squares if weight_sq is None else weight_sq, g  # type: ignore[return-value]
+    if weight_sq is None:
+        weight_sq = torch.empty_like(norm)
+        kernel.launch((weight, lora_A, lora_B), (norm, weight_sq), scaling)
+    else:
+        kernel.launch((weight, lora_A, lora_B, weight_sq), (norm,), scaling)
+    corrects = _kernel(*exact, weight.device)
+    assert corrects is not None  # of the same device and dtypes
+    given = (weight, lora_A, lora_B, weight_sq, norm)
+    if magnitude is None:
+        corrects.launch(given, (norm,), scaling)
+        return norm, weight_sq, None
+    g = torch.empty_like(norm)
+    corrects.launch((*given, magnitude), (norm, g), scaling)
+    return norm, weight_sq, g
 
 
 def lora_compose(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..codegen.ops import EPS, SMALLEST_GAIN
+from ..codegen.ops import EPS, LEAST_SHARE, SMALLEST_GAIN
 from ..codegen.spec import KernelSpec
 
 Tensors = Mapping[str, torch.Tensor]
@@ -29,6 +29,8 @@ def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[s
     inputs = _autocast(spec, inputs)
     if spec.op == "weight_norm":
         results = _factored_norm(inputs, scaling)
+    elif spec.op == "weight_norm_exact":
+        results = _exact_norm(inputs, scaling, torch.float32)
     else:
         results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float32), scaling)
     return {
@@ -42,6 +44,8 @@ def definition(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[
     inputs = _autocast(spec, inputs)
     if spec.op == "weight_norm":
         results = _dense_norm(inputs, scaling)
+    elif spec.op == "weight_norm_exact":
+        results = _exact_norm(inputs, scaling, torch.float64)
     else:
         results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float64), scaling)
     return {operand.name: results[operand.name] for operand in spec.contract.outputs_of(spec)}
@@ -82,16 +86,48 @@ def _factored_norm(inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
 
 
 def _dense_norm(inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    weight = inputs["weight"]
+    every_row = torch.arange(weight.shape[0], device=weight.device)
+    norm = _dense_rows(inputs, scaling, every_row, _DENSE_ELEMENTS)
+    rows = max(1, _DENSE_ELEMENTS // weight.shape[1])
+    squares = torch.cat([part.double().square().sum(dim=1) for part in weight.split(rows)])
+    return {"norm": norm, "weight_sq": squares, **_gain(inputs, norm)}
+
+
+def _dense_rows(inputs: Tensors, scaling: float, rows: torch.Tensor, elements: int) -> torch.Tensor:
+    """``||W + sBA||`` of these rows [n] in fp64 from the summed entries, of which ``elements`` exist at a time."""
     weight, lora_b = inputs["weight"], inputs["lora_B"]
     lora_a = inputs["lora_A"].double()
-    rows = max(1, _DENSE_ELEMENTS // weight.shape[1])
-    norms, squares = [], []
-    for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows].double()
-        norms.append((part + scaling * (lora_b[start : start + rows].double() @ lora_a)).norm(dim=1))
-        squares.append((part * part).sum(dim=1))
-    norm = torch.cat(norms)
-    return {"norm": norm, "weight_sq": torch.cat(squares), **_gain(inputs, norm)}
+    norms = [
+        (weight[part].double() + scaling * (lora_b[part].double() @ lora_a)).norm(dim=1)
+        for part in rows.split(max(1, elements // weight.shape[1]))
+    ]
+    return torch.cat(norms) if norms else lora_a.new_empty(0)
+
+
+def _exact_norm(inputs: Tensors, scaling: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    norm = inputs["norm"].to(dtype, copy=True)
+    a, b = inputs["lora_A"].to(dtype), inputs["lora_B"].to(dtype)
+    [rows] = torch.nonzero(cancels(norm, inputs["weight_sq"], a, b, scaling), as_tuple=True)
+    norm[rows] = _dense_rows(inputs, scaling, rows, _WIDENED_ELEMENTS).to(dtype)
+    return {"norm_exact": norm, **_gain(inputs, norm)}
+
+
+def cancels(
+    norm: torch.Tensor,
+    weight_sq: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    share: float = LEAST_SHARE,
+) -> torch.Tensor:
+    """In which rows, [d_out] bool, the terms of w**2 nearly cancel, so that the factored w [d_out] has lost digits.
+
+    ``weight_sq`` is rowsum(W*W) [d_out]; A [r, d_in] and B [d_out, r] in w's dtype. ``share`` is the least share of
+    its terms' size that w**2 may keep (:data:`~doratune.codegen.ops.LEAST_SHARE`).
+    """
+    summands = lora_B.square() @ lora_A.square().sum(dim=1)
+    return norm.square() < share * (weight_sq + scaling**2 * summands)
 
 
 def _compose(spec: KernelSpec, inputs: Tensors, lora: torch.Tensor, scaling: float) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The accuracy every kernel is held to, against the fp64 definition on the same inputs.
 
-- norm, g and nW: largest relative error 1e-5.
+- norm, g and nW, of ``weight_norm_exact`` too: largest relative error 1e-5.
 - y, inner, dYg: in each band of columns, the relative Frobenius error is at most 1.05 times that of rounding the fp64
   result to the output dtype. An fp32 output has no room for its own fp32 accumulation in that, so there 1e-6 holds.
 - dg, dm and db, in the same bands: 1e-3 from 16-bit inputs, 1e-5 from fp32 inputs; and what rounding adds, where m has
@@ -47,7 +47,7 @@ def worst_error(
 def _error_and_bound(
     spec: KernelSpec, name: str, value: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype
 ) -> tuple[float, float]:
-    if spec.op == "weight_norm":
+    if spec.op in ("weight_norm", "weight_norm_exact"):
         relative = (value - exact).abs() / exact.abs().clamp_min(_TINY)
         return _largest(torch.where(value == exact, torch.zeros_like(relative), relative)), NORM_ERROR
     width = -(-exact.shape[-1] // BANDS)

@@ -13,6 +13,7 @@ from .compose_library import DoraLinearLibrary, LoraComposeLibrary
 from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
 from .weight_norm import WeightNormFused, WeightNormTma
+from .weight_norm_exact import WeightNormExactRows
 from .weight_norm_library import WeightNormLibrary
 from .weight_norm_warp_specialized import WeightNormWarpSpecialized
 
@@ -33,6 +34,7 @@ VARIANTS: tuple[Variant, ...] = (
     WeightNormTma(),
     WeightNormWarpSpecialized(),
     WeightNormLibrary(),
+    WeightNormExactRows(),
     LoraComposeTile(),
     LoraComposeTma(),
     LoraComposeWarpSpecialized(),

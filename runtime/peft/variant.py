@@ -23,10 +23,10 @@ from torch.autograd import forward_ad
 from ..compose import dora_compose
 from ..differentiation import without_autocast
 from ..linear import checked_linear, dora_linear
-from ..norm import norm_from_products
 from ..norm_cache import NormCache
 from ..watching import hidden, tracing
 from .base_layers import BNB_8BIT, is_untouched, multiply, products, row_squares
+from .cancellation import CancellationWatch
 from .examine import PLAIN_TENSORS, DoraLayer, Glance
 
 
@@ -47,6 +47,7 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         self.from_output = from_output
         self.norms = NormCache(norm_reuse)
         self.squares = RowSquares()
+        self.cancellation = CancellationWatch(layer)
         self.glance = Glance()
         self._told: set[str] = set()
 
@@ -105,13 +106,16 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         a, b, base = dora.lora_A, dora.lora_B, dora.base
         if base.matrix is not None:
             return self.norms.of_weight(base.matrix, a, b, dora.scaling)
+        trains = torch.is_grad_enabled()
         # The base layer's product in the dtype it chooses itself; hidden, since what is reused is not computed again.
         with torch.no_grad(), without_autocast(a.device), hidden():
             squares = self.squares.get(base.weight, lambda: row_squares(dora.layer, base, b.shape[0], a.shape[1]))
             return self.norms.get(
                 (squares, a, b),  # a quantised W may have no storage to tell it by; its squares are new when it is
                 dora.scaling,
-                lambda: norm_from_products(squares, products(dora.layer, base, a), a, b, dora.scaling),
+                lambda: self.cancellation.norm(
+                    squares, a, b, dora.scaling, lambda rows: products(dora.layer, base, rows), trains=trains
+                ),
             )
 
     def _leave_to_peft(

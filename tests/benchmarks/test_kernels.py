@@ -203,7 +203,7 @@ def test_without_a_gpu_the_command_says_so() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--op", "weight_nrom"), "unknown operation 'weight_nrom'; did you mean weight_norm?"),
+        (("--op", "weight_nrom"), "unknown operation 'weight_nrom'; did you mean weight_norm, weight_norm_exact?"),
         (("--peer", "peft_eagre"), "unknown peer 'peft_eagre'; did you mean peft_eager"),
         (("--peer-path", "/nowhere"), "--peer-path /nowhere: no dorafactors there"),
         (("--rounds", "1"), "--rounds"),

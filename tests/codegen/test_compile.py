@@ -120,6 +120,18 @@ def test_the_gradient_of_a_magnitude_compiles(workers: ProcessPoolExecutor, arch
     assert workers.submit(compile_job, str(spec), str(config), architecture).result()
 
 
+@pytest.mark.parametrize("architecture", IN_EVERY_FORM)
+@pytest.mark.parametrize(("rank", "kernels"), [(16, 1), (384, 2)])
+def test_a_small_a_saves_the_check_for_cancelling_rows_a_launch(
+    workers: ProcessPoolExecutor, architecture: str, rank: int, kernels: int
+) -> None:
+    spec = spec_of("weight_norm_exact", architecture, rank=rank, magnitude="fp32")
+    config = default_config(spec, find_gpu(architecture))
+    made = workers.submit(compile_job, str(spec), str(config), architecture).result()
+    assert len(made) == kernels
+    assert not any(kernel.spills for kernel in made)
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
 def test_what_stands_in_for_the_library_compiles(workers: ProcessPoolExecutor, architecture: str, dtype: str) -> None:

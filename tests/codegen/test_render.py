@@ -33,7 +33,10 @@ def golden_cases() -> dict[str, tuple[Variant, dict[str, object]]]:
     """One plain even-shaped and one ragged, flag-rich text for each variant."""
     cases: dict[str, tuple[Variant, dict[str, object]]] = {}
     for variant in VARIANTS:
-        rich = {"weight_norm": {"magnitude": "fp32", "save": True}}.get(variant.op, biased(variant))
+        rich: dict[str, object] = {
+            "weight_norm": {"magnitude": "fp32", "save": True},
+            "weight_norm_exact": {"magnitude": "fp32"},
+        }.get(variant.op, biased(variant))
         cases[f"{variant.op}_{variant.name}"] = (variant, EVEN)
         cases[f"{variant.op}_{variant.name}_ragged"] = (variant, {**RAGGED, **rich})
         if variant.descriptors:  # where fp32 adapters take a kernel of their own

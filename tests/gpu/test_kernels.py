@@ -18,8 +18,8 @@ from doratune.codegen.variants import VARIANTS, Variant, check_config
 from doratune.runtime.device import find_device, gpu_of
 from doratune.runtime.kernel import Kernel
 from doratune.runtime.launch import bind
-from doratune.runtime.reference import definition
-from doratune.tuner.accuracy import worst_error
+from doratune.runtime.reference import TORCH_DTYPES, definition
+from doratune.tuner.accuracy import NORM_ERROR, worst_error
 from doratune.tuner.inputs import CASES, make_inputs, make_outputs
 from doratune.tuner.timing import capture
 
@@ -126,6 +126,52 @@ def test_long_rows_lose_no_digits(d_in: int, gpu: Gpu) -> None:
             source = render(spec, fitting_config(variant, spec, gpu))
             for case in ("cross_term", "large_lora", "mixed"):
                 assert complaint_of(source, 1, case) is None, (variant.name, adapter, case)
+
+
+@pytest.mark.parametrize("d_in", [1024, 4096, 14336])
+@pytest.mark.parametrize("rank", [16, 384])
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+def test_w_keeps_its_digits_however_much_of_it_ba_takes_away(dtype: str, adapter: str, rank: int, d_in: int) -> None:
+    """From where the factored norm is good, past the share at which rows are redone, to where rounding is left of W."""
+    weight_dtype, adapter_dtype = TORCH_DTYPES[dtype], TORCH_DTYPES[adapter]
+    torch.manual_seed(0)
+    a = (torch.randn(rank, d_in, device="cuda") * d_in**-0.5).to(adapter_dtype)
+    b = (torch.randn(512, rank, device="cuda") * 0.02).to(adapter_dtype)
+    for share in (0.1, 0.2, 0.28, 0.35, 0.5, 0.9, 0.99, 0.999, 0.9999, 1.0):
+        weight = ((-0.7 / share) * (b.double() @ a.double())).to(weight_dtype)
+        exact = (weight.double() + 0.7 * (b.double() @ a.double())).norm(dim=1)
+        for squares in (None, weight.double().square().sum(dim=1).float()):
+            error = (doratune.weight_norm(weight, a, b, 0.7, weight_sq=squares) - exact).abs() / exact
+            assert error.max() <= NORM_ERROR, share
+
+
+@pytest.mark.parametrize("difference", [1.0, 0.1, 1e-2, 1e-3])
+@pytest.mark.parametrize("rank", [16, 384])
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES)
+def test_w_keeps_its_digits_where_rows_of_a_are_alike(dtype: str, adapter: str, rank: int, difference: float) -> None:
+    torch.manual_seed(0)
+    half = torch.randn(rank // 2, 4096, device="cuda") / 64.0
+    a = torch.cat([half, half + difference * torch.randn_like(half) / 64.0]).to(TORCH_DTYPES[adapter])
+    b = torch.randn(512, rank // 2, device="cuda").to(TORCH_DTYPES[adapter])
+    b = torch.cat([b, -b], dim=1)
+    weight = (1e-3 * torch.randn(512, 4096, device="cuda")).to(TORCH_DTYPES[dtype])
+    exact = (weight.double() + 0.7 * (b.double() @ a.double())).norm(dim=1)
+    assert ((doratune.weight_norm(weight, a, b, 0.7) - exact).abs() / exact).max() <= NORM_ERROR
+
+
+def test_rows_that_cancel_are_found_in_a_replayed_graph() -> None:
+    """What is redone is decided on the GPU: not by what cancelled when the graph was captured."""
+    torch.manual_seed(0)
+    a, b = torch.randn(16, 1024, device="cuda") / 32.0, torch.randn(512, 16, device="cuda")
+    weight = -(b.double() @ a.double()).float()
+    scaled = b.clone()
+    norm = torch.empty(512, device="cuda")
+    graph = capture([lambda: norm.copy_(doratune.weight_norm(weight, a, scaled, 1.0))])
+    for share in (0.1, 0.999, 0.5, 1.0):
+        scaled.copy_(share * b)
+        graph.replay()
+        exact = (weight.double() + scaled.double() @ a.double()).norm(dim=1)
+        assert ((norm - exact).abs() / exact).max() <= NORM_ERROR, share
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def forms() -> list[Any]:
         for variant in REPEATED:
             contract = OPS[variant.op]
             rich: dict[str, Any] = {flag: True for flag in ("bias", "save") if flag in contract.flags}
-            if variant.op == "weight_norm":
+            if variant.op in ("weight_norm", "weight_norm_exact"):
                 rich["magnitude"] = "fp32"
             added = [{}, rich]
             if "output" in contract.flags:

@@ -48,7 +48,7 @@ def test_the_reference_is_right_wherever_a_term_dominates(op: str, form: dict[st
         assert complaint is None, f"{case}: {complaint}"
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "lora_compose", "dora_linear_forward"])
+@pytest.mark.parametrize("op", ["weight_norm", "weight_norm_exact", "lora_compose", "dora_linear_forward"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_fp32_adapters_on_16_bit_weights_keep_the_bounds(op: str, dtype: str) -> None:
     spec = spec_of(op, dtype, adapter="fp32")
@@ -76,6 +76,13 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
         adapted = t["weight"] + scaling * t["lora_B"] @ t["lora_A"]
         norm = torch.stack([row.dot(row).sqrt() for row in adapted])
         return {"norm": norm, "g": t["magnitude"] / norm}
+    if spec.op == "weight_norm_exact":
+        norm, rows = t["norm"].clone(), zip(t["weight"], t["lora_B"], strict=True)
+        for i, (w, b) in enumerate(rows):
+            summands = sum((scaling * b[j]) ** 2 * t["lora_A"][j].dot(t["lora_A"][j]) for j in range(spec.rank))
+            if norm[i] ** 2 < 0.5 * (w.dot(w) + summands):
+                norm[i] = (w + scaling * b @ t["lora_A"]).square().sum().sqrt()
+        return {"norm_exact": norm, "g": t["magnitude"] / norm.clamp_min(1e-12)}
     if spec.op == "compose_backward_exact":
         inner = torch.einsum("ti,oi->to", t["x"], t["weight"]) + scaling * torch.einsum(
             "tr,or->to", t["h"], t["lora_B"]
@@ -108,14 +115,14 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
 )
 def test_the_definition_says_what_the_contract_says(op: str, magnitude: str | None) -> None:
     spec = spec_of(op, "fp32", magnitude=magnitude, bias="bias" in OPS[op].flags)
-    inputs, scaling = make_inputs(spec, 7, case="mixed" if op == "compose_backward_exact" else "random")
+    inputs, scaling = make_inputs(spec, 7, case="mixed" if op.endswith("_exact") else "random")
     exact, by_the_book = definition(spec, inputs, scaling), dora_by_the_book(spec, inputs, scaling)
     assert exact.keys() == by_the_book.keys()
     for name, value in by_the_book.items():
         torch.testing.assert_close(exact[name], value, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "lora_compose", "compose_backward_exact"])
+@pytest.mark.parametrize("op", ["weight_norm", "weight_norm_exact", "lora_compose", "compose_backward_exact"])
 def test_autocast_means_adapters_rounded_first(op: str) -> None:
     rounded, plain = spec_of(op, "bf16", autocast=True), spec_of(op, "bf16")
     inputs, scaling = make_inputs(rounded, 7)

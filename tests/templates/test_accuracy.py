@@ -246,6 +246,9 @@ BREAKAGES = [
     ("adapter_backward-rows", "g * product", "g * g * product", "g twice"),
     ("adapter_backward-rows", "sums += b * product", "sums += 0.99 * b * product", "rank-r term 1 % off"),
     ("adapter_backward-rows", "product = scaling *", "product = tl.abs(scaling) *", "sign of s lost"),
+    ("weight_norm_exact-rows", "w + s_wide * ba", "w + 0.999 * s_wide * ba", "BA 1e-3 off where it takes W away"),
+    ("weight_norm_exact-rows", "weight_sq + s * s * summands", "weight_sq", "A's rows that are alike not noticed"),
+    ("weight_norm_exact-rows", "tl.where(lane == i, cancels, 0)", "1 + 0 * cancels", "good rows replaced too"),
     (
         "compose_backward-columns",
         "tl.store(dyg_ptrs",

@@ -20,10 +20,11 @@ LLAMA = find_model("llama-3.1-8b")
 QWEN = find_model("qwen2.5-7b")
 
 
-def test_llama_8b_at_one_rank_has_137_jobs() -> None:
+def test_llama_8b_at_one_rank_has_141_jobs() -> None:
     jobs = plan_jobs(LLAMA, ranks=[384], gpu="h200")
     assert Counter(job.op for job in jobs) == {
         "weight_norm": 4,
+        "weight_norm_exact": 4,
         "lora_compose": 30,
         "compose_forward": 30,
         "compose_backward": 30,
@@ -39,6 +40,8 @@ def test_a_job_prints_as_a_spec_of_its_own_fields_alone() -> None:
     assert [str(job) for job in jobs if job.d_out == 4096] == [
         "weight_norm/d_out=4096/d_in=4096/rank=384/weight=bf16/adapter=fp32@h200",
         "weight_norm/d_out=4096/d_in=14336/rank=384/weight=bf16/adapter=fp32@h200",
+        "weight_norm_exact/d_out=4096/d_in=4096/rank=384/weight=bf16/adapter=fp32@h200",
+        "weight_norm_exact/d_out=4096/d_in=14336/rank=384/weight=bf16/adapter=fp32@h200",
         "lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=fp32@h200",
         "compose_forward/d_out=4096/tokens=4096/activation=bf16@h200",
         "compose_backward/d_out=4096/tokens=4096/activation=bf16@h200",
@@ -67,11 +70,12 @@ def test_a_second_rank_adds_only_kernels_that_depend_on_the_rank() -> None:
     assert one < two
     assert {(job.op, job.rank) for job in two - one} == {
         ("weight_norm", 64),
+        ("weight_norm_exact", 64),
         ("lora_compose", 64),
         ("adapter_backward", 64),
         ("dora_linear_forward", 64),
     }
-    assert len(two - one) == 77
+    assert len(two - one) == 81
 
 
 def test_biased_and_unbiased_projections_of_one_width_are_two_jobs() -> None:
@@ -103,6 +107,7 @@ def test_every_listed_model_plans_and_covers_its_projections(model: Model) -> No
     for p in model.projections:
         fields = {"d_out": p.d_out, "d_in": p.d_in, "rank": 16, "dtype": "bf16", "adapter": "fp32", "gpu": "mi300x"}
         assert KernelSpec.create("weight_norm", **fields) in jobs
+        assert KernelSpec.create("weight_norm_exact", **fields) in jobs
         for tokens in TOKEN_BUCKETS:
             for op in ("lora_compose", "compose_forward", "dora_linear_forward"):
                 assert KernelSpec.create(op, tokens=tokens, bias=p.bias, **fields) in jobs
@@ -136,7 +141,7 @@ def test_the_plan_is_sorted_distinct_and_blind_to_the_order_of_its_inputs(
     found = Counter(job.op for job in jobs)
     shapes = {(p.d_out, p.d_in, p.bias) for p in layers}
     widths, buckets = {(p.d_out, p.bias) for p in layers}, {bucket_tokens(count) for count in tokens}
-    assert found["weight_norm"] == len({(p.d_out, p.d_in) for p in layers}) * len(ranks)
+    assert found["weight_norm"] == found["weight_norm_exact"] == len({(p.d_out, p.d_in) for p in layers}) * len(ranks)
     assert found["lora_compose"] == len(widths) * len(buckets) * len(ranks)
     assert found["dora_linear_forward"] == len(shapes) * len(buckets) * len(ranks)
     assert found["compose_forward"] == len(widths) * len(buckets)
@@ -180,7 +185,7 @@ def test_only_the_wanted_operations_are_planned() -> None:
         ({"ops": []}, f"ops=[]: give a list of operations out of {', '.join(OPS)}, or None for all"),
         (
             {"ops": ["weight_nrm"]},
-            f"unknown operation 'weight_nrm'; did you mean weight_norm? (known: {', '.join(OPS)})",
+            f"unknown operation 'weight_nrm'; did you mean weight_norm, weight_norm_exact? (known: {', '.join(OPS)})",
         ),
         ({"tokens": []}, "no token count given: give at least one, or None for every bucket"),
         ({"tokens": "16"}, "tokens='16': give a list of token counts, such as [1, 4096]"),

@@ -58,7 +58,7 @@ def test_no_default_is_predicted_below_its_floor(op: str, slug: str) -> None:
         assert evaluation.us >= floor_us(spec, gpu) == evaluation.floor_us
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "compose_backward_exact"])
+@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("_exact")])
 def test_a_default_on_a_large_shape_is_predicted_within_a_small_factor_of_its_floor(op: str) -> None:
     spec = spec_of(op, d_out=8192, d_in=8192, tokens=8192)
     assert 1.0 <= estimate_us(spec, default_config(spec, H200), H200) / floor_us(spec, H200) < 5.0
@@ -67,6 +67,13 @@ def test_a_default_on_a_large_shape_is_predicted_within_a_small_factor_of_its_fl
 def test_exact_columns_are_predicted_to_cost_two_launches_where_there_are_none() -> None:
     spec = spec_of("compose_backward_exact", d_out=8192, d_in=8192, tokens=8192)
     assert 2 * LAUNCH_GAP_US < estimate_us(spec, default_config(spec, H200), H200) < 15.0
+
+
+@pytest.mark.parametrize(("rank", "launches"), [(16, 1), (384, 2)])
+def test_a_look_for_cancelling_rows_is_predicted_to_cost_little_beside_the_norm(rank: int, launches: int) -> None:
+    spec, norm = (spec_of(op, d_out=4096, d_in=4096, rank=rank) for op in ("weight_norm_exact", "weight_norm"))
+    us = estimate_us(spec, default_config(spec, H200), H200)
+    assert launches * LAUNCH_GAP_US < us < 0.5 * estimate_us(norm, default_config(norm, H200), H200)
 
 
 def test_more_bytes_take_longer() -> None:
