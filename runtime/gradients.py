@@ -26,6 +26,7 @@ from . import operations
 from .differentiation import once_only, without_autocast
 from .norm import norm_and_gain_of, safe_norm
 from .norm_cache import NormCache
+from .recording import is_recording, recorded_dora
 
 
 class Form(NamedTuple):
@@ -78,6 +79,10 @@ def dora(
     ``norm`` is w, or a cache to take it from, or None to compute it from ``weight``. Autocast may be on: what enters a
     product here has its dtype already, so there is nothing to switch off.
     """
+    if is_recording():
+        a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, form.dtype), _as(lora_B, form.dtype))
+        known = norm if isinstance(norm, torch.Tensor) else None
+        return recorded_dora(x, base, weight, a, b, magnitude, bias, known, form.scaling, delta=form.delta)
     if not form.train:
         with torch.no_grad():
             return _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, save=False)[0]

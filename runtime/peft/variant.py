@@ -25,6 +25,7 @@ from ..differentiation import without_autocast
 from ..linear import checked_linear, dora_linear
 from ..norm import norm_from_products
 from ..norm_cache import NormCache
+from ..recording import is_traced
 from .base_layers import BNB_8BIT, multiply, products, row_squares
 from .examine import PLAIN_TENSORS, DoraLayer, Glance
 
@@ -58,6 +59,8 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
     ) -> torch.Tensor:
         """The layer's whole output [..., d_out], from x [..., d_in] and the base layer's output ``result``."""
         dropout = module.lora_dropout[active_adapter] if module.training else None
+        if is_traced():
+            return _by_peft(module, active_adapter, x, result, kwargs)
         drops = dropout is not None and type(dropout) is not nn.Identity
         dora = self.glance.look(module, active_adapter)
         reason = dora if isinstance(dora, str) else _unfit(dora, x, result, drops)
@@ -124,10 +127,17 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
             warnings.warn(
                 f"doratune leaves {self.layer} (adapter {adapter}) to PEFT in such calls: {reason}", stacklevel=2
             )
-        if "_cast_input_dtype" in module.__dict__:
-            x = type(module)._cast_input_dtype(module, x, module.lora_A[adapter].weight.dtype)
-        y: torch.Tensor = DoraLinearVariant.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
-        return y
+        return _by_peft(module, adapter, x, result, kwargs)
+
+
+def _by_peft(
+    module: LoraLayer, adapter: str, x: torch.Tensor, result: torch.Tensor, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """What PEFT's own variant returns."""
+    if "_cast_input_dtype" in module.__dict__:
+        x = type(module)._cast_input_dtype(module, x, module.lora_A[adapter].weight.dtype)
+    y: torch.Tensor = DoraLinearVariant.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
+    return y
 
 
 class InputCast:
