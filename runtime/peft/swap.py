@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,10 @@ def accelerate(
 
     The swap touches PEFT's variant hook and nothing else: parameters, state dicts, saving, merging and
     ``disable_adapter`` are PEFT's as before. Call it before or after loading weights, and before wrapping the model
-    (DDP, FSDP); again after adding adapters, or with another ``norm_reuse``. :func:`restore` undoes it. On CPU tensors
-    the eager reference runs. A call that cannot be served runs PEFT's own code, and a warning says why once.
+    (DDP, FSDP); again after adding adapters, or with another ``norm_reuse``. :func:`restore` undoes it. On CPU tensors the eager
+    reference runs. A call that cannot be served runs PEFT's own code, and a warning says why once; recorded graphs
+    (``torch.jit.trace``, ``torch.onnx.export``) have PEFT's code in them. A ``ZeroRowsWarning`` names the layers with
+    zero rows of W + sBA, of which PEFT makes NaN.
 
     Args:
         model: any module with PEFT LoRA layers in it, e.g. a ``PeftModel``.
@@ -52,9 +55,11 @@ def accelerate(
     from .base_layers import NotNow
     from .examine import examine
     from .variant import DoraVariant, InputCast
+    from .zero_rows import count_zero_rows, warn_of_zero_rows
 
     keep_inner = "liger_kernel" in sys.modules if keep_inner is None else keep_inner
-    layers = []
+    layers: list[Layer] = []
+    zero_rows: list[tuple[str, str, torch.Tensor | None]] = []
     for name, module in lora_layers:
         for adapter in _dora_adapters(module):
             variant = DoraVariant(name, norm_reuse, keep_inner)
@@ -70,6 +75,9 @@ def accelerate(
             if _casts_input(module):
                 module._cast_input_dtype = InputCast(module)
             layers.append(_describe(name, adapter, module, found))
+            if not isinstance(found, str) and not module.merged:
+                zero_rows.append((name, adapter, count_zero_rows(found)))
+    warn_of_zero_rows(zero_rows)
     report = Report(tuple(layers))
     if not quiet:
         print(report)
@@ -77,7 +85,7 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> None:
-    """Give every DoRA layer of ``model`` back to PEFT.
+    """Give every DoRA layer of ``model`` back to PEFT; a merged one with magnitudes of zero should be unmerged before.
 
     Raises:
         PeftVersionError: PEFT is missing, or not a version that this is tested with.
@@ -86,13 +94,24 @@ def restore(model: nn.Module) -> None:
     lora_layers = _lora_layers(model)
     from peft.tuners.lora.variants import DoraLinearVariant
 
+    from .merge import holds_rows
     from .variant import DoraVariant
 
-    for _, module in lora_layers:
+    held = []
+    for name, module in lora_layers:
         for adapter, variant in module.lora_variant.items():
             if isinstance(variant, DoraVariant):
                 module.lora_variant[adapter] = DoraLinearVariant()
+                if holds_rows(module, adapter):
+                    held.append(f"{name} (adapter {adapter})")
         module.__dict__.pop("_cast_input_dtype", None)
+    if held:
+        warnings.warn(
+            f"{len(held)} layers given back to PEFT are merged and have rows whose magnitude is zero, the first is "
+            f"{held[0]}: PEFT's unmerge makes NaN of these rows. Call doratune.accelerate(model) again before you "
+            "unmerge.",
+            stacklevel=2,
+        )
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -1,4 +1,4 @@
-"""PEFT's DoRA variant for linear layers with another forward; merging, initialising and the rest stay PEFT's.
+"""PEFT's DoRA variant for linear layers with another forward; :mod:`.merge` merges it, the rest stays PEFT's.
 
 PEFT calls the variant of the active adapter with the base layer's output and takes the whole result back:
 ``y = result + (g-1)*(result - b) + g*s*BAx`` with g = m / ||W + sBA||. In training with dropout the adapter's share,
@@ -28,9 +28,10 @@ from ..norm_cache import NormCache
 from ..recording import is_traced
 from .base_layers import BNB_8BIT, multiply, products, row_squares
 from .examine import PLAIN_TENSORS, DoraLayer, Glance
+from .merge import MergingVariant
 
 
-class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
+class DoraVariant(MergingVariant):
     """DoRA on one linear layer and adapter by doratune; a call that doratune cannot serve goes to PEFT, with a warning.
 
     Args:
@@ -58,9 +59,9 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The layer's whole output [..., d_out], from x [..., d_in] and the base layer's output ``result``."""
-        dropout = module.lora_dropout[active_adapter] if module.training else None
         if is_traced():
             return _by_peft(module, active_adapter, x, result, kwargs)
+        dropout = module.lora_dropout[active_adapter] if module.training else None
         drops = dropout is not None and type(dropout) is not nn.Identity
         dora = self.glance.look(module, active_adapter)
         reason = dora if isinstance(dora, str) else _unfit(dora, x, result, drops)
