@@ -29,8 +29,9 @@ def accelerate(
     """Run the DoRA layers of a PEFT model on doratune, and say what was done to each.
 
     The swap touches PEFT's variant hook and nothing else: parameters, state dicts, saving, merging and
-    ``disable_adapter`` are PEFT's as before. Call it before or after loading weights, and before wrapping the model
-    (DDP, FSDP); again after adding adapters, or with another ``norm_reuse``. :func:`restore` undoes it. On CPU tensors the eager
+    ``disable_adapter`` are PEFT's as before. Adapters that PEFT adds to these layers later, or initialises anew, are
+    accelerated as well. Call it before or after loading weights, and before wrapping the model (DDP, FSDP); again when
+    more layers have adapters, or with another ``norm_reuse``. :func:`restore` undoes it. On CPU tensors the eager
     reference runs. A call that cannot be served runs PEFT's own code, and a warning says why once; recorded graphs
     (``torch.jit.trace``, ``torch.onnx.export``) have PEFT's code in them. A ``ZeroRowsWarning`` names the layers with
     zero rows of W + sBA, of which PEFT makes NaN.
@@ -49,12 +50,13 @@ def accelerate(
         ArgumentError: ``model`` is no ``torch.nn.Module``.
         NormReuseError: an unknown ``norm_reuse``.
     """
-    lora_layers = _lora_layers(model)
+    lora_layers = list(_lora_layers(model))
     from peft.tuners.lora.variants import DoraLinearVariant
 
     from .base_layers import NotNow
     from .examine import examine
-    from .variant import DoraVariant, InputCast
+    from .resolve import VariantResolver, cast_no_input
+    from .variant import DoraVariant
     from .zero_rows import count_zero_rows, warn_of_zero_rows
 
     keep_inner = "liger_kernel" in sys.modules if keep_inner is None else keep_inner
@@ -72,11 +74,13 @@ def accelerate(
                 layers.append(Layer(name, adapter, type(module.get_base_layer()).__name__, PEFT, remark=found))
                 continue
             module.lora_variant[adapter] = variant
-            if _casts_input(module):
-                module._cast_input_dtype = InputCast(module)
+            cast_no_input(module)
             layers.append(_describe(name, adapter, module, found))
             if not isinstance(found, str) and not module.merged:
                 zero_rows.append((name, adapter, count_zero_rows(found)))
+    if layers:
+        for name, module in lora_layers:
+            module.resolve_lora_variant = VariantResolver(module, name, norm_reuse, keep_inner)
     warn_of_zero_rows(zero_rows)
     report = Report(tuple(layers))
     if not quiet:
@@ -105,6 +109,7 @@ def restore(model: nn.Module) -> None:
                 if holds_rows(module, adapter):
                     held.append(f"{name} (adapter {adapter})")
         module.__dict__.pop("_cast_input_dtype", None)
+        module.__dict__.pop("resolve_lora_variant", None)
     if held:
         warnings.warn(
             f"{len(held)} layers given back to PEFT are merged and have rows whose magnitude is zero, the first is "
@@ -133,13 +138,6 @@ def _is_linear(module: LoraLayer, adapter: str) -> bool:
     from .variant import DoraVariant
 
     return type(module.lora_variant.get(adapter)) in (DoraLinearVariant, DoraVariant)
-
-
-def _casts_input(module: LoraLayer) -> bool:
-    """Whether PEFT casts x to the adapter's dtype with autocast on, too: its dense layers do, the quantised do not."""
-    from peft.tuners.lora.layer import Linear
-
-    return isinstance(module, Linear)
 
 
 def _describe(name: str, adapter: str, module: LoraLayer, found: DoraLayer | str) -> Layer:
