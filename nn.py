@@ -22,6 +22,13 @@ class LayerError(UsageError, ValueError):
     """A DoRA layer was asked for something that it cannot be or do."""
 
 
+def _refuse_proxy(x: object) -> None:
+    if type(x) is torch.fx.Proxy:
+        raise LayerError(
+            "torch.fx.symbolic_trace cannot record a DoRA layer: use make_fx or torch.export, or record to_linear()"
+        )
+
+
 class _Magnitude(nn.Module):
     """Holds m under the name that PEFT's state dicts have for it."""
 
@@ -151,6 +158,7 @@ class DoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [..., d_out] for x [..., d_in]."""
+        _refuse_proxy(x)
         base_layer = self.base_layer
         if self._unmerged is not None:
             merged: torch.Tensor = base_layer(x)
@@ -215,6 +223,14 @@ class DoRALinear(nn.Module):
             dense = weight[part].to(norm.dtype) + self.scaling * (lora_B[part].to(norm.dtype) @ lora_A.to(norm.dtype))
             merged[part] = gain[part, None] * dense
         return merged
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` asks for.
+
+        Raises:
+            LayerError: always.
+        """
+        raise LayerError("torch.jit.script cannot compile a DoRA layer: use torch.jit.trace, or script to_linear()")
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, merged={self.merged}"

@@ -9,7 +9,6 @@ import torch
 from torch.autograd import forward_ad
 
 from ..errors import UsageError
-from .watching import tracing
 
 
 class DifferentiationError(UsageError, RuntimeError):
@@ -24,12 +23,6 @@ def refuse_transforms(function: str, *tensors: torch.Tensor | None) -> None:
         raise DifferentiationError(
             f"{function} does not work under torch.func transforms (grad, vmap, jvp, functional_call inside them): "
             "use loss.backward() or torch.autograd.grad, or write the layer out in PyTorch there"
-        )
-    reason = tracing()
-    if reason is not None:
-        raise DifferentiationError(
-            f"{function} cannot be traced operation by operation ({reason}): use torch.compile or torch.export, or "
-            "merge the adapter into the layer first"
         )
     if forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors

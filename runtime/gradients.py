@@ -29,6 +29,7 @@ from . import operations
 from .differentiation import once_only, without_autocast
 from .norm import norm_and_gain_of, safe_norm
 from .norm_cache import NormCache
+from .recording import is_recording, recorded_dora
 from .watching import hidden
 
 
@@ -89,6 +90,10 @@ def dora(
     product here has its dtype already, so there is nothing to switch off. No mode sees what happens here: a recompute
     that reuses the norm does less than its forward pass did, and selective checkpointing counts operations in both.
     """
+    if is_recording():
+        a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, form.dtype), _as(lora_B, form.dtype))
+        known = norm if isinstance(norm, torch.Tensor) else None
+        return recorded_dora(x, base, weight, a, b, magnitude, bias, known, form.scaling, delta=form.delta)
     if not form.train:
         with torch.no_grad(), hidden():
             return _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, needs_dg=False)[0]

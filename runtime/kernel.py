@@ -14,6 +14,7 @@ from ..codegen.spec import Config, KernelSpec
 from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_outputs
 from .launch import bind, only_starts_kernels, uses_descriptors
 from .program import Bound
+from .recording import is_traced
 from .reference import reference
 from .seen import Seen, rows_of
 
@@ -106,8 +107,14 @@ class Kernel:
         """Run the operation.
 
         Raises:
-            ArgumentError: a tensor is missing or has the wrong shape, dtype, device or strides.
+            ArgumentError: a tensor is missing or has the wrong shape, dtype, device or strides; or a graph is recorded
+                (``torch.jit.trace``, ``make_fx``), in which the launch would be missing.
         """
+        if is_traced():
+            raise ArgumentError(
+                f"a kernel of {self.spec.op} is launched unseen by torch.jit.trace and make_fx: call "
+                "doratune.dora_linear or doratune.weight_norm there, which record PyTorch's own operators"
+            )
         if not self._scales:
             if scaling is not None:
                 raise ArgumentError(f"{self.spec.op} takes no scaling")

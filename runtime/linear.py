@@ -9,6 +9,7 @@ from .differentiation import refuse_transforms
 from .gradients import Form, dora
 from .norm import check_adapters, check_plain
 from .norm_cache import NormCache
+from .recording import is_traced
 from .watching import watched
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -145,6 +146,8 @@ def check_layer(
     device: torch.device,
 ) -> None:
     """Raise an ArgumentError unless the tensors beside A and B fit a layer [d_out, d_in] on ``device``."""
+    if is_traced():  # sizes may be tensors; PyTorch's own operators check them
+        return
     check_plain(x=x, magnitude=magnitude, bias=bias, base=base)
     if x.ndim < 1 or x.shape[-1] != d_in:
         raise ArgumentError(f"x has shape {list(x.shape)}; expected [..., {d_in}] (d_in of the layer)")

@@ -11,6 +11,7 @@ from . import (
 )
 from .arguments import ArgumentError
 from .differentiation import without_autocast
+from .recording import is_recording, is_traced, recorded_norm
 
 
 def weight_norm(
@@ -44,6 +45,8 @@ def weight_norm(
     if torch.is_autocast_enabled(device) and lora_A.dtype is not torch.float64:
         rounded = torch.get_autocast_dtype(device)
         lora_A, lora_B = lora_A.to(rounded), lora_B.to(rounded)
+    if is_recording():
+        return recorded_norm(weight, lora_A, lora_B, scaling)
     return norm_of(weight, lora_A, lora_B, scaling, weight_sq)
 
 
@@ -109,6 +112,8 @@ def check_adapters(
     shape: torch.Size | tuple[int, ...], lora_A: torch.Tensor, lora_B: torch.Tensor, device: torch.device
 ) -> None:
     """Raise an ArgumentError unless A and B fit a W of ``shape`` [d_out, d_in] on ``device``."""
+    if is_traced():  # sizes may be tensors; PyTorch's own operators check them
+        return
     if len(shape) != 2:
         raise ArgumentError(
             f"weight has shape {list(shape)}; expected [d_out, d_in]: a quantised weight needs dora_compose"
@@ -129,10 +134,11 @@ def check_adapters(
 
 def check_plain(**tensors: torch.Tensor | None) -> None:
     """Raise an ArgumentError for a tensor whose values are not simply in its memory: sharded, quantised, …"""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_traced():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        dispatch = getattr(type(tensor), "__torch_dispatch__", None)
+        if tensor is not None and dispatch is not torch.Tensor.__torch_dispatch__:
             raise ArgumentError(
                 f"{name} is a {type(tensor).__name__}: give a plain torch.Tensor (gather a sharded one first; for a "
                 "quantised weight use doratune.runtime.compose.dora_compose)"

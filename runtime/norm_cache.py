@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UsageError
 from .norm import norm_and_gain_of, norm_of, row_squares
+from .watching import seen
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ class NormCache:
         Args:
             tensors: what the norm depends on. settings: whatever else it depends on.
         """
-        if self.reuse == "off" or torch.compiler.is_compiling():
+        if self.reuse == "off" or torch.compiler.is_compiling() or seen():
             return compute()
         if not _counting:
             _count_steps()
@@ -128,7 +129,9 @@ class NormCache:
 
     def _weight_squares(self, weight: torch.Tensor) -> torch.Tensor | None:
         """``rowsum(W*W)`` from before, if writes to W are tracked: no optimizer's step changes a frozen W."""
-        if self.reuse != "tracked" or torch.compiler.is_compiling() or weight.is_inference() or _capturing(weight):
+        if self.reuse != "tracked" or torch.compiler.is_compiling() or seen():
+            return None
+        if weight.is_inference() or _capturing(weight):
             return None
         key = (_stream(weight), *_identity(weight))
         if self._squares is None or not self._squares.serves(key):

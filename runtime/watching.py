@@ -50,18 +50,9 @@ def _only_devices() -> bool:
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def tracing() -> str | None:
-    """Why what runs now must be seen by PyTorch operation by operation (it is being traced), or None."""
-    if torch.compiler.is_compiling() or (_dispatch_modes is not None and _dispatch_modes() == 0):
-        return None
-    try:
-        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-    except ImportError:
-        return "a TorchDispatchMode is on, and this PyTorch does not say which"
-    if _hide is None:
-        return "a TorchDispatchMode is on, from which this PyTorch cannot hide the reuse of norms"
-    traced = [mode for mode in _get_current_dispatch_mode_stack() if getattr(mode, "_mode_key", None) is not None]
-    return f"{type(traced[0]).__name__} is tracing it" if traced else None
+def seen() -> bool:
+    """Whether a dispatch mode sees what runs now: not so inside :func:`hidden`, where PyTorch can hide it."""
+    return not torch.compiler.is_compiling() and (_dispatch_modes is None or _dispatch_modes() > 0)
 
 
 def hidden() -> AbstractContextManager[Any]:

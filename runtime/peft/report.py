@@ -57,7 +57,8 @@ class Report:
         width = max(len(name) for name, *_ in rows)
         for (name, adapter, base, how), count in rows.items():
             lines.append(f"  {count:4} × {name:{width}}  {adapter}, {base}: {how}")
-        lines.append("Adapters added from now on run PEFT's code until accelerate() is called again.")
+        lines.append("Adapters that PEFT adds to these layers later, or initialises anew, are accelerated as well.")
+        lines.append("LoRA layers that are made later run PEFT's code until accelerate() is called again.")
         return "\n".join(lines)
 
 

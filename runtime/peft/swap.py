@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,12 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", from_output: bool 
     """Run the DoRA layers of a PEFT model on doratune, and say what was done to each.
 
     The swap touches PEFT's variant hook and nothing else: parameters, state dicts, saving, merging and
-    ``disable_adapter`` are PEFT's as before. Call it before or after loading weights, and before wrapping the model
-    (DDP, FSDP); again after adding adapters, or with another ``norm_reuse``. :func:`restore` undoes it. On CPU tensors
-    the eager reference runs. A call that cannot be served runs PEFT's own code, and a warning says why once.
+    ``disable_adapter`` are PEFT's as before. Adapters that PEFT adds to these layers later, or initialises anew, are
+    accelerated as well. Call it before or after loading weights, and before wrapping the model (DDP, FSDP); again when
+    more layers have adapters, or with another ``norm_reuse``. :func:`restore` undoes it. On CPU tensors the eager
+    reference runs. A call that cannot be served runs PEFT's own code, and a warning says why once; recorded graphs
+    (``torch.jit.trace``, ``torch.onnx.export``) have PEFT's code in them. A ``ZeroRowsWarning`` names the layers with
+    zero rows of W + sBA, of which PEFT makes NaN.
 
     Args:
         model: any module with PEFT LoRA layers in it, e.g. a ``PeftModel``.
@@ -43,14 +47,17 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", from_output: bool 
         ArgumentError: ``model`` is no ``torch.nn.Module``.
         NormReuseError: an unknown ``norm_reuse``.
     """
-    lora_layers = _lora_layers(model)
+    lora_layers = list(_lora_layers(model))
     from peft.tuners.lora.variants import DoraLinearVariant
 
     from .base_layers import NotNow
     from .examine import examine
-    from .variant import DoraVariant, InputCast
+    from .resolve import VariantResolver, cast_no_input
+    from .variant import DoraVariant
+    from .zero_rows import count_zero_rows, warn_of_zero_rows
 
-    layers = []
+    layers: list[Layer] = []
+    zero_rows: list[tuple[str, str, torch.Tensor | None]] = []
     for name, module in lora_layers:
         for adapter in _dora_adapters(module):
             variant = DoraVariant(name, norm_reuse, from_output)
@@ -63,9 +70,14 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", from_output: bool 
                 layers.append(Layer(name, adapter, type(module.get_base_layer()).__name__, PEFT, remark=found))
                 continue
             module.lora_variant[adapter] = variant
-            if _casts_input(module):
-                module._cast_input_dtype = InputCast(module)
+            cast_no_input(module)
             layers.append(_describe(name, adapter, module, found))
+            if not isinstance(found, str) and not module.merged:
+                zero_rows.append((name, adapter, count_zero_rows(found)))
+    if layers:
+        for name, module in lora_layers:
+            module.resolve_lora_variant = VariantResolver(module, name, norm_reuse, from_output)
+    warn_of_zero_rows(zero_rows)
     report = Report(tuple(layers))
     if not quiet:
         print(report)
@@ -73,7 +85,7 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", from_output: bool 
 
 
 def restore(model: nn.Module) -> None:
-    """Give every DoRA layer of ``model`` back to PEFT.
+    """Give every DoRA layer of ``model`` back to PEFT; a merged one with magnitudes of zero should be unmerged before.
 
     Raises:
         PeftVersionError: PEFT is missing, or not a version that this is tested with.
@@ -82,13 +94,25 @@ def restore(model: nn.Module) -> None:
     lora_layers = _lora_layers(model)
     from peft.tuners.lora.variants import DoraLinearVariant
 
+    from .merge import holds_rows
     from .variant import DoraVariant
 
-    for _, module in lora_layers:
+    held = []
+    for name, module in lora_layers:
         for adapter, variant in module.lora_variant.items():
             if isinstance(variant, DoraVariant):
                 module.lora_variant[adapter] = DoraLinearVariant()
+                if holds_rows(module, adapter):
+                    held.append(f"{name} (adapter {adapter})")
         module.__dict__.pop("_cast_input_dtype", None)
+        module.__dict__.pop("resolve_lora_variant", None)
+    if held:
+        warnings.warn(
+            f"{len(held)} layers given back to PEFT are merged and have rows whose magnitude is zero, the first is "
+            f"{held[0]}: PEFT's unmerge makes NaN of these rows. Call doratune.accelerate(model) again before you "
+            "unmerge.",
+            stacklevel=2,
+        )
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -110,13 +134,6 @@ def _is_linear(module: LoraLayer, adapter: str) -> bool:
     from .variant import DoraVariant
 
     return type(module.lora_variant.get(adapter)) in (DoraLinearVariant, DoraVariant)
-
-
-def _casts_input(module: LoraLayer) -> bool:
-    """Whether PEFT casts x to the adapter's dtype with autocast on, too: its dense layers do, the quantised do not."""
-    from peft.tuners.lora.layer import Linear
-
-    return isinstance(module, Linear)
 
 
 def _describe(name: str, adapter: str, module: LoraLayer, found: DoraLayer | str) -> Layer:

@@ -1,4 +1,4 @@
-"""PEFT's DoRA variant for linear layers with another forward; merging, initialising and the rest stay PEFT's.
+"""PEFT's DoRA variant for linear layers with another forward; :mod:`.merge` merges it, the rest stays PEFT's.
 
 PEFT calls the variant of the active adapter with the base layer's output and takes the whole result back:
 ``y = result + (g-1)*(result - b) + g*s*BAx`` with g = m / ||W + sBA||. In training with dropout the adapter's share,
@@ -24,13 +24,15 @@ from ..compose import dora_compose
 from ..differentiation import without_autocast
 from ..linear import checked_linear, dora_linear
 from ..norm_cache import NormCache
-from ..watching import hidden, tracing
+from ..recording import is_traced
+from ..watching import hidden, seen
 from .base_layers import BNB_8BIT, is_untouched, multiply, products, row_squares
 from .cancellation import CancellationWatch
 from .examine import PLAIN_TENSORS, DoraLayer, Glance
+from .merge import MergingVariant
 
 
-class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
+class DoraVariant(MergingVariant):
     """DoRA on one linear layer and adapter by doratune; a call that doratune cannot serve goes to PEFT, with a warning.
 
     Args:
@@ -59,6 +61,8 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The layer's whole output [..., d_out], from x [..., d_in] and the base layer's output ``result``."""
+        if is_traced():
+            return _by_peft(module, active_adapter, x, result, kwargs)
         dropout = module.lora_dropout[active_adapter] if module.training else None
         drops = dropout is not None and type(dropout) is not nn.Identity
         dora = self.glance.look(module, active_adapter)
@@ -132,10 +136,17 @@ class DoraVariant(DoraLinearVariant):  # type: ignore[misc]
             warnings.warn(
                 f"doratune leaves {self.layer} (adapter {adapter}) to PEFT in such calls: {reason}", stacklevel=2
             )
-        if "_cast_input_dtype" in module.__dict__:
-            x = type(module)._cast_input_dtype(module, x, module.lora_A[adapter].weight.dtype)
-        y: torch.Tensor = DoraLinearVariant.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
-        return y
+        return _by_peft(module, adapter, x, result, kwargs)
+
+
+def _by_peft(
+    module: LoraLayer, adapter: str, x: torch.Tensor, result: torch.Tensor, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """What PEFT's own variant returns."""
+    if "_cast_input_dtype" in module.__dict__:
+        x = type(module)._cast_input_dtype(module, x, module.lora_A[adapter].weight.dtype)
+    y: torch.Tensor = DoraLinearVariant.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
+    return y
 
 
 class InputCast:
@@ -172,6 +183,8 @@ class RowSquares:
     def get(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The squares of ``weight``, from ``compute()`` unless they are of this very tensor, unchanged."""
         version = 0 if weight.is_inference() else weight._version
+        if seen():  # then the same operations must run every time
+            return compute()
         key = self._key
         if self._value is None or key is None or key[0]() is not weight or key[1:] != (version, weight.device):
             with torch.no_grad():
@@ -199,7 +212,6 @@ def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) 
             return "a torch.func transform is active"
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation is on"
-        return tracing()
     return None
 
 

@@ -191,30 +191,6 @@ def test_accelerate_is_undone_by_restore_and_can_be_repeated() -> None:
     assert torch.equal(model(x), stock)
 
 
-def test_adapters_added_later_are_pefts_until_the_next_call() -> None:
-    model = with_dora(Pair().to(torch.bfloat16))
-    doratune.accelerate(model, quiet=True)
-    settings = {"target_modules": ["first", "second"], "init_lora_weights": False}
-    model.add_adapter("later", peft.LoraConfig(use_dora=True, **settings))
-    model.add_adapter("plain", peft.LoraConfig(**settings))
-    kinds = {type(variant) for variant in variants(model)}
-    assert kinds == {DoraVariant, DoraLinearVariant}
-    x = inputs().to(torch.bfloat16)
-    for active in (["later"], ["plain"], ["default", "plain"], ["later", "default"]):
-        model.base_model.set_adapter(active)
-        mixed = model(x)
-        doratune.accelerate(model, quiet=True)
-        full = model(x)
-        doratune.restore(model)
-        stock = model(x)
-        assert relative(mixed, stock) < 2e-2
-        assert relative(full, stock) < 2e-2
-    report = doratune.accelerate(model, quiet=True)
-    assert {(layer.name.rsplit(".", 1)[1], layer.adapter) for layer in report.accelerated} == {
-        (name, adapter) for name in ("first", "second") for adapter in ("default", "later")
-    }
-
-
 def test_the_report_names_every_layer_and_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
