@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ from peft.utils.integrations import dequantize_module_weight
 
 from doratune.runtime.peft import base_layers
 
-from .peft_models import Pair, assert_same_gradients, relative, shake, twin, with_dora
+from .peft_models import Pair, assert_same_gradients, by_torchao, dense, relative, shake, twin, with_dora
 
 KINDS = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "HQQ", "torchao")
 LINEAR_KINDS = ("bitsandbytes 4-bit", "HQQ", "torchao")
@@ -80,30 +79,6 @@ def quantised(
     if kind.startswith("bitsandbytes"):
         setattr(model, f"is_loaded_in_{kind[-5]}bit", True)
     return model
-
-
-def by_torchao(model: nn.Module, config: str) -> None:
-    """Quantise the layers of ``model``, and leave word of how, as transformers does for PEFT."""
-    torchao = pytest.importorskip("torchao.quantization")
-    how = getattr(torchao, config)
-    torchao.quantize_(model, how())
-    settings = SimpleNamespace(get_apply_tensor_subclass=how)
-    model.hf_quantizer = SimpleNamespace(quantization_config=settings)  # type: ignore[assignment]
-
-
-def dense(model: Any) -> Any:
-    """``model`` in fp64 with every quantised W replaced by the matrix that PEFT makes of it."""
-    sizes = (model.first.in_features, model.first.out_features, model.second.out_features)
-    exact = with_dora(Pair(*sizes))
-    for name in ("first", "second"):
-        layer, twin_layer = model.get_submodule(name), exact.base_model.model.get_submodule(name)
-        with torch.no_grad():
-            twin_layer.base_layer.weight.copy_(dequantize_module_weight(layer.base_layer))
-            if layer.base_layer.bias is not None:
-                twin_layer.base_layer.bias.copy_(layer.base_layer.bias)
-            for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-                getattr(twin_layer, part)["default"].weight.copy_(getattr(layer, part)["default"].weight)
-    return exact.double()
 
 
 def read(layer: nn.Module) -> base_layers.BaseLayer:
@@ -189,7 +164,7 @@ def test_products_and_their_gradients_are_those_of_the_dequantised_w(
 @pytest.mark.parametrize("kind", LINEAR_KINDS)
 def test_inference_is_that_of_the_dequantised_w(kind: str, sizes: tuple[int, int, int]) -> None:
     model = with_dora(quantised(kind, sizes=sizes))
-    exact = dense(model.base_model.model)
+    exact = dense(model)
     doratune.accelerate(model.eval(), quiet=True)
     x = torch.randn(5, 64)
     with torch.no_grad():
