@@ -1,5 +1,6 @@
 # make tune   tune a model's kernels (without a GPU: predicted for GPU), in an environment it builds first
 # make test   lint, type-check and test, likewise
+# make test-versions   test with the oldest and the newest versions of the libraries, in environments of their own
 #
 # Standard output holds what doratune prints and nothing else: make tune TUNE_ARGS=--json gives one JSON object.
 MODEL ?= llama-8b
@@ -11,8 +12,12 @@ TUNE_ARGS ?=
 TEST_ARGS ?= -n auto --dist worksteal
 
 BIN = $(VENV)/bin
+VERSIONS = $(VENV)/versions
+VERSION_TESTS = tests/test_versions.py tests/runtime/test_peft.py tests/runtime/test_peft_quantised.py \
+	tests/runtime/test_peft_glance.py tests/runtime/test_peft_lifecycle.py tests/test_nn.py tests/test_cli.py \
+	tests/cache tests/codegen/test_render.py tests/tuner/test_search.py tests/tuner/test_tune_model.py
 
-.PHONY: tune test lint clean
+.PHONY: tune test test-versions lint clean
 
 tune: $(VENV)/installed
 	@$(BIN)/doratune tune --model $(MODEL) --rank $(RANK) \
@@ -20,6 +25,13 @@ tune: $(VENV)/installed
 
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# One column of tests/versions after the other; the last one adds another bitsandbytes to the newest.
+test-versions: $(VERSIONS)/oldest/installed $(VERSIONS)/newest/installed $(VERSIONS)/bitsandbytes-0.49/installed
+	$(VERSIONS)/oldest/bin/python -m pytest $(TEST_ARGS) --versions oldest $(VERSION_TESTS)
+	$(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) --versions newest $(VERSION_TESTS)
+	PYTHONPATH=$(abspath $(VERSIONS)/bitsandbytes-0.49) $(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) \
+		--versions bitsandbytes-0.49 tests/test_versions.py tests/runtime/test_peft_quantised.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -38,6 +50,19 @@ $(VENV)/installed-test: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]' >&2
 	@touch $@ $(VENV)/installed
+
+$(VERSIONS)/bitsandbytes-0.49/installed: tests/versions/bitsandbytes-0.49.txt $(VERSIONS)/newest/installed
+	@echo "adding $(<F) in $(@D)" >&2
+	@mkdir -p $(VERSIONS) && rm -rf $(@D)
+	@$(VERSIONS)/newest/bin/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --requirement $< >&2
+	@touch $@
+
+$(VERSIONS)/%/installed: tests/versions/%.txt pyproject.toml constraints.txt
+	@echo "building the environment in $(@D)" >&2
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $< \
+		--editable . 'pytest>=8.2' 'pytest-xdist>=3.6' 'pytest-timeout>=2.3' 'hypothesis>=6.100' >&2
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .mypy .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     from .tuner.projections import Model, Projection
 
+    _TextType = click.ParamType[str]
+else:
+    _TextType = click.ParamType  # a generic class since click 8.4
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -38,7 +42,7 @@ class _Group(click.Group):
             ctx.exit(error.exit_code)
 
 
-class _Dtype(click.ParamType[str]):
+class _Dtype(_TextType):
     name = "dtype"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:

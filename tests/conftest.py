@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -15,3 +17,23 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="Write the emitted texts to tests/goldens.")
     parser.addoption("--peft-tests", metavar="PATH", help="A PEFT checkout whose DoRA tests to run accelerated.")
+    parser.addoption("--versions", metavar="COLUMN", help="The column of tests/versions that this environment is.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--versions"):
+        pytest.importorskip = _import  # type: ignore[assignment]
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    column = config.getoption("--versions")
+    if not column:
+        return []
+    from .test_versions import installed, pins
+
+    return [f"column {column}: " + ", ".join(f"{name} {installed(name)}" for name in pins(column))]
+
+
+def _import(name: str, *_: object, **__: object) -> Any:
+    """In place of ``pytest.importorskip``: in an environment of the table, a library that is missing is a failure."""
+    return importlib.import_module(name)

@@ -5,6 +5,7 @@ and 1 for a failure, and leaves the files it met as they were.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -54,9 +55,14 @@ QUICK = [
 ]
 
 
+_APART = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
+RUNNER = CliRunner(**_APART)
+"""Keeps standard output and standard error apart, which click before 8.2 has to be asked for."""
+
+
 def run(*args: str, home: Path) -> Result:
     """Run ``doratune`` with these arguments for a user whose folder is ``home``."""
-    return CliRunner().invoke(main, list(args), env={"DORATUNE_HOME": str(home), "DORATUNE_CACHE_PATH": None})
+    return RUNNER.invoke(main, list(args), env={"DORATUNE_HOME": str(home), "DORATUNE_CACHE_PATH": None})
 
 
 def done(result: Result) -> str:
@@ -639,7 +645,7 @@ def test_a_store_that_is_missing_is_named_and_not_made(use: str, home: Path, tmp
 def test_a_store_named_by_the_environment_says_so(home: Path, tmp_path: Path) -> None:
     store = tmp_path / "missing.sqlite"
     env = {"DORATUNE_HOME": str(home), "DORATUNE_CACHE_PATH": str(store)}
-    message = mistake(CliRunner().invoke(main, ["explain", SPEC], env=env), 1)
+    message = mistake(RUNNER.invoke(main, ["explain", SPEC], env=env), 1)
     assert f"store {store}: there is no such file" in message
     assert "named by DORATUNE_CACHE_PATH" in message
 

@@ -1,8 +1,9 @@
 """The base layers that DoRA is made on top of, as one value each: what kind, where W is, and who makes its gradient.
 
-A dense W is read as a matrix. A quantised one is only multiplied by, as the base layer itself would: A goes through it
-as r extra tokens, which gives WAᵀ for the norm, and once blocks of unit vectors, which give rowsum(W²). The exception
-is bitsandbytes' 8-bit layer. It rounds its input to 8 bits (and keeps columns with outliers in 16), so it is not the
+A dense W is read as a matrix. A quantised one is only multiplied by, and only by the forward of the library that made
+it: how a library stores W and calls its kernels changes from version to version. A goes through that forward as r extra
+tokens, which gives WAᵀ for the norm, and once blocks of unit vectors, which give rowsum(W²). The exception is
+bitsandbytes' 8-bit layer. It rounds its input to 8 bits (and keeps columns with outliers in 16), so it is not the
 linear map of any W. PEFT takes the norm of the dequantised int8 matrix there, and so does doratune, in blocks of rows.
 """
 
@@ -53,12 +54,12 @@ class BaseLayer(NamedTuple):
 def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> BaseLayer | str:
     """What ``base`` [d_out, d_in] is; ``transposed`` when it stores W as [d_in, d_out]. A sentence when unsupported."""
     if type(base) is not nn.Linear and isinstance(getattr(base, "W_q", None), torch.Tensor):
-        return BaseLayer(HQQ, base.W_q, None, False)  # type: ignore[arg-type]
+        return _quantised(HQQ, base, base.W_q, "hqq")  # type: ignore[arg-type]
     weight = getattr(base, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return f"a {type(base).__name__} has no weight tensor"
     if type(weight) not in _PLAIN:
-        return _subclassed(base, weight)
+        return _subclassed(base, weight, (d_out, d_in))
     if weight.is_meta:
         return NotNow("its weight is on the meta device")
     if weight.dtype not in _DENSE:
@@ -74,24 +75,38 @@ def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> Ba
     )
 
 
-def _subclassed(base: nn.Module, weight: torch.Tensor) -> BaseLayer | str:
+def _subclassed(base: nn.Module, weight: torch.Tensor, shape: tuple[int, int]) -> BaseLayer | str:
     name, module = type(weight).__name__, type(weight).__module__
     if name == "Params4bit":
         if getattr(weight, "quant_state", None) is None:
             return "its 4-bit weight has no quantisation state yet"
-        return BaseLayer(BNB_4BIT, weight, None, False)
+        return _quantised(BNB_4BIT, base, weight, "bitsandbytes")
     if name == "Int8Params":
         if weight.dtype is not torch.int8:
             return f"its 8-bit layer holds a weight in {weight.dtype} (has_fp16_weights, or not quantised yet)"
-        return BaseLayer(BNB_8BIT, weight, None, False)
+        if weight.shape != shape:
+            return f"its 8-bit weight has shape {list(weight.shape)}, not that of W: {list(shape)}"
+        return _quantised(BNB_8BIT, base, weight, "bitsandbytes")
     if module.startswith("torchao."):
         inexact = [attribute for attribute in _ACTIVATION_QUANTISED if getattr(weight, attribute, None) is not None]
         if name not in _WEIGHT_ONLY or inexact:
             return f"torchao's {name} is no weight-only quantisation{f' ({inexact[0]} is set)' if inexact else ''}"
-        return BaseLayer(TORCHAO, weight, None, False)
+        return _quantised(TORCHAO, base, weight, "torch")
     if name == "DTensor":
         return NotNow("its weight is a DTensor: sharded")
     return f"its weight is a {module}.{name}"
+
+
+def _quantised(kind: str, base: nn.Module, weight: torch.Tensor, library: str) -> BaseLayer | str:
+    """A layer of this kind, if its class's forward is the one that ``library`` wrote, and a linear map."""
+    if weight.is_meta:
+        return NotNow("its weight is on the meta device")
+    forward = type(base).forward
+    if forward.__module__.split(".")[0] != library:
+        return f"the forward of its {type(base).__name__} comes from {forward.__module__}, not from {library}"
+    if kind == HQQ and forward.__name__.endswith("_int8"):
+        return f"HQQ's backend {forward.__name__} rounds the layer's input to 8 bits"
+    return BaseLayer(kind, weight, None, False)
 
 
 def is_untouched(layer: nn.Module) -> bool:
@@ -105,22 +120,28 @@ def is_untouched(layer: nn.Module) -> bool:
     )
 
 
-def multiply(base: Any, layer: BaseLayer, rows: torch.Tensor) -> torch.Tensor:
+def multiply(base: nn.Module, layer: BaseLayer, rows: torch.Tensor) -> torch.Tensor:
     """``rows @ W.T`` [..., d_out] of a quantised layer, of rows [..., d_in], in the dtype that the layer computes in.
 
-    Without the bias: added and taken off again, a large one would leave nothing of a small product in 16 bits.
+    By the forward of the layer's class, without hooks: PEFT, too, multiplies by W and does not call the layer. And
+    without the bias: added and taken off again, a large one would leave nothing of a small product in 16 bits.
     """
-    product: torch.Tensor
-    if layer.kind == BNB_4BIT:
-        from bitsandbytes import matmul_4bit
-
-        state = base.weight.quant_state
-        product = matmul_4bit(rows.to(base.compute_dtype or state.dtype), base.weight, quant_state=state)
-    elif layer.kind == HQQ:
-        product = base.matmul(rows.to(base.compute_dtype))
-    else:
-        product = torch.nn.functional.linear(rows.to(layer.weight.dtype), layer.weight)
+    dtype = layer.weight.dtype if layer.kind == TORCHAO else getattr(base, "compute_dtype", None)
+    product: torch.Tensor = type(base).forward(_without_bias(base), rows.to(dtype or rows.dtype))
     return product
+
+
+def _without_bias(base: nn.Module) -> nn.Module:
+    """A layer of the same class and tensors as ``base`` that has no bias and lives for one call.
+
+    The layer itself stays as it is, for other threads and if the call fails. What a forward notes down in its layer at
+    the first call (bitsandbytes its compute dtype) goes into the copy. In training bitsandbytes does not repack a
+    weight for the CPU: that, W would share with ``base``, whose backward may still need the old format.
+    """
+    bare: nn.Module = object.__new__(type(base))
+    bare.__dict__.update(base.__dict__, training=True, _parameters={**base._parameters, "bias": None})
+    bare.__dict__.pop("bias", None)  # HQQ keeps a plain tensor
+    return bare
 
 
 def products(base: Any, layer: BaseLayer, lora_A: torch.Tensor) -> torch.Tensor:
@@ -148,11 +169,11 @@ def row_squares(base: Any, layer: BaseLayer, d_out: int, d_in: int) -> torch.Ten
 
 
 def _int8_rows(base: Any, layer: BaseLayer) -> Iterator[torch.Tensor]:
-    """The rows of the dequantised int8 matrix in fp32, a block at a time: q * SCB / 127, as bitsandbytes has it."""
-    scales = base.state.SCB
-    if scales is None:
-        scales = base.weight.SCB
-    scales = scales.to(layer.weight.device).float().view(-1, 1) / 127.0
+    """The rows of the dequantised int8 matrix in fp32, a block at a time."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
+    scales = scales.to(layer.weight.device)
     step = max(1, _BLOCK_ELEMENTS // layer.weight.shape[1])
     for rows, scale in zip(layer.weight.detach().split(step), scales.split(step), strict=True):
-        yield rows.float() * scale
+        yield int8_vectorwise_dequant(rows, scale).float()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -75,6 +78,32 @@ def shake(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(0.1 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
+
+
+def by_torchao(model: nn.Module, config: str) -> None:
+    """Quantise the linear layers of ``model``, and leave word of how, as transformers does for PEFT."""
+    torchao = pytest.importorskip("torchao.quantization")
+    how = getattr(torchao, config)
+    torchao.quantize_(model, how())
+    settings = SimpleNamespace(get_apply_tensor_subclass=how)
+    model.hf_quantizer = SimpleNamespace(quantization_config=settings)  # type: ignore[assignment]
+
+
+def dense(model: PeftModel) -> PeftModel:
+    """``model``, a Pair with adapters, in fp64, with every quantised W replaced by the matrix that PEFT makes of it."""
+    layers = [model.base_model.model.get_submodule(name) for name in ("first", "second")]
+    first, second = layers
+    sizes = (first.in_features, first.out_features, second.out_features)
+    exact = with_dora(Pair(*sizes), r=first.r["default"]).to(first.lora_A["default"].weight.device).double()
+    with torch.no_grad():
+        for name, layer in zip(("first", "second"), layers, strict=True):
+            wide = exact.base_model.model.get_submodule(name)
+            wide.base_layer.weight.copy_(dequantize_module_weight(layer.base_layer))
+            if layer.base_layer.bias is not None:
+                wide.base_layer.bias.copy_(layer.base_layer.bias)
+            for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+                getattr(wide, part)["default"].weight.copy_(getattr(layer, part)["default"].weight)
+    return exact
 
 
 def twin(model: nn.Module) -> Any:

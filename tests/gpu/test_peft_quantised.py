@@ -1,0 +1,136 @@
+"""On a GPU an accelerated DoRA model on quantised layers is as near to fp64 of the dequantised W as stock PEFT."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import doratune
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from peft.utils.integrations import dequantize_module_weight
+
+from doratune.runtime.peft import base_layers
+
+from ..runtime.peft_models import Pair, by_torchao, dense, gradients, relative, shake, with_dora
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
+]
+
+SIZES = {"square": (256, 256, 256), "oblong": (256, 512, 128)}
+"""d_in, d_mid, d_out."""
+STORAGE: dict[str, dict[str, Any]] = {
+    "nf4": {"quant_type": "nf4", "compress_statistics": False},
+    "nested nf4": {"quant_type": "nf4", "compress_statistics": True},
+    "fp4": {"quant_type": "fp4", "compress_statistics": False},
+    "int8": {},
+    "torchao": {},
+    "HQQ": {},
+}
+KINDS = {"int8": base_layers.BNB_8BIT, "torchao": base_layers.TORCHAO, "HQQ": base_layers.HQQ}
+
+
+def quantised(storage: str, sizes: tuple[int, int, int]) -> Pair:
+    """A Pair on the GPU in bf16, the first layer with a bias, quantised as ``storage`` says."""
+    model = Pair(*sizes)
+    shake(model)
+    model = model.to("cuda", torch.bfloat16)
+    if storage == "torchao":
+        by_torchao(model, "Int8WeightOnlyConfig")
+        return model
+    for name in ("first", "second"):
+        linear = getattr(model, name)
+        if storage == "HQQ":
+            hqq = pytest.importorskip("hqq.core.quantize")
+            config = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+            layer = hqq.HQQLinear(linear, config, compute_dtype=torch.bfloat16, device="cuda")
+        else:
+            bitsandbytes = pytest.importorskip("bitsandbytes").nn
+            sizes_of_linear = (linear.in_features, linear.out_features, linear.bias is not None)
+            if storage == "int8":
+                layer = bitsandbytes.Linear8bitLt(*sizes_of_linear, has_fp16_weights=False)
+            else:
+                layer = bitsandbytes.Linear4bit(*sizes_of_linear, compute_dtype=torch.bfloat16, **STORAGE[storage])
+            layer.load_state_dict(linear.state_dict())
+            layer = layer.to("cuda")
+            if linear.bias is not None:
+                layer.bias = linear.bias
+        setattr(model, name, layer)
+    if storage != "HQQ":
+        setattr(model, f"is_loaded_in_{8 if storage == 'int8' else 4}bit", True)
+    return model
+
+
+def step(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    """y and the gradients of x and of every adapter."""
+    source = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(source)
+    y.backward(dy.to(y.dtype))
+    assert source.grad is not None
+    return {"y": y.detach(), "dx": source.grad, **gradients(model)}
+
+
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=["fp32 adapters, autocast", "bf16 adapters"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("storage", STORAGE)
+def test_values_and_gradients_are_as_good_as_pefts(
+    storage: str, sizes: tuple[int, int, int], adapters: torch.dtype
+) -> None:
+    logs: dict[str, list[float]] = {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = with_dora(quantised(storage, sizes), seed=seed, r=16, autocast_adapter_dtype=False).cuda()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(adapters)
+        exact = dense(model)
+        x = torch.randn(512, sizes[0], device="cuda", dtype=torch.bfloat16)
+        dy = torch.randn(512, sizes[2], device="cuda", dtype=torch.bfloat16)
+        wanted = step(exact, x.double(), dy.double())
+        autocast = torch.autocast("cuda", torch.bfloat16, enabled=adapters is torch.float32)
+        with autocast:
+            stock = step(model, x, dy)
+        report = doratune.accelerate(model, quiet=True)
+        kind = KINDS.get(storage, base_layers.BNB_4BIT)
+        assert {(layer.runs, layer.base) for layer in report.layers} == {("kernels", kind)}
+        with autocast, warnings.catch_warnings():
+            warnings.filterwarnings("error", message="doratune leaves")
+            fast = step(model, x, dy)
+        assert fast.keys() == stock.keys() == wanted.keys()
+        for name, value in wanted.items():
+            what = name.split("lora_")[-1].split(".")[0]
+            bound = 0.05 if storage == "int8" else 0.02
+            assert relative(fast[name], value) < bound, name
+            logs.setdefault(what, []).append(math.log(relative(fast[name], value) / relative(stock[name], value)))
+    assert set(logs) == {"y", "dx", "A", "B", "magnitude_vector"}
+    for what, ratios in logs.items():
+        assert math.exp(sum(ratios) / len(ratios)) <= 1.2, what  # six gradients of small layers: 1.10 by chance
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("storage", [name for name in STORAGE if name != "int8"])
+def test_products_in_every_number_of_rows_are_those_of_the_dequantised_w(
+    storage: str, sizes: tuple[int, int, int]
+) -> None:
+    torch.manual_seed(0)
+    layer: Any = quantised(storage, sizes).first
+    weight = dequantize_module_weight(layer).double()
+    base = base_layers.read_base(layer, *weight.shape, transposed=False)
+    assert isinstance(base, base_layers.BaseLayer)
+    for rows in (1, 3, 16, 100):  # one row takes another kernel of bitsandbytes
+        x = torch.randn(rows, sizes[0], device="cuda", dtype=torch.bfloat16, requires_grad=rows > 1)
+        product = base_layers.multiply(layer, base, x)
+        assert relative(product, x.double() @ weight.T) < 2**-7
+    with torch.no_grad():
+        squares = base_layers.row_squares(layer, base, *weight.shape)
+    assert relative(squares, weight.square().sum(dim=1)) < 1e-3
