@@ -25,6 +25,7 @@ _SWIZZLED_ROWS = 8
 _TMA_DTYPES = {"bf16": 10, "fp16": 6}
 """A tensor map's element types, as Triton numbers them."""
 _TMA_MAP_BYTES = 128
+_SCALAR_BYTES = DTYPE_BYTES | {"fp64": 8, "i32": 4, "i64": 8}
 _TENSOR_MEMORY = (0, 32, 64, 128, 256, 512)
 """Columns of tensor memory that a kernel can allocate (PTX ISA, tcgen05.alloc)."""
 _WARP_GROUP = 4
@@ -93,5 +94,5 @@ def parameter_bytes(signature: Mapping[str, str]) -> tuple[int, ...]:
         elif type_.startswith("*"):
             sizes.append(8)
         else:
-            sizes.append(DTYPE_BYTES.get(type_) or int(type_.removeprefix("i")) // 8)
+            sizes.append(_SCALAR_BYTES[type_])
     return (*sizes, *[8] * _SCRATCH_POINTERS)
