@@ -145,7 +145,7 @@ def _forward(
             assert weight is not None
             base = rows @ _as(weight, dtype).T
         else:
-            base = _rows(base)
+            base = _rows(base.detach())  # what is written to it, and kept of it, is no business of its graph
         if extra is not None and form.base_has_bias:
             # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
             # a zero row (base = b, g = m/eps) must give y = b.

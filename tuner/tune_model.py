@@ -112,9 +112,9 @@ def tune_model(
         effort.budget(evaluator.provenance).with_trials(request.trials)  # before a store is made
     study_storage = request.study_storage or default_study_storage()  # it may have no place: no store is made then
     said = progress or SilentProgress()
-    for line in layer_lines(found):
-        said.note(line)
     with Store.open(request.store or user_store_path(), create=True) as store:
+        for line in layer_lines(found):
+            said.note(line)
         result = tune(
             specs,
             evaluator=evaluator,

@@ -162,6 +162,7 @@ def test_a_triton_whose_binaries_no_lookup_would_accept_is_told_while_they_are_m
 
 # Forged metadata.
 
+
 class Gone:
     """Stands for a fact that is left out; always printed the same, so that test names are."""
 

@@ -71,7 +71,7 @@ def shake(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             if "lora_magnitude" in name:
                 parameter.mul_(1.0 + 0.2 * noise)
             elif "lora_B" in name:

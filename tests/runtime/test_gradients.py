@@ -40,17 +40,19 @@ FORMS: dict[str, Callable[[Layer], torch.Tensor]] = {
     "delta, given base, bias": lambda t: dora_linear(*t.args, t.bias, base=t.x @ t.weight.T + t.bias, delta=True),
     "foreign base": lambda t: compose(t, t.x @ t.weight.T),
     "foreign base, bias": lambda t: compose(t, t.x @ t.weight.T + t.bias, t.bias),
+    "foreign base, owned": lambda t: compose(t, t.x @ t.weight.T, own_base=True),
+    "foreign base, bias, owned": lambda t: compose(t, t.x @ t.weight.T + t.bias, t.bias, own_base=True),
     "foreign base, delta": lambda t: compose(t, t.x @ t.weight.T, delta=True),
     "foreign base, delta, bias": lambda t: compose(t, t.x @ t.weight.T + t.bias, t.bias, delta=True),
 }
 
 
-def compose(layer: Layer, base: torch.Tensor, bias: torch.Tensor | None = None, *, delta: bool = False) -> torch.Tensor:
+def compose(layer: Layer, base: torch.Tensor, bias: torch.Tensor | None = None, **options: bool) -> torch.Tensor:
     x, weight, lora_a, lora_b, magnitude, scaling = layer.args
     weight_sq = weight.float().square().sum(dim=1) if weight.dtype != torch.float64 else weight.square().sum(dim=1)
     products = weight.to(weight_sq.dtype) @ lora_a.to(weight_sq.dtype).T
     norm = norm_from_products(weight_sq, products, lora_a, lora_b, scaling)
-    return dora_compose(base, x, lora_a, lora_b, magnitude, scaling, bias, norm=norm, delta=delta)
+    return dora_compose(base, x, lora_a, lora_b, magnitude, scaling, bias, norm=norm, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

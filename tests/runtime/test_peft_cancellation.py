@@ -83,7 +83,7 @@ def test_a_quantised_layer_sums_its_norm_from_its_entries_and_says_so_once(
     kind: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cancellation, "_BLOCK_ELEMENTS", 1000)  # blocks of ten columns, the last one of four
-    base = quantised(kind)
+    base = quantised(kind, sizes=(64, 96, 64))
     scales = {n: getattr(base, n).weight.SCB.clone() for n in ("first", "second")} if kind == KINDS[1] else {}
     model = with_dora(base, r=64, lora_alpha=64 * S)
     doratune.accelerate(model, quiet=True)

@@ -382,7 +382,7 @@ def test_eight_bit_layers_tell_zero_rows_by_their_scales() -> None:
 def test_four_bit_layers_tell_zero_rows_by_their_blocks() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes").nn
     base = quantised("bitsandbytes 4-bit")
-    dense = torch.randn(96, 64)
+    dense = torch.randn(base.first.out_features, base.first.in_features)
     dense[[ZERO, 9]] = 0.0
     base.first.weight = bitsandbytes.Params4bit(
         dense, requires_grad=False, quant_type="nf4", compress_statistics=False, module=base.first

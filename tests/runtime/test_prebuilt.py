@@ -12,7 +12,6 @@ from doratune.cache.entry import MEASURED
 from doratune.cache.layers import prebuilt_paths
 from doratune.cache.store import Store
 from doratune.codegen.gpu import find_gpu
-from doratune.codegen.ops import OPS
 from doratune.codegen.render import render, template_digest
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import check_config
@@ -30,9 +29,8 @@ def no_other_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_every_kernel_of_llama_8b_is_found_exact_and_measured() -> None:
-    measured = [op for op in OPS if op != "weight_norm_exact"]  # which is newer than the store: its default runs
-    specs = plan_jobs(MODEL, ranks=[384], gpu="h200", ops=measured)
-    assert len(specs) == 138
+    specs = plan_jobs(MODEL, ranks=[384], gpu="h200")
+    assert len(specs) == 141
     for spec in specs:
         resolution, source = resolve(spec)
         assert (resolution.step, resolution.entry and resolution.entry.evaluation.provenance) == ("exact", MEASURED)
