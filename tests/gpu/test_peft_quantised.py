@@ -113,8 +113,11 @@ def test_values_and_gradients_are_as_good_as_pefts(
             assert relative(fast[name], value) < bound, name
             logs.setdefault(what, []).append(math.log(relative(fast[name], value) / relative(stock[name], value)))
     assert set(logs) == {"y", "dx", "A", "B", "magnitude_vector"}
+    # Six gradients of small layers: 1.10 by chance. Under autocast PEFT's quantised layers return fp32, so there is one
+    # rounding less between its layers: y is 3.2e-3 off instead of 3.6e-3.
+    bound = 1.35 if adapters is torch.float32 else 1.2
     for what, ratios in logs.items():
-        assert math.exp(sum(ratios) / len(ratios)) <= 1.2, what  # six gradients of small layers: 1.10 by chance
+        assert math.exp(sum(ratios) / len(ratios)) <= bound, what
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
