@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import UsageError
+from .runtime.compose import dora_compose
 from .runtime.linear import dora_linear
 from .runtime.norm import safe_norm, weight_norm
 from .runtime.norm_cache import NormCache
+from .runtime.watching import is_untouched
 
 __all__ = ["DoRALinear"]
 
@@ -27,6 +30,19 @@ def _refuse_proxy(x: object) -> None:
         raise LayerError(
             "torch.fx.symbolic_trace cannot record a DoRA layer: use make_fx or torch.export, or record to_linear()"
         )
+
+
+def _save_unmerged(layer: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    """A state dict has W itself beside the adapter, also while the layer is merged: loaded, it would be added twice."""
+    assert isinstance(layer, DoRALinear)
+    if layer._unmerged is not None:
+        state[f"{prefix}base_layer.weight"] = layer._unmerged
+
+
+def _unmerge_to_load(layer: nn.Module, *_: object) -> None:
+    assert isinstance(layer, DoRALinear)
+    if layer.merged:  # the W that is loaded is not merged
+        layer.unmerge()
 
 
 class _Magnitude(nn.Module):
@@ -89,10 +105,20 @@ class DoRALinear(nn.Module):
         """Put an adapter on ``linear``, which becomes the base layer, is frozen, and computes what it did at first.
 
         Raises:
-            LayerError: not an ``nn.Linear``, a rank below 1 or a dropout outside [0, 1).
+            LayerError: not an ``nn.Linear`` that computes x·Wᵀ + b of a dense W, a rank below 1 or a dropout outside
+                [0, 1).
         """
         if not isinstance(linear, nn.Linear):
             raise LayerError(f"from_linear takes a torch.nn.Linear, not a {type(linear).__name__}")
+        if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
+            raise LayerError(
+                f"from_linear takes a layer that runs torch.nn.Linear's forward; that of this {type(linear).__name__} "
+                "is another. For quantised layers use PEFT's DoRA and doratune.accelerate"
+            )
+        if type(linear.weight) not in (torch.Tensor, nn.Parameter) or not linear.weight.is_floating_point():
+            raise LayerError(
+                f"from_linear takes a dense weight, not a {type(linear.weight).__name__} of {linear.weight.dtype}"
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._build(linear, r, lora_alpha, adapter_name, lora_dropout, adapter_dtype, norm_reuse)
@@ -124,6 +150,8 @@ class DoRALinear(nn.Module):
         self._norms = NormCache(norm_reuse)
         self._unmerged: torch.Tensor | None
         self.register_buffer("_unmerged", None, persistent=False)
+        self.register_state_dict_post_hook(_save_unmerged)
+        self.register_load_state_dict_pre_hook(_unmerge_to_load)
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -170,6 +198,11 @@ class DoRALinear(nn.Module):
             return base + dora_linear(
                 dropped, base_layer.weight, lora_A, lora_B, magnitude, self.scaling, norm=self._norms, delta=True
             )
+        if not is_untouched(base_layer):  # its hooks run, and may change what it returns
+            given: torch.Tensor = base_layer(x)
+            trains = torch.is_grad_enabled()
+            norm = self._norms.of_weight(base_layer.weight, lora_A, lora_B, self.scaling, trains=trains)
+            return dora_compose(given, x, lora_A, lora_B, magnitude, self.scaling, base_layer.bias, norm=norm)
         return dora_linear(
             x, base_layer.weight, lora_A, lora_B, magnitude, self.scaling, base_layer.bias, norm=self._norms
         )

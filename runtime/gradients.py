@@ -10,15 +10,15 @@ gradient (DoRA, arXiv 2402.09353, section 4.3). s is folded into the products of
 [T, d_out] is spent on it.
 
 What dg needs is kept in memory that nobody else can write to, because kernels that PyTorch does not see (fused
-activations, rotary embeddings) overwrite the y that they are given:
-
-- the base product, where its memory is the function's own. It is there already, so keeping it costs no pass;
-- else inner = base + s*h@B.T, which the composition then writes beside y;
-- y itself only where the caller vouches for it (``from_output``); then no tensor of y's size is kept beside it.
+activations, rotary embeddings) overwrite the y that they are given: the base product where its memory is the function's
+own, at no cost, else a copy of it. It is the base product in every pass, whoever watches: a checkpoint hands the
+backward of its forward pass what its recompute kept. Only where one kernel computes all of y (``dora_linear_forward``)
+is there no base product; that kernel writes inner = base + s*h@B.T instead.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from .differentiation import once_only, without_autocast
 from .norm import norm_and_gain_of, safe_norm
 from .norm_cache import NormCache
 from .recording import is_recording, recorded_dora
-from .watching import hidden
+from .watching import current_backward, hidden
 
 
 class Form(NamedTuple):
@@ -39,7 +39,6 @@ class Form(NamedTuple):
     ``function`` is the public name, for messages. ``dtype`` is what products run in. ``exact`` keeps fp32 adapters
     beside 16-bit activations as they are, where autocast would round them. ``base_has_bias``: ``base`` already
     contains the bias. ``owns_memory``: nobody else has the memory of ``base``. ``train``: save for a backward pass.
-    ``from_output``: nobody overwrites y unseen by PyTorch, so dg may come from it.
     """
 
     function: str
@@ -50,18 +49,13 @@ class Form(NamedTuple):
     base_has_bias: bool = False
     owns_memory: bool = False
     train: bool = False
-    from_output: bool = False
-
-
-NOTHING, BASE, INNER, OUTPUT = "nothing", "base", "inner", "output"
-"""What dg comes from: no gradient of m is asked for; the base product without bias; base + s*h@B.T; y."""
 
 
 class _Saved(NamedTuple):
     """What the backward pass needs of the forward pass; None where no gradient asks for it.
 
-    ``norm`` is w itself, before it is kept away from zero. ``kept`` is the tensor that dg comes from: ``source`` says
-    which.
+    ``norm`` is w itself, before it is kept away from zero. ``kept`` is what dg comes from: the base product without
+    bias, or base + s*h@B.T where ``is_inner``.
     """
 
     lora_A: torch.Tensor
@@ -70,7 +64,7 @@ class _Saved(NamedTuple):
     norm: torch.Tensor
     h: torch.Tensor
     kept: torch.Tensor | None
-    source: str
+    is_inner: bool
 
 
 def dora(
@@ -127,18 +121,16 @@ def _forward(
         norm, g = norm_and_gain_of(weight, a, b, magnitude, scaling)
     else:
         assert weight is not None
-        norm, g = norm.gain_of_weight(weight, lora_A, lora_B, magnitude, scaling, rounded=(a, b))
+        norm, g = norm.gain_of_weight(weight, lora_A, lora_B, magnitude, scaling, rounded=(a, b), trains=form.train)
 
     extra = None if bias is None else _as(bias, dtype)
     h = torch.mm(rows.to(a.dtype) if form.exact else rows, a.T)
     left, right = _split(h, b, dtype) if form.exact else (h, b)
-    source = NOTHING if not needs_dg else OUTPUT if _leads_back(form, x, weight, bias) else INNER
     kept: torch.Tensor | None
-    if base is None and not form.delta and _fuses(rows, weight, right, extra, source):
+    fused = base is None and not form.delta and _fuses(rows, weight, right, extra, save=needs_dg)
+    if fused:
         assert weight is not None
-        y, kept = operations.dora_linear(
-            rows, _as(weight, dtype), left, right, g, scaling, bias=extra, save=source is INNER
-        )
+        y, kept = operations.dora_linear(rows, _as(weight, dtype), left, right, g, scaling, bias=extra, save=needs_dg)
     else:
         owned = form.owns_memory or base is None
         if base is None:
@@ -151,37 +143,24 @@ def _forward(
             # a zero row (base = b, g = m/eps) must give y = b.
             base = base.sub_(extra) if owned and not torch.compiler.is_compiling() else base - extra
             owned = True
-        if source is INNER and owned:
-            source = BASE
+        kept = None if not needs_dg else base if owned else base.clone()
         if form.delta:
             extra = None
-        y, kept = operations.lora_compose(
-            base,
-            left,
-            right,
-            g,
-            scaling,
-            bias=extra,
-            delta=form.delta,
-            save=source is INNER,
-            overwrite=owned and source is not BASE,
+        y, _ = operations.lora_compose(
+            base, left, right, g, scaling, bias=extra, delta=form.delta, overwrite=owned and not needs_dg
         )
-        if source is BASE:
-            kept = base
-    if source is OUTPUT:
-        kept = y
     # Detached, y is no view in autograd's eyes: to change it in place is the caller's right.
-    return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, kept, source)
+    return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, kept, fused)
 
 
 def _fuses(
-    rows: torch.Tensor, weight: torch.Tensor | None, lora_B: torch.Tensor, bias: torch.Tensor | None, source: str
+    rows: torch.Tensor, weight: torch.Tensor | None, lora_B: torch.Tensor, bias: torch.Tensor | None, *, save: bool
 ) -> bool:
     """Whether one operator makes the base product too: under a compiler always, it decides when it runs."""
     assert weight is not None
     if torch.compiler.is_compiling():
         return True
-    return operations.fusion_pays(rows, _as(weight, rows.dtype), lora_B, bias=bias is not None, save=source is INNER)
+    return operations.fusion_pays(rows, _as(weight, rows.dtype), lora_B, bias=bias is not None, save=save)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -214,31 +193,6 @@ def _product(
     return _as(torch.addmm(like, left, right, beta=0, alpha=scaling), dtype)  # beta=0: like is not read
 
 
-def _leads_back(form: Form, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
-    """Whether dg is taken from y: there is nothing in y but g*inner, and x and W for the columns with a tiny g."""
-    plain = form.from_output and bias is None and not form.delta and not form.exact
-    return plain and weight is not None and weight.dtype == x.dtype
-
-
-class _Output:
-    """Tells whether y was changed in place after the forward pass, as its owner may do, without keeping it alive."""
-
-    def __init__(self, y: torch.Tensor) -> None:
-        self._counter: torch.Tensor | None = None
-        if not torch.compiler.is_compiling():  # a compiler makes in-place operations new tensors
-            self._counter = y.detach()  # shares y's version counter
-            self._counter.data = y.new_empty(0)  # and none of its memory
-            self._version = self._counter._version
-
-    def changed(self) -> bool:
-        return self._counter is not None and self._counter._version != self._version
-
-
-def _unwatched(y: torch.Tensor) -> torch.Tensor:
-    """y for ``save_for_backward``, which shall not refuse it when it has changed: :class:`_Output` sees to that."""
-    return y if torch.compiler.is_compiling() else y.data
-
-
 def _parameters(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Those of ``tensors`` that are parameters, None in place of the others.
 
@@ -250,16 +204,37 @@ def _parameters(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | N
     return [tensor if type(tensor) is nn.Parameter else None for tensor in tensors]
 
 
+_recomputed: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+"""Of parameters, by their id, in which backward pass a checkpoint last computed with them, and their version then."""
+
+
+def _versions(parameters: Sequence[torch.Tensor | None]) -> list[int]:
+    """The versions of ``parameters``, for :func:`_check_unwritten`."""
+    if torch.compiler.is_compiling():
+        return []
+    versions = [0 if parameter is None else parameter._version for parameter in parameters]
+    task = current_backward()
+    if task != -1:
+        for parameter, version in zip(parameters, versions, strict=True):
+            if parameter is not None:
+                _recomputed[id(parameter)] = (weakref.ref(parameter), task, version)
+    return versions
+
+
 def _check_unwritten(parameters: Sequence[torch.Tensor | None], versions: Sequence[int]) -> None:
-    """Raise a RuntimeError, as autograd does for what it keeps, if one was written to since it had these versions."""
-    written = [
-        p.shape for p, version in zip(parameters, versions, strict=True) if p is not None and p._version != version
-    ]
-    if written:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: a weight "
-            f"{list(written[0])} of a DoRA layer, between its forward and its backward pass"
-        )
+    """Raise a RuntimeError, as autograd does for what it keeps, if one was written to since it had these versions.
+
+    Of a checkpointed layer autograd keeps what the recompute saw, so there the version is that of the recompute.
+    """
+    for parameter, version in zip(parameters, versions, strict=False):  # a compiler keeps all itself
+        if parameter is None or parameter._version == version:
+            continue
+        known, task, again = _recomputed.get(id(parameter), (None, -1, -1))
+        if known is None or known() is not parameter or (task, again) != (current_backward(), parameter._version):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"weight {list(parameter.shape)} of a DoRA layer, between its forward and its backward pass"
+            )
 
 
 class _Dora(torch.autograd.Function):
@@ -280,24 +255,22 @@ class _Dora(torch.autograd.Function):
     ) -> torch.Tensor:
         need_x, _, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
         y, saved = _forward(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm, needs_dg=need_m)
-        from_y = saved.source is OUTPUT
-        ctx.form, ctx.owns_base, ctx.source = form, weight is not None, saved.source
+        ctx.form, ctx.owns_base, ctx.kept_inner = form, weight is not None, saved.is_inner
         ctx.adapter_dtype, ctx.magnitude_dtype = lora_A.dtype, magnitude.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.output = _Output(y) if from_y else None
         weights = (
-            weight if need_x or from_y else None,
+            weight if need_x else None,
             saved.lora_A if need_x else None,
             saved.lora_B if need_x or need_a or need_b or need_m else None,
         )
         ctx.held = held = _parameters(weights)
-        ctx.versions = [0 if parameter is None else parameter._version for parameter in held]
+        ctx.versions = _versions(held)
         ctx.save_for_backward(
-            x if need_a or from_y else None,
+            x if need_a else None,
             saved.g,
             saved.norm if need_m else None,
             saved.h if need_b or need_m else None,
-            _unwatched(y) if from_y else saved.kept,
+            saved.kept,
             *[tensor if parameter is None else None for tensor, parameter in zip(weights, held, strict=True)],
         )
         return y
@@ -327,22 +300,13 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
     gain = g - 1.0 if form.delta else g
     dx = da = db = dmagnitude = dbias = total = None
     if need_m:
-        source, kept = ctx.source, kept.reshape(rows.shape)
-        if source is OUTPUT and ctx.output.changed():  # in place by whoever had it: y says nothing, so inner again
-            source = INNER
-            kept = operations.lora_compose(_rows(x) @ weight.T, h, b, torch.ones_like(g), form.scaling)[0]
-        if source is OUTPUT:
-            dbase, dmagnitude = operations.compose_backward_from_output(
-                rows, kept, g, _rows(x), weight, h, b, form.scaling, norm=norm, magnitude=ctx.magnitude_dtype
-            )
+        dbase, dg, total = operations.compose_backward(rows, kept.reshape(rows.shape), gain, bias=need_bias)
+        if ctx.kept_inner:
+            dmagnitude = _as(dg / safe_norm(norm), ctx.magnitude_dtype)
         else:
-            dbase, dg, total = operations.compose_backward(rows, kept, gain, bias=need_bias)
-            if source is BASE:
-                db, dmagnitude = operations.adapter_backward(
-                    _as(rows, b.dtype), h, b, g, dg, norm, form.scaling, ctx.adapter_dtype, ctx.magnitude_dtype
-                )
-            else:
-                dmagnitude = _as(dg / safe_norm(norm), ctx.magnitude_dtype)
+            db, dmagnitude = operations.adapter_backward(
+                _as(rows, b.dtype), h, b, g, dg, norm, form.scaling, ctx.adapter_dtype, ctx.magnitude_dtype
+            )
         kept = None  # its memory is there for what comes now
     else:
         dbase = _as(rows * gain, rows.dtype)

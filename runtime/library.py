@@ -141,31 +141,6 @@ def _(
 
 
 @_operator
-def compose_backward_from_output(
-    dy: torch.Tensor,
-    y: torch.Tensor,
-    g: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    h: torch.Tensor,
-    lora_B: torch.Tensor,
-    norm: torch.Tensor | None,
-    magnitude: torch.dtype | None,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dYg, and dm where norm and the dtype of m are given, else dg."""
-    return operations.compose_backward_from_output(
-        dy, y, g, x, weight, h, lora_B, scaling, norm=norm, magnitude=magnitude
-    )
-
-
-@_fake("compose_backward_from_output")
-def _(dy: torch.Tensor, y: torch.Tensor, g: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *_, norm, magnitude, _ = others
-    return dy.new_empty(dy.shape), torch.empty_like(g, dtype=g.dtype if norm is None else magnitude)
-
-
-@_operator
 def adapter_backward(
     dy: torch.Tensor,
     h: torch.Tensor,

@@ -28,7 +28,6 @@ def dora_linear(
     norm: torch.Tensor | NormCache | None = None,
     delta: bool = False,
     own_base: bool = False,
-    from_output: bool = False,
 ) -> torch.Tensor:
     """Return ``y = g*(x@W.T + s*(x@A.T)@B.T) + b`` with ``g = m / max(||W + sBA||_row, 1e-12)``.
 
@@ -46,9 +45,6 @@ def dora_linear(
             dropout, where x is the dropped input); b only says what ``base`` contains.
         own_base: the memory of ``base`` is the function's from here on: y may take it, or the backward pass keeps it.
             Only right where nobody else has it.
-        from_output: take the gradient of m from y, without a tensor of its size kept beside it. Only right where no
-            kernel that PyTorch does not see overwrites y before the backward pass, as fused activations and rotary
-            embeddings (Liger's, Unsloth's) do: then the gradient of m is wrong in silence.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit each other.
@@ -78,7 +74,6 @@ def dora_linear(
         norm=norm,
         delta=delta,
         own_base=own_base,
-        from_output=from_output,
     )
 
 
@@ -95,7 +90,6 @@ def checked_linear(
     norm: torch.Tensor | NormCache | None = None,
     delta: bool = False,
     own_base: bool = False,
-    from_output: bool = False,
 ) -> torch.Tensor:
     """:func:`dora_linear` on tensors that are known to fit each other; where it is, that is not looked at again."""
     dtype = product_dtype(x.device, weight.dtype)
@@ -112,7 +106,6 @@ def checked_linear(
         base_has_bias=base is not None and bias is not None,
         owns_memory=own_base and not watched(),
         train=trains(x, lora_A, lora_B, magnitude, bias),
-        from_output=from_output,
     )
     return dora(form, x, base, weight, lora_A, lora_B, magnitude, bias, norm)
 

@@ -4,7 +4,9 @@ The norm depends on W, A, B and s alone, yet a checkpointed layer computes it tw
 the recompute during the backward pass. What makes reuse safe is knowing that nothing was written in between, and
 PyTorch does not see every write: ``tensor.data.copy_()``, fused optimizers, replayed CUDA graphs and FSDP's gathering
 of shards all leave a tensor's version as it was. So by default only a recompute takes the
-norm of its own forward pass: that is the norm it has to reproduce, whatever was written since.
+norm of its own forward pass: that is the norm it has to reproduce, whatever was written since. It is its own where the
+layer ran forward exactly once since the last recompute or optimizer step; otherwise (several micro-batches under way, a
+reference pass in between) the norm is computed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UsageError
 from .norm import norm_and_gain_of, norm_of, row_squares
-from .watching import seen
+from .watching import current_backward, seen
 
 T = TypeVar("T")
 
@@ -41,7 +43,7 @@ class _Entry(NamedTuple):
 
 
 class NormCache:
-    """The norm of one layer and adapter, taken again where it cannot have changed.
+    """The norm of one layer and adapter, reused while its inputs are unchanged.
 
     Args:
         reuse: ``auto`` reuses only in a recompute during a backward pass, while neither an optimizer has stepped nor
@@ -61,15 +63,18 @@ class NormCache:
         self.reuse = reuse
         self._entry: _Entry | None = None
         self._squares: _Entry | None = None
+        self._forwards = 0
+        self._forwards_at = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"reuse": self.reuse, "_entry": None, "_squares": None}  # a copy has weights of its own
+        return vars(NormCache(self.reuse))  # a copy has weights of its own
 
-    def get(self, tensors: Sequence[torch.Tensor], settings: Hashable, compute: Callable[[], T]) -> T:
+    def get(self, tensors: Sequence[torch.Tensor], settings: Hashable, compute: Callable[[], T], *, trains: bool) -> T:
         """Return ``compute()``, or what it returned before if it is safe to say that this is still its value.
 
         Args:
             tensors: what the norm depends on. settings: whatever else it depends on.
+            trains: whether the call is differentiated, as every recompute is.
         """
         if self.reuse == "off" or torch.compiler.is_compiling() or seen():
             return compute()
@@ -77,20 +82,32 @@ class NormCache:
             _count_steps()
         first = tensors[0]
         capturing = _capturing(first)
-        recomputing = torch._C._current_graph_task_id() != -1
+        recomputing = trains and current_backward() != -1
+        own = self._is_of_own_forward(recomputing)
         try:
             key = (settings, capturing, _steps, _stream(first), *[_identity(tensor) for tensor in tensors])
         except RuntimeError:  # inference tensors have no version
             return compute()
         entry = self._entry
-        if (recomputing or (self.reuse == "tracked" and not capturing)) and entry is not None and entry.serves(key):
+        if (own or (self.reuse == "tracked" and not capturing)) and entry is not None and entry.serves(key):
             known: T = entry.value
             if self.reuse == "auto":
                 self._entry = None  # one recompute for a forward pass: from here on it would only hold memory
             return known
         value = compute()
-        self._entry = _Entry(key, tuple([StorageWeakRef(t.untyped_storage()) for t in tensors]), value)
+        if not recomputing or self.reuse == "tracked":
+            self._entry = _Entry(key, tuple([StorageWeakRef(t.untyped_storage()) for t in tensors]), value)
         return value
+
+    def _is_of_own_forward(self, recomputing: bool) -> bool:
+        """Count the forward passes; whether a call is the recompute of the only one there is."""
+        if recomputing:
+            own = self._forwards == 1
+            self._forwards_at = -1  # the next forward pass is counted anew
+            return own
+        self._forwards = self._forwards + 1 if self._forwards_at == _steps else 1
+        self._forwards_at = _steps
+        return False
 
     def of_weight(
         self,
@@ -100,6 +117,7 @@ class NormCache:
         scaling: float,
         *,
         rounded: tuple[torch.Tensor, torch.Tensor] | None = None,
+        trains: bool = False,
     ) -> torch.Tensor:
         """The norm of ``W + sBA``; ``rounded`` are A and B as the layer's products see them, the given ones if None."""
         a, b = rounded or (lora_A, lora_B)
@@ -107,6 +125,7 @@ class NormCache:
             (weight, lora_A, lora_B),
             (scaling, a.dtype),
             lambda: norm_of(weight, a, b, scaling, self._weight_squares(weight)),
+            trains=trains,
         )
 
     def gain_of_weight(
@@ -118,6 +137,7 @@ class NormCache:
         scaling: float,
         *,
         rounded: tuple[torch.Tensor, torch.Tensor],
+        trains: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm w of ``W + sBA`` and ``g = m / max(w, eps)``; ``rounded`` as :meth:`of_weight` takes it."""
         a, b = rounded
@@ -125,6 +145,7 @@ class NormCache:
             (weight, lora_A, lora_B, magnitude),
             (scaling, a.dtype),
             lambda: norm_and_gain_of(weight, a, b, magnitude, scaling, self._weight_squares(weight)),
+            trains=trains,
         )
 
     def _weight_squares(self, weight: torch.Tensor) -> torch.Tensor | None:

@@ -189,48 +189,20 @@ def compose_backward(
     if torch.compiler.is_compiling():
         dyg, dg, dbias = torch.ops.doratune.compose_backward(dy, inner, g, bias)
         return dyg, dg, dbias if bias else None
-    return _compose_backward({"dy": dy, "inner": inner, "g": g}, _flags(bias=bias))
-
-
-def compose_backward_from_output(
-    dy: torch.Tensor,
-    y: torch.Tensor,
-    g: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    h: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float,
-    *,
-    norm: torch.Tensor | None = None,
-    magnitude: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return dYg = g*dY [T, d_out] and dg = sum_t dY*y/g [d_out] fp32 for y = g*(x@W.T + s*h@B.T).
-
-    Columns whose |g| is too small to divide by get their dg from x [T, d_in], weight, h and lora_B. With ``norm``, w
-    [d_out], and the dtype of m it is dm = dg / max(w, eps) in that dtype instead of dg.
-    """
-    if norm is not None and magnitude is torch.float64 and dy.dtype is not torch.float64:
-        dyg, dg = compose_backward_from_output(dy, y, g, x, weight, h, lora_B, scaling)
-        return dyg, (dg / norm.clamp_min(EPS)).to(magnitude)
-    if torch.compiler.is_compiling():
-        dyg, dg = torch.ops.doratune.compose_backward_from_output(
-            dy, y, g, x, weight, h, lora_B, norm, magnitude, scaling
-        )
-        return dyg, dg
-    dyg, dg, _ = _compose_backward({"dy": dy, "y": y, "g": g}, ("output",))
-    tokens, d_in = x.shape
-    inputs = {"dy": dy, "x": x, "weight": weight, "h": h, "lora_B": lora_B, "g": g, "dg": dg}
-    if norm is not None:
-        inputs["norm"] = norm
-    d_out, rank = lora_B.shape
-    key = ("compose_backward_exact", d_out, d_in, rank, _bucket(tokens), dy.dtype, lora_B.dtype, (), magnitude)
+    tokens, d_out = dy.shape
+    key = ("compose_backward", d_out, 1, 1, _bucket(tokens), dy.dtype, dy.dtype, _flags(bias=bias), None)
     kernel = _kernel(*key, dy.device) if tokens else None
     if kernel is None:
-        return dyg, _eager(_spec(*key), inputs, scaling)["dg_exact" if norm is None else "dmagnitude"]
-    result = dg if magnitude is None else torch.empty_like(dg, dtype=magnitude)
-    kernel.launch(tuple(inputs.values()), (result,), scaling)
-    return dyg, result
+        results = _eager(_spec(*key), {"dy": dy, "inner": inner, "g": g}, 1.0)
+        return results["dyg"], results["dg"], results.get("dbias")
+    dyg = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    dg = torch.empty(d_out, dtype=torch.float32, device=dy.device)
+    if not bias:
+        kernel.launch((dy, inner, g), (dyg, dg))
+        return dyg, dg, None
+    dbias = torch.empty_like(dg)
+    kernel.launch((dy, inner, g), (dyg, dg, dbias))
+    return dyg, dg, dbias
 
 
 def adapter_backward(
@@ -304,26 +276,6 @@ def _fused_kernel(x: torch.Tensor, weight: torch.Tensor, lora_B: torch.Tensor, b
     flags = _flags(bias=bias, save=save)
     key = ("dora_linear_forward", d_out, d_in, rank, _bucket(tokens), x.dtype, lora_B.dtype, flags, None)
     return _paying_kernel(*key, x.device)
-
-
-def _compose_backward(
-    inputs: Tensors, flags: tuple[str, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    dy = inputs["dy"]
-    tokens, d_out = dy.shape
-    key = ("compose_backward", d_out, 1, 1, _bucket(tokens), dy.dtype, dy.dtype, flags, None)
-    kernel = _kernel(*key, dy.device) if tokens else None
-    if kernel is None:
-        results = _eager(_spec(*key), inputs, 1.0)
-        return results["dyg"], results["dg"], results.get("dbias")
-    dyg = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    dg = torch.empty(d_out, dtype=torch.float32, device=dy.device)
-    if "bias" not in flags:
-        kernel.launch(tuple(inputs.values()), (dyg, dg))
-        return dyg, dg, None
-    dbias = torch.empty_like(dg)
-    kernel.launch(tuple(inputs.values()), (dyg, dg, dbias))
-    return dyg, dg, dbias
 
 
 def _flags(**flags: bool) -> tuple[str, ...]:

@@ -173,3 +173,55 @@ def test_a_layer_on_the_meta_device_takes_a_state_dict() -> None:
 
 def test_its_text_says_what_it_is() -> None:
     assert "r=4, lora_alpha=6.0, lora_dropout=0.0, merged=False" in repr(doratune.nn.DoRALinear(16, 24, 4, 6.0))
+
+
+class Doubling(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+def test_a_linear_that_computes_something_else_is_refused() -> None:
+    with pytest.raises(LayerError, match="that of this Doubling is another"):
+        doratune.nn.DoRALinear.from_linear(Doubling(8, 6), 2, 4.0)
+    patched = torch.nn.Linear(8, 6)
+    patched.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    with pytest.raises(LayerError, match=r"runs torch\.nn\.Linear's forward"):
+        doratune.nn.DoRALinear.from_linear(patched, 2, 4.0)
+    integers = torch.nn.Linear(8, 6)
+    integers.weight = torch.nn.Parameter(torch.zeros(6, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(LayerError, match=r"a dense weight, not a Parameter of torch\.int8"):
+        doratune.nn.DoRALinear.from_linear(integers, 2, 4.0)
+
+
+def test_hooks_of_the_base_layer_run_and_may_change_what_it_returns() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(8, 6)
+    layer = doratune.nn.DoRALinear.from_linear(linear, 2, 4.0)
+    with torch.no_grad():
+        layer.adapter[1].normal_()
+    plain, x = layer(torch.eye(8)), torch.eye(8)
+    handle = linear.register_forward_hook(lambda module, given, output: output + 1.0)
+    lora_a, lora_b, magnitude = layer.adapter
+    gain = magnitude / (linear.weight + 2.0 * lora_b @ lora_a).norm(dim=1)
+    torch.testing.assert_close(layer(x), plain + gain)
+    handle.remove()
+    torch.testing.assert_close(layer(x), plain)
+
+
+def test_a_state_dict_of_a_merged_layer_is_that_of_the_unmerged_one() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(doratune.nn.DoRALinear(8, 6, 2, 4.0))
+    with torch.no_grad():
+        model[0].adapter[1].normal_()
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(5, 8)
+    y = model(x)
+    model[0].merge()
+    saved = model.state_dict()
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[name], value) for name, value in wanted.items())
+    other = torch.nn.Sequential(doratune.nn.DoRALinear(8, 6, 2, 4.0))
+    other[0].merge()
+    other.load_state_dict(saved)
+    assert not other[0].merged
+    torch.testing.assert_close(other(x), y)

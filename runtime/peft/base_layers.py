@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..watching import is_untouched
+
 LINEAR, CONV1D, BNB_4BIT, BNB_8BIT, HQQ, TORCHAO = (
     "Linear",
     "Conv1D",
@@ -43,12 +45,14 @@ class BaseLayer(NamedTuple):
 
     ``weight`` is the tensor that holds W; ``matrix`` is W [d_out, d_in] where that is dense, else None. ``plain`` says
     that nothing but the product with a frozen W makes the layer's output, so that its gradient can be made elsewhere.
+    ``private`` says that its output is fresh memory that only its caller has and its own backward does not need.
     """
 
     kind: str
     weight: torch.Tensor
     matrix: torch.Tensor | None
     plain: bool
+    private: bool
 
 
 def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> BaseLayer | str:
@@ -69,10 +73,16 @@ def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> Ba
     if weight.shape != ((d_in, d_out) if transposed else (d_out, d_in)):
         return NotNow(f"its weight has shape {list(weight.shape)} for {d_in} inputs and {d_out} outputs: a shard")
     kind = CONV1D if transposed else LINEAR
-    ordinary = type(base).__module__ == "transformers.pytorch_utils" if transposed else type(base) is nn.Linear
-    return BaseLayer(
-        kind, weight, weight.T if transposed else weight, ordinary and is_untouched(base) and not weight.requires_grad
-    )
+    private = _is_ordinary(base, transposed) and is_untouched(base)
+    return BaseLayer(kind, weight, weight.T if transposed else weight, private and not weight.requires_grad, private)
+
+
+def _is_ordinary(base: nn.Module, transposed: bool) -> bool:
+    """Whether ``base`` is of PyTorch's or transformers' own class, which returns W x + b and keeps nothing."""
+    if not transposed:
+        return type(base) is nn.Linear
+    theirs = "transformers.pytorch_utils"
+    return type(base).__module__ == theirs and type(base).forward.__module__ == theirs
 
 
 def _subclassed(base: nn.Module, weight: torch.Tensor, shape: tuple[int, int]) -> BaseLayer | str:
@@ -106,18 +116,7 @@ def _quantised(kind: str, base: nn.Module, weight: torch.Tensor, library: str) -
         return f"the forward of its {type(base).__name__} comes from {forward.__module__}, not from {library}"
     if kind == HQQ and forward.__name__.endswith("_int8"):
         return f"HQQ's backend {forward.__name__} rounds the layer's input to 8 bits"
-    return BaseLayer(kind, weight, None, False)
-
-
-def is_untouched(layer: nn.Module) -> bool:
-    """Whether calling ``layer`` runs its class's forward and nothing else: no hooks, no patched forward."""
-    return not (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-    )
+    return BaseLayer(kind, weight, None, plain=False, private=is_untouched(base))
 
 
 def multiply(base: nn.Module, layer: BaseLayer, rows: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from .base_layers import BaseLayer, NotNow, is_untouched, read_base
+from ..watching import is_untouched
+from .base_layers import BaseLayer, NotNow, read_base
 
 PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
@@ -63,7 +64,9 @@ class Glance:
             return False
         for part, before in zip(parts, self._parts, strict=True):
             weight = before.weight
-            if part is not before.module or part._parameters.get("weight") is not weight or not is_untouched(part):
+            if part is not before.module or type(part) is not before.kind:
+                return False
+            if part._parameters.get("weight") is not weight or not is_untouched(part):
                 return False
             # Sharding a model and moving it put other values into the same parameter.
             if weight.data_ptr() != before.address or weight.dtype is not before.dtype or weight.shape != before.shape:
@@ -75,6 +78,7 @@ class _Part(NamedTuple):
     """One of a layer's modules, and where the values of its weight were."""
 
     module: nn.Module
+    kind: type
     weight: torch.Tensor
     address: int
     dtype: torch.dtype
@@ -84,7 +88,7 @@ class _Part(NamedTuple):
     def of(cls, module: nn.Module) -> _Part:
         weight = module._parameters["weight"]
         assert weight is not None
-        return cls(module, weight, weight.data_ptr(), weight.dtype, weight.shape)
+        return cls(module, type(module), weight, weight.data_ptr(), weight.dtype, weight.shape)
 
 
 def _parts(module: LoraLayer, adapter: str) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module] | None:
@@ -135,4 +139,6 @@ def examine(module: LoraLayer, adapter: str) -> DoraLayer | str:
     base = read_base(layer, d_out, d_in, transposed=module.fan_in_fan_out)
     if isinstance(base, str):
         return base
+    if module.base_layer is not layer:  # another tuner's layer lies between, whose output PEFT hands on
+        base = base._replace(plain=False, private=False)
     return DoraLayer(lora_a.weight, lora_b.weight, magnitude.weight, float(scaling), layer, base)

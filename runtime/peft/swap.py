@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _COMPOSITION = ("lora_compose", "compose_backward")
 
 
-def accelerate(model: nn.Module, *, norm_reuse: str = "auto", from_output: bool = False, quiet: bool = False) -> Report:
+def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = False) -> Report:
     """Run the DoRA layers of a PEFT model on doratune, and say what was done to each.
 
     The swap touches PEFT's variant hook and nothing else: parameters, state dicts, saving, merging and
@@ -37,9 +37,6 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", from_output: bool 
         model: any module with PEFT LoRA layers in it, e.g. a ``PeftModel``.
         norm_reuse: a policy of :class:`~doratune.runtime.norm_cache.NormCache`: ``auto`` (in checkpoint recomputes),
             ``tracked`` (also from one forward to the next) or ``off``.
-        from_output: take the gradient of m from each layer's output, without a tensor of its size kept beside it. It
-            saves memory where the next operation keeps the output anyway. Only right where no kernel that PyTorch does
-            not see overwrites the output, as Liger's and Unsloth's do: then the gradient of m is wrong in silence.
         quiet: do not print the report.
 
     Raises:
@@ -60,7 +57,7 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", from_output: bool 
     zero_rows: list[tuple[str, str, torch.Tensor | None]] = []
     for name, module in lora_layers:
         for adapter in _dora_adapters(module):
-            variant = DoraVariant(name, norm_reuse, from_output)
+            variant = DoraVariant(name, norm_reuse)
             if not _is_linear(module, adapter):
                 layers.append(Layer(name, adapter, type(module).__name__, PEFT, remark="no linear layer"))
                 continue
@@ -76,7 +73,7 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", from_output: bool 
                 zero_rows.append((name, adapter, count_zero_rows(found)))
     if layers:
         for name, module in lora_layers:
-            module.resolve_lora_variant = VariantResolver(module, name, norm_reuse, from_output)
+            module.resolve_lora_variant = VariantResolver(module, name, norm_reuse)
     warn_of_zero_rows(zero_rows)
     report = Report(tuple(layers))
     if not quiet:

@@ -22,11 +22,11 @@ from torch.autograd import forward_ad
 
 from ..compose import dora_compose
 from ..differentiation import without_autocast
-from ..linear import checked_linear, dora_linear
+from ..linear import checked_linear
 from ..norm_cache import NormCache
 from ..recording import is_traced
-from ..watching import hidden, seen
-from .base_layers import BNB_8BIT, is_untouched, multiply, products, row_squares
+from ..watching import hidden, intercepted, seen
+from .base_layers import BNB_8BIT, multiply, products, row_squares
 from .cancellation import CancellationWatch
 from .examine import PLAIN_TENSORS, DoraLayer, Glance
 from .merge import MergingVariant
@@ -38,24 +38,21 @@ class DoraVariant(MergingVariant):
     Args:
         layer: the layer's name in the model, for messages.
         norm_reuse: a policy of :class:`~doratune.runtime.norm_cache.NormCache`.
-        from_output: as :func:`~doratune.dora_linear` takes it.
 
     Raises:
         NormReuseError: another policy.
     """
 
-    def __init__(self, layer: str, norm_reuse: str, from_output: bool) -> None:
+    def __init__(self, layer: str, norm_reuse: str) -> None:
         self.layer = layer
-        self.from_output = from_output
         self.norms = NormCache(norm_reuse)
         self.squares = RowSquares()
         self.cancellation = CancellationWatch(layer)
         self.glance = Glance()
         self._told: set[str] = set()
 
-    def __reduce__(self) -> tuple[type[DoraVariant], tuple[str, str, bool]]:
-        state = (self.layer, self.norms.reuse, self.from_output)
-        return DoraVariant, state  # a copy has other weights: it starts with empty caches
+    def __reduce__(self) -> tuple[type[DoraVariant], tuple[str, str]]:
+        return DoraVariant, (self.layer, self.norms.reuse)  # a copy has other weights: it starts with empty caches
 
     def forward(
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
@@ -79,19 +76,17 @@ class DoraVariant(MergingVariant):
             x = dropout(x)
             if matrix is not None and not matrix.requires_grad:
                 norm = self._norm(module, active_adapter, dora, owned=True)
-                return result + dora_linear(x, matrix, *adapter, norm=norm, delta=True)
+                return result + checked_linear(x, matrix, *adapter, norm=norm, delta=True)
             norm = self._norm(module, active_adapter, dora)
             # A dense W that comes here is trained too and gets its gradient in this product, as with PEFT.
             product = multiply(dora.layer, dora.base, x) if matrix is None else nn.functional.linear(x, matrix)
             return result + dora_compose(product, x, *adapter, norm=norm, delta=True, own_base=True)
         alone = _is_alone(module)
-        own_base = alone and _is_private(module, dora)
-        if dora.base.plain and alone and type(module) is PeftLinear:
+        own_base = alone and dora.base.private and type(module).__module__.startswith("peft.tuners.lora.")
+        if own_base and dora.base.plain and type(module) is PeftLinear:
             assert matrix is not None
             norm = self._norm(module, active_adapter, dora, owned=True)
-            return checked_linear(
-                x, matrix, *adapter, bias, base=result, norm=norm, own_base=own_base, from_output=self.from_output
-            )
+            return checked_linear(x, matrix, *adapter, bias, base=result, norm=norm, own_base=True)
         norm = self._norm(module, active_adapter, dora)
         return dora_compose(result, x, *adapter, bias, norm=norm, own_base=own_base)
 
@@ -108,9 +103,9 @@ class DoraVariant(MergingVariant):
 
     def _compute_norm(self, dora: DoraLayer) -> torch.Tensor:
         a, b, base = dora.lora_A, dora.lora_B, dora.base
-        if base.matrix is not None:
-            return self.norms.of_weight(base.matrix, a, b, dora.scaling)
         trains = torch.is_grad_enabled()
+        if base.matrix is not None:
+            return self.norms.of_weight(base.matrix, a, b, dora.scaling, trains=trains)
         # The base layer's product in the dtype it chooses itself; hidden, since what is reused is not computed again.
         with torch.no_grad(), without_autocast(a.device), hidden():
             squares = self.squares.get(base.weight, lambda: row_squares(dora.layer, base, b.shape[0], a.shape[1]))
@@ -120,6 +115,7 @@ class DoraVariant(MergingVariant):
                 lambda: self.cancellation.norm(
                     squares, a, b, dora.scaling, lambda rows: products(dora.layer, base, rows), trains=trains
                 ),
+                trains=trains,
             )
 
     def _leave_to_peft(
@@ -207,6 +203,8 @@ def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) 
         return f"its adapter is {dtype} beside activations in {result.dtype}"
     if drops and dora.base.kind == BNB_8BIT:
         return "dropout needs the product of the dequantised W, which an 8-bit layer does not compute"
+    if intercepted():
+        return "a global module hook, a TorchFunctionMode or a replaced linear() may change what its parts return"
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             return "a torch.func transform is active"
@@ -223,14 +221,6 @@ def _is_alone(module: LoraLayer) -> bool:
     """Whether ``result`` comes straight from the base layer: a second adapter gets the first one's output."""
     active = module._active_adapter
     return type(active) is str or len(active) == 1 or len(_active(module)) == 1
-
-
-def _is_private(module: LoraLayer, dora: DoraLayer) -> bool:
-    """Whether nobody can hold the base layer's output: no hook sees it, and PEFT's own layers hand it on and forget it.
-
-    It is fresh memory, which no base layer that is supported needs in its backward pass.
-    """
-    return type(module).__module__.startswith("peft.tuners.lora.") and is_untouched(dora.layer)
 
 
 def _compute_norm(magnitude: nn.Module, compute: Callable[[], torch.Tensor], *, adapter_name: str) -> torch.Tensor:

@@ -30,7 +30,6 @@ FORMS: dict[str, Callable[[Layer], torch.Tensor]] = {
     "own": lambda t: dora_linear(*t.args),
     "own, bias": lambda t: dora_linear(*t.args, t.bias),
     "given base, overwritten": lambda t: dora_linear(*t.args, base=t.x @ t.weight.T, own_base=True),
-    "from output": lambda t: dora_linear(*t.args, from_output=True),
     "delta": lambda t: dora_linear(*t.args, delta=True),
     "foreign base, bias": lambda t: foreign(t),
 }
@@ -91,7 +90,7 @@ def test_the_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("form", ["own", "own, bias", "from output"])
+@pytest.mark.parametrize("form", ["own", "own, bias"])
 @pytest.mark.parametrize("tokens", [(1,), (3, 67)])
 def test_where_the_fusion_pays_one_kernel_gives_values_and_gradients_as_right(
     form: str, dtype: torch.dtype, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

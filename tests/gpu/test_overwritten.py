@@ -5,7 +5,6 @@ base layer's, in any order of patching: the gradients stay stock PEFT's.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -132,19 +131,15 @@ class Pair(nn.Module):
 
 
 @contextlib.contextmanager
-def base_outputs_overwritten(model: nn.Module, everywhere: bool) -> Any:
+def base_outputs_overwritten(model: nn.Module) -> Any:
     """After each forward pass of the model, what its base layers returned is overwritten by a kernel."""
     held: list[torch.Tensor] = []
 
     def keep(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-        if module in bases:
-            held.append(output)
+        held.append(output)
 
     bases = [module for name, module in model.named_modules() if name.endswith("base_layer")]
-    if everywhere:
-        handles = [nn.modules.module.register_module_forward_hook(keep)]
-    else:
-        handles = [base.register_forward_hook(keep) for base in bases]
+    handles = [base.register_forward_hook(keep) for base in bases]
 
     def write(*_: Any) -> None:
         assert len(held) >= 2
@@ -160,8 +155,7 @@ def base_outputs_overwritten(model: nn.Module, everywhere: bool) -> Any:
 
 HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
     "nobody": lambda model: contextlib.nullcontext(),
-    "a hook": functools.partial(base_outputs_overwritten, everywhere=False),
-    "a global hook": functools.partial(base_outputs_overwritten, everywhere=True),
+    "a hook": base_outputs_overwritten,
 }
 
 

@@ -129,12 +129,12 @@ def saved_for_backward(run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
 def test_only_what_a_gradient_asks_for_is_kept_for_the_backward_pass() -> None:
     tokens, d_out, rank = 64, 48, 6
 
-    def kept(*trained: str, **options: bool) -> int:
+    def kept(*trained: str) -> int:
         layer = make_layer(tokens=(tokens,), trained=trained)
         outputs: list[torch.Tensor] = []
 
         def run() -> torch.Tensor:
-            outputs.append(dora_linear(*layer.args, **options))
+            outputs.append(dora_linear(*layer.args))
             return outputs[0]
 
         saved = saved_for_backward(run)
@@ -142,9 +142,6 @@ def test_only_what_a_gradient_asks_for_is_kept_for_the_backward_pass() -> None:
         return sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in given)
 
     assert kept("x", "lora_A", "lora_B", "magnitude") == tokens * (d_out + rank) + 2 * d_out  # x@W.T, h, g and w
-    assert (
-        kept("x", "lora_A", "lora_B", "magnitude", from_output=True) == tokens * rank + 2 * d_out
-    )  # y is there anyway
     assert kept("x", "lora_A", "lora_B") == tokens * rank + d_out
     assert kept("x", "lora_A") == kept("x") == d_out
 
@@ -181,10 +178,7 @@ def test_a_parameter_written_to_before_the_backward_pass_is_refused_as_autograd_
         y.backward(layer.dy)
 
 
-@pytest.mark.parametrize("from_output", [True, False])
-def test_what_dg_came_from_is_let_go_before_the_products_of_the_backward_pass(
-    from_output: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_dg_came_from_is_let_go_before_the_products_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, gone = make_layer(dtype=torch.float32), list[bool]()
     product = gradients_module._product
 
@@ -195,8 +189,8 @@ def test_what_dg_came_from_is_let_go_before_the_products_of_the_backward_pass(
     monkeypatch.setattr(gradients_module, "_product", spy)
     for retained in (True, False):
         base = layer.x.detach() @ layer.weight.T
-        y = dora_linear(*layer.args, base=base, own_base=True, from_output=from_output)
-        memory = StorageWeakRef((y if from_output else base).untyped_storage())
+        y = dora_linear(*layer.args, base=base, own_base=True)
+        memory = StorageWeakRef(base.untyped_storage())
         loss = (y * layer.dy).sum()
         del y, base
         if retained:
@@ -366,25 +360,6 @@ def test_who_handed_in_a_base_may_overwrite_it(compute: str, bias: bool) -> None
             base.data.zero_()
         results.append(gradients(y, layer))
     assert_close(results[1], results[0], 1e-15, compute)  # type: ignore[arg-type]
-
-
-def test_dg_from_the_output_is_for_who_vouches_for_it() -> None:
-    layer, again = make_layer(), make_layer()
-    wanted = gradients(dora_linear(*layer.args), layer)
-    y = dora_linear(*again.args, from_output=True)
-    assert_close(gradients(y, again), wanted, 1e-12, "not overwritten")
-    y = dora_linear(*again.args, from_output=True)
-    y.mul_(3.0)  # PyTorch sees it
-    assert_close(
-        gradients(y, again),
-        {name: 3.0 * grad for name, grad in wanted.items() if grad is not None}  # type: ignore[operator]
-        | {"bias": None},
-        1e-12,
-        "changed in place",
-    )
-    y = dora_linear(*again.args, from_output=True)
-    y.data.zero_()
-    assert gradients(y, again)["magnitude"].count_nonzero() == 0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("trained", [TRAINED[:-1], ("x", "lora_A", "lora_B")])

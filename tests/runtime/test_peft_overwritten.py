@@ -100,16 +100,6 @@ def test_a_fused_kernel_may_overwrite_the_output(
     assert kernels_on_paper()["adapter_backward"] == 2
 
 
-def test_dg_from_the_output_would_be_wrong_there() -> None:
-    stock = dora(Fused(bias=False))
-    fast = twin(stock)
-    doratune.accelerate(fast, from_output=True, quiet=True)
-    for model in (stock, fast):
-        step(model, inputs())
-    with pytest.raises(AssertionError, match="magnitude"):
-        assert_same_gradients(fast, stock, 1e-2)
-
-
 class Keeps(TorchDispatchMode):
     """A mode that holds the results of matrix products."""
 
@@ -199,7 +189,8 @@ def test_whoever_holds_the_base_layers_output_may_read_it_and_overwrite_it(
             seen.append([tensor.clone() for tensor in held])
             held.clear()
             y = model(inputs())
-        for tensor in held if model is fast else ():
+        # Under a global hook or a function mode PEFT's code runs, which keeps what they hold.
+        for tensor in held if model is fast and holder in ("hook", "dispatch mode") else ():
             if tensor.shape[-1] in (40, 16):
                 tensor.data.zero_()
         y.square().sum().backward()

@@ -61,7 +61,7 @@ def test_layers_that_eva_initialises_stay_accelerated() -> None:
         use_dora=True, r=4, target_modules=["first", "second"], init_lora_weights="eva", eva_config=peft.EvaConfig()
     )
     model = peft.get_peft_model(Pair(), config)
-    doratune.accelerate(model, norm_reuse="tracked", from_output=True, quiet=True)
+    doratune.accelerate(model, norm_reuse="tracked", quiet=True)
     found = {"base_model.model.first": torch.randn(6, 24)}  # EVA gives this layer another rank; the other it makes anew
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the following layers were initialized")
@@ -70,7 +70,7 @@ def test_layers_that_eva_initialises_stay_accelerated() -> None:
     for layer, name in zip(layers(model), ("first", "second"), strict=True):
         variant = layer.lora_variant["default"]
         assert type(variant) is DoraVariant
-        assert (variant.norms.reuse, variant.from_output) == ("tracked", True)
+        assert variant.norms.reuse == "tracked"
         assert variant.layer == f"base_model.model.{name}"
     shake(model)
     assert_as_in_peft(model, torch.randn(5, 24))

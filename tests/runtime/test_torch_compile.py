@@ -27,7 +27,6 @@ FORMS: dict[str, Callable[[Layer], torch.Tensor]] = {
     "own, bias": lambda t: dora_linear(*t.args, t.bias),
     "given base": lambda t: dora_linear(*t.args, base=t.x @ t.weight.T, own_base=True),
     "given base, bias": lambda t: dora_linear(*t.args, t.bias, base=t.x @ t.weight.T + t.bias, own_base=True),
-    "from output": lambda t: dora_linear(*t.args, base=t.x @ t.weight.T, own_base=True, from_output=True),
     "delta": lambda t: dora_linear(*t.args, delta=True),
     "foreign base": lambda t: foreign(t),
 }
@@ -97,9 +96,6 @@ def test_forward_and_backward_are_one_graph_each_with_the_operators_in_it(form: 
         assert graphs.operators() == ["weight_norm", "lora_compose", "compose_backward", "adapter_backward"]
     elif form == "own, bias":  # one operator for all of the forward, which keeps inner
         assert graphs.operators() == ["weight_norm_and_gain", "dora_linear", "compose_backward", "sum_of_products"]
-    elif form == "from output":
-        backward = ["compose_backward_from_output", "sum_of_products"]
-        assert graphs.operators() == ["weight_norm_and_gain", "lora_compose", *backward]
     else:
         backward = ["compose_backward", "adapter_backward", "sum_of_products"]
         assert graphs.operators() == ["weight_norm_and_gain", "lora_compose", *backward]
@@ -199,9 +195,9 @@ def samples(name: str) -> list[tuple[Any, ...]]:
             (tensor(5, 16), weight, h, lora_b, g, bias, 0.5, save) for bias, save in ((None, False), (g, True))
         ],
         "compose_backward": [(rows, tensor(5, 24), g, bias) for bias in (False, True)],
-        "compose_backward_from_output": [
-            (rows, tensor(5, 24), g, tensor(5, 16), weight, h, lora_b, norm, dtype, 0.5)
-            for norm, dtype in ((None, None), (g.abs(), torch.float32), (g.abs(), torch.bfloat16))
+        "adapter_backward": [
+            (rows, h, lora_b, g, g, g.abs(), 0.5, adapter, magnitude)
+            for adapter, magnitude in ((torch.float32, torch.float32), (torch.bfloat16, torch.float64))
         ],
         "sum_of_products": [(rows, tensor(24, 16), h, tensor(4, 16))],
     }[name]
@@ -215,7 +211,7 @@ def samples(name: str) -> list[tuple[Any, ...]]:
         "lora_compose",
         "dora_linear",
         "compose_backward",
-        "compose_backward_from_output",
+        "adapter_backward",
         "sum_of_products",
     ],
 )
