@@ -150,8 +150,8 @@ class DoRALinear(nn.Module):
         self._norms = NormCache(norm_reuse)
         self._unmerged: torch.Tensor | None
         self.register_buffer("_unmerged", None, persistent=False)
-        self.register_state_dict_post_hook(_save_unmerged)
-        self.register_load_state_dict_pre_hook(_unmerge_to_load)
+        self.register_state_dict_post_hook(_save_unmerged)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_unmerge_to_load)  # type: ignore[no-untyped-call]
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
