@@ -147,7 +147,7 @@ def read_config(path: str | Path) -> Model:
 
 def _load(file: Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise ModelConfigError(f"{file}: no such file; give a model's config.json or its folder") from None
     except (OSError, UnicodeDecodeError) as error:
