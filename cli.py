@@ -127,7 +127,11 @@ def main() -> None:
 @click.option("--jobs", type=click.IntRange(min=1), help="Compile workers; one for each core by default.")
 @click.option("--device", metavar="DEVICE", help="The GPU to measure on, such as cuda:1.")
 @store_option
-@click.option("--study-storage", metavar="URL", help="Optuna storage for the searches; a SQLite file by default.")
+@click.option(
+    "--study-storage",
+    metavar="PATH|URL",
+    help="Optuna storage for the searches: a SQLite file or a URL; a file beside the user's store by default.",
+)
 @click.option(
     "--binaries/--no-binaries", default=True, help="Also store the winners' compiled kernels (the default), or not."
 )

@@ -65,7 +65,7 @@ def _homeless() -> NoHomeError:
     return NoHomeError(
         "this user has no home directory for a store of their own (HOME and XDG_DATA_HOME give no absolute path); "
         f"set {HOME_VARIABLE} to a folder that can be written, or name the files themselves (doratune tune: both "
-        "--store and --study-storage)"
+        "--store FILE and --study-storage FILE)"
     )
 
 

@@ -3,9 +3,12 @@
 A binary serves only where Triton would make the same one: for the same code (its digest is what a store finds it by),
 for contiguous operands, with the signature and alignments, the options, the target and the compiler's environment
 variables with which it was made. The metadata records all of these, and what the compiler made of them. A store may
-come from anybody, and Triton's host code believes the metadata, so :func:`check` derives every part of it here
+come from anybody, and Triton's host code believes the metadata, so :func:`check` derives it here
 (:mod:`.launch_facts`), reads the image's own description of its kernel (:mod:`.image`), and refuses a binary that
-differs in anything. Only the image goes to the GPU; nothing of a binary is executed as Python.
+differs in anything derived. Three facts are not derived. The dynamic shared memory and, on sm_100, the tensor memory
+are held within bounds: no cubin states them, and a wrong number makes the kernel fail or err on the GPU, as other
+machine code would. Of Triton's hash only the form is checked. Only the image goes to the GPU; nothing of a binary is
+executed on the host.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Triton's compiler makes 64-bit ELF files for one architecture, each with one kernel. A cubin describes that kernel in a
 section of attributes of its own, an hsaco in a note of AMD's code object format. Nothing here is executed, and every
-offset is held against the file before it is followed. What the machine code does cannot be told from it.
+offset is held against the file before it is followed, and the file ends where the last of its tables and parts does.
+What the machine code does cannot be told from it, nor, for a cubin, how much shared memory a launch must ask for.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class _Symbol(NamedTuple):
 
 
 class _Elf:
-    """The tables of a 64-bit little-endian ELF file, all of which lie within it."""
+    """The tables of a 64-bit little-endian ELF file: all of them lie within it, and nothing lies after them."""
 
     def __init__(self, data: bytes) -> None:
         if data[:6] != b"\x7fELF\x02\x01":
@@ -108,6 +109,7 @@ class _Elf:
             raise ImageError(f"it is for machine {self.machine}, not for a GPU ({_CUDA} or {_AMDGPU})")
         self.abi = data[8]
         self.data = data
+        self._end = 0
         if not 0 < count <= _MOST_SECTIONS or each != 64 or names >= count:
             raise ImageError(f"it has {count} sections of {each} bytes, their names in number {names}")
         self._within("the table of sections", sections, count * each)
@@ -121,12 +123,15 @@ class _Elf:
         for index, (_, kind, _, _, offset, size, _, _) in enumerate(raw):
             if kind != _NO_BITS:
                 self._within(f"section {index}", offset, size)
+        if self._end < len(data):
+            raise ImageError(f"it ends at byte {self._end}, and {len(data) - self._end} more bytes follow")
         table = self._bytes(raw[names][4], raw[names][5])
         self.sections = tuple(_Section(_text(table, name), *rest) for name, *rest in raw)
 
     def _within(self, what: str, offset: int, size: int) -> None:
         if offset + size > len(self.data):
             raise ImageError(f"it is cut off: {what} ends at byte {offset + size} of {len(self.data)}")
+        self._end = max(self._end, offset + size)
 
     def _bytes(self, offset: int, size: int) -> bytes:
         return self.data[offset : offset + size]

@@ -2,13 +2,14 @@
 
 Triton's host code believes the metadata of a compiled kernel: it makes tensor maps of the block sizes that it finds
 there, in arrays of five places, allocates scratch memory of the sizes, and starts as many threads as it is told. So
-for a binary that comes out of a store all of it is derived here. Most facts are exact. What only the compiler's later
-stages know has bounds: the shared memory, and the tensor memory of sm_100.
+for a binary that comes out of a store all that the host code computes with is derived here, exactly. What only the
+compiler's later stages know has bounds: the dynamic shared memory, and the tensor memory of sm_100. The driver sets
+them aside for the kernel. With too little shared memory a kernel fails or errs on the GPU; no host code runs into it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ def launch_facts(source: Source, kernel: str, target: Any, options: Mapping[str,
     scratch = ("global", "profile") if cuda else ("profile",)
     exact: dict[str, object] = {"name": kernel, "num_warps": warps, "tensordesc_meta": tensor_maps(signature)}
     exact |= {f"{kind}_scratch_size": 0 for kind in scratch} | {f"{kind}_scratch_align": 1 for kind in scratch}
-    bounds: dict[str, Collection[int]] = {"shared": range(find_gpu(source.spec.gpu).shared_bytes_per_block + 1)}
+    most = find_gpu(source.spec.gpu).shared_bytes_per_block
+    bounds: dict[str, Collection[int]] = {"shared": range(least_shared_bytes(signature), most + 1)}
     if cuda and target.arch // 10 in (10, 11):
         bounds["tmem_size"] = _TENSOR_MEMORY
     elif cuda:
@@ -75,14 +77,27 @@ def tensor_maps(signature: Mapping[str, str]) -> list[dict[str, object]]:
     compilers of Triton 3.6 and 3.7 lay out what a descriptor loads.
     """
     maps: list[dict[str, object]] = []
-    for match in filter(None, map(DESCRIPTOR.fullmatch, signature.values())):
-        dtype, rows, columns = match[1], int(match[2]), int(match[3])
+    for dtype, rows, columns in _tiles(signature):
         width = DTYPE_BYTES[dtype]
         line = next(line for line in _SWIZZLES if not line or (columns * width % line == 0 and rows >= _SWIZZLED_ROWS))
         box = [min(rows, MAX_TMA_BOX), line // width if line else min(columns, MAX_TMA_BOX)]
         facts: dict[str, object] = {"elem_size": width, "elem_type": _TMA_DTYPES[dtype], "swizzle": _SWIZZLES[line]}
         maps.append({**facts, "block_size": box, "fp4_padded": False})
     return maps
+
+
+def least_shared_bytes(signature: Mapping[str, str]) -> int:
+    """The bytes of the largest tile of a descriptor: the tensor memory accelerator moves tiles through shared memory.
+
+    The compiler takes more, for stages and barriers.
+    """
+    return max((rows * columns * DTYPE_BYTES[dtype] for dtype, rows, columns in _tiles(signature)), default=0)
+
+
+def _tiles(signature: Mapping[str, str]) -> Iterator[tuple[str, int, int]]:
+    """The dtype, rows and columns of the tile of each descriptor."""
+    for match in filter(None, map(DESCRIPTOR.fullmatch, signature.values())):
+        yield match[1], int(match[2]), int(match[3])
 
 
 def parameter_bytes(signature: Mapping[str, str]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import re
 import tempfile
@@ -64,7 +65,11 @@ _TASK_HEADS = {
 }
 """The heads that PEFT trains whole for these tasks (``modules_to_save``), so that they get no adapter."""
 
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+_SIZE = re.compile(
+    r"(?!.*(?:window|chunk|image|kernel|block|type_vocab)_(?:size|layers)$)(?:.*_)?(?:size|dim|rank|width|depth|layers?|"
+    r"heads?|experts|embd|inner|channels|groups|state|ratio|expand|d_model|d_ff|d_kv)"
+)
+"""Names of the fields that decide the shapes and the number of linear layers."""
 
 
 def list_layers(config: Mapping[str, Any], name: str) -> Model:
@@ -88,6 +93,11 @@ def list_layers(config: Mapping[str, Any], name: str) -> Model:
             raise
         cls, how, built, model = _built(lenient, kind)
     projections, left_out = _group(_listed(model))
+    if not projections and not left_out:
+        raise ModelConfigError(
+            f"{cls.__name__}{how} has no linear layer in transformers {_version()}; name the model's class in the "
+            "field architectures"
+        )
     notes = [f"the layers of transformers {_version()}'s {cls.__name__}{how}", *_assumed(built, config)]
     if {layer.why for layer in left_out} & {EXPERTS} and {layer.name for layer in projections} & _EXPERTS_NAMES:
         notes.append(
@@ -179,7 +189,7 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _unset_flags(kind: str, unset: set[str]) -> set[str]:
-    """Those of the fields whose default is no size: null can only mean the default there."""
+    """Those of the fields that are no size: null can only mean the default there, also of a field read by its name."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not unset:
@@ -188,7 +198,9 @@ def _unset_flags(kind: str, unset: set[str]) -> set[str]:
         defaults = {key: value for part in _parts(CONFIG_MAPPING[kind]()) for key, value in vars(part).items()}
     except Exception:
         return set()
-    return {key for key in unset if isinstance(defaults.get(key), bool | float | str | dict)}
+    flags = {key for key in unset if isinstance(defaults.get(key), bool | float | str | dict)}
+    others = {key for key in unset if key not in defaults or isinstance(defaults[key], int)}
+    return flags | {key for key in others if not _SIZE.fullmatch(key)}
 
 
 def _without_null(value: Any, names: set[str]) -> Any:
@@ -326,17 +338,34 @@ def _assumed(built: Any, config: Mapping[str, Any]) -> list[str]:
     notes = []
     if config.get("quantization_config"):
         notes.append("quantization_config is set aside: the layers have the shapes that they have unquantised")
-    flat = not any(isinstance(value, Mapping) and "model_type" in value for value in config.values())
-    if flat and len(list(_parts(built))) == 1:
-        names = {name: getattr(type(built), "attribute_map", {}).get(name, name) for name in _SIZES}
-        taken = [
-            f"{own}={value}"
-            for name, own in names.items()
-            if name not in config and own not in config and (value := _whole_number(built, own)) is not None
-        ]
-        if taken:
-            notes.append(f"not in the file, so as {type(built).__name__} has it: {', '.join(taken)}")
+    taken = list(_filled_in(built, config, ""))
+    if taken:
+        notes.append(f"not in the file, so as {type(built).__name__} has it: {', '.join(taken)}")
     return notes
+
+
+def _filled_in(built: Any, given: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """The sizes that a config class takes by default, since the part of the file for it lacks them, by their path.
+
+    A size that the class derives from others is none of these.
+    """
+    from transformers import PretrainedConfig
+
+    aliases = {own: name for name, own in type(built).attribute_map.items()}
+    for own, declared in inspect.signature(type(built)).parameters.items():
+        value = _whole_number(built, own)
+        absent = own not in given and aliases.get(own) not in given
+        if absent and _SIZE.fullmatch(own) and value is not None and value > 0 and declared.default == value:
+            yield f"{prefix}{own}={value}"
+    for name, part in vars(built).items():
+        if not isinstance(part, PretrainedConfig):
+            continue
+        if isinstance(given.get(name), Mapping):
+            yield from _filled_in(part, given[name], f"{prefix}{name}.")
+        elif "text" in name:  # earlier files of some models have the text part's fields at the top
+            yield from _filled_in(part, given, f"{prefix}{name}.")
+        else:
+            yield f"all of {prefix}{name}"
 
 
 def _listed(model: Any) -> Iterator[tuple[str, tuple[int, ...], bool, bool, str]]:

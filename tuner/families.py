@@ -118,6 +118,8 @@ class _Reader:
         self.config = config
         self.family = family
         self.defaults = dict(family.defaults)
+        self.taken: dict[str, int] = {}
+        """The defaults that stand in for fields that the config lacks."""
 
     def _fail(self, name: str, problem: str, remedy: str = f"correct it or {AGAIN}") -> NoReturn:
         raise ModelConfigError(f"field {name} {problem}; {remedy}")
@@ -125,8 +127,8 @@ class _Reader:
     def size(self, name: str) -> int:
         """A field that must be an integer of at least 1, or its class's default."""
         value = self.config.get(name)
-        if value is None:
-            value = self.defaults.get(name)
+        if value is None and name in self.defaults:
+            value = self.taken[name] = self.defaults[name]
         if value is None:
             self._fail(name, "is missing", f"add it (an integer of at least 1) or {AGAIN}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -155,7 +157,14 @@ class _Reader:
             heads if same and self.config.get("num_key_value_heads") is None else self.size("num_key_value_heads")
         )
         if heads % kv_heads:
-            self._fail("num_key_value_heads", f"is {kv_heads}, which does not divide num_attention_heads={heads}")
+            name, other = "num_key_value_heads", "num_attention_heads"
+            if name in self.taken:
+                problem = f"is missing, and its class's default {kv_heads} does not divide {other}={heads}"
+                self._fail(name, problem, f"add it (an integer of at least 1) or {AGAIN}")
+            if other in self.taken:
+                problem = f"is missing, and {name}={kv_heads} does not divide its class's default {heads}"
+                self._fail(other, problem, f"add it (an integer of at least 1) or {AGAIN}")
+            self._fail(name, f"is {kv_heads}, which does not divide {other}={heads}")
         return heads, kv_heads
 
     def head_dim(self, hidden: int, heads: int) -> int:
@@ -169,7 +178,10 @@ class _Reader:
     def model(self, name: str, hf_id: str) -> Model:
         layers = self.size("num_hidden_layers")
         projections, experts = self.mlp(layers)
-        return Model(name, hf_id, layers, (*self.attention(layers), *projections), left_out=(*experts, *self.head()))
+        attention = self.attention(layers)
+        taken = ", ".join(f"{field}={value}" for field, value in self.taken.items())
+        notes = (f"not in the file, so as {self.family.cls}'s class has it: {taken}",) if taken else ()
+        return Model(name, hf_id, layers, (*attention, *projections), notes, (*experts, *self.head()))
 
     def head(self) -> tuple[LeftOut, ...]:
         if "vocab_size" not in self.config:

@@ -147,7 +147,7 @@ def read_config(path: str | Path) -> Model:
 
 def _load(file: Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except FileNotFoundError:
         raise ModelConfigError(f"{file}: no such file; give a model's config.json or its folder") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -175,7 +175,8 @@ def _without_transformers(config: Mapping[str, Any], name: str) -> Model:
     notes = ["read from the config's fields, since transformers is not installed"]
     if "vocab_size" not in config:
         notes.append("vocab_size is not in the file: the output head is not listed")
-    return replace(read_family(config, name), notes=tuple(notes))
+    model = read_family(config, name)
+    return replace(model, notes=(*notes, *model.notes))
 
 
 def requested_model(model: str | None, config: str | Path | None) -> Callable[[], Model]:

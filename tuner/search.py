@@ -148,9 +148,9 @@ def tune(
     """Find and store the best config of every spec, as far as ``effort`` and ``timeout`` (seconds) allow.
 
     ``trials`` replaces the effort's number of configs for each kernel. ``jobs`` is the number of compile workers, by
-    default one for each core. ``study_storage`` is a URL for Optuna, by default a SQLite file in the user's folder.
-    ``known`` gives a config that did well for the like of a spec elsewhere; it is tried early. ``binaries`` also stores
-    the compiled kernels of the winners.
+    default one for each core. ``study_storage`` is the path of a SQLite file or a URL for Optuna, by default a
+    file in the user's folder. ``known`` gives a config that did well for the like of a spec elsewhere; it is tried
+    early. ``binaries`` also stores the compiled kernels of the winners.
     The evaluator is closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
     since the workers import the main module.
 

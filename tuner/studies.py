@@ -42,6 +42,7 @@ TRIED = 32
 TRIED_BY_SAMPLER = 12
 """How many of :data:`TRIED` leave the choice to Optuna's sampler; the others are drawn uniformly."""
 
+_SQLITE = "sqlite:///"
 _BUSY_SECONDS = 60
 _DONE = "searched_with"
 _SUSPECTS = "suspects"
@@ -64,18 +65,18 @@ def default_study_storage() -> str:
     return f"sqlite:///{home() / 'studies.sqlite'}"
 
 
-def open_study_storage(url: str | None = None) -> optuna.storages.BaseStorage:
-    """Open the Optuna storage at ``url`` (SQLite or another database of SQLAlchemy), making it where it is missing.
+def open_study_storage(location: str | None = None) -> optuna.storages.BaseStorage:
+    """Open the Optuna storage at ``location``, a SQLite file's path or a URL of SQLAlchemy's. A missing file is made.
 
     Raises:
         StudyStorageError: it cannot be opened or made.
     """
-    url = url or default_study_storage()
-    with _explained(url):
-        if not url.startswith("sqlite:///"):
-            return optuna.storages.RDBStorage(url)
+    location = location or default_study_storage()
+    with _explained(location):
+        if "://" in location and not location.startswith(_SQLITE):
+            return optuna.storages.RDBStorage(location)
         try:
-            path = Path(url.removeprefix("sqlite:///")).expanduser().absolute()
+            path = Path(location.removeprefix(_SQLITE)).expanduser().absolute()
         except RuntimeError as error:  # a ~ of a user without a home
             raise ValueError(str(error)) from None
         if not path.exists():
@@ -84,10 +85,14 @@ def open_study_storage(url: str | None = None) -> optuna.storages.BaseStorage:
         return _sqlite_storage(path)
 
 
+def _url_of(path: Path) -> sqlalchemy.URL:
+    return sqlalchemy.URL.create("sqlite", database=str(path))
+
+
 def _create(path: Path) -> None:
     # Made whole beside its place, in WAL mode: processes that start together would race for both.
     with new_file(Location.parse(path), path) as fresh:
-        engine = sqlalchemy.create_engine(f"sqlite:///{fresh}")
+        engine = sqlalchemy.create_engine(_url_of(fresh))
         with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         engine.dispose()
@@ -96,9 +101,8 @@ def _create(path: Path) -> None:
 
 
 def _sqlite_storage(path: Path) -> optuna.storages.RDBStorage:
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}}
-    )
+    url = _url_of(path).render_as_string()
+    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}})
 
     @sqlalchemy.event.listens_for(storage.engine, "connect")
     def relax(connection: object, record: object) -> None:
@@ -117,7 +121,7 @@ def _explained(url: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error  # Optuna's words hide it
         reason = without_password(str(getattr(cause, "orig", None) or cause).strip().splitlines()[0])
         raise StudyStorageError(
-            f"study storage {without_password(url)}: {reason}; check the URL and permissions, "
+            f"study storage {without_password(url)}: {reason}; check the path or URL and its permissions, "
             "or name another with --study-storage"
         ) from error
 

@@ -85,6 +85,17 @@ def test_what_writes_says_what_to_do(args: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("homeless")
+@pytest.mark.parametrize("form", ["{}", "sqlite:///{}"])
+def test_the_named_files_are_a_remedy(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that the message asks for runs: what is searched here is nothing, since the time is up at once."""
+    store, studies = tmp_path / "store.sqlite", tmp_path / "studies.sqlite"
+    named = ["--store", form.format(store), "--study-storage", form.format(studies), "--timeout", "0"]
+    result = CliRunner().invoke(main, [*TUNE, *named])
+    assert "Could not parse" not in result.output
+    assert studies.exists()
+
+
+@pytest.mark.usefixtures("homeless")
 @pytest.mark.parametrize("found", ["~/.local/share/doratune", "relative/doratune"])
 def test_a_path_that_platformdirs_leaves_relative_is_no_home(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its earlier versions do not raise; a store would then be looked for below the current folder."""

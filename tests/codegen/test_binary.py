@@ -191,6 +191,8 @@ def edited(binary: Binary, path: tuple[Any, ...], value: object) -> Binary:
 
 
 LIMIT = find_gpu("sm_90").shared_bytes_per_block
+LARGEST_TILE = 128 * 128 * 2
+"""Of the descriptors of ``row_dots_kernel``."""
 FORGED: list[tuple[tuple[Any, ...], object, str]] = [
     (("tensordesc_meta", 0, "block_size"), [64] * 1090, "tensordesc_meta"),
     (("tensordesc_meta", 0, "block_size"), [128], "tensordesc_meta"),
@@ -226,6 +228,8 @@ FORGED: list[tuple[tuple[Any, ...], object, str]] = [
     (("num_ctas",), True, "num_ctas=True"),
     (("num_stages",), 7, "num_stages=7"),
     (("shared",), -1, "shared=-1"),
+    (("shared",), 0, "shared=0"),
+    (("shared",), LARGEST_TILE - 1, f"shared={LARGEST_TILE - 1}"),
     (("shared",), LIMIT + 1, f"shared={LIMIT + 1}"),
     (("shared",), 2**62, "shared="),
     (("shared",), 1024.0, "shared=1024.0"),
@@ -290,6 +294,13 @@ def test_a_forged_fact_is_refused_by_its_name(
         norm.check(edited(honest, path, value))
     assert said in str(refused.value)
     assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("shared", [LARGEST_TILE, LIMIT])
+def test_shared_memory_is_bounded_and_not_derived(norm: Made, honest: Binary, shared: int) -> None:
+    """What the documents say of it: a number within the bounds is for the GPU to refuse."""
+    assert json.loads(honest.metadata)["shared"] not in (LARGEST_TILE, LIMIT)
+    norm.check(edited(honest, ("shared",), shared))
 
 
 @pytest.mark.parametrize("warps", [4, 8, 12, 20])
@@ -371,6 +382,8 @@ FORGED_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "header alone": (lambda image: image[:64], "cut off"),
     "half": (lambda image: image[: len(image) // 2], "cut off"),
     "last byte": (lambda image: image[:-1], "cut off"),
+    "one byte more": (lambda image: image + b"\0", "1 more bytes follow"),
+    "another image after it": (lambda image: image + image, "more bytes follow"),
     "no header": (lambda image: image[:40], "damaged"),
     "no sections": (lambda image: at(image, 60, "<H", 0), "0 sections"),
     "many sections": (lambda image: at(image, 60, "<H", 60000), "60000 sections"),
@@ -443,6 +456,7 @@ AMD_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "kernels too many": (lambda image: image.replace(b"amdhsa.kernels\x91", b"amdhsa.kernels\x9f", 1), ""),
     "no description": (lambda image: image.replace(b"AMDGPU\0", b"BMDGPU\0", 1), "0 descriptions"),
     "cut off": (lambda image: image[:-1], "cut off"),
+    "one byte more": (lambda image: image + b"\0", "1 more bytes follow"),
 }  # fmt: skip
 
 

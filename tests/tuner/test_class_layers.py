@@ -8,7 +8,9 @@ know the truth.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -396,9 +398,121 @@ def test_a_quantised_config_says_that_the_layers_are_the_unquantised_ones() -> N
     assert model.notes[-1] == "quantization_config is set aside: the layers have the shapes that they have unquantised"
 
 
-def test_a_size_that_the_class_fills_in_is_told() -> None:
-    model = list_layers({"model_type": "glm", "num_hidden_layers": 1, "num_attention_heads": 32}, "m")
-    assert model.notes[-1] == "not in the file, so as GlmConfig has it: hidden_size=4096"
+FILLED_IN: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "one": ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": None}, {"vocab_size=50257"}),
+    "several": (
+        {"model_type": "glm", "num_hidden_layers": 1, "num_attention_heads": 32, "pad_token_id": 0},
+        {
+            "vocab_size=151552",
+            "hidden_size=4096",
+            "intermediate_size=13696",
+            "num_key_value_heads=2",
+            "head_dim=128",
+        },
+    ),
+    "under another name": (
+        {"model_type": "gpt2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"vocab_size=50257"},
+    ),
+    "derived": ({"model_type": "llama", **TEXT}, set()),
+    "in a part": (
+        {
+            "model_type": "llava",
+            "text_config": {"model_type": "llama", **{k: v for k, v in GQA.items() if k != "intermediate_size"}},
+            "vision_config": {"model_type": "clip_vision_model", **VISION, "projection_dim": 32, "patch_size": 14},
+        },
+        {"text_config.intermediate_size=11008", "vision_config.num_channels=3"},
+    ),
+    "a whole part": (
+        {"model_type": "gemma3", "text_config": {**GQA, "head_dim": 16}},
+        {"all of vision_config"},
+    ),
+}
+"""Configs that lack sizes, and what the note must say of them."""
+
+
+@pytest.mark.parametrize(("config", "filled_in"), FILLED_IN.values(), ids=FILLED_IN.keys())
+def test_sizes_that_the_class_fills_in_are_told(config: dict[str, Any], filled_in: set[str]) -> None:
+    start = re.compile("not in the file, so as [A-Za-z0-9]+Config has it: ")
+    notes = [start.sub("", note) for note in list_layers(config, "m").notes if start.match(note)]
+    assert set(", ".join(notes).split(", ")) - {""} == filled_in
+
+
+SHAPING = [
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "head_dim",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "shared_expert_intermediate_size",
+    "n_routed_experts",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "state_size",
+    "n_embd",
+    "n_layer",
+    "ffn_dim",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "encoder_layers",
+    "decoder_ffn_dim",
+]
+
+
+@pytest.mark.parametrize("field", SHAPING)
+def test_a_field_that_changes_the_layers_when_it_is_missing_is_told(field: str) -> None:
+    """Of the kinds here that have the field and a number as its default. Others derive it from sizes in the file."""
+    told = 0
+    for kind, (_, sizes) in KINDS.items():
+        if field not in sizes or kind not in CONFIG_MAPPING:
+            continue
+        default = inspect.signature(CONFIG_MAPPING[kind]).parameters.get(field)
+        if default is None or default.default is None:
+            continue
+        config = {"model_type": kind, **sizes}
+        try:
+            without = list_layers({name: value for name, value in config.items() if name != field}, "m")
+        except ModelConfigError:
+            continue
+        whole = list_layers(config, "m")
+        if (without.projections, without.left_out) != (whole.projections, whole.left_out):
+            assert f" {field}=" in "".join(without.notes), kind
+            told += 1
+    assert told or MAJOR < 5
+
+
+@pytest.mark.parametrize(
+    "unset",
+    ["rope_theta", "rms_norm_eps", "hidden_act", "max_position_embeddings", "tie_word_embeddings", "rope_scaling"],
+)
+def test_null_in_a_field_that_is_no_size_is_the_class_s_default(unset: str) -> None:
+    config = {"model_type": "llama", **GQA}
+    assert list_layers({**config, unset: None}, "m") == list_layers(config, "m")
+
+
+def test_null_in_many_fields_is_the_class_s_default_and_null_for_a_size_is_refused() -> None:
+    config = {"model_type": "llama", **GQA}
+    unset = dict.fromkeys(["rope_theta", "rms_norm_eps", "hidden_act", "head_dim", "attention_bias", "mlp_bias"])
+    assert list_layers({**config, **unset}, "m") == list_layers(config, "m")
+    with pytest.raises(ModelConfigError, match="cannot"):
+        list_layers({**config, **unset, "vocab_size": None}, "m")
+    with pytest.raises(ModelConfigError):  # by the name that GPT-2 does not use itself
+        list_layers({"model_type": "gpt2", "hidden_size": None, "n_layer": 2}, "m")
+
+
+@pytest.mark.parametrize("base", ["PreTrainedModel", "LlamaPreTrainedModel"])
+def test_a_base_class_without_layers_is_refused(base: str) -> None:
+    with pytest.raises(ModelConfigError, match=f"{base} has no linear layer.*in the field architectures"):
+        list_layers({"model_type": "llama", **GQA, "architectures": [base]}, "m")
 
 
 @pytest.mark.parametrize(

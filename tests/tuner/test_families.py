@@ -172,7 +172,7 @@ def test_a_size_that_is_missing_or_wrong_is_refused(changes: dict[str, Any], sai
     [
         (
             config_of("llama", {"hidden_size": 65}),
-            "field head_dim is missing, and hidden_size=65 is not divisible by num_attention_heads=4; add it",
+            "field head_dim is missing, and hidden_size=65 is not divisible by num_attention_heads=4",
         ),
         (config_of("llama", {"head_dim": 0}), "field head_dim is 0, not an integer"),
         (config_of("llama", {"attention_bias": "no"}), "field attention_bias is 'no', not true or false; correct it"),
@@ -186,6 +186,39 @@ def test_a_field_that_cannot_be_read_names_itself_and_the_remedy(config: dict[st
     with pytest.raises(ModelConfigError) as caught:
         read_family(config, "m")
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("family", "missing", "changes", "said"),
+    [
+        (
+            "mixtral",
+            "num_key_value_heads",
+            {"num_attention_heads": 4},
+            "field num_key_value_heads is missing, and its class's default 8 does not divide num_attention_heads=4",
+        ),
+        (
+            "gemma2",
+            "num_attention_heads",
+            {"num_key_value_heads": 3},
+            "field num_attention_heads is missing, and num_key_value_heads=3 does not divide its class's default 8",
+        ),
+    ],
+)
+def test_a_default_that_does_not_fit_is_said_to_be_one(
+    family: str, missing: str, changes: dict[str, Any], said: str
+) -> None:
+    config = config_of(family, changes, (missing,))
+    for read in (check_sizes, lambda config: read_family(config, "m")):
+        with pytest.raises(ModelConfigError) as caught:
+            read(config)
+        assert str(caught.value).startswith(f"{said}; add it")
+
+
+def test_defaults_of_the_class_that_shape_the_layers_are_told() -> None:
+    config = config_of("qwen3", {}, ("head_dim",))
+    assert read_family(config, "m").notes == ("not in the file, so as Qwen3's class has it: head_dim=128",)
+    assert read_family({**config, "head_dim": 16}, "m").notes == ()
 
 
 json_values = st.sampled_from([None, True, False, -1, 0, 1, 8, 96, 4096, 10**30, 0.5, "8", "", [], [0], {}, {"a": 1}])

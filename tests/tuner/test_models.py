@@ -248,6 +248,14 @@ def test_what_transformers_refuses_names_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_without_transformers")
+def test_a_byte_order_mark_before_the_config_changes_nothing(tmp_path: Path) -> None:
+    plain = write(tmp_path, LLAMA)
+    model = read_config(plain)
+    plain.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert read_config(plain) == model
+
+
+@pytest.mark.usefixtures("_without_transformers")
 def test_without_transformers_a_family_is_read_from_its_fields_and_says_so(tmp_path: Path) -> None:
     model = read_config(write(tmp_path, LLAMA).rename(tmp_path / "tiny.json"))
     assert shapes(model) == LLAMA_SHAPES

@@ -403,10 +403,30 @@ def test_the_study_storage_is_a_wal_file_in_the_users_folder(tmp_path: Path, mon
     assert list((tmp_path / "home").glob(".*")) == []
 
 
-@pytest.mark.parametrize("url", ["nonsense", "sqlite:////proc/nowhere/studies.sqlite"])
-def test_an_unusable_study_storage_is_explained(url: str) -> None:
-    with pytest.raises(DoratuneError, match=r"cannot be made|check the URL"):
-        open_study_storage(url)
+@pytest.mark.parametrize("name", ["studies.sqlite", "a folder/100%41 #1.sqlite"])
+def test_a_study_storage_is_named_by_its_path_or_its_url(name: str, tmp_path: Path) -> None:
+    """Both open one file, whose name is taken as it stands."""
+    path = tmp_path / name
+    for location in (str(path), f"sqlite:///{path}"):
+        storage = open_study_storage(location)
+        optuna.create_study(study_name="one", storage=storage, load_if_exists=True)
+        release(storage)
+    assert [found for found in path.parent.iterdir() if found.is_file()] == [path]
+    assert optuna.get_all_study_names(open_study_storage(str(path))) == ["one"]
+
+
+def test_a_relative_study_storage_is_below_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    release(open_study_storage("studies.sqlite"))
+    assert [path.name for path in tmp_path.iterdir()] == ["studies.sqlite"]
+
+
+@pytest.mark.parametrize(
+    "location", ["nonsense://here", "/proc/nowhere/studies.sqlite", "sqlite:////proc/nowhere/studies.sqlite"]
+)
+def test_an_unusable_study_storage_is_explained(location: str) -> None:
+    with pytest.raises(DoratuneError, match=r"cannot be made|check the path or URL"):
+        open_study_storage(location)
 
 
 def test_unknown_efforts_and_empty_budgets_are_refused() -> None:
