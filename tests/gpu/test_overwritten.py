@@ -5,7 +5,7 @@ base layer's, in any order of patching: the gradients stay stock PEFT's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -89,6 +89,16 @@ def llama() -> nn.Module:
     return model
 
 
+@pytest.fixture
+def llama_as_it_is() -> Iterator[None]:
+    """Liger replaces classes and functions of transformers for the whole process: afterwards they are put back."""
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    yield
+    vars(modeling_llama).update(before)
+
+
 def with_liger(model: nn.Module) -> None:
     transformers_of_liger = pytest.importorskip("liger_kernel.transformers")
     transformers_of_liger.apply_liger_kernel_to_llama(
@@ -104,7 +114,9 @@ def with_liger(model: nn.Module) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("order", ["accelerate, Liger", "Liger, accelerate"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-3), (torch.bfloat16, 6e-2)], ids=str)
-def test_liger_in_either_order(order: str, checkpointing: bool, dtype: torch.dtype, bound: float) -> None:
+def test_liger_in_either_order(
+    order: str, checkpointing: bool, dtype: torch.dtype, bound: float, llama_as_it_is: None
+) -> None:
     tokens = torch.randint(0, 128, (2, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     wanted = gradients_of(llama(), tokens)  # in fp32, without Liger
     steps = (lambda m: doratune.accelerate(m, quiet=True), with_liger)
