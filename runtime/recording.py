@@ -22,8 +22,8 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 def is_recording() -> bool:
     """Whether PyTorch now records a graph that is to run elsewhere; not so under ``torch.compile``."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+    if torch.compiler.is_compiling():  # PyTorch 2.11 says is_exporting() under torch.compile, too
+        return bool(getattr(torch.compiler, "_is_exporting_flag", False))
     return _tracing_state() is not None or _dispatch_mode(_PROXY) is not None
 
 

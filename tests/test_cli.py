@@ -5,7 +5,6 @@ and 1 for a failure, and leaves the files it met as they were.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -22,12 +21,14 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from doratune import __version__
 from doratune.cache.store import Store
 from doratune.cli import main
 from doratune.tuner.evaluation import Rejected
+
+from .command_line import RUNNER
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "kernels.json"
 SPEC = "compose_forward/d_out=64/tokens=1/activation=bf16@sm_90"
@@ -53,11 +54,6 @@ QUICK = [
     "--jobs",
     "1",
 ]
-
-
-_APART = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
-RUNNER = CliRunner(**_APART)
-"""Keeps standard output and standard error apart, which click before 8.2 has to be asked for."""
 
 
 def run(*args: str, home: Path) -> Result:

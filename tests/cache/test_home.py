@@ -16,12 +16,13 @@ from pathlib import Path
 
 import platformdirs
 import pytest
-from click.testing import CliRunner
 
 import doratune
 from doratune.cache.errors import NoHomeError, StoreError
 from doratune.cache.layers import home, layer_locations, open_layers
 from doratune.cli import main
+
+from ..command_line import RUNNER
 
 SPEC = "lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=bf16@h200"
 TUNE = ["tune", "--model", "llama-8b", "--gpu", "h200", "--op", "compose_forward", "--tokens", "1", "--trials", "1"]
@@ -64,17 +65,17 @@ def test_reading_needs_no_home(variables: dict[str, str], monkeypatch: pytest.Mo
         monkeypatch.setenv(name, value)
     assert {layer.origin for layer in layer_locations()} == {"prebuilt"}
     for args in READING:
-        result = CliRunner().invoke(main, args)
+        result = RUNNER.invoke(main, args)
         assert result.exit_code == 0, result.output
         assert result.stdout
-    assert "exact" in CliRunner().invoke(main, ["explain", SPEC]).stdout, "the shipped store serves"
+    assert "exact" in RUNNER.invoke(main, ["explain", SPEC]).stdout, "the shipped store serves"
 
 
 @pytest.mark.usefixtures("homeless")
 @pytest.mark.parametrize("args", [TUNE, [*TUNE, "--store", "STORE"], ["cache", "prune"]], ids=" ".join)
 def test_what_writes_says_what_to_do(args: list[str], tmp_path: Path) -> None:
     store = tmp_path / "store.sqlite"
-    result = CliRunner().invoke(main, [str(store) if arg == "STORE" else arg for arg in args])
+    result = RUNNER.invoke(main, [str(store) if arg == "STORE" else arg for arg in args])
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith("Error: this user has no home directory")
@@ -90,7 +91,7 @@ def test_the_named_files_are_a_remedy(form: str, tmp_path: Path, monkeypatch: py
     """The command that the message asks for runs: what is searched here is nothing, since the time is up at once."""
     store, studies = tmp_path / "store.sqlite", tmp_path / "studies.sqlite"
     named = ["--store", form.format(store), "--study-storage", form.format(studies), "--timeout", "0"]
-    result = CliRunner().invoke(main, [*TUNE, *named])
+    result = RUNNER.invoke(main, [*TUNE, *named])
     assert "Could not parse" not in result.output
     assert studies.exists()
 
@@ -110,7 +111,7 @@ def test_a_path_that_platformdirs_leaves_relative_is_no_home(found: str, monkeyp
 def test_a_named_home_that_is_none_is_never_passed_over(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DORATUNE_HOME", named)
     for args in [["cache", "path"], ["explain", SPEC], TUNE]:
-        result = CliRunner().invoke(main, args)
+        result = RUNNER.invoke(main, args)
         assert result.exit_code == 1
         assert result.stderr.startswith(f"Error: DORATUNE_HOME={named} names no folder")
         assert "absolute path" in result.stderr

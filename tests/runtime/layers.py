@@ -167,6 +167,7 @@ def kernels_on_paper(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, 
         return made.setdefault(key, KernelOnPaper(operations._spec(*key[:-1])))  # type: ignore[arg-type]
 
     monkeypatch.setattr(operations, "_kernel", kernel)
+    monkeypatch.setattr(operations, "_paying_kernel", lambda *key: None)
 
     def launches() -> dict[str, int]:
         counts: dict[str, int] = {}
