@@ -309,3 +309,24 @@ def test_a_copy_or_a_pickled_module_starts_without_the_norm(computed: list[torch
 def test_an_unknown_policy_is_refused_by_name() -> None:
     with pytest.raises(NormReuseError, match="norm_reuse='always': use one of auto, tracked, off"):
         NormCache("always")
+
+
+def test_a_pass_without_gradients_inside_a_backward_pass_is_no_recompute() -> None:
+    torch.manual_seed(0)
+    layer = doratune.nn.DoRALinear(8, 6, 2, 4.0)
+    other = doratune.nn.DoRALinear(8, 6, 2, 4.0)
+    lora_b = layer.adapter[1]
+    with torch.no_grad():
+        lora_b.normal_()
+    x, seen = torch.randn(5, 8), list[torch.Tensor]()
+
+    def look(gradient: torch.Tensor) -> None:
+        with torch.no_grad():
+            lora_b.data.mul_(-0.5)  # unseen by PyTorch
+            seen.append(layer(x))
+
+    y = layer(x)
+    y.register_hook(look)
+    y.sum().backward()
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(seen[0], other(x).detach())
