@@ -300,7 +300,7 @@ def cache() -> None:
 @json_option
 def cache_path(store: str | None, as_json: bool) -> None:
     """Print the stores that a lookup asks, in order."""
-    from .cache.layers import layer_locations
+    from .cache.stack import layer_locations
 
     layers = layer_locations(store)
     if as_json:
@@ -314,7 +314,7 @@ def cache_path(store: str | None, as_json: bool) -> None:
 
 def _each_store(store: str | None, visit: Callable[[Any], None]) -> None:
     """Open the stack, or the one store named, read-only, and close it afterwards."""
-    from .cache.layers import open_layers
+    from .cache.stack import open_layers
     from .cache.store import Store
 
     layers = open_layers() if store is None else [Store.open(store, readonly=True)]
@@ -435,7 +435,7 @@ def cache_prune(other_triton: bool, store: str | None, as_json: bool) -> None:
     """Delete the binaries that no entry has any more, from your own store or the one named."""
     from importlib.metadata import version
 
-    from .cache.layers import user_store_path
+    from .cache.stack import user_store_path
     from .cache.store import Store
 
     with Store.open(store or user_store_path()) as opened:

@@ -11,10 +11,10 @@ import torch
 
 from ..codegen.ops import ALIGNMENT
 from ..codegen.spec import Config, KernelSpec
+from ..nn.tracing import is_traced
 from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_outputs
-from .launch import bind, only_starts_kernels, uses_descriptors
-from .program import Bound
-from .recording import is_traced
+from .binding import bind, only_starts_kernels, uses_descriptors
+from .recording import Bound
 from .reference import reference
 from .seen import Seen, rows_of
 

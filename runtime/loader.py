@@ -155,7 +155,7 @@ def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolu
 
     They come from the store of the entry that was chosen, from the user's own store or from a prebuilt one.
     """
-    from ..cache.layers import trusted_locations
+    from ..cache.stack import trusted_locations
     from ..codegen.gpu import find_gpu
     from .binaries import find_binaries
 
@@ -167,7 +167,7 @@ def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolu
 
 @contextmanager
 def _stack(store: str | None) -> Iterator[list[Store]]:
-    from ..cache.layers import open_layers
+    from ..cache.stack import open_layers
 
     layers = open_layers(store)
     try:

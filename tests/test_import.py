@@ -20,12 +20,13 @@ HEAVY = {"torch", "triton", "numpy", "jinja2", "optuna", "sqlalchemy", "alembic"
 HEAVY |= {"peft", "transformers"}
 
 MAY_IMPORT = {
-    "__init__": {"runtime", "nn"},
+    "__init__": {"integrations", "nn", "runtime"},
     "errors": set(),
     "codegen": {"errors"},
     "cache": {"codegen.spec", "codegen.digest", "errors"},
     "runtime": {"cache", "codegen", "errors"},
-    "nn": {"runtime", "errors"},
+    "nn": {"runtime", "codegen", "errors"},
+    "integrations": {"nn", "runtime", "codegen", "errors"},
     "tuner": {"cache", "codegen", "runtime", "errors", "__version__"},
     "benchmarks": {"tuner", "cache", "runtime", "codegen", "errors", "__version__", "accelerate", "restore"},
     "cli": {"benchmarks", "tuner", "cache", "runtime", "codegen", "errors", "__version__"},
@@ -116,7 +117,7 @@ def test_the_reader_of_imports_sees_what_the_sources_say() -> None:
     found = set(imports_of(PACKAGE / "runtime" / "loader.py"))
     assert {
         "cache.lookup.Resolution",
-        "cache.layers.open_layers",
+        "cache.stack.open_layers",
         "codegen.spec.KernelSpec",
         "runtime.kernel.Kernel",
     } <= found

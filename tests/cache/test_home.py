@@ -19,7 +19,7 @@ import pytest
 
 import doratune
 from doratune.cache.errors import NoHomeError, StoreError
-from doratune.cache.layers import home, layer_locations, open_layers
+from doratune.cache.stack import home, layer_locations, open_layers
 from doratune.cli import main
 
 from ..command_line import RUNNER

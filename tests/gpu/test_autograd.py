@@ -12,12 +12,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import doratune
-from doratune.runtime import operations
-from doratune.runtime.compose import dora_compose
+from doratune.nn import operations
+from doratune.nn.functional import dora_compose, dora_linear
 from doratune.runtime.kernel import Kernel
-from doratune.runtime.linear import dora_linear
 
-from ..runtime.layers import CASES, Layer, assert_close, error, gradients, make_layer, plain
+from ..nn.layers import CASES, Layer, assert_close, error, gradients, make_layer, plain
 
 pytestmark = [
     pytest.mark.gpu,

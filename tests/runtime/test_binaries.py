@@ -26,9 +26,10 @@ from doratune.codegen.module import declared_kernels, load_module
 from doratune.codegen.render import Source, render, template_digest
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
-from doratune.runtime import launch, loader
+from doratune.runtime import binding as launch
+from doratune.runtime import loader
+from doratune.runtime.binding import bind
 from doratune.runtime.kernel import Kernel
-from doratune.runtime.launch import bind
 from doratune.runtime.loader import load_kernel, resolve_binaries
 from doratune.tuner.workers import CompilePool
 
@@ -44,7 +45,7 @@ OTHER_TOKENS = replace(SPEC, tokens=16)
 def _own_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.delenv("DORATUNE_CACHE_PATH", raising=False)
     monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("doratune.cache.layers._PREBUILT_FOLDER", tmp_path / "prebuilt")
+    monkeypatch.setattr("doratune.cache.stack._PREBUILT_FOLDER", tmp_path / "prebuilt")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions are to be the compiler's
     loaded = dict(loader._loaded)
     yield

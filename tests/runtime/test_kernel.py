@@ -20,7 +20,7 @@ from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import VARIANTS
 from doratune.runtime import kernel as kernel_module
 from doratune.runtime.kernel import Kernel
-from doratune.runtime.program import Bound
+from doratune.runtime.recording import Bound
 from doratune.runtime.reference import reference
 from doratune.tuner.inputs import make_inputs, make_outputs
 

@@ -41,7 +41,7 @@ SHAPE: dict[str, Any] = {"d_out": 48, "d_in": 40, "rank": 8, "tokens": 20}
 def _no_stores_but_those_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.delenv("DORATUNE_CACHE_PATH", raising=False)
     monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("doratune.cache.layers._PREBUILT_FOLDER", tmp_path / "prebuilt")
+    monkeypatch.setattr("doratune.cache.stack._PREBUILT_FOLDER", tmp_path / "prebuilt")
     before = dict(loader._loaded)
     loader._asked.clear()
     yield
