@@ -1,6 +1,7 @@
 # make tune   tune a model's kernels (without a GPU: predicted for GPU), in an environment it builds first
 # make test   lint, type-check and test, likewise
 # make test-versions   test with the oldest and the newest versions of the libraries, in environments of their own
+# make docs   build the site in docs/_build, likewise; a warning is an error
 #
 # Standard output holds what doratune prints and nothing else: make tune TUNE_ARGS=--json gives one JSON object.
 MODEL ?= llama-8b
@@ -17,7 +18,7 @@ VERSION_TESTS = tests/test_versions.py tests/integrations/peft/test_accelerate.p
 	tests/integrations/peft/test_glance.py tests/integrations/peft/test_lifecycle.py tests/nn/test_module.py tests/test_cli.py \
 	tests/cache tests/codegen/test_render.py tests/tuner/test_search.py tests/tuner/test_tune_model.py
 
-.PHONY: tune test test-versions lint clean
+.PHONY: tune test test-versions lint docs clean
 
 tune: $(VENV)/installed
 	@$(BIN)/doratune tune --model $(MODEL) --rank $(RANK) \
@@ -39,6 +40,9 @@ lint: $(VENV)/installed-test
 	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
 	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -m doratune.cli -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
 
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W -n --keep-going -q docs docs/_build
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "building the environment in $(VENV)" >&2
 	@$(PYTHON) -m venv $(VENV)
@@ -49,6 +53,12 @@ $(VENV)/installed-test: pyproject.toml constraints.txt
 	@echo "building the environment in $(VENV)" >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]' >&2
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt
+	@echo "building the environment in $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]' >&2
 	@touch $@ $(VENV)/installed
 
 $(VERSIONS)/bitsandbytes-0.49/installed: tests/versions/bitsandbytes-0.49.txt $(VERSIONS)/newest/installed
@@ -65,4 +75,4 @@ $(VERSIONS)/%/installed: tests/versions/%.txt pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .mypy .mypy_cache .ruff_cache .pytest_cache .hypothesis docs/_build

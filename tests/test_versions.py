@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 COLUMNS = Path(__file__).parent / "versions"
-TOOLS = {"pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy"}
+TOOLS = {"pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "sybil"}
+TOOLS |= {"sphinx", "myst-parser", "furo", "sphinx-click"}
 PINNED = {"torch", "triton"}
 """The same in every column: constraints.txt."""
 UNUSED = {"plotly"}

@@ -1,0 +1,129 @@
+"""Tables of the committed measurements: ``benchmarks/results/<gpu>/*.json`` as Markdown.
+
+python docs/figures.py benchmarks/results/h200/model.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+OURS, PEFT = "doratune", "peft_eager"
+
+Row = dict[str, Any]
+Cases = dict[tuple[str, str], dict[str, Row]]
+"""The rows by what was measured (sizes, and dtypes with flags) and by implementation."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title and lines of cells, the first line being the head."""
+
+    title: str
+    lines: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        head, *body = self.lines
+        rule = ("---", "---", *("---:" for _ in head[2:]))
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body)) + "\n"
+
+
+def read(*files: Path) -> tuple[list[dict[str, Any]], list[Row]]:
+    """The environments and the rows of result files; of several files, ``run`` names the one that a row is from."""
+    documents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    rows = [
+        {**row, "run": file.stem if len(files) > 1 else ""}
+        for file, document in zip(files, documents, strict=True)
+        for row in document["rows"]
+    ]
+    return [document["env"] for document in documents], rows
+
+
+def environment(envs: Sequence[dict[str, Any]]) -> str:
+    """What was measured where and when, in a line."""
+    env = envs[0]
+    names = {"torch": "PyTorch", "triton": "Triton", "peft": "PEFT", "transformers": "transformers"}
+    versions = ", ".join(f"{name} {env[key]}" for key, name in names.items() if env.get(key))
+    commits = " and ".join(sorted({each["doratune_commit"][:7] for each in envs}))
+    return f"{env['gpu']}, driver {env['driver']}, {versions}; doratune {commits}, {env['date']}."
+
+
+def tables(rows: Sequence[Row], only: str | None = None) -> list[Table]:
+    """The tables of each benchmark and operation, or those of the operation ``only``."""
+    groups: dict[tuple[str, str], Cases] = {}
+    for row in rows:
+        if only in (None, row["op"]):
+            cases = groups.setdefault((row["bench"], row["op"]), {})
+            cases.setdefault((_sizes(row), _dtypes(row)), {})[row["impl"]] = row
+    return [table for (bench, op), cases in groups.items() for table in _tables(bench, op, cases)]
+
+
+def markdown(files: Sequence[Path], only: str | None = None) -> str:
+    """The environment and the tables of result files."""
+    envs, rows = read(*files)
+    return "\n".join([environment(envs), "", *(table.markdown() for table in tables(rows, only))])
+
+
+def _sizes(row: Row) -> str:
+    sizes = "×".join(map(str, row["shape"]))
+    return ", ".join(filter(None, [row["run"], row.get("model"), sizes, row["rank"] and f"r = {row['rank']}"]))
+
+
+def _dtypes(row: Row) -> str:
+    adapter = row.get("adapter")
+    return ", ".join(filter(None, [row["dtype"], adapter and f"{adapter} adapters", *(row.get("flags") or ())]))
+
+
+def _tables(bench: str, op: str, cases: Cases) -> list[Table]:
+    names = list(dict.fromkeys(name for by_name in cases.values() for name in by_name))
+    if bench == "kernels":
+        return [_beside_peers(op, names, cases)]
+    if bench == "host":
+        return [_every(f"{op}: host time of a call, µs", cases, {name: _cell(name, "cpu_us", 1) for name in names})]
+    if bench in ("model", "layer"):
+        times = {name: _cell(name, "us", 1 if bench == "model" else 3, 1e-3) for name in names}
+        memory = {name: _cell(name, "peak_mb", 0) for name in names}
+        return [
+            _every(f"{op}: time, ms", cases, times),
+            _every(f"{op}: peak memory above the weights, MB", cases, memory),
+        ]
+    return [_every(f"{op}: GPU time, µs", cases, {name: _cell(name, "us", 1) for name in names})]
+
+
+Cell = Callable[[dict[str, Row]], str]
+
+
+def _cell(name: str, field: str, digits: int, scale: float = 1.0) -> Cell:
+    def cell(by_name: dict[str, Row]) -> str:
+        value = by_name[name][field] if name in by_name else None
+        return "" if value is None else f"{value * scale:.{digits}f}"
+
+    return cell
+
+
+def _beside_peers(op: str, names: Sequence[str], cases: Cases) -> Table:
+    """doratune's time and floor, each peer's time over doratune's, memory, and the variant that ran."""
+
+    def over_ours(peer: str) -> Cell:
+        return lambda by_name: f"{by_name[peer]['us'] / by_name[OURS]['us']:.2f}" if peer in by_name else ""
+
+    columns = {"µs": _cell(OURS, "us", 1), "floor µs": _cell(OURS, "floor_us", 1)}
+    columns |= {peer: over_ours(peer) for peer in names if peer != OURS}
+    columns |= {f"{name}, MB": _cell(name, "peak_mb", 1) for name in (OURS, PEFT) if name in names}
+    columns["variant"] = lambda by_name: by_name[OURS]["config"].split(":")[0]
+    measured = {case: by_name for case, by_name in cases.items() if OURS in by_name}
+    return _every(f"{op}: doratune's GPU time, and the peers' as multiples of it", measured, columns)
+
+
+def _every(title: str, cases: Cases, columns: dict[str, Cell]) -> Table:
+    lines = [(*case, *(cell(by_name) for cell in columns.values())) for case, by_name in cases.items()]
+    return Table(title, (("sizes", "dtypes", *columns), *lines))
+
+
+if __name__ == "__main__":
+    print(markdown([*map(Path, sys.argv[1:])]))
