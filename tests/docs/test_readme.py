@@ -1,0 +1,51 @@
+"""README is a page and no manual: short, with the two commands, figures that were measured, and the versions that are
+tested.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from doratune.integrations.peft.versions import NEWEST, OLDEST
+
+from ..test_versions import pins
+from .pages import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+
+CONTENDERS = ("peft_lora", "peft_dora", "doratune")
+
+
+def test_it_fits_in_150_lines() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_it_names_the_test_command_that_ci_runs() -> None:
+    assert re.search(r"^make test$", README, re.MULTILINE)
+    assert re.search(r"^make test$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_its_table_is_what_was_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "h200" / "model.json").read_text(encoding="utf-8"))["rows"]
+    ms = {(row["op"], row["adapter"], row["impl"]): round(row["us"] / 1000) for row in rows}
+    lines = re.findall(r"^\| (\w.*?) \| (\S+) \| (\S+) \| (\S+) \|$", README, re.MULTILINE)
+    assert len(lines) == 4
+    adapter = ""
+    for label, *cells in lines:
+        op = "step" if label.startswith("training step") else "inference"
+        adapter = adapter if label.endswith("the same") else re.search(r"(fp32|bf16) adapters", label)[1]  # type: ignore[index]
+        times = [ms[op, adapter, name] for name in CONTENDERS]
+        assert cells == [f"**{time}**" if time == min(times) else str(time) for time in times], label
+
+
+def test_its_versions_are_those_that_are_tested() -> None:
+    (line,) = re.findall(r"^Tested on .*$", README, re.MULTILINE)
+    for name, library in (("PyTorch", "torch"), ("Triton", "triton")):
+        oldest = re.search(rf'"{library}>=([\d.]+)', PROJECT)[1]  # type: ignore[index]
+        newest = re.search(rf"^{library}==(\d+\.\d+)", CONSTRAINTS, re.MULTILINE)[1]  # type: ignore[index]
+        assert f"{name} {oldest} to {newest}" in line
+    assert f"PEFT {'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}" in line
+    assert pins("newest")["peft"].startswith(".".join(map(str, NEWEST)))
