@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+import doratune
+
 from ..test_import import MAY_IMPORT
 from .pages import PAGES, ROOT
 
@@ -33,6 +35,12 @@ def test_the_parts_of_the_package_that_a_page_names_exist(page: str) -> None:
     for name in named_in_code(page):
         if re.fullmatch(r"doratune(\.\w+)+", name):
             pkgutil.resolve_name(name)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    missing = [name for name in doratune.__all__ if name != "__version__" and f":: doratune.{name}" not in text]
+    assert missing == []
 
 
 def test_the_layout_on_the_page_is_the_one_that_imports_are_held_to() -> None:
