@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import click
 import figures
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -170,8 +171,22 @@ def one_parameter_a_line(app: Sphinx, what: str, name: str, described: Any, opti
     lines[:] = broken
 
 
+def preformatted_as_code(app: Sphinx, context: click.Context, lines: list[str]) -> None:
+    """Show what click's help leaves as it stands (after a backspace) as code: commands, in columns."""
+    shown: list[str] = []
+    for line in lines:
+        inside = bool(shown) and shown[-1].startswith("    ")
+        if line.startswith("| "):
+            shown += [] if inside else ["::", ""]
+            shown.append(f"    {line[2:]}")
+        else:
+            shown += ["", line] if inside else [line]
+    lines[:] = shown
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("missing-reference", resolve_name)
+    app.connect("sphinx-click-process-description", preformatted_as_code)
     app.connect("autodoc-process-docstring", one_parameter_a_line, priority=400)  # before napoleon reads them
     for name, directive in (
         ("figures", Figures),
