@@ -115,7 +115,7 @@ def _beside_peers(op: str, names: Sequence[str], cases: Cases) -> Table:
     columns = {"µs": _cell(OURS, "us", 1), "floor µs": _cell(OURS, "floor_us", 1)}
     columns |= {peer: over_ours(peer) for peer in names if peer != OURS}
     columns |= {f"{name}, MB": _cell(name, "peak_mb", 1) for name in (OURS, PEFT) if name in names}
-    columns["variant"] = lambda by_name: by_name[OURS]["config"].split(":")[0]
+    columns["variant"] = lambda by_name: (by_name[OURS]["config"] or "").split(":")[0]
     measured = {case: by_name for case, by_name in cases.items() if OURS in by_name}
     return _every(f"{op}: doratune's GPU time, and the peers' as multiples of it", measured, columns)
 
