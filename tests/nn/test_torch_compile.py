@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import doratune
+from doratune.nn import operators  # noqa: F401  registers them
 from doratune.nn.functional import dora_compose, dora_linear, weight_norm
-from doratune.runtime import library  # noqa: F401  registers the operators
 
 from .layers import Layer, gradients, make_layer
 
@@ -181,15 +181,12 @@ def samples(name: str) -> list[tuple[Any, ...]]:
     weight, lora_a, lora_b, g = tensor(24, 16), tensor(4, 16), tensor(24, 4), tensor(24)
     rows, h = tensor(5, 24), tensor(5, 4)
     return {
-        "weight_norm": [(weight, lora_a, lora_b, given, 0.5) for given in (None, weight.square().sum(dim=1))],
-        "weight_norm_and_gain": [
-            (weight, lora_a, lora_b, given, g, 0.5) for given in (None, weight.square().sum(dim=1))
-        ],
+        "row_norm": [(weight, lora_a, lora_b, given, 0.5) for given in (None, weight.square().sum(dim=1))],
+        "row_norm_and_gain": [(weight, lora_a, lora_b, given, g, 0.5) for given in (None, weight.square().sum(dim=1))],
         "lora_compose": [
-            (rows, h, lora_b, g, bias, 0.5, delta, save)
-            for bias, delta, save in ((None, False, False), (None, True, True), (g, False, True))
+            (rows, h, lora_b, g, bias, 0.5, delta) for bias, delta in ((None, False), (None, True), (g, False))
         ],
-        "dora_linear": [
+        "dora_linear_forward": [
             (tensor(5, 16), weight, h, lora_b, g, bias, 0.5, save) for bias, save in ((None, False), (g, True))
         ],
         "compose_backward": [(rows, tensor(5, 24), g, bias) for bias in (False, True)],
@@ -204,10 +201,10 @@ def samples(name: str) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     "name",
     [
-        "weight_norm",
-        "weight_norm_and_gain",
+        "row_norm",
+        "row_norm_and_gain",
         "lora_compose",
-        "dora_linear",
+        "dora_linear_forward",
         "compose_backward",
         "adapter_backward",
         "sum_of_products",
