@@ -250,7 +250,9 @@ def test_tokens_in_two_dimensions_are_repeated_as_the_rows_of_one_matrix(monkeyp
         assert kernel.repeated == 2 * count - 1, "all but the first launch, which binds"
     assert {tensor.ndim for given in kernel.seen for tensor in given} == {1, 2}
     assert kernel._contiguous is not None
-    assert [rows for rows, _ in kernel._contiguous._programs] == [16], "what serves two rows would be another program"
+    assert [rows for rows, _ in kernel._contiguous._recordings] == [16], (
+        "what serves two rows would be another recording"
+    )
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if not re.search("columns|every_second|all", name)])
