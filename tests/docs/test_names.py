@@ -12,7 +12,7 @@ import doratune
 from ..test_import import MAY_IMPORT
 from .pages import PAGES, ROOT
 
-MADE_BY_THE_READER = {"templates/compose_forward_rows.py.j2", "tests/goldens/compose_forward_rows.py"}
+MADE_BY_THE_READER = {"templates/compose_forward_rows.py.j2", "tests/goldens/compose_forward_rows.py", "docs/_build"}
 PUBLIC = {"__version__", "accelerate", "restore"}
 
 FOLDERS = "|".join(sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")))
