@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "integrations": {"nn", "runtime", "codegen", "errors", "internals"},
     "tuner": {"cache", "codegen", "runtime", "errors", "__version__"},
     "benchmarks": {"tuner", "cache", "runtime", "codegen", "errors", "__version__", "accelerate", "restore"},
-    "cli": {"integrations", "benchmarks", "tuner", "cache", "runtime", "codegen", "errors", "__version__"},
+    "doctor": {"cache", "runtime", "internals", "errors"},
+    "cli": {"doctor", "integrations", "benchmarks", "tuner", "cache", "runtime", "codegen", "errors", "__version__"},
 }
 """For each part of the package, the others it may import, anywhere in its files."""
 
