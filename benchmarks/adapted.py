@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import sys
 import time
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DoratuneError, UsageError, near_names
+from ..errors import DoratuneError, UsageError
 from ..tuner.timing import no_collection
 from .dorafactors import Dorafactors
+from .measuring import allocated_bytes, check_names, left_out, peak_mb
 from .results import OURS, Row, timing
 
 COMPILED = "_compiled"
@@ -116,9 +118,8 @@ def chosen_implementations(names: Collection[str], dorafactors: Dorafactors | No
 
 
 def _chosen(names: Iterable[str], known: Collection[str], kind: str) -> list[str]:
-    for name in names:
-        if name not in known:
-            raise UsageError(f"unknown {kind} {name!r}{near_names(name, known)} (known: {', '.join(known)})")
+    names = list(names)
+    check_names(kind, names, known)
     return [name for name in known if name in set(names)]
 
 
@@ -234,17 +235,16 @@ def measure(
         try:
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # or what others left, cut to other sizes, is in part of its peak
-            held = _allocated(device)
+            held = allocated_bytes(device.type)
             for _ in range(2):
                 before()
                 call(one.model)
             before()
-            sample.peak_mb = _peak_mb(lambda model=one.model: call(model), held, device)  # type: ignore[misc]
+            sample.peak_mb = peak_mb(functools.partial(call, one.model), device.type, held=held)
             before()
-            _, host_us = _clock(lambda model=one.model: call(model), device, 0.0)  # type: ignore[misc]
+            _, host_us = _clock(functools.partial(call, one.model), device, 0.0)
         except Exception as failure:  # whatever one dies of, the others go on
-            reason = next(iter(str(failure).splitlines()), "")
-            notes.append(f"{one.name} left out: {type(failure).__name__}: {reason}")
+            notes.append(left_out(one.name, failure))
             continue
         finally:
             before()
@@ -257,7 +257,7 @@ def measure(
         with no_collection():
             for one in order:
                 before()
-                us, host_us = _clock(lambda model=one.model: call(model), device, busy[one.name])  # type: ignore[misc]
+                us, host_us = _clock(functools.partial(call, one.model), device, busy[one.name])
                 samples[one.name].us.append(us)
                 samples[one.name].cpu_us.append(host_us)
     before()
@@ -318,19 +318,3 @@ def _warm_libraries(device: torch.device) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         square = torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True)
         (square @ square).sum().backward()
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _peak_mb(call: Callable[[], object], held: int, device: torch.device) -> float | None:
-    """Megabytes at the peak of a call beyond ``held`` bytes, so with what the implementation keeps between calls."""
-    if device.type != "cuda":
-        call()
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - held) / 1e6

@@ -109,12 +109,15 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--op", "ops", multiple=True, metavar="OP", help="Only this operation; repeatable.")
+@click.option("--op", "ops", multiple=True, metavar="OP", help="Only this operation, or the projections q,k,v or gate,up; repeatable.")
 @click.option("--peer", "peers", multiple=True, metavar="NAME", help="Only this peer beside doratune; repeatable.")
 @_peer_option
 @_results_options(rounds=30)
 def kernels(ops: tuple[str, ...], peers: tuple[str, ...], rounds: int, peer_path: Path | None, **results: Any) -> None:
-    """The kernels on a GPU: against PEFT, torch.compile, dense B@A, cuBLAS, dorafactors and the floor."""
+    """The kernels on a GPU: against PEFT, torch.compile, dense B@A, cuBLAS, dorafactors and the floor.
+
+    Also the projections of one x (q,k,v and gate,up): h in one product, beside one product for each.
+    """
     from .kernels import bench_kernels
 
     dorafactors, versions = _peer(peer_path)

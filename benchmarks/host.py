@@ -25,12 +25,11 @@ from ..runtime.loader import load_kernel, resolve
 from ..runtime.reference import TORCH_DTYPES
 from ..tuner.inputs import make_inputs, make_outputs
 from ..tuner.timing import no_collection
-from .results import OURS, UNCHECKED, Outcome, Row, require_gpu, timing
+from .measuring import SCALING, left_out, require_gpu
+from .results import OURS, UNCHECKED, Outcome, Row, spec_columns, timing
 
 QUEUED_LAUNCHES = 512
 """Launches in a round at most. The queue of a CUDA stream holds about 1024, and then the host waits for the GPU."""
-
-SCALING = 0.75
 
 Call = Callable[[], object]
 
@@ -83,8 +82,7 @@ def run_case(spec: KernelSpec, device: torch.device, rounds: int, outcome: Outco
         except Exception as failure:  # whatever one dies of, the others go on
             if impl in (OURS, UNCHECKED, "hit", "launch"):
                 raise
-            reason = next(iter(str(failure).splitlines()), "")
-            outcome.notes.append(f"{spec}: {impl} left out: {type(failure).__name__}: {reason}")
+            outcome.notes.append(f"{spec}: {left_out(impl, failure)}")
         else:
             working[impl] = call
     repeats = QUEUED_LAUNCHES // len(declared_kernels(source))
@@ -177,15 +175,9 @@ def host_us(
 
 def host_row(spec: KernelSpec, kernel: Kernel, impl: str, samples_us: Sequence[float]) -> Row:
     """The row of one implementation: no time of the GPU, that of the host in ``cpu_us``."""
-    sizes = (spec.tokens, spec.d_out, spec.d_in)
     return {
         "bench": "host",
-        "op": spec.op,
-        "shape": [size for size in sizes if size],
-        "rank": spec.rank,
-        "dtype": spec.weight or spec.activation,
-        "adapter": spec.adapter,
-        "flags": [],
+        **spec_columns(spec, spec.tokens),
         "impl": impl,
         "config": None if impl == "torch" else str(kernel.config),
         "provenance": None if impl == "torch" else kernel.provenance,

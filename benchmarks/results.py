@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
+from ..codegen.spec import FLAGS, KernelSpec
 from ..errors import UsageError
 from ..tuner.measure import driver_version
 
@@ -45,12 +46,6 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-def require_gpu() -> None:
-    """Raise a UsageError where PyTorch sees no GPU."""
-    if not torch.cuda.is_available():
-        raise UsageError("this benchmark needs a GPU and PyTorch sees none: run it where the GPU is")
-
-
 def case_of(row: Mapping[str, Any]) -> tuple[object, ...]:
     """What was measured, apart from the implementation. Fields that a row lacks count as empty."""
     values = (row.get(name) for name in _CASE)
@@ -66,27 +61,24 @@ def case_name(row: Mapping[str, Any]) -> str:
     return " ".join([*filter(None, parts), *(row.get("flags") or ())])
 
 
+def spec_columns(spec: KernelSpec, tokens: int) -> Row:
+    """The fields of a row that a kernel's spec and its number of tokens give."""
+    sizes = (tokens, spec.d_out, spec.d_in)
+    return {
+        "op": spec.op,
+        "shape": [size for size in sizes if size],
+        "rank": spec.rank or None,
+        "dtype": spec.weight or spec.activation,
+        "adapter": spec.adapter or None,
+        "flags": [flag for flag in FLAGS if getattr(spec, flag)],
+    }
+
+
 def timing(samples_us: Sequence[float]) -> dict[str, float]:
     """Median and 20th and 80th percentile of microseconds, under the names that rows have."""
     several = len(samples_us) > 1
     low, *_, high = statistics.quantiles(samples_us, n=5, method="inclusive") if several else [samples_us[0]] * 2
     return {"us": statistics.median(samples_us), "us_p20": low, "us_p80": high}
-
-
-def peak_mb(call: Callable[[], object]) -> float | None:
-    """The megabytes (10**6 bytes) that a call adds to the GPU memory in use while it runs, its result included.
-
-    The call runs once before, so that what it keeps for later calls is not counted. None without a GPU.
-    """
-    call()
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def environment(commit: str | None = None, **peers: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..cache.entry import Environment, Evaluation
+from ..codegen.compile import BrokenToolchainError
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source
 from ..codegen.spec import Config, KernelSpec
@@ -46,6 +47,10 @@ class GpuLostError(BrokenEnvironmentError):
 
 class LaunchFailureError(GpuLostError):
     """The GPU context ended with an error that a failing GPU and a faulty kernel have in common."""
+
+
+BROKEN = (BrokenToolchainError, BrokenEnvironmentError)
+"""The failures after which no candidate can be judged."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,10 @@ class Evaluator(ABC):
             Undecided, ToolchainError: it could not be judged.
         """
 
-    def times_beside(self, fused: Source, composition: Source) -> tuple[float, float] | None:
-        """Microseconds of a fused kernel and of its work one after another (:mod:`.unfused`), measured in turn.
+    def fusion_times(self, fused: Source, composition: Source) -> tuple[float, float] | None:
+        """Time a fused kernel and its unfused sequence (:mod:`.fusion`) in turn; microseconds of each.
 
-        None from an evaluator that measures nothing.
+        An evaluator that measures nothing returns None.
 
         Raises:
             Rejected, CompileError: one of them does not run.

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from ..cache.entry import MEASURED, PREDICTED, Entry
+from .outcome import TuneResult
 from .projections import LeftOut, Model, Projection
-from .search import TuneResult
 
 SCHEMA = 1
 

@@ -10,7 +10,7 @@ neighbours too.
 store has an entry of the same template whose provenance is better, or equal with a finished search of at least this
 effort: the study says so, or, where the study is not at hand, the entry was tuned with at least the effort's patience
 in trials. The binaries of such entries are made last, where the store lacks them for the installed Triton; and so is
-what says whether the fusion of a kernel pays (:mod:`.unfused`).
+what says whether the fusion of a kernel pays (:mod:`.fusion`).
 
 **What fails.** Only a property of a config is recorded against it: a compile error, a limit exceeded, a compiler that
 crashes or does not end, an inaccurate result, a memory fault. Whatever else fails (a disk, a tool, the GPU, memory, a
@@ -37,18 +37,17 @@ from types import FrameType
 
 import optuna
 
-from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Binary, Entry
+from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Entry
 from ..cache.store import Store
-from ..codegen.compile import BrokenToolchainError, CompileError, judge_failure
+from ..codegen.compile import CompileError, judge_failure
 from ..codegen.gpu import Gpu
-from ..codegen.module import declared_kernels
 from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
 from ..codegen.variants import check_config, default_config
 from ..errors import DoratuneError
 from .effort import STANDARD, Budget, Effort
 from .evaluation import (
-    BrokenEnvironmentError,
+    BROKEN,
     ContextLostError,
     Evaluator,
     GpuMemoryError,
@@ -56,6 +55,9 @@ from .evaluation import (
     Rejected,
     floor_us,
 )
+from .fusion import composition_of, needs_timing, with_unfused_time
+from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, Tuned, TuneResult
+from .packing import Packing
 from .predict import shortlist
 from .progress import SilentProgress
 from .space import Space
@@ -69,10 +71,7 @@ from .studies import (
     searched_with,
     study_name,
 )
-from .unfused import composition_of
 from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
-
-TUNED, KEPT, PARTIAL, UNFINISHED, FAILED = "tuned", "kept", "partial", "unfinished", "failed"
 
 BEHIND = 1.25
 """A candidate guessed to take this many times the best guess so far is not compiled."""
@@ -85,49 +84,6 @@ _STUDIES_PER_WORKER = 2
 _RANKS = (DEFAULT, PREDICTED, MEASURED)
 _VERDICTS = (Rejected, CompileError)
 """What says that a config is out, on whatever day it is tried."""
-_BROKEN = (BrokenToolchainError, BrokenEnvironmentError)
-"""What says that no config can be judged now."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What became of one spec.
-
-    ``outcome`` is ``tuned``; ``kept`` (the store had it); ``partial`` (stopped, but the seeds were tried and the best
-    is stored); ``unfinished`` (stopped before that; nothing stored); ``failed`` (every candidate was rejected, or none
-    could be judged). ``entry`` is what the store holds for the spec now, None when nothing; ``note`` says why it ended.
-    """
-
-    spec: KernelSpec
-    outcome: str
-    entry: Entry | None
-    note: str = ""
-
-    @property
-    def kept(self) -> bool:
-        """Whether the entry was already there."""
-        return self.outcome == KEPT
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """The rows of a run in the order of its specs.
-
-    ``stopped`` is empty, ``timeout``, ``interrupt`` or ``fault``; then ``fault`` says what is wrong and what to do.
-    """
-
-    rows: tuple[Tuned, ...]
-    stopped: str = ""
-    fault: str = ""
-
-    def count(self, outcome: str) -> int:
-        """How many specs ended in this way."""
-        return sum(row.outcome == outcome for row in self.rows)
-
-    @property
-    def failed(self) -> tuple[Tuned, ...]:
-        """The rows of the specs for which nothing was found; each ``note`` is the reason."""
-        return tuple(row for row in self.rows if row.outcome == FAILED)
 
 
 def tune(
@@ -246,7 +202,7 @@ class _Run:
         self._rows: dict[KernelSpec, Tuned] = {}
         self._deadline: float | None = None
         self._environment = self.evaluator.environment()
-        self._packing: dict[str, tuple[KernelSpec, Future[tuple[Binary, ...]]]] = {}
+        self._packing = Packing(self.store, self.pool, self._environment, self.progress)
 
     def row(self, spec: KernelSpec) -> Tuned:
         return self._rows.get(spec) or Tuned(spec, UNFINISHED, self.store.get(spec), "not begun")
@@ -279,10 +235,10 @@ class _Run:
             search = active.pop(ready)
             if self._evaluate(search):
                 active[ready] = search  # now the last in line
-            self._store_packed()
+            self._store_binaries()
         for search in active.values():
             self._cut_short(search)
-        self._time_unfused()
+        self._time_fusions()
         self._finish_binaries()
 
     def _break_off(self, fault: str) -> None:
@@ -409,7 +365,7 @@ class _Run:
         reason = str(failure)
         search.study.set_aside(candidate, reason)
         self._undecided_in_a_row += 1
-        if not isinstance(failure, _BROKEN) and self._undecided_in_a_row < IN_A_ROW:
+        if not isinstance(failure, BROKEN) and self._undecided_in_a_row < IN_A_ROW:
             return True
         self._undecided_in_a_row = 0
         if not isinstance(failure, GpuMemoryError):
@@ -459,48 +415,49 @@ class _Run:
                 note = f"{note}; configs that could not be judged: {len(undecided)}, {[*undecided.values()][-1]}"
                 self.progress.note(f"{spec}: {note}")
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
-            self._pack(self._rows[spec].entry)
+            if self.binaries:
+                self._packing.start(self._rows[spec].entry)
         self.progress.done(spec, outcome, best[1].us if best else None, search.floor_us)
 
-    def _time_unfused(self) -> None:
-        """Have kernels that fuse timed beside their work one after another, where nobody did or its part is new."""
+    def _time_fusions(self) -> None:
+        """Time each fused kernel against its unfused sequence if that was never done, or if its composition kernel was
+        retuned."""
         if self.evaluator.provenance != MEASURED or self._stopping():
             return
         pending = []
         for row in self._rows.values():
             composition = composition_of(row.spec)
-            if composition is None or row.entry is None or row.entry.evaluation.provenance != MEASURED:
+            if composition is None or row.entry is None:
                 continue
             part = self._rows.get(composition)
-            if row.entry.evaluation.unfused_us is None or (part is not None and part.outcome == TUNED):
+            if needs_timing(row.entry, composition_is_new=part is not None and part.outcome == TUNED):
                 sources = render(row.spec, row.entry.config), render(composition, self._config(composition))
                 pending.append((row.entry, sources, [self.pool.submit(source) for source in sources]))
         if pending:
-            self.progress.note(f"timing {len(pending)} fused kernels beside their work one after another")
+            self.progress.note(f"timing {len(pending)} fused kernels against their unfused sequence")
         for entry, sources, compiled in pending:
             while not self._stopping() and not all(future.done() for future in compiled):
                 self.pool.wait([future for future in compiled if not future.done()], POLL_SECONDS)
             if self._stopping():
                 return
-            reason = self._time_beside(entry, sources, compiled)
+            reason = self._time_fusion(entry, sources, compiled)
             if reason:
-                self.progress.note(f"{entry.spec} is not timed beside its work one after another: {reason}")
+                self.progress.note(f"{entry.spec}: not timed against its unfused sequence: {reason}")
 
-    def _time_beside(
+    def _time_fusion(
         self, entry: Entry, sources: tuple[Source, Source], compiled: Sequence[Future[Compiled]]
     ) -> str | None:
-        """Store what the work of a fused kernel takes one after another; the reason if that cannot be had."""
+        """Store the time of a fused kernel's unfused sequence; return why it could not be measured, or None."""
         try:
             for future in compiled:
                 future.result()
-            times = self.evaluator.times_beside(*sources)
+            times = self.evaluator.fusion_times(*sources)
         except Exception as failure:
-            if isinstance(failure, (ContextLostError, *_BROKEN)):
+            if isinstance(failure, (ContextLostError, *BROKEN)):
                 self._break_off(f"{failure}. The same command goes on from here")
             return str(failure) or type(failure).__name__
-        if times is not None and entry.evaluation.us is not None:
-            unfused_us = entry.evaluation.us * times[1] / times[0]  # as on the clocks of the entry's own time
-            self.store.put(replace(entry, evaluation=replace(entry.evaluation, unfused_us=unfused_us)))
+        if times is not None:
+            self.store.put(with_unfused_time(entry, *times))
             self._rows[entry.spec] = replace(self._rows[entry.spec], entry=self.store.get(entry.spec))
         return None
 
@@ -511,46 +468,22 @@ class _Run:
             return entry.config
         return (self.known(spec) if self.known else None) or default_config(spec, self.gpu)
 
-    def _pack(self, entry: Entry | None) -> bool:
-        """Have the binaries of an entry made, unless the store has them; return whether they are under way."""
-        if entry is None or not self.binaries:
-            return False
-        source = render(entry.spec, entry.config)
-        digest = source.code_digest
-        if digest in self._packing or digest != entry.code_digest:
-            return digest in self._packing
-        architecture, triton = self.gpu.architecture, self._environment.triton
-        stored = {key.kernel for key in self.store.binary_keys(digest, triton, architecture)}
-        if not stored.issuperset(declared_kernels(source)):
-            self._packing[digest] = (entry.spec, self.pool.binaries(source))
-        return digest in self._packing
-
-    def _store_packed(self) -> None:
+    def _store_binaries(self) -> None:
         """Store the binaries that are made by now."""
-        for digest, (spec, future) in [*self._packing.items()]:
-            if not future.done():
-                continue
-            del self._packing[digest]
-            error = future.exception()
-            if isinstance(error, _BROKEN):
-                self._break_off(f"{error}. The winners so far are stored; the same command goes on from here")
-                continue
-            if error is not None:  # the winner is stored all the same: whoever loads it compiles it
-                self.progress.note(f"no binary of {spec}: {error}")
-                continue
-            for binary in future.result():
-                self.store.put_binary(binary)
+        broken = self._packing.store_made()
+        if broken is not None:
+            self._break_off(f"{broken}. The winners so far are stored; the same command goes on from here")
 
     def _finish_binaries(self) -> None:
-        """Wait for the binaries of the winners, and have those made that kept entries lack; not once it is to stop."""
-        if not self._stopping():
-            lacking = sum([self._pack(row.entry) for row in self._rows.values() if row.outcome == KEPT])
+        """Wait for the winners' binaries and make those that kept entries lack, unless the run is to stop."""
+        if not self._stopping() and self.binaries:
+            lacking = sum([self._packing.start(row.entry) for row in self._rows.values() if row.outcome == KEPT])
             if lacking:
                 self.progress.note(f"{lacking} kernels kept from the store lack their binary; compiling them")
-        self._store_packed()
-        while self._packing and not self._stopping():
-            self.pool.wait([future for _, future in self._packing.values()], POLL_SECONDS)
-            self._store_packed()
+        self._store_binaries()
+        while self._packing.under_way and not self._stopping():
+            self.pool.wait(self._packing.under_way, POLL_SECONDS)
+            self._store_binaries()
 
     def _show(self, search: _Search) -> None:
         best = search.study.best

@@ -20,10 +20,11 @@ from .effort import find_effort
 from .evaluation import Evaluator, GpuLostError
 from .jobs import plan_jobs
 from .models import Model, requested_model
+from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from .predict import PredictEvaluator
 from .progress import SilentProgress
 from .report import layer_lines
-from .search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult, tune
+from .search import tune
 from .studies import default_study_storage
 
 EVALUATORS = ("auto", "measure", "predict")
