@@ -22,13 +22,14 @@ HEAVY |= {"peft", "transformers"}
 MAY_IMPORT = {
     "__init__": {"runtime", "nn"},
     "errors": set(),
+    "console": {"errors"},
     "codegen": {"errors"},
     "cache": {"codegen.spec", "codegen.digest", "errors"},
     "runtime": {"cache", "codegen", "errors"},
     "nn": {"runtime", "errors"},
     "tuner": {"cache", "codegen", "runtime", "errors", "__version__"},
-    "benchmarks": {"tuner", "cache", "runtime", "codegen", "errors", "__version__", "accelerate", "restore"},
-    "cli": {"benchmarks", "tuner", "cache", "runtime", "codegen", "errors", "__version__"},
+    "benchmarks": {"console", "tuner", "cache", "runtime", "codegen", "errors", "__version__", "accelerate", "restore"},
+    "cli": {"console", "benchmarks", "tuner", "cache", "runtime", "codegen", "errors", "__version__"},
 }
 """For each part of the package, the others it may import, anywhere in its files."""
 
