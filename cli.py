@@ -134,12 +134,12 @@ def tune(as_json: bool, **options: Any) -> None:
     model = requested_model(options["model"], options["config"])  # read while PyTorch is imported here
 
     from .tuner.progress import standard_error_progress
-    from .tuner.report import report_json, report_table
+    from .tuner.report import report, report_table
     from .tuner.tune_model import Request, tune_model
 
     run = tune_model(Request(**options), standard_error_progress(), model)
     if as_json:
-        click.echo(report_json(run.result, model=run.model, gpu=run.gpu.slug, store=run.store))
+        print_json(report(run.result, model=run.model, gpu=run.gpu.slug, store=run.store))
     else:
         entries = [row.entry for row in run.result.rows if row.entry is not None]
         print_table(report_table(entries, model=run.model.name, gpu=run.gpu.slug))
@@ -204,11 +204,11 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
                 "config": str(resolution.config),
                 "provenance": entry.evaluation.provenance if entry else "default",
                 "entry": str(entry.spec) if entry else None,
-                "layer": resolution.layer,
+                "store": resolution.layer,
                 "distance": resolution.distance,
                 "refused": [vars(refusal) for refusal in resolution.trace],
                 "binary": {
-                    "layer": binaries.layer,
+                    "store": binaries.layer,
                     "note": binaries.note,
                     "passed_over": list(binaries.passed_over),
                 },

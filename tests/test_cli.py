@@ -286,7 +286,7 @@ def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
     data = json.loads(done(run("explain", SPEC, "--json", home=tuned.home)))
     assert (data["spec"], data["entry"], data["step"], data["provenance"]) == (SPEC, SPEC, "exact", "predicted")
     assert (data["distance"], data["refused"]) == (0.0, [])
-    assert data["layer"] == str(tuned.home / "store.sqlite")
+    assert data["store"] == str(tuned.home / "store.sqlite")
     said = done(run("explain", SPEC, home=tuned.home))
     assert data["config"] in said
     assert "exact: an entry of this very spec" in said
@@ -301,7 +301,7 @@ def test_explain_says_which_neighbour_serves_a_kernel_that_was_not_tuned(tuned: 
 
 def test_without_a_store_explain_says_default(home: Path) -> None:
     data = json.loads(done(run("explain", SPEC, "--json", home=home)))
-    assert (data["step"], data["provenance"], data["entry"], data["layer"]) == ("default", "default", None, None)
+    assert (data["step"], data["provenance"], data["entry"], data["store"]) == ("default", "default", None, None)
     assert not home.exists()
 
 
@@ -351,7 +351,7 @@ def test_the_tuned_kernel_has_its_binary_and_every_command_that_tells_of_it_says
     store = str(tuned.home / "store.sqlite")
     triton = version("triton")
     data = json.loads(done(run("explain", SPEC, "--json", home=tuned.home)))
-    assert data["binary"] == {"layer": store, "note": f"for Triton {triton} on sm_90", "passed_over": []}
+    assert data["binary"] == {"store": store, "note": f"for Triton {triton} on sm_90", "passed_over": []}
     assert f"binary    in {store}, for Triton {triton} on sm_90" in done(run("explain", SPEC, home=tuned.home))
     (entry,) = json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home)))["entries"]
     (key,) = entry["binaries"]

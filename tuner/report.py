@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,6 @@ from ..cache.entry import MEASURED, PREDICTED, BinaryKey, Entry
 from ..cache.store import Store
 from .outcome import TuneResult
 from .projections import LeftOut, Model, Projection
-
-SCHEMA = 1
 
 _SHAPE = ("d_out", "d_in", "rank", "tokens")
 
@@ -68,13 +65,11 @@ def left_out_text(left: LeftOut) -> str:
 
 
 def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[str, Any]:
-    """The whole report: a schema number, the model, GPU slug and store it is about, a row for each entry, and the
-    linear layers that the run was for.
+    """The whole report as values for JSON: model, GPU slug, store, a row for each entry, and the model's linear layers.
 
     ``failed`` has the specs without a winner and why; ``stopped`` and ``fault`` are those of the result.
     """
     return {
-        "schema": SCHEMA,
         "model": model.name,
         "gpu": gpu,
         "store": store,
@@ -84,11 +79,6 @@ def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[st
         "fault": result.fault,
         **layers_of(model),
     }
-
-
-def report_json(result: TuneResult, *, model: Model, gpu: str, store: str) -> str:
-    """The same as indented JSON text."""
-    return json.dumps(report(result, model=model, gpu=gpu, store=store), indent=2)
 
 
 def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:
