@@ -101,7 +101,8 @@ def main(seconds: int) -> None:
 
 
 def _answer(config: dict[str, Any], name: str, seconds: int) -> dict[str, Any]:
-    from .class_layers import list_layers, load_transformers
+    from .class_layers import list_layers
+    from .meta_model import load_transformers
 
     load_transformers()
     signal.alarm(seconds)

@@ -64,13 +64,10 @@ from .space import Space
 from .studies import (
     Candidate,
     KernelStudy,
-    default_study_storage,
-    open_study_storage,
-    quiet,
-    release,
     searched_with,
     study_name,
 )
+from .study_storage import default_study_storage, open_study_storage, quiet, release
 from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 
 BEHIND = 1.25

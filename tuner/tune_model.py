@@ -25,7 +25,7 @@ from .predict import PredictEvaluator
 from .progress import SilentProgress
 from .report import layer_lines
 from .search import tune
-from .studies import default_study_storage
+from .study_storage import default_study_storage
 
 EVALUATORS = ("auto", "measure", "predict")
 

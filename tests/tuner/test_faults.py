@@ -27,7 +27,7 @@ from doratune.tuner.evaluation import (
 )
 from doratune.tuner.search import FAILED, IN_A_ROW, PARTIAL, TUNED, UNFINISHED, TuneResult
 from doratune.tuner.space import Space
-from doratune.tuner.studies import StudyStorageError, open_study_storage, release
+from doratune.tuner.study_storage import StudyStorageError, open_study_storage, release
 from doratune.tuner.workers import CompilerCrashError, WorkerLostError
 
 from .fakes import FORWARD, GPU, SPECS, TRIALS, FakeEvaluator, FakePool, steps_from

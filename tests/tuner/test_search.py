@@ -41,7 +41,7 @@ from doratune.tuner.inputs import make_inputs, make_outputs
 from doratune.tuner.progress import SilentProgress
 from doratune.tuner.search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from doratune.tuner.space import Space
-from doratune.tuner.studies import open_study_storage, release
+from doratune.tuner.study_storage import open_study_storage, release
 
 from .fakes import FORWARD, GPU, SPECS, TRIALS, FakeEvaluator, FakePool, forward_spec, steps_from
 
