@@ -109,7 +109,7 @@ def main() -> None:
     "--timeout",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="End the whole run in time; what is found is kept.",
+    help="Stop the run after this time; the winners so far are kept.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Compile workers; one for each core by default.")
 @click.option("--device", metavar="DEVICE", help="The GPU to measure on, such as cuda:1.")
@@ -126,8 +126,8 @@ def main() -> None:
 def tune(as_json: bool, **options: Any) -> None:
     """Tune the kernels that DoRA on a model's linear projections needs, and store the winners.
 
-    Stopping it, with Ctrl-C or however, loses the running trials at most: the same command goes on from there, and
-    finished kernels are not searched again.
+    Stopping it, by Ctrl-C for instance, loses at most the running trials: the same command continues, and finished
+    kernels are not searched again.
     """
     from .tuner.models import requested_model
 
@@ -164,7 +164,7 @@ def tune(as_json: bool, **options: Any) -> None:
 def emit(spec: str, config: str | None, store: str | None, as_json: bool) -> None:
     """Print the source of the kernel for SPEC, as it would run.
 
-    SPEC reads like lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=bf16@h200.
+    SPEC is written as in lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=bf16@h200.
     """
     from .runtime.loader import emit as emit_source
 
@@ -246,7 +246,7 @@ def models(config: Path | None, as_json: bool) -> None:
 
 @main.group()
 def cache() -> None:
-    """Look at the stores of tuned kernels."""
+    """Inspect the stores of tuned kernels."""
 
 
 @cache.command("path")
@@ -328,11 +328,11 @@ def cache_show(spec: str, source: bool, store: str | None, as_json: bool) -> Non
 
 
 @cache.command("prune")
-@click.option("--other-triton", is_flag=True, help="Also those that another Triton than the installed one compiled.")
+@click.option("--other-triton", is_flag=True, help="Also the binaries of other Triton versions than the installed one.")
 @store_option
 @json_option
 def cache_prune(other_triton: bool, store: str | None, as_json: bool) -> None:
-    """Delete the binaries that no entry has any more, from your own store or the one named."""
+    """Delete the binaries that no entry refers to, from your own store or the one named."""
     from importlib.metadata import version
 
     from .cache.layers import user_store_path

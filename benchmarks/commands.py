@@ -41,7 +41,7 @@ def _with_results(rounds: int) -> Callable[[Callable[..., Measured]], F]:
     add = _options(
         click.option("--output", type=_PATH, metavar="FILE", help="Write the results here as JSON."),
         click.option("--rounds", type=click.IntRange(min=2), default=rounds, show_default=True, help="Timing rounds."),
-        click.option("--commit", help="The commit measured; asked of git by default."),
+        click.option("--commit", help="The commit measured; read from git by default."),
         click.option("--targets", is_flag=True, help="Print how the results stand against the targets."),
         json_option,
     )
@@ -120,7 +120,7 @@ _adapter_options = _options(
     click.option(
         "--impl", "implementations", multiple=True, metavar="NAME", help="Only this implementation; repeatable."
     ),
-    click.option("--device", metavar="DEVICE", help="cuda, cuda:1, …; cpu only tries the command out."),
+    click.option("--device", metavar="DEVICE", help="cuda, cuda:1, …; cpu only to try the command out."),
 )
 """Of benchmarks that put adapters on layers."""
 

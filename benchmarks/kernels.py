@@ -1,8 +1,8 @@
 """The kernels against what people run today, in one process and interleaved, on the same inputs.
 
 GPU time comes from CUDA graph replays over inputs that rotate through more memory than the L2 holds; peak memory is
-what one call adds. Everything that computes a whole operation is held against fp64 first, doratune also where each term
-of the operation dominates.
+what one call adds. Whatever computes a whole operation is first compared with fp64, doratune also where each term of
+the operation dominates.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def bench_kernels(
 
 
 def run_case(case: Case, peers: Sequence[Peer], gpu: Gpu, rounds: int, outcome: Outcome) -> None:
-    """Hold doratune and its peers against fp64, then time them in turn; one row for each."""
+    """Compare doratune and its peers with fp64, then time them in turn; one row for each."""
     spec, kernel = case.spec, load(case.spec, case.tokens)
     found: list[float] = []
     complaint = None
@@ -141,7 +141,7 @@ def run_case(case: Case, peers: Sequence[Peer], gpu: Gpu, rounds: int, outcome: 
             if peer.outputs is not None:
                 errors[peer.name] = worst_error(spec, peer.outputs(result, inputs), exact)[0]
             running[peer.name] = peer.run
-        except Exception as failure:  # whatever a peer dies of, the others go on
+        except Exception as failure:  # the other peers continue
             outcome.notes.append(f"{spec}: {left_out(peer.name, failure)}")
     del inputs, outputs, exact
     torch.cuda.empty_cache()
@@ -209,7 +209,7 @@ def kernel_row(case: Case, impl: str, samples_us: Sequence[float], gpu: Gpu, ker
 
 
 def _work(case: Case) -> tuple[int, int]:
-    """Bytes and matrix flops of the operation at the case's own token count, which is not always its bucket's."""
+    """Bytes and matrix flops of the operation at the case's token count, which may lie inside its bucket."""
     spec, contract = case.spec, case.spec.contract
     operands = contract.inputs_of(spec) + contract.outputs_of(spec)
     moved = sum(o.elements(spec, case.tokens or None) * DTYPE_BYTES[o.dtype_of(spec)] for o in operands)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: names checked, kernels loaded, peak memory, and implementations timed in turn."""
+"""What the benchmarks share: checking names, loading kernels, peak memory, timing implementations in turn."""
 
 from __future__ import annotations
 

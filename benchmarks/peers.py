@@ -1,7 +1,7 @@
 """What people run today in place of each operation: PEFT's formulas, eager and compiled, LoRA, cuBLAS, dorafactors.
 
-Every peer takes the inputs that doratune's kernel takes. One that computes the whole operation says how its result
-reads as the operation's outputs, so that it is held against fp64 as well: what computes something else is no peer.
+Every peer takes the inputs of doratune's kernel. One that computes the whole operation also says how to read its result
+as the operation's outputs, so that it is compared with fp64 too: what computes something else is no peer.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Peer:
 
 
 def peers_of(spec: KernelSpec, scaling: float, dorafactors: Dorafactors | None = None) -> list[Peer]:
-    """The peers of the kernel of ``spec``; dorafactors and PEFT's own code only where they are there."""
+    """The peers of the kernel of ``spec``; dorafactors and PEFT's own code only if available."""
     if spec.op == "weight_norm":
         return _norm_peers(spec, scaling, dorafactors)
     if spec.op == "compose_backward":

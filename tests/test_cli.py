@@ -524,7 +524,7 @@ def without(field: str) -> str:
     [
         (json.dumps(TINY)[:-9], ["not valid JSON (line 1, column", "download the model's config.json again"]),
         ("", ["not valid JSON", "download"]),
-        ("[1, 2]", ["holds no JSON object but '[1, 2]'", "give a model's config.json"]),
+        ("[1, 2]", ["expected a JSON object, found a list", "give a model's config.json"]),
         (without("hidden_size"), ["hidden_size", "is missing", "an integer of at least 1"]),
         (without("num_hidden_layers"), ["num_hidden_layers", "is missing"]),
         (without("intermediate_size"), ["intermediate_size", "is missing"]),
@@ -698,10 +698,10 @@ def test_an_entry_nobody_has_is_a_failure_that_points_to_explain(tuned: Tuned) -
     assert message == f"no store has an entry for {other}; `doratune explain` says what would run instead"
 
 
-# As a program.
+# As a process of its own.
 
 
-def program(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
+def process(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "DORATUNE_CACHE_PATH"} | {
         "DORATUNE_HOME": str(home)
     }
@@ -709,16 +709,16 @@ def program(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, cwd=home.parent, capture_output=True, text=True, timeout=120)
 
 
-def test_as_a_program_it_prints_the_result_alone(tuned: Tuned) -> None:
-    done = program("explain", SPEC, "--json", home=tuned.home)
+def test_in_its_own_process_it_prints_the_result_alone(tuned: Tuned) -> None:
+    done = process("explain", SPEC, "--json", home=tuned.home)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["step"] == "exact"
 
 
-def test_as_a_program_it_fails_with_one_message(tuned: Tuned, tmp_path: Path) -> None:
+def test_in_its_own_process_it_fails_with_one_message(tuned: Tuned, tmp_path: Path) -> None:
     store = tmp_path / "store.sqlite"
     shutil.copy(tuned.config, store)
-    done = program("cache", "ls", "--json", "--store", str(store), home=tuned.home)
+    done = process("cache", "ls", "--json", "--store", str(store), home=tuned.home)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"Error: store {store}: the file is not a SQLite database")
     assert done.stderr.count("\n") == 1

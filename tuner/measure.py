@@ -37,10 +37,10 @@ from .inputs import make_inputs, make_outputs
 from .timing import SHORT_TOKENS, Rotation, interleaved_us, median_us, replay_us
 
 GATE_TOKENS = 512
-"""Tokens of the gate's own inputs, less a few so that the last tile is ragged; timing runs the full bucket."""
+"""Tokens of the gate's inputs, less a few so that the last tile is ragged. Timing uses the full bucket."""
 
 CHECKED_ROWS = 64
-"""Rows of the full-size output that are held against fp64 after timing."""
+"""Rows of the full-size output that are compared with fp64 after timing."""
 
 GIVE_UP = 3.0
 """A candidate whose first replay takes this many times the best so far is not timed further."""
@@ -57,7 +57,7 @@ _REFUSED_LAUNCHES = (
     "invalid configuration argument",
     "Triton Error [CUDA]: invalid argument",  # a grid or tensor map beyond what the GPU takes
 )
-"""What the driver says of a launch that asks for more than the GPU has."""
+"""Driver messages for a launch that asks for more than the GPU has."""
 
 _KERNEL_FAULTS = (
     "illegal memory access",
@@ -66,13 +66,13 @@ _KERNEL_FAULTS = (
     "invalid program counter",
     "device-side assert",
 )
-"""What the driver says where a kernel's own code faulted, and ended the context."""
+"""Driver messages for a fault in the kernel's own code, which ends the context."""
 
 _LAUNCH_FAILURE = "unspecified launch failure"
 
 
 class NoGpuError(UsageError):
-    """Measuring was asked for where PyTorch sees no GPU."""
+    """Measuring was requested, but PyTorch sees no GPU."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -84,8 +84,8 @@ class MeasureEvaluator(Evaluator):
     """Gate and time candidates on one GPU.
 
     The gate compares a candidate with the fp64 definition on inputs where each term dominates, twice, into poisoned
-    outputs: both runs must be within the bounds and equal in every bit. Only then is it timed, on random inputs that
-    rotate through more memory than the L2 holds; some rows of the timed outputs are checked as well.
+    outputs: both runs must be within the bounds and equal in every bit. Then it is timed on random inputs that rotate
+    through more memory than the L2 holds, and some rows of the timed outputs are checked as well.
 
     Raises:
         NoGpuError: there is no GPU.
@@ -198,12 +198,12 @@ class MeasureEvaluator(Evaluator):
         return median_us(samples["fused"]), median_us(samples["unfused"])
 
     def finish(self, spec: KernelSpec) -> None:
-        """Let go of the inputs."""
+        """Release the inputs."""
         self._spec = self._rotation = None
         self._gate_inputs, self._gate_exact, self._gate_outputs = {}, {}, {}
 
     def close(self) -> None:
-        """Give the GPU memory back."""
+        """Return the GPU memory to the driver."""
         if self._spec is not None:
             self.finish(self._spec)
         with contextlib.suppress(RuntimeError):  # a lost GPU has nothing to give back
@@ -237,7 +237,7 @@ class MeasureEvaluator(Evaluator):
         launch(*inputs.values(), *outputs.values(), *scalars)
 
     def _check_rows(self, spec: KernelSpec) -> float:
-        """Hold some rows of the timed outputs against fp64: the first, the last and a spread between."""
+        """Compare some rows of the timed outputs with fp64: the first, the last and some in between."""
         if not spec.tokens:
             return 0.0  # the gate has run at this very size
         assert self._rotation is not None
@@ -255,9 +255,9 @@ class MeasureEvaluator(Evaluator):
 
 @contextmanager
 def _judged(source: Source, *, started: bool = True) -> Iterator[None]:
-    """Turn what fails inside the block into what it says of ``source``.
+    """Convert a failure inside the block to the error that says whether ``source`` is to blame.
 
-    ``started`` is false where the candidate has not run yet, so that nothing can be its fault.
+    ``started`` is False before the candidate has run: then it cannot be to blame.
     """
     try:
         yield
@@ -278,7 +278,7 @@ def _judge(source: Source, failure: Exception, started: bool) -> DoratuneError:
     if isinstance(failure, torch.cuda.OutOfMemoryError) or "CUDA]: out of memory" in reason:
         return GpuMemoryError(
             f"the GPU's free memory does not hold the tensors of {source.spec}: {reason} "
-            "End what else uses the GPU, or leave these token counts out with --tokens"
+            "Stop other processes on the GPU, or choose other token counts with --tokens"
         )
     if started and any(text in reason for text in _REFUSED_LAUNCHES):
         return Rejected(f"does not run: {reason}")
@@ -286,7 +286,7 @@ def _judge(source: Source, failure: Exception, started: bool) -> DoratuneError:
 
 
 def _gpu_answers() -> bool:
-    """Whether the GPU still works for this process: a memory fault ends every later call of the process too."""
+    """Whether the GPU still works for this process; after a memory fault every later call fails too."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -296,7 +296,7 @@ def _gpu_answers() -> bool:
 
 @functools.cache
 def driver_version() -> str:
-    """The version of the GPU driver, as its own tool reports it."""
+    """The version of the GPU driver, as nvidia-smi or the kernel module reports it."""
     tool = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     if torch.version.hip:
         tool = ["cat", "/sys/module/amdgpu/version"]

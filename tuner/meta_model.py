@@ -49,8 +49,8 @@ _GENERATING = (
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
 )
-"""Tables of transformers, in the order in which they are asked for the class of a file that names none. The whole model
-of a multimodal config goes before its language part."""
+"""Tables of transformers, in the order in which the class of a file that names none is looked up. The whole model of a
+multimodal config goes before its language part."""
 
 _SIZE = re.compile(
     r"(?!.*(?:window|chunk|image|kernel|block|type_vocab)_(?:size|layers)$)(?:.*_)?(?:size|dim|rank|width|depth|layers?|"
@@ -112,7 +112,7 @@ def version() -> str:
 
 
 def _refuse_absurd(value: object, path: str) -> None:
-    """Refuse a count that no model has, before a class tries to make so many modules."""
+    """Refuse a count that no model has, before a class makes that many modules."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _refuse_absurd(inner, f"{path}.{key}" if path else str(key))
@@ -180,7 +180,7 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _unset_flags(kind: str, unset: set[str]) -> set[str]:
-    """Those of the fields that are no size: null can only mean the default there, also of a field read by its name."""
+    """The unset fields that are no sizes: for these null can only mean the default."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not unset:
@@ -206,7 +206,7 @@ def _refusal(problem: str, error: Exception, config: Mapping[str, Any]) -> Model
     said = " ".join(str(error).split()) or type(error).__name__
     said = said if len(said) <= 300 else f"{said[:300]} …"
     if isinstance(error, ImportError):
-        return ModelConfigError(f"transformers {version()} {problem} without a library: {said}")
+        return ModelConfigError(f"transformers {version()} {problem} without an optional package: {said}")
     if "offline" in said.lower():
         return ModelConfigError(
             f"transformers {version()} {problem}: it names another model, whose config would have to be downloaded"
@@ -272,7 +272,7 @@ def _class_of(name: str) -> type | None:
 
 
 def _named_class(named: list[str], built: Any, config: Mapping[str, Any], kind: str) -> type:
-    """The class that the file names, where it is one of transformers' and takes a config of this type."""
+    """The class that the file names, if it is one of transformers' and takes a config of this type."""
     cls = next((found for found in map(_class_of, named) if found is not None), None)
     if cls is None:
         code = (
@@ -325,10 +325,10 @@ def _whole_number(config: Any, name: str) -> int | None:
 
 
 def _assumed(built: Any, config: Mapping[str, Any]) -> list[str]:
-    """What the reader of the list should know about the file."""
+    """Notes on what was ignored in the file and what was filled in."""
     notes = []
     if config.get("quantization_config"):
-        notes.append("quantization_config is set aside: the layers have the shapes that they have unquantised")
+        notes.append("quantization_config is ignored: the layers have their unquantised shapes")
     taken = list(_filled_in(built, config, ""))
     if taken:
         notes.append(f"not in the file, so as {type(built).__name__} has it: {', '.join(taken)}")
@@ -336,9 +336,9 @@ def _assumed(built: Any, config: Mapping[str, Any]) -> list[str]:
 
 
 def _filled_in(built: Any, given: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """The sizes that a config class takes by default, since the part of the file for it lacks them, by their path.
+    """The sizes, by their path, that a config class filled in with its defaults because the file lacks them.
 
-    A size that the class derives from others is none of these.
+    A size that the class derives from others is not one of them.
     """
     from transformers import PretrainedConfig
 

@@ -9,16 +9,16 @@ neighbours too.
 **What is kept.** A winner is stored as soon as its search ends, and its binaries soon after. A spec is skipped when the
 store has an entry of the same template whose provenance is better, or equal with a finished search of at least this
 effort: the study says so, or, where the study is not at hand, the entry was tuned with at least the effort's patience
-in trials. The binaries of such entries are made last, where the store lacks them for the installed Triton; and so is
-what says whether the fusion of a kernel pays (:mod:`.fusion`).
+in trials. At the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
+kernels are timed against their unfused sequence (:mod:`.fusion`).
 
 **What fails.** Only a property of a config is recorded against it: a compile error, a limit exceeded, a compiler that
-crashes or does not end, an inaccurate result, a memory fault. Whatever else fails (a disk, a tool, the GPU, memory, a
-killed worker) says nothing of the config: it is tried again by the next run. Where nothing can be judged any more, the
-run ends and says why (``TuneResult.fault``): at once where the cause is known, else after :data:`IN_A_ROW` candidates.
+crashes or does not end, an inaccurate result, a memory fault. Any other failure (a disk, a tool, the GPU, memory, a
+killed worker) says nothing about the config: the next run tries it again. If no candidate can be judged any more, the
+run ends and says why (``TuneResult.fault``): at once if the cause is known, else after :data:`IN_A_ROW` candidates.
 
-**Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate being evaluated is finished and nothing new is
-begun. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run goes
+**Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate under evaluation is finished and nothing new is
+started. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run goes
 on from its trials. A run that is killed loses the candidates under way.
 """
 
@@ -71,16 +71,16 @@ from .study_storage import default_study_storage, open_study_storage, quiet, rel
 from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 
 BEHIND = 1.25
-"""A candidate guessed to take this many times the best guess so far is not compiled."""
+"""A candidate whose estimate is more than this many times the best one so far is not compiled."""
 
 IN_A_ROW = 3
-"""So many candidates one after another that cannot be judged end the run, or the kernel where only its tensors do not
-fit the GPU's memory."""
+"""After this many candidates in a row that cannot be judged the run ends; if their tensors do not fit the GPU's memory,
+only the search of that kernel."""
 
 _STUDIES_PER_WORKER = 2
 _RANKS = (DEFAULT, PREDICTED, MEASURED)
 _VERDICTS = (Rejected, CompileError)
-"""What says that a config is out, on whatever day it is tried."""
+"""The failures that are a property of the config: trying it again would give the same."""
 
 
 def tune(
@@ -102,13 +102,13 @@ def tune(
 
     ``trials`` replaces the effort's number of configs for each kernel. ``jobs`` is the number of compile workers, by
     default one for each core. ``study_storage`` is the path of a SQLite file or a URL for Optuna, by default a
-    file in the user's folder. ``known`` gives a config that did well for the like of a spec elsewhere; it is tried
-    early. ``binaries`` also stores the compiled kernels of the winners.
+    file in the user's folder. ``known`` returns a config that did well for a similar spec, which is tried early.
+    ``binaries`` also stores the compiled kernels of the winners.
     The evaluator is closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
     since the workers import the main module.
 
-    A machine on which nothing can be compiled or measured any more ends the run; the result says why. Nothing of it is
-    recorded, so the same call goes on once it is mended.
+    If nothing can be compiled or measured any more, the run ends and the result says why. Nothing of this is recorded:
+    the same call continues once the machine is repaired.
 
     Raises:
         SpecError: a spec has no variant for this GPU.
@@ -140,7 +140,7 @@ def tune(
 
 @contextmanager
 def _interruption(run: _Run) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop; a second Ctrl-C raises as usual."""
+    """Make the first Ctrl-C or SIGTERM a request to stop; a second Ctrl-C raises as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -161,12 +161,12 @@ def _interruption(run: _Run) -> Iterator[None]:
 
 @dataclass
 class _Search:
-    """A spec under way: its study and the batch that is being compiled."""
+    """A spec's search under way: its study and the batch that is being compiled."""
 
     study: KernelStudy
     floor_us: float
     first: Iterator[Config]
-    best_guess: float
+    best_estimate: float
     batch: list[tuple[Candidate, Source, Future[Compiled]]]
 
     @property
@@ -219,7 +219,7 @@ class _Run:
         active: dict[KernelSpec, _Search] = {}
         most = max(2, _STUDIES_PER_WORKER * (self.pool.jobs or default_jobs()))
         while (families or active) and not self._stopping():
-            # One search at a time in a family, so that its winner is there for the next token bucket.
+            # One search at a time in a family: the next token bucket starts from its winner.
             for family in [f for f in families if f not in active][: most - len(active)]:
                 active[family] = self._begin(spaces[families[family].pop(0)])
                 if not families[family]:
@@ -231,7 +231,7 @@ class _Run:
                 continue
             search = active.pop(ready)
             if self._evaluate(search):
-                active[ready] = search  # now the last in line
+                active[ready] = search  # at the end of the queue
             self._store_binaries()
         for search in active.values():
             self._cut_short(search)
@@ -239,7 +239,7 @@ class _Run:
         self._finish_binaries()
 
     def _break_off(self, fault: str) -> None:
-        """Have the run end because of what is wrong with the machine."""
+        """End the run because of a fault of the machine."""
         self.stopped, self.fault = "fault", fault
 
     def _stopping(self) -> bool:
@@ -255,7 +255,7 @@ class _Run:
         if entry.template_digest != digest:
             if render(space.spec, entry.config).digest != entry.source_digest:
                 return None
-            entry = replace(entry, template_digest=digest)  # the template has changed, but not in what it gives here
+            entry = replace(entry, template_digest=digest)  # the template changed, but not its source for this spec
             self.store.put(entry)
         ours, theirs = _RANKS.index(self.evaluator.provenance), _RANKS.index(entry.evaluation.provenance)
         if theirs != ours:
@@ -270,22 +270,22 @@ class _Run:
 
     def _begin(self, space: Space) -> _Search:
         spec = space.spec
-        guesses = {config: self.evaluator.screen(spec, config) for config in space.seeds}
-        known = [guess for guess in guesses.values() if guess is not None]
-        best_guess = min(known, default=float("inf"))
-        seeds = [config for config, guess in guesses.items() if guess is None or guess <= BEHIND * best_guess]
+        estimates = {config: self.evaluator.screen(spec, config) for config in space.seeds}
+        known = [us for us in estimates.values() if us is not None]
+        best_estimate = min(known, default=float("inf"))
+        seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
         floor = floor_us(spec, self.gpu)
         name = study_name(space, self._environment, self.evaluator.provenance)
         study = KernelStudy(space, self.storage, name, seeds=seeds, floor_us=floor, url=self.url)
         elsewhere = (self._neighbour(spec), self.known(spec) if self.known else None)
-        before = self.store.get(spec)  # of a template that has changed since, or of less effort: a good place to begin
+        before = self.store.get(spec)  # from an older template or a lower effort: a good start
         first = itertools.chain(
             () if before is None else (before.config,),
             seeds,
             (config for config in elsewhere if config is not None),
             _lazily(lambda: shortlist(space, self.effort.shortlist)),
         )
-        search = _Search(study, floor, first, best_guess, [])
+        search = _Search(study, floor, first, best_estimate, [])
         self._show(search)
         self._fill(search, max(self.effort.batch, 1 + len(seeds) + len(elsewhere)))
         return search
@@ -300,7 +300,7 @@ class _Run:
         return min(found)[2] if found else None
 
     def _fill(self, search: _Search, count: int) -> None:
-        """Have the next candidates compiled, at most ``count`` and what the budget leaves."""
+        """Start compiling the next candidates: at most ``count``, within the budget."""
         study = search.study
         room = min(count, self.budget.trials - len(study.evaluated))
         while len(search.batch) < room and study.stop(self.budget) is None:
@@ -314,11 +314,12 @@ class _Run:
                 search.batch.append((candidate, source, self.pool.submit(source)))
 
     def _behind(self, search: _Search, config: Config) -> float | None:
-        guess = self.evaluator.screen(search.spec, config)
-        if guess is None:
+        """The estimate for a config that is not worth a compile, or None."""
+        us = self.evaluator.screen(search.spec, config)
+        if us is None:
             return None
-        search.best_guess = min(search.best_guess, guess)
-        return guess if guess > BEHIND * search.best_guess else None
+        search.best_estimate = min(search.best_estimate, us)
+        return us if us > BEHIND * search.best_estimate else None
 
     def _evaluate(self, search: _Search) -> bool:
         """Evaluate a compiled batch and start the next; return whether the search goes on."""
@@ -355,7 +356,7 @@ class _Run:
             self._break_off(f"{verdict}. The same command goes on from here without that config")
 
     def _set_aside(self, search: _Search, candidate: Candidate, failure: DoratuneError) -> bool:
-        """Leave a candidate that could not be judged for another run; return whether its search goes on in this one."""
+        """Leave a candidate that could not be judged to the next run; return whether its search continues now."""
         if isinstance(failure, LaunchFailureError) and search.study.suspect(candidate):
             self._reject(search, candidate, ContextLostError(f"{failure}; the same happened in an earlier run"))
             return True
@@ -372,7 +373,7 @@ class _Run:
         return False
 
     def _give_up(self, search: _Search, reason: str) -> None:
-        """End a search that cannot go on now."""
+        """End a search that cannot continue in this run."""
         if search.study.best is not None and search.study.seeded(self.budget):
             self._close(search, PARTIAL, reason)
         else:

@@ -1,8 +1,8 @@
-"""Optuna studies that outlive their process: one per spec, environment and template text.
+"""Persistent Optuna studies: one per spec, environment and template text.
 
 A study is sampled in memory; each finished trial is added to the storage in one transaction, so that a run killed at
-any moment leaves no half-made or running trials behind. (Asking and telling through SQLite itself takes some 50 ms a
-trial, a fifth of that is left this way.)
+any moment leaves no half-made or running trials behind. (A study sampled through SQLite takes some 50 ms a trial, this
+one a fifth of that.)
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SUSPECTS = "suspects"
 
 _VERDICT = "rejected"
 """The trial attribute that says why a config is out. Earlier versions wrote ``reason`` instead, and did so for full
-disks and lost GPUs too: such trials are passed over, and their configs tried again."""
+disks and lost GPUs too: such trials are ignored, and their configs tried again."""
 
 
 def study_name(space: Space, environment: Environment, provenance: str) -> str:
@@ -61,7 +61,7 @@ class KernelStudy:
     """The search of one spec: what to try next, what was found, when to stop.
 
     Only evaluated and rejected configs count as trials and are stored. Refused ones, repeated ones, ones that could not
-    be judged and ones that ``behind`` judges not worth a compile are told to the sampler only.
+    be judged and ones that ``behind`` excludes are told to the sampler only.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class KernelStudy:
         return None
 
     def seeded(self, budget: Budget) -> bool:
-        """Whether every seed that the budget allows for has been tried, be it in vain."""
+        """Whether every seed within the budget has been tried, successfully or not."""
         return all(seed in self.evaluated or seed in self.undecided for seed in self.seeds[: budget.trials])
 
     def finish(self, budget: Budget) -> None:
@@ -246,7 +246,7 @@ def _sampler(seed: int) -> optuna.samplers.TPESampler:
 
 
 def searched_with(storage: optuna.storages.BaseStorage, name: str, url: str = "") -> int | None:
-    """The budget of trials with which the study of this name was brought to its end (0: not yet), None without one."""
+    """The trial budget with which this study was finished, 0 if it was not, None if there is no such study."""
     with explained(url):
         try:
             study_id = storage.get_study_id_from_name(name)

@@ -57,7 +57,7 @@ def _url_of(path: Path) -> sqlalchemy.URL:
 
 
 def _create(path: Path) -> None:
-    # Made whole beside its place, in WAL mode: processes that start together would race for both.
+    # Created completely under another name, in WAL mode: processes that start together would race for both.
     with new_file(Location.parse(path), path) as fresh:
         engine = sqlalchemy.create_engine(_url_of(fresh))
         with engine.connect() as connection:
@@ -82,10 +82,11 @@ def _sqlite_storage(path: Path) -> optuna.storages.RDBStorage:
 
 @contextmanager
 def explained(url: str) -> Iterator[None]:
+    """Raise a failure of the database inside the block as a StudyStorageError with its cause and what to do."""
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, OSError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error  # Optuna's words hide it
+        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error  # Optuna's message hides it
         reason = without_password(str(getattr(cause, "orig", None) or cause).strip().splitlines()[0])
         raise StudyStorageError(
             f"study storage {without_password(url)}: {reason}; check the path or URL and its permissions, "
