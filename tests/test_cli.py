@@ -29,6 +29,7 @@ from doratune.cli import main
 from doratune.tuner.evaluation import Rejected
 
 from .command_line import RUNNER
+from .tuner.fakes import FakePool
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "kernels.json"
 SPEC = "compose_forward/d_out=64/tokens=1/activation=bf16@sm_90"
@@ -256,6 +257,13 @@ def test_a_run_on_a_broken_machine_says_why_and_the_same_command_succeeds_once_i
     assert [row["spec"] for row in json.loads(done(mended))["rows"]] == [SPEC, SPEC.replace("d_out=64", "d_out=128")]
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate counts as compiled, so that no worker need start."""
+    monkeypatch.setattr("doratune.tuner.search.CompilePool", FakePool)
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_kernels_that_fail_are_told_with_their_reasons(tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def reject(self: object, source: object, compiled: object) -> None:
         raise Rejected("no program fits a multiprocessor")
@@ -271,6 +279,7 @@ def test_kernels_that_fail_are_told_with_their_reasons(tiny: Path, home: Path, m
     ] * 2
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_an_interrupted_run_exits_with_130(tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: object, source: object, compiled: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import doratune
 from doratune.benchmarks.groups import GROUP_PEERS, group_cases, run_group
 from doratune.benchmarks.host import compiled_module, host_cases, prebound
 from doratune.benchmarks.kernels import Case, run_case
@@ -75,8 +74,7 @@ def test_layers_and_models_have_times_and_peaks(command: str, tmp_path: Path) ->
     result = CliRunner().invoke(main, ["bench", command, *options])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
-    expected = {"peft_lora", "peft_dora"} | ({"doratune"} if hasattr(doratune, "accelerate") else set())
-    assert {row["impl"] for row in rows} == expected
+    assert {row["impl"] for row in rows} == {"peft_lora", "peft_dora", "doratune"}
     for row in rows:
         assert row["us"] > 0.0
         assert row["cpu_us"] > 0.0
