@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from torch import nn
 
 from doratune.benchmarks import adapted
@@ -33,6 +33,8 @@ from doratune.benchmarks.layer import Projection, layer_shapes
 from doratune.benchmarks.results import Row
 from doratune.benchmarks.targets import MET, MISSED, judge
 from doratune.cli import main
+
+from ..command_line import RUNNER
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")
@@ -70,7 +72,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def bench(*args: str) -> Result:
-    return CliRunner().invoke(main, ["bench", *args])
+    return RUNNER.invoke(main, ["bench", *args])
 
 
 def exact(model: nn.Module, x: torch.Tensor, *, dora: bool) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from doratune.benchmarks import kernels
 from doratune.benchmarks.kernels import Case, kernel_cases, kernel_row
@@ -36,6 +36,8 @@ from doratune.errors import UsageError
 from doratune.runtime.device import find_device
 from doratune.runtime.kernel import Kernel
 from doratune.runtime.reference import reference
+
+from ..command_line import RUNNER
 
 GPU = find_gpu("h200")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
@@ -185,7 +187,7 @@ def test_a_file_that_is_no_results_file_is_refused(tmp_path: Path) -> None:
 
 
 def bench(*args: str) -> Result:
-    return CliRunner().invoke(main, ["bench", *args])
+    return RUNNER.invoke(main, ["bench", *args])
 
 
 @needs_no_gpu
