@@ -53,10 +53,10 @@ store_option = click.option(
 @contextmanager
 def _stores(named: str | None) -> Iterator[list[Store]]:
     """The stores that a lookup asks, or the one named, open for reading."""
-    from .cache.layers import open_layers
+    from .cache.stack import open_stack
     from .cache.store import Store
 
-    stores = open_layers() if named is None else [Store.open(named, readonly=True)]
+    stores = open_stack() if named is None else [Store.open(named, readonly=True)]
     try:
         yield stores
     finally:
@@ -204,11 +204,11 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
                 "config": str(resolution.config),
                 "provenance": entry.evaluation.provenance if entry else "default",
                 "entry": str(entry.spec) if entry else None,
-                "store": resolution.layer,
+                "store": resolution.store,
                 "distance": resolution.distance,
                 "refused": [vars(refusal) for refusal in resolution.trace],
                 "binary": {
-                    "store": binaries.layer,
+                    "store": binaries.store,
                     "note": binaries.note,
                     "passed_over": list(binaries.passed_over),
                 },
@@ -254,16 +254,16 @@ def cache() -> None:
 @json_option
 def cache_path(store: str | None, as_json: bool) -> None:
     """Print the stores that a lookup asks, in order."""
-    from .cache.layers import layer_locations
+    from .cache.stack import stack_places
 
-    layers = layer_locations(store)
+    places = stack_places(store)
     if as_json:
         print_json(
-            {"layers": [{"location": str(layer).rsplit(" (", 1)[0], "origin": layer.origin} for layer in layers]}
+            {"stores": [{"location": str(place).rsplit(" (", 1)[0], "origin": place.origin} for place in places]}
         )
     else:
-        for layer in layers:
-            click.echo(str(layer))
+        for place in places:
+            click.echo(str(place))
 
 
 @cache.command("ls")
@@ -335,7 +335,7 @@ def cache_prune(other_triton: bool, store: str | None, as_json: bool) -> None:
     """Delete the binaries that no entry refers to, from your own store or the one named."""
     from importlib.metadata import version
 
-    from .cache.layers import user_store_path
+    from .cache.stack import user_store_path
     from .cache.store import Store
 
     with Store.open(store or user_store_path()) as opened:

@@ -111,7 +111,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 @pytest.fixture(autouse=True)
 def _no_prebuilt_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The stores that come with the package take no part, nor does the wait for another process to fill a new one."""
-    monkeypatch.setattr("doratune.cache.layers._PREBUILT_FOLDER", tmp_path / "prebuilt")
+    monkeypatch.setattr("doratune.cache.stack._PREBUILT_FOLDER", tmp_path / "prebuilt")
     monkeypatch.setattr("doratune.cache.create._CLAIM_SECONDS", 0.05)
 
 
@@ -343,8 +343,8 @@ def test_cache_lists_what_is_asked_for(options: list[str], count: int, tuned: Tu
 def test_cache_path_names_the_stores_in_order(tuned: Tuned, tmp_path: Path) -> None:
     own, team = str(tuned.home / "store.sqlite"), str(tmp_path / "team.sqlite")
     assert done(run("cache", "path", home=tuned.home)).splitlines()[0] == f"{own} (user)"
-    layers = json.loads(done(run("cache", "path", "--store", team, "--json", home=tuned.home)))["layers"]
-    assert layers[:2] == [{"location": team, "origin": "store"}, {"location": own, "origin": "user"}]
+    stores = json.loads(done(run("cache", "path", "--store", team, "--json", home=tuned.home)))["stores"]
+    assert stores[:2] == [{"location": team, "origin": "store"}, {"location": own, "origin": "user"}]
 
 
 def test_cache_show_tells_all_about_an_entry(tuned: Tuned) -> None:
