@@ -43,7 +43,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
-	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
+	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -m doratune.console -m doratune.doctor -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
 
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m sphinx -W -n --keep-going -q docs docs/_build

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .errors import DoratuneError
 from .internals.versions import TESTED, installed, is_tested, tested_range
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 OK, UNTESTED, MISSING, BROKEN = "ok", "untested", "missing", "broken"
 """Verdicts. Only ``broken`` stops doratune from working here."""
@@ -29,6 +34,17 @@ class Finding:
 def examine(store: str | None = None) -> list[Finding]:
     """Look at everything; ``store`` is searched first, as by ``load_kernel``. Nothing is changed."""
     return [*_versions(), *_private_names(), *_gpus(), _c_compiler(), *_stores(store)]
+
+
+def findings_table(findings: Iterable[Finding]) -> Table:
+    """The findings for people."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "found", "verdict", "remark")
+    for finding in findings:
+        table.add_row(*map(Text, (finding.what, finding.found, finding.verdict, finding.remark)))
+    return table
 
 
 def _versions() -> list[Finding]:

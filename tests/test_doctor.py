@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from doratune import doctor
 from doratune.cache.store import Store
+from doratune.cli import main
 from doratune.internals import torch as torch_internals
 from doratune.internals import versions
 
 from .cache.world import a_spec, an_entry
+from .command_line import RUNNER
 from .test_versions import pins
 
 
@@ -73,3 +76,16 @@ def test_stores_are_counted_and_broken_ones_named(tmp_path: Path) -> None:
 def test_nothing_is_written(home: Path) -> None:
     doctor.examine()
     assert not home.exists()
+
+
+def test_the_command_prints_a_table_or_json_and_fails_where_something_is_broken(tmp_path: Path) -> None:
+    done = RUNNER.invoke(main, ["doctor"])
+    assert done.exit_code == 0
+    assert "tested with 2.10" in done.stdout
+    found = json.loads(RUNNER.invoke(main, ["doctor", "--json"]).stdout)["findings"]
+    assert {"torch", "triton", "peft", "Python", "C compiler"} <= {finding["what"] for finding in found}
+    path = tmp_path / "[bold]no store.sqlite"
+    path.write_bytes(b"no database" * 100)
+    done = RUNNER.invoke(main, ["doctor", "--store", str(path)])
+    assert done.exit_code == 1
+    assert "[bold]no" in done.stdout, "a path is no markup"
