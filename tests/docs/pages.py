@@ -134,7 +134,7 @@ class Stage:
         monkeypatch.delenv("DORATUNE_CACHE_PATH", raising=False)
         monkeypatch.chdir(page)
         if not gpu:
-            monkeypatch.setattr("doratune.tuner.search.default_jobs", lambda: 1)  # other tests use the other cores
+            monkeypatch.setattr("doratune.tuner.workers.default_jobs", lambda: 1)  # other tests use the other cores
         return cls(page, gpu)
 
     def play(self, document: Document) -> None:
