@@ -288,7 +288,7 @@ def test_an_interrupted_run_exits_with_130(tiny: Path, home: Path, monkeypatch: 
     monkeypatch.setattr("doratune.tuner.predict.PredictEvaluator.evaluate", interrupted)
     result = tune_tiny(home, tiny)
     assert result.exit_code == 130
-    assert "interrupted: the same command goes on from here" in result.stderr
+    assert "interrupted: the same command continues from here" in result.stderr
 
 
 def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
