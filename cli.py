@@ -244,6 +244,23 @@ def models(config: Path | None, as_json: bool) -> None:
             message(f"note: {note}")
 
 
+@main.command()
+@store_option
+@json_option
+def doctor(store: str | None, as_json: bool) -> None:
+    """Say which versions, GPUs, C compiler and stores are here, and whether they are tested. Exit code 1 if something
+    keeps doratune from working."""
+    from .doctor import BROKEN, examine, findings_table
+
+    findings = examine(store)
+    if as_json:
+        print_json({"findings": [vars(finding) for finding in findings]})
+    else:
+        print_table(findings_table(findings))
+    if any(finding.verdict == BROKEN for finding in findings):
+        raise click.exceptions.Exit(1)
+
+
 @main.group()
 def cache() -> None:
     """Inspect the stores of tuned kernels."""

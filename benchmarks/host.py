@@ -18,6 +18,7 @@ from ..codegen.compile import build
 from ..codegen.module import declared_kernels, kernel_names, load_module
 from ..codegen.render import Source
 from ..codegen.spec import KernelSpec
+from ..internals.triton import current_target
 from ..runtime.device import find_device, gpu_of
 from ..runtime.kernel import Kernel
 from ..runtime.loader import load_kernel, resolve
@@ -112,10 +113,8 @@ def ways_to_start(
 
 def compiled_module(source: Source) -> ModuleType:
     """The emitted module with its jit functions replaced by Triton's compiled kernels, which doratune launches too."""
-    from triton.runtime import driver
-
     module = load_module(source)
-    target = driver.active.get_current_target()
+    target = current_target()
     for name in kernel_names(module):
         setattr(module, name, build(source, getattr(module, name), target))
     return module
