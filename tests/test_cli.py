@@ -172,6 +172,7 @@ RUNS = {
     ("models",): ["models"],
     ("emit",): ["emit", SPEC],
     ("explain",): ["explain", SPEC],
+    ("doctor",): ["doctor"],
     ("cache", "path"): ["cache", "path"],
     ("cache", "ls"): ["cache", "ls"],
     ("cache", "show"): ["cache", "show", SPEC],
