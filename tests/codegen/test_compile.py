@@ -269,7 +269,7 @@ def test_a_judged_failure_reaches_the_search_whole() -> None:
         ("tile:block_k=64,block_n=128,block_t=128,num_warps=3,num_stages=3", "num_warps=3"),
         ("tile:block_k=64,block_n=128,block_t=128,num_warps=8,num_stages=9", "num_stages=9"),
         ("tile:block_k=64,block_n=256,block_t=256,num_warps=4,num_stages=2", "do not fit the registers"),
-        ("tile:block_k=8,block_n=128,block_t=128,num_warps=4,num_stages=2", "below tl.dot's"),
+        ("tile:block_k=8,block_n=128,block_t=128,num_warps=4,num_stages=2", "smaller than tl.dot's"),
         ("tiel:block_k=64,num_warps=4,num_stages=2", "did you mean tile"),
     ],
 )
