@@ -1,6 +1,6 @@
 """The figures of each listed GPU and architecture, with their sources: plain values, from which :mod:`.gpu` is made.
 
-Rates are **dense** datasheet figures with fp32 accumulation; vendors also print 2:4-sparse ones, which are twice as large.
+Rates are **dense** datasheet figures with fp32 accumulation; vendors also print 2:4-sparse ones, twice as large.
 """
 
 from __future__ import annotations
