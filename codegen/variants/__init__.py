@@ -96,7 +96,7 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     given = {name for name, _ in config.params}
     if given != expected:
         named = ", ".join(sorted(given)) or "none"
-        return f"{variant.name} takes the parameters {', '.join(sorted(expected))}, got {named}"
+        return f"{variant.name} takes {', '.join(sorted(expected))}, got {named}"
     for name, value in config.params:
         if name in variant.switches:
             if value > 1:

@@ -129,8 +129,14 @@ def test_the_gradient_of_a_magnitude_over_a_norm_of_zero_is_finite() -> None:
     torch.testing.assert_close(dmagnitude.double(), exact, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("variant", INTERPRETED, ids=IDS.get)
-@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 129, 300])
+TOKENS = [
+    pytest.param(variant, tokens, id=f"{tokens}-{IDS[variant]}")
+    for variant in INTERPRETED
+    for tokens in ([1, 2, 15, 16, 17, 129, 300] if "tokens" in OPS[variant.op].dims else [1])
+]
+
+
+@pytest.mark.parametrize(("variant", "tokens"), TOKENS)
 def test_a_kernel_tuned_for_one_token_count_is_right_for_any_other(variant: Variant, tokens: int) -> None:
     spec = spec_of(variant.op, "fp16", tokens=16)
     for config in variant.seeds(spec, GPU)[:2]:
@@ -200,7 +206,7 @@ BREAKAGES = [
     ("dora_linear_forward-split_k", "range(share * BLOCK_K, RANK", "range(0 * BLOCK_K, RANK", "ranks counted twice"),
     ("dora_linear_forward-split_k", "tl.static_range(SPLIT_K)", "tl.static_range(SPLIT_K - 1)", "a share left out"),
     ("compose_forward-tile", "y = g * inner", "y = inner", "g forgotten"),
-    ("compose_backward-columns", "dg += dy * inner", "dg += dy * inner * (start < 3)", "last rows of a chunk dropped"),
+    ("compose_backward-columns", "dg += dy * inner", "dg += dy * inner * (start < 24)", "last rows of a chunk dropped"),
     ("compose_backward_exact-tiles", "inner += scaling * share", "inner += 1.01 * scaling * share", "B's term 1 % off"),
     ("compose_backward_exact-tiles", "inner += share", "inner += share * (first == 0)", "x's later columns dropped"),
     ("compose_backward_exact-tiles", "tl.where(tiny, sums, dg)", "sums", "good columns replaced too"),

@@ -27,6 +27,8 @@ SHAPES = [(151, 89, 1), (1, 1, 1), (271, 115, 100), (40, 96, 384), (48, 72, 1024
 def test_odd_shapes_are_right_with_the_variants_first_config(
     variant: Variant, dtype: str, adapter: str, d_out: int, d_in: int, rank: int
 ) -> None:
+    if variant.op == "weight_norm_exact":
+        d_out = min(d_out, 40)  # the rows are redone one after another
     spec = spec_of(variant.op, dtype, adapter, d_out=d_out, d_in=d_in, rank=rank, tokens=16)
     if adapter != dtype and "adapter" not in OPS[spec.op].dtypes:
         pytest.skip("the operation has no adapter")
