@@ -13,8 +13,8 @@ TEST_ARGS ?= -n auto --dist worksteal
 
 BIN = $(VENV)/bin
 VERSIONS = $(VENV)/versions
-VERSION_TESTS = tests/test_versions.py tests/runtime/test_peft.py tests/runtime/test_peft_quantised.py \
-	tests/runtime/test_peft_glance.py tests/runtime/test_peft_lifecycle.py tests/test_nn.py tests/test_cli.py \
+VERSION_TESTS = tests/test_versions.py tests/integrations/peft/test_accelerate.py tests/integrations/peft/test_quantised.py \
+	tests/integrations/peft/test_glance.py tests/integrations/peft/test_lifecycle.py tests/nn/test_module.py tests/test_cli.py \
 	tests/cache tests/codegen/test_render.py tests/tuner/test_search.py tests/tuner/test_tune_model.py
 
 .PHONY: tune test test-versions lint clean
@@ -31,13 +31,13 @@ test-versions: $(VERSIONS)/oldest/installed $(VERSIONS)/newest/installed $(VERSI
 	$(VERSIONS)/oldest/bin/python -m pytest $(TEST_ARGS) --versions oldest $(VERSION_TESTS)
 	$(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) --versions newest $(VERSION_TESTS)
 	PYTHONPATH=$(abspath $(VERSIONS)/bitsandbytes-0.49) $(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) \
-		--versions bitsandbytes-0.49 tests/test_versions.py tests/runtime/test_peft_quantised.py
+		--versions bitsandbytes-0.49 tests/test_versions.py tests/integrations/peft/test_quantised.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
-	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -m doratune.cli -m doratune.nn -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.benchmarks
+	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "building the environment in $(VENV)" >&2

@@ -9,15 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import nn as nn
-    from .runtime.linear import dora_linear as dora_linear
+    from .integrations.peft import accelerate as accelerate
+    from .integrations.peft import restore as restore
+    from .nn.functional import dora_linear as dora_linear
+    from .nn.functional import weight_norm as weight_norm
     from .runtime.loader import Kernel as Kernel
     from .runtime.loader import explain as explain
     from .runtime.loader import load_kernel as load_kernel
-    from .runtime.norm import weight_norm as weight_norm
-    from .runtime.peft import accelerate as accelerate
-    from .runtime.peft import restore as restore
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Kernel": "runtime.loader",
+    "accelerate": "integrations.peft",
+    "dora_linear": "nn.functional",
+    "explain": "runtime.loader",
+    "load_kernel": "runtime.loader",
+    "restore": "integrations.peft",
+    "weight_norm": "nn.functional",
+}
+"""The module that each public name is loaded from."""
+
 __all__ = [
     "Kernel",
     "__version__",
@@ -32,27 +44,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "dora_linear":
-        from .runtime.linear import dora_linear
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
 
-        return dora_linear
     if name == "nn":
-        import importlib
-
         return importlib.import_module(".nn", __name__)
-    if name == "weight_norm":
-        from .runtime.norm import weight_norm
-
-        return weight_norm
-    if name in ("accelerate", "restore"):
-        from .runtime import peft
-
-        return getattr(peft, name)
-    if name in __all__:
-        from .runtime import loader
-
-        return getattr(loader, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -110,7 +110,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 @pytest.fixture(autouse=True)
 def _no_prebuilt_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The stores that come with the package take no part, nor does the wait for another process to fill a new one."""
-    monkeypatch.setattr("doratune.cache.layers._PREBUILT_FOLDER", tmp_path / "prebuilt")
+    monkeypatch.setattr("doratune.cache.stack._PREBUILT_FOLDER", tmp_path / "prebuilt")
     monkeypatch.setattr("doratune.cache.create._CLAIM_SECONDS", 0.05)
 
 

@@ -18,8 +18,8 @@ from ..codegen.gpu import Gpu
 from ..codegen.render import Source
 from ..codegen.spec import KernelSpec
 from ..errors import DoratuneError, UsageError
+from ..runtime.binding import bind
 from ..runtime.device import find_device
-from ..runtime.launch import bind
 from ..runtime.reference import definition
 from .accuracy import worst_error
 from .evaluation import (

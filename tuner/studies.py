@@ -23,8 +23,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..cache.create import new_file, place, wait_for_claim
 from ..cache.entry import Environment, Evaluation
-from ..cache.layers import home
 from ..cache.location import Location, without_password
+from ..cache.stack import home
 from ..codegen.spec import Config
 from ..errors import DoratuneError
 from .effort import Budget
@@ -60,7 +60,7 @@ def default_study_storage() -> str:
     """The URL of the user's own study storage, a SQLite file beside the user's store.
 
     Raises:
-        NoHomeError: as :func:`~doratune.cache.layers.home`.
+        NoHomeError: as :func:`~doratune.cache.stack.home`.
     """
     return f"sqlite:///{home() / 'studies.sqlite'}"
 

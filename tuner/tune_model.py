@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..cache.entry import MEASURED
-from ..cache.layers import user_store_path
+from ..cache.stack import user_store_path
 from ..cache.store import Store
 from ..codegen.gpu import Gpu, find_gpu
 from ..codegen.spec import Config, KernelSpec

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, inspect, text
 
 from doratune.cache import create, migrations, schema
 from doratune.cache.errors import OlderStoreError
-from doratune.cache.layers import open_layers, user_store_path
+from doratune.cache.stack import open_stack, user_store_path
 from doratune.cache.store import Store
 
 from .world import a_spec, an_entry
@@ -146,8 +146,8 @@ def test_the_users_own_store_is_migrated_when_it_is_read(monkeypatch: pytest.Mon
     with Store.open(user_store_path(), create=True) as store:
         store.put(an_entry())
     _release_next_version(monkeypatch, tmp_path)
-    monkeypatch.setattr("doratune.cache.layers.prebuilt_paths", list)
-    [own] = open_layers()
+    monkeypatch.setattr("doratune.cache.stack.prebuilt_paths", list)
+    [own] = open_stack()
     assert own.get(a_spec()) == an_entry()
 
 
@@ -161,7 +161,7 @@ def test_the_tables_may_join_those_of_an_optuna_study(postgresql_url: str) -> No
 
 IMPORTED = """
 import sys
-import doratune, doratune.cache.entry, doratune.cache.layers, doratune.cache.lookup, doratune.cache.location
+import doratune, doratune.cache.entry, doratune.cache.stack, doratune.cache.lookup, doratune.cache.location
 print("sqlalchemy" in sys.modules, "alembic" in sys.modules)
 from doratune.cache.store import Store
 with Store.open(sys.argv[1], readonly=True) as store:

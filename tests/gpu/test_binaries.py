@@ -21,9 +21,9 @@ from doratune.codegen.render import Source, render, template_digest
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, default_config
 from doratune.runtime import loader
+from doratune.runtime.binding import bind
 from doratune.runtime.device import find_device, gpu_of
 from doratune.runtime.kernel import Kernel
-from doratune.runtime.launch import bind
 from doratune.tuner.inputs import make_inputs, make_outputs
 
 from .test_kernels import DTYPES, IDS, fitting_config, served_spec, spec_of

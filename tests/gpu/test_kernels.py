@@ -15,9 +15,9 @@ from doratune.codegen.ops import OPS, SMALLEST_GAIN
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
+from doratune.runtime.binding import bind
 from doratune.runtime.device import find_device, gpu_of
 from doratune.runtime.kernel import Kernel
-from doratune.runtime.launch import bind
 from doratune.runtime.reference import TORCH_DTYPES, definition
 from doratune.tuner.accuracy import NORM_ERROR, worst_error
 from doratune.tuner.inputs import CASES, make_inputs, make_outputs

@@ -14,7 +14,7 @@ import doratune
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from ..runtime.peft_models import VOCABULARY, error_ratios, llama, relative, twin, with_dora
+from ..integrations.peft.peft_models import VOCABULARY, error_ratios, llama, relative, twin, with_dora
 
 pytestmark = [
     pytest.mark.gpu,

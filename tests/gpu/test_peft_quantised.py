@@ -17,9 +17,9 @@ pytest.importorskip("transformers")
 
 from peft.utils.integrations import dequantize_module_weight
 
-from doratune.runtime.peft import base_layers
+from doratune.integrations.peft import base_layers
 
-from ..runtime.peft_models import Pair, by_torchao, dense, gradients, relative, shake, with_dora
+from ..integrations.peft.peft_models import Pair, by_torchao, dense, gradients, relative, shake, with_dora
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,8 +19,8 @@ import torch
 from doratune.codegen.compile import launch_options, triton_source
 from doratune.codegen.module import kernel_names, load_module
 from doratune.codegen.render import Source
-from doratune.runtime.launch import Launcher
-from doratune.runtime.program import Bound
+from doratune.internals.triton import Launcher
+from doratune.runtime.recording import Bound
 from doratune.tuner.inputs import make_inputs, make_outputs
 
 CPU = torch.device("cpu")

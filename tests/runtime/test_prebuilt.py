@@ -9,7 +9,7 @@ import pytest
 
 import doratune
 from doratune.cache.entry import MEASURED
-from doratune.cache.layers import prebuilt_paths
+from doratune.cache.stack import prebuilt_paths
 from doratune.cache.store import Store
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.render import render, template_digest

@@ -1,0 +1,178 @@
+"""The base layers that DoRA is made on top of, as one value each: what kind, where W is, and who makes its gradient.
+
+A dense W is read as a matrix. A quantised one is only multiplied by, and only by the forward of the library that made
+it: how a library stores W and calls its kernels changes from version to version. A goes through that forward as r extra
+tokens, which gives WAᵀ for the norm, and once blocks of unit vectors, which give rowsum(W²). The exception is
+bitsandbytes' 8-bit layer. It rounds its input to 8 bits (and keeps columns with outliers in 16), so it is not the
+linear map of any W. PEFT takes the norm of the dequantised int8 matrix there, and so does doratune, in blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...nn.watching import is_untouched
+
+LINEAR, CONV1D, BNB_4BIT, BNB_8BIT, HQQ, TORCHAO = (
+    "Linear",
+    "Conv1D",
+    "bitsandbytes 4-bit",
+    "bitsandbytes 8-bit",
+    "HQQ",
+    "torchao",
+)
+
+_DENSE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_PLAIN = (torch.Tensor, nn.Parameter)
+_WEIGHT_ONLY = ("AffineQuantizedTensor", "Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
+"""torchao's tensors that leave the activations as they are, unless one of these attributes says otherwise."""
+_ACTIVATION_QUANTISED = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
+
+_BLOCK_ELEMENTS = 1 << 24
+"""Elements of W that exist at a time while a quantised W is read: 64 MB in fp32."""
+
+
+class NotNow(str):
+    """A reason that may be gone at the next call: parameters that are sharded or not loaded yet."""
+
+
+class BaseLayer(NamedTuple):
+    """A base layer that doratune can build on.
+
+    ``weight`` is the tensor that holds W; ``matrix`` is W [d_out, d_in] where that is dense, else None. ``plain`` says
+    that nothing but the product with a frozen W makes the layer's output, so that its gradient can be made elsewhere.
+    ``private`` says that its output is fresh memory that only its caller has and its own backward does not need.
+    """
+
+    kind: str
+    weight: torch.Tensor
+    matrix: torch.Tensor | None
+    plain: bool
+    private: bool
+
+
+def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> BaseLayer | str:
+    """What ``base`` [d_out, d_in] is; ``transposed`` when it stores W as [d_in, d_out]. A sentence when unsupported."""
+    if type(base) is not nn.Linear and isinstance(getattr(base, "W_q", None), torch.Tensor):
+        return _quantised(HQQ, base, base.W_q, "hqq")  # type: ignore[arg-type]
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return f"a {type(base).__name__} has no weight tensor"
+    if type(weight) not in _PLAIN:
+        return _subclassed(base, weight, (d_out, d_in))
+    if weight.is_meta:
+        return NotNow("its weight is on the meta device")
+    if weight.dtype not in _DENSE:
+        return f"its weight is {weight.dtype} in a {type(base).__name__}"
+    if hasattr(weight, "ds_id"):
+        return NotNow("its weight is partitioned by DeepSpeed ZeRO-3")
+    if weight.shape != ((d_in, d_out) if transposed else (d_out, d_in)):
+        return NotNow(f"its weight has shape {list(weight.shape)} for {d_in} inputs and {d_out} outputs: a shard")
+    kind = CONV1D if transposed else LINEAR
+    private = _is_ordinary(base, transposed) and is_untouched(base)
+    return BaseLayer(kind, weight, weight.T if transposed else weight, private and not weight.requires_grad, private)
+
+
+def _is_ordinary(base: nn.Module, transposed: bool) -> bool:
+    """Whether ``base`` is of PyTorch's or transformers' own class, which returns W x + b and keeps nothing."""
+    if not transposed:
+        return type(base) is nn.Linear
+    theirs = "transformers.pytorch_utils"
+    return type(base).__module__ == theirs and type(base).forward.__module__ == theirs
+
+
+def _subclassed(base: nn.Module, weight: torch.Tensor, shape: tuple[int, int]) -> BaseLayer | str:
+    name, module = type(weight).__name__, type(weight).__module__
+    if name == "Params4bit":
+        if getattr(weight, "quant_state", None) is None:
+            return "its 4-bit weight has no quantisation state yet"
+        return _quantised(BNB_4BIT, base, weight, "bitsandbytes")
+    if name == "Int8Params":
+        if weight.dtype is not torch.int8:
+            return f"its 8-bit layer holds a weight in {weight.dtype} (has_fp16_weights, or not quantised yet)"
+        if weight.shape != shape:
+            return f"its 8-bit weight has shape {list(weight.shape)}, not that of W: {list(shape)}"
+        return _quantised(BNB_8BIT, base, weight, "bitsandbytes")
+    if module.startswith("torchao."):
+        inexact = [attribute for attribute in _ACTIVATION_QUANTISED if getattr(weight, attribute, None) is not None]
+        if name not in _WEIGHT_ONLY or inexact:
+            return f"torchao's {name} is no weight-only quantisation{f' ({inexact[0]} is set)' if inexact else ''}"
+        return _quantised(TORCHAO, base, weight, "torch")
+    if name == "DTensor":
+        return NotNow("its weight is a DTensor: sharded")
+    return f"its weight is a {module}.{name}"
+
+
+def _quantised(kind: str, base: nn.Module, weight: torch.Tensor, library: str) -> BaseLayer | str:
+    """A layer of this kind, if its class's forward is the one that ``library`` wrote, and a linear map."""
+    if weight.is_meta:
+        return NotNow("its weight is on the meta device")
+    forward = type(base).forward
+    if forward.__module__.split(".")[0] != library:
+        return f"the forward of its {type(base).__name__} comes from {forward.__module__}, not from {library}"
+    if kind == HQQ and forward.__name__.endswith("_int8"):
+        return f"HQQ's backend {forward.__name__} rounds the layer's input to 8 bits"
+    return BaseLayer(kind, weight, None, plain=False, private=is_untouched(base))
+
+
+def multiply(base: nn.Module, layer: BaseLayer, rows: torch.Tensor) -> torch.Tensor:
+    """``rows @ W.T`` [..., d_out] of a quantised layer, of rows [..., d_in], in the dtype that the layer computes in.
+
+    By the forward of the layer's class, without hooks: PEFT, too, multiplies by W and does not call the layer. And
+    without the bias: added and taken off again, a large one would leave nothing of a small product in 16 bits.
+    """
+    dtype = layer.weight.dtype if layer.kind == TORCHAO else getattr(base, "compute_dtype", None)
+    product: torch.Tensor = type(base).forward(_without_bias(base), rows.to(dtype or rows.dtype))
+    return product
+
+
+def _without_bias(base: nn.Module) -> nn.Module:
+    """A layer of the same class and tensors as ``base`` that has no bias and lives for one call.
+
+    The layer itself stays as it is, for other threads and if the call fails. What a forward notes down in its layer at
+    the first call (bitsandbytes its compute dtype) goes into the copy. In training bitsandbytes does not repack a
+    weight for the CPU: that, W would share with ``base``, whose backward may still need the old format.
+    """
+    bare: nn.Module = object.__new__(type(base))
+    bare.__dict__.update(base.__dict__, training=True, _parameters={**base._parameters, "bias": None})
+    bare.__dict__.pop("bias", None)  # HQQ keeps a plain tensor
+    return bare
+
+
+def products(base: Any, layer: BaseLayer, lora_A: torch.Tensor) -> torch.Tensor:
+    """``W @ A.T`` [d_out, r] in fp32 of a quantised layer, A [r, d_in]."""
+    if layer.kind != BNB_8BIT:
+        return multiply(base, layer, lora_A).float().T
+    wide = lora_A.float().T
+    return torch.cat([rows @ wide for rows in _int8_rows(base, layer)])
+
+
+def row_squares(base: Any, layer: BaseLayer, d_out: int, d_in: int) -> torch.Tensor:
+    """``rowsum(W*W)`` [d_out] in fp32 of a quantised layer, without ever holding all of W."""
+    if layer.kind == BNB_8BIT:
+        return torch.cat([rows.square().sum(dim=1) for rows in _int8_rows(base, layer)])
+    total: torch.Tensor | None = None
+    device = layer.weight.device
+    step = max(1, _BLOCK_ELEMENTS // max(d_in, d_out))
+    for start in range(0, d_in, step):
+        units = torch.zeros(min(step, d_in - start), d_in, device=device)
+        units[:, start:].fill_diagonal_(1.0)
+        part = multiply(base, layer, units).float().square_().sum(dim=0)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _int8_rows(base: Any, layer: BaseLayer) -> Iterator[torch.Tensor]:
+    """The rows of the dequantised int8 matrix in fp32, a block at a time."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
+    scales = scales.to(layer.weight.device)
+    step = max(1, _BLOCK_ELEMENTS // layer.weight.shape[1])
+    for rows, scale in zip(layer.weight.detach().split(step), scales.split(step), strict=True):
+        yield int8_vectorwise_dequant(rows, scale).float()

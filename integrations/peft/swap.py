@@ -1,0 +1,159 @@
+"""``accelerate`` and ``restore``: doratune's variant in place of PEFT's, per layer and adapter, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ...runtime.arguments import ArgumentError
+from ...runtime.device import gpu_of
+from .report import KERNELS, PEFT, PENDING, REFERENCE, Layer, Report
+from .versions import check_peft
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import LoraLayer
+
+    from .examine import DoraLayer
+
+_COMPOSITION = ("lora_compose", "compose_backward")
+
+
+def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = False) -> Report:
+    """Run the DoRA layers of a PEFT model on doratune, and say what was done to each.
+
+    The swap touches PEFT's variant hook and nothing else: parameters, state dicts, saving, merging and
+    ``disable_adapter`` are PEFT's as before. Adapters that PEFT adds to these layers later, or initialises anew, are
+    accelerated as well. Call it before or after loading weights, and before wrapping the model (DDP, FSDP); again when
+    more layers have adapters, or with another ``norm_reuse``. :func:`restore` undoes it. On CPU tensors the eager
+    reference runs. A call that cannot be served runs PEFT's own code, and a warning says why once; recorded graphs
+    (``torch.jit.trace``, ``torch.onnx.export``) have PEFT's code in them. A ``ZeroRowsWarning`` names the layers with
+    zero rows of W + sBA, of which PEFT makes NaN.
+
+    Args:
+        model: any module with PEFT LoRA layers in it, e.g. a ``PeftModel``.
+        norm_reuse: a policy of :class:`~doratune.nn.norm_cache.NormCache`: ``auto`` (in checkpoint recomputes),
+            ``tracked`` (also from one forward to the next) or ``off``.
+        quiet: do not print the report.
+
+    Raises:
+        PeftVersionError: PEFT is missing, or not a version that this is tested with.
+        ArgumentError: ``model`` is no ``torch.nn.Module``.
+        NormReuseError: an unknown ``norm_reuse``.
+    """
+    lora_layers = list(_lora_layers(model))
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    from .base_layers import NotNow
+    from .examine import examine
+    from .resolve import VariantResolver, cast_no_input
+    from .variant import DoraVariant
+    from .zero_rows import count_zero_rows, warn_of_zero_rows
+
+    layers: list[Layer] = []
+    zero_rows: list[tuple[str, str, torch.Tensor | None]] = []
+    for name, module in lora_layers:
+        for adapter in _dora_adapters(module):
+            variant = DoraVariant(name, norm_reuse)
+            if not _is_linear(module, adapter):
+                layers.append(Layer(name, adapter, type(module).__name__, PEFT, remark="no linear layer"))
+                continue
+            found = examine(module, adapter)
+            if isinstance(found, str) and not isinstance(found, NotNow):
+                module.lora_variant[adapter] = DoraLinearVariant()
+                layers.append(Layer(name, adapter, type(module.get_base_layer()).__name__, PEFT, remark=found))
+                continue
+            module.lora_variant[adapter] = variant
+            cast_no_input(module)
+            layers.append(_describe(name, adapter, module, found))
+            if not isinstance(found, str) and not module.merged:
+                zero_rows.append((name, adapter, count_zero_rows(found)))
+    if layers:
+        for name, module in lora_layers:
+            module.resolve_lora_variant = VariantResolver(module, name, norm_reuse)
+    warn_of_zero_rows(zero_rows)
+    report = Report(tuple(layers))
+    if not quiet:
+        print(report)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Give every DoRA layer of ``model`` back to PEFT; a merged one with magnitudes of zero should be unmerged before.
+
+    Raises:
+        PeftVersionError: PEFT is missing, or not a version that this is tested with.
+        ArgumentError: ``model`` is no ``torch.nn.Module``.
+    """
+    lora_layers = _lora_layers(model)
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    from .merge import holds_rows
+    from .variant import DoraVariant
+
+    held = []
+    for name, module in lora_layers:
+        for adapter, variant in module.lora_variant.items():
+            if isinstance(variant, DoraVariant):
+                module.lora_variant[adapter] = DoraLinearVariant()
+                if holds_rows(module, adapter):
+                    held.append(f"{name} (adapter {adapter})")
+        module.__dict__.pop("_cast_input_dtype", None)
+        module.__dict__.pop("resolve_lora_variant", None)
+    if held:
+        warnings.warn(
+            f"{len(held)} layers given back to PEFT are merged and have rows whose magnitude is zero, the first is "
+            f"{held[0]}: PEFT's unmerge makes NaN of these rows. Call doratune.accelerate(model) again before you "
+            "unmerge.",
+            stacklevel=2,
+        )
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module: pass the PEFT model itself")
+    check_peft()
+    from peft.tuners.lora.layer import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _dora_adapters(module: LoraLayer) -> list[str]:
+    return [adapter for adapter, uses in module.use_dora.items() if uses]
+
+
+def _is_linear(module: LoraLayer, adapter: str) -> bool:
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    from .variant import DoraVariant
+
+    return type(module.lora_variant.get(adapter)) in (DoraLinearVariant, DoraVariant)
+
+
+def _describe(name: str, adapter: str, module: LoraLayer, found: DoraLayer | str) -> Layer:
+    from .base_layers import BNB_8BIT
+
+    if isinstance(found, str):
+        return Layer(name, adapter, type(module.get_base_layer()).__name__, PENDING, remark=f"now {found}")
+    base = found.base
+    drops = not isinstance(module.lora_dropout[adapter], nn.Identity)
+    remark = "PEFT's code in training, where it has dropout" if drops and base.kind == BNB_8BIT else ""
+    if not _has_kernels(base.weight):
+        return Layer(name, adapter, base.kind, REFERENCE, remark=remark)
+    kernels = _COMPOSITION if base.matrix is None else ("weight_norm", *_COMPOSITION)
+    return Layer(name, adapter, base.kind, KERNELS, kernels, remark)
+
+
+def _has_kernels(weight: torch.Tensor) -> bool:
+    from ...codegen.gpu import UnknownGpuError
+
+    if weight.device.type != "cuda" or weight.dtype is torch.float64:
+        return False
+    try:
+        gpu_of(weight.device)
+    except UnknownGpuError:
+        return False
+    return True

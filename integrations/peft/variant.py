@@ -1,0 +1,231 @@
+"""PEFT's DoRA variant for linear layers with another forward; :mod:`.merge` merges it, the rest stays PEFT's.
+
+PEFT calls the variant of the active adapter with the base layer's output and takes the whole result back:
+``y = result + (g-1)*(result - b) + g*s*BAx`` with g = m / ||W + sBA||. In training with dropout the adapter's share,
+base product included, is made of the dropped input: ``y = result + (g-1)*Wx_d + g*s*BAx_d``.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from peft.tuners.lora import dora as peft_dora
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import nn
+
+from ...internals.torch import has_tangents, is_traced, transforms_active
+from ...nn.differentiation import without_autocast
+from ...nn.functional import checked_linear, dora_compose
+from ...nn.norm_cache import NormCache
+from ...nn.watching import hidden, intercepted, seen
+from .base_layers import BNB_8BIT, multiply, products, row_squares
+from .cancellation import CancellationWatch
+from .examine import PLAIN_TENSORS, DoraLayer, Glance
+from .merge import MergingVariant
+
+
+class DoraVariant(MergingVariant):
+    """DoRA on one linear layer and adapter by doratune; a call that doratune cannot serve goes to PEFT, with a warning.
+
+    Args:
+        layer: the layer's name in the model, for messages.
+        norm_reuse: a policy of :class:`~doratune.nn.norm_cache.NormCache`.
+
+    Raises:
+        NormReuseError: another policy.
+    """
+
+    def __init__(self, layer: str, norm_reuse: str) -> None:
+        self.layer = layer
+        self.norms = NormCache(norm_reuse)
+        self.squares = RowSquares()
+        self.cancellation = CancellationWatch(layer)
+        self.glance = Glance()
+        self._told: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[DoraVariant], tuple[str, str]]:
+        return DoraVariant, (self.layer, self.norms.reuse)  # a copy has other weights: it starts with empty caches
+
+    def forward(
+        self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """The layer's whole output [..., d_out], from x [..., d_in] and the base layer's output ``result``."""
+        if is_traced():
+            return _by_peft(module, active_adapter, x, result, kwargs)
+        dropout = module.lora_dropout[active_adapter] if module.training else None
+        drops = dropout is not None and type(dropout) is not nn.Identity
+        dora = self.glance.look(module, active_adapter)
+        reason = dora if isinstance(dora, str) else _unfit(dora, x, result, drops)
+        if reason:
+            return self._leave_to_peft(reason, module, active_adapter, x, result, kwargs)
+        assert isinstance(dora, DoraLayer)
+
+        matrix = dora.base.matrix
+        bias: torch.Tensor | None = dora.layer.bias  # type: ignore[assignment]
+        adapter = (dora.lora_A, dora.lora_B, dora.magnitude, dora.scaling)
+        if drops:
+            assert dropout is not None
+            x = dropout(x)
+            if matrix is not None and not matrix.requires_grad:
+                norm = self._norm(module, active_adapter, dora, owned=True)
+                return result + checked_linear(x, matrix, *adapter, norm=norm, delta=True)
+            norm = self._norm(module, active_adapter, dora)
+            # A dense W that comes here is trained too and gets its gradient in this product, as with PEFT.
+            product = multiply(dora.layer, dora.base, x) if matrix is None else nn.functional.linear(x, matrix)
+            return result + dora_compose(product, x, *adapter, norm=norm, delta=True, own_base=True)
+        alone = _is_alone(module)
+        own_base = alone and dora.base.private and type(module).__module__.startswith("peft.tuners.lora.")
+        if own_base and dora.base.plain and type(module) is PeftLinear:
+            assert matrix is not None
+            norm = self._norm(module, active_adapter, dora, owned=True)
+            return checked_linear(x, matrix, *adapter, bias, base=result, norm=norm, own_base=True)
+        norm = self._norm(module, active_adapter, dora)
+        return dora_compose(result, x, *adapter, bias, norm=norm, own_base=own_base)
+
+    @overload
+    def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor: ...
+    @overload
+    def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer, owned: bool) -> torch.Tensor | NormCache: ...
+    def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer, owned: bool = False) -> torch.Tensor | NormCache:
+        """The row norm w [d_out]; for ``dora_linear`` the cache, from which it takes the norm itself."""
+        magnitude = module.lora_magnitude_vector[adapter]
+        if not magnitude.__dict__.get("_dora_cache") and not getattr(peft_dora, "ENABLE_DORA_CACHING", False):
+            return self.norms if owned else self._compute_norm(dora)
+        return _cached_by_peft(magnitude, lambda: self._compute_norm(dora), adapter_name=adapter)
+
+    def _compute_norm(self, dora: DoraLayer) -> torch.Tensor:
+        a, b, base = dora.lora_A, dora.lora_B, dora.base
+        trains = torch.is_grad_enabled()
+        if base.matrix is not None:
+            return self.norms.of_weight(base.matrix, a, b, dora.scaling, trains=trains)
+        # The base layer's product in the dtype it chooses itself; hidden, since what is reused is not computed again.
+        with torch.no_grad(), without_autocast(a.device), hidden():
+            squares = self.squares.get(base.weight, lambda: row_squares(dora.layer, base, b.shape[0], a.shape[1]))
+            return self.norms.get(
+                (squares, a, b),  # a quantised W may have no storage to tell it by; its squares are new when it is
+                dora.scaling,
+                lambda: self.cancellation.norm(
+                    squares, a, b, dora.scaling, lambda rows: products(dora.layer, base, rows), trains=trains
+                ),
+                trains=trains,
+            )
+
+    def _leave_to_peft(
+        self,
+        reason: str,
+        module: LoraLayer,
+        adapter: str,
+        x: torch.Tensor,
+        result: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        if reason not in self._told and not torch.compiler.is_compiling():
+            self._told.add(reason)
+            warnings.warn(
+                f"doratune leaves {self.layer} (adapter {adapter}) to PEFT in such calls: {reason}", stacklevel=2
+            )
+        return _by_peft(module, adapter, x, result, kwargs)
+
+
+def _by_peft(
+    module: LoraLayer, adapter: str, x: torch.Tensor, result: torch.Tensor, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """What PEFT's own variant returns."""
+    if "_cast_input_dtype" in module.__dict__:
+        x = type(module)._cast_input_dtype(module, x, module.lora_A[adapter].weight.dtype)
+    y: torch.Tensor = DoraLinearVariant.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
+    return y
+
+
+class InputCast:
+    """In place of a layer's ``_cast_input_dtype``: PEFT casts x to the adapter's dtype before it calls the variant.
+
+    Beside fp32 adapters that is a pass over x, another one back, and both again for its gradient. Where every active
+    adapter is doratune's, x stays as the base layer saw it: the kernels take fp32 adapters beside 16-bit activations.
+    """
+
+    def __init__(self, module: LoraLayer) -> None:
+        self.module = module
+
+    def __call__(self, x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        module = self.module
+        active = module._active_adapter
+        if type(active) is list and len(active) == 1 and type(module.lora_variant.get(active[0])) is DoraVariant:
+            return x  # what the next line says, of the most common case
+        if all(isinstance(module.lora_variant.get(name), DoraVariant) for name in _active(module)):
+            return x
+        cast: torch.Tensor | None = type(module)._cast_input_dtype(module, x, dtype)
+        return cast
+
+
+class RowSquares:
+    """rowsum(W*W) of a quantised W, kept for as long as the layer holds the same tensor.
+
+    Quantised weights are replaced as a whole: by merging, by loading, by moving to another device.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[weakref.ref[torch.Tensor], int, torch.device] | None = None
+        self._value: torch.Tensor | None = None
+
+    def get(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The squares of ``weight``, from ``compute()`` unless they are of this very tensor, unchanged."""
+        version = 0 if weight.is_inference() else weight._version
+        if seen():  # then the same operations must run every time
+            return compute()
+        key = self._key
+        if self._value is None or key is None or key[0]() is not weight or key[1:] != (version, weight.device):
+            with torch.no_grad():
+                self._value = compute()
+            self._key = (weakref.ref(weight), version, weight.device)
+        return self._value
+
+
+def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) -> str | None:
+    """Why doratune cannot serve a call with these tensors; None when it can."""
+    for name, tensor in (("its input", x), ("the base layer's output", result)):
+        if type(tensor) not in PLAIN_TENSORS:
+            return f"{name} is a {type(tensor).__name__}"
+    dtype, device, weight = dora.lora_A.dtype, x.device, dora.base.weight
+    if not (device == dora.lora_A.device == dora.lora_B.device == dora.magnitude.device == weight.device):
+        return f"x is on {device}, W on {weight.device}, A on {dora.lora_A.device}, m on {dora.magnitude.device}"
+    if dora.lora_B.dtype != dtype:
+        return f"A is {dtype} and B {dora.lora_B.dtype}"
+    if dtype not in (torch.float32, result.dtype) and not torch.is_autocast_enabled(device.type):
+        return f"its adapter is {dtype} beside activations in {result.dtype}"
+    if drops and dora.base.kind == BNB_8BIT:
+        return "dropout needs the product of the dequantised W, which an 8-bit layer does not compute"
+    if intercepted():
+        return "a global module hook, a TorchFunctionMode or a replaced linear() may change what its parts return"
+    if not torch.compiler.is_compiling():
+        if transforms_active():
+            return "a torch.func transform is active"
+        if has_tangents((x, result, dora.lora_A, dora.lora_B, dora.magnitude)):
+            return "forward-mode differentiation is on"
+    return None
+
+
+def _active(module: LoraLayer) -> list[str]:
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _is_alone(module: LoraLayer) -> bool:
+    """Whether ``result`` comes straight from the base layer: a second adapter gets the first one's output."""
+    active = module._active_adapter
+    return type(active) is str or len(active) == 1 or len(_active(module)) == 1
+
+
+def _compute_norm(magnitude: nn.Module, compute: Callable[[], torch.Tensor], *, adapter_name: str) -> torch.Tensor:
+    return compute()
+
+
+_cached_by_peft: Callable[..., torch.Tensor] = (
+    peft_dora.cache_decorator("weight-norm")(_compute_norm) if hasattr(peft_dora, "cache_decorator") else _compute_norm
+)
+"""The norm by way of PEFT's own cache (``peft.helpers.DoraCaching``, since PEFT 0.19), with its rules for clearing."""

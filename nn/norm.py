@@ -1,0 +1,79 @@
+"""The row norm of ``W + sBA`` on tensors, as DoRA divides by it: detached, fp32, without ever making BA."""
+
+from __future__ import annotations
+
+import torch
+
+from ..codegen.ops import EPS
+from . import operators
+from .differentiation import without_autocast
+
+
+def norm_of(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    weight_sq: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The norm of checked tensors, with A and B as they are (a caller under autocast has rounded them)."""
+    with torch.no_grad():
+        return operators.row_norm(weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, float(scaling))
+
+
+def norm_and_gain_of(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    weight_sq: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm as :func:`norm_of` gives it, and ``g = m / max(w, eps)`` [d_out] fp32."""
+    if magnitude.dtype is torch.float64 and weight.dtype is not torch.float64:
+        norm = norm_of(weight, lora_A, lora_B, scaling, weight_sq)
+        return norm, magnitude.detach() / safe_norm(norm)
+    with torch.no_grad():
+        return operators.row_norm_and_gain(
+            weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, magnitude, float(scaling)
+        )
+
+
+def row_squares(weight: torch.Tensor) -> torch.Tensor:
+    """``rowsum(W*W)``, [d_out] fp32, in one pass over W."""
+    with torch.no_grad(), without_autocast(weight.device):
+        norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=norm_dtype(weight))
+        return norms.square()
+
+
+def norm_from_products(
+    weight_sq: torch.Tensor, products: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Return ``||W + sBA||`` by rows, [d_out] fp32, of a W that cannot be read as a matrix (quantised base layers).
+
+    Args:
+        weight_sq: ``rowsum(W*W)`` [d_out] fp32.
+        products: ``W @ A.T`` [d_out, r] fp32: A sent through the base layer as r extra tokens, transposed.
+        lora_A: A [r, d_in]. lora_B: B [d_out, r]. scaling: s.
+    """
+    with torch.no_grad(), without_autocast(lora_A.device):
+        wide = norm_dtype(lora_A)
+        a, b = lora_A.to(wide), lora_B.to(wide)
+        dots = (b * (products.to(wide) + (0.5 * scaling) * (b @ (a @ a.T)))).sum(dim=1)
+        return (weight_sq + (2.0 * scaling) * dots).clamp_min(0.0).sqrt()
+
+
+def safe_norm(norm: torch.Tensor) -> torch.Tensor:
+    """``max(w, eps)``, by which magnitudes are divided: a zero row gives g*0 = 0, never NaN."""
+    return norm.clamp_min(EPS)
+
+
+def norm_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+def _beside(weight: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
+    """The adapter in a dtype that the norm takes beside W: W's own, or fp32."""
+    if adapter.dtype in (weight.dtype, torch.float32) and weight.dtype is not torch.float64:
+        return adapter
+    return adapter.to(norm_dtype(weight))

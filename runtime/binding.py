@@ -1,0 +1,90 @@
+"""Binding an emitted module to a GPU: compiled binaries in place of its jit functions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..internals.triton import InternalsError, Launcher, current_target, warn_once, why_compile
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from ..cache.entry import Binary
+    from ..codegen.render import Source
+
+
+def uses_descriptors(source: Source) -> bool:
+    """Whether an emitted module addresses its matrices by tensor descriptors."""
+    from ..codegen.variants import find_variant
+
+    return find_variant(source.spec.op, source.config.variant).descriptors
+
+
+def only_starts_kernels(source: Source) -> bool:
+    """Whether the emitted ``launch`` calls no library beside starting its kernels."""
+    from ..codegen.variants import find_variant
+
+    return not find_variant(source.spec.op, source.config.variant).library
+
+
+def bind(
+    source: Source, alignments: Mapping[str, int] | None = None, binaries: Mapping[str, Binary] | None = None
+) -> ModuleType:
+    """Load an emitted module for the current GPU and put binaries in place of its jit functions.
+
+    ``alignments`` are the bytes that divide the address and the row stride of each operand, by name; None means
+    contiguous operands. ``binaries`` are compiled kernels from a store, by name: where they are those of this module,
+    and the operands contiguous, nothing is compiled. Otherwise Triton compiles, or takes what its cache on disk has.
+    Where this Triton cannot be asked to, the jit functions stay, and compile at their first start.
+    """
+    from ..codegen.compile import build, contiguous_alignments
+    from ..codegen.module import kernel_names, load_module
+
+    module = load_module(source)
+    contiguous = alignments is None or dict(alignments) == contiguous_alignments(source.spec)
+    kernels = {name: getattr(module, name) for name in kernel_names(module)}
+    try:
+        target = current_target()
+        compiled = _restored(source, kernels, target, binaries) if binaries and contiguous else None
+        if compiled is None:
+            compiled = {name: build(source, kernel, target, alignments) for name, kernel in kernels.items()}
+    except (InternalsError, ImportError, AttributeError, TypeError) as problem:  # none says that the text is at fault
+        warn_once("compiling before the first start", f"kernels compile at their first start ({problem})")
+        return module
+    for name, handle in compiled.items():
+        setattr(module, name, Launcher(handle))
+    return module
+
+
+def _restored(
+    source: Source, kernels: Mapping[str, Any], target: Any, binaries: Mapping[str, Binary]
+) -> dict[str, Any] | None:
+    """Triton's compiled kernels from stored binaries, loaded on the current GPU, or None when any of them fails."""
+    from ..codegen.binary import BinaryError, OtherSettingsError, restore
+
+    if why_compile() is not None:
+        return None
+    handles: dict[str, Any] = {}
+    try:
+        for name, kernel in kernels.items():
+            if name not in binaries:
+                raise BinaryError(f"{source.spec}: there is none of {name}")
+            handle = restore(source, kernel, target, binaries[name].metadata, binaries[name].image)
+            _ = handle.run  # has the driver load it now, while a compile can still take its place
+            handles[name] = handle
+    except OtherSettingsError:
+        return None
+    except InternalsError as problem:
+        warn_once("starting stored binaries", f"kernels are compiled ({problem})")
+        return None
+    except Exception as problem:  # whatever the driver says: a compiled kernel runs, or fails for a reason of its own
+        warn_of_compile(problem)
+        return None
+    return handles
+
+
+def warn_of_compile(problem: object) -> None:
+    """Say that a stored binary does not serve and that its kernel is compiled instead."""
+    warnings.warn(f"doratune compiles a kernel whose binary is stored: {problem}", RuntimeWarning, stacklevel=3)

@@ -1,0 +1,105 @@
+"""One of two processes that train an accelerated model, sharded, next to stock PEFT in one piece; run by the tests.
+
+usage: python sharded_worker.py CASE RANK RENDEZVOUS_FILE; the import path holds this folder and doratune.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft_models import VOCABULARY, assert_same_gradients, gradients, llama, relative, twin, with_dora
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import doratune
+
+WORLD = 2
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+
+
+def train(case: str, rank: int) -> None:
+    """Two steps of SGD; each rank has its own tokens, and stock PEFT has them all."""
+    torch.manual_seed(0)
+    stock = with_dora(llama().float())
+    fast: Any = twin(stock)
+    if case != "fsdp2-late":
+        assert len(doratune.accelerate(fast, quiet=True).accelerated) == 14
+    if case.endswith("checkpoint"):
+        fast.enable_input_require_grads()
+        fast.gradient_checkpointing_enable({"use_reentrant": False})
+        fast.train()
+    if case == "ddp":
+        fast = DistributedDataParallel(fast)
+    elif case.startswith("fsdp2"):
+        if case == "fsdp2-leaves":
+            for name, module in fast.named_modules():
+                if name.endswith(("lora_A.default", "lora_B.default")):
+                    fully_shard(module)
+        for block in blocks(fast):
+            fully_shard(block)
+        fully_shard(fast)
+        if case == "fsdp2-late":
+            report = doratune.accelerate(fast, quiet=True)
+            assert {layer.runs for layer in report.layers} == {"pending"}
+            assert "DTensor" in report.layers[0].remark
+    else:
+        policy = None
+        if case == "fsdp1-policy":
+            from peft.utils.other import fsdp_auto_wrap_policy
+
+            policy = fsdp_auto_wrap_policy(fast)
+        else:
+            from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+            policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={type(blocks(fast)[0])})
+        # PEFT's policy puts trained and frozen parameters into units of their own, and reads the shapes of weights that
+        # only flat parameters without use_orig_params still show.
+        fast = FullyShardedDataParallel(
+            fast, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=case == "fsdp1"
+        )
+
+    ids = torch.randint(0, VOCABULARY, (2 * WORLD, 8), generator=torch.Generator().manual_seed(1))
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.3) for m in (stock, fast)]
+    for step in range(2):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        stock(ids, labels=ids).loss.backward()
+        mine = ids[2 * rank : 2 * rank + 2]
+        loss = fast(mine, labels=mine).loss
+        loss.backward()
+        losses = [torch.empty(()) for _ in range(WORLD)]
+        dist.all_gather(losses, loss.detach())
+        expected = stock(ids, labels=ids).loss.detach()
+        assert relative(sum(losses) / WORLD, expected) < 1e-5, (step, losses, expected)
+        if case == "ddp":
+            assert_same_gradients(fast.module, stock, 1e-4)
+        elif case.startswith("fsdp2"):
+            wanted = gradients(stock)
+            found = {name: gradient.full_tensor() for name, gradient in gradients(fast).items()}
+            assert found.keys() == wanted.keys()
+            for name, gradient in found.items():
+                assert relative(gradient, wanted[name]) < 1e-4, (step, name)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+if __name__ == "__main__":
+    case, rank, rendezvous = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(case, rank)
+    for text in sorted({str(warning.message) for warning in caught if "doratune" in str(warning.message)}):
+        print(text)
+    dist.destroy_process_group()
+    print("done")

@@ -1,0 +1,86 @@
+"""Under DDP, FSDP2 and FSDP1 (two processes, gloo) an accelerated model trains as stock PEFT does in one piece, and a
+shard is never taken for a weight: where PEFT's own calls are needed to gather it, PEFT's code runs, with a warning.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import doratune
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from .peft_models import Pair, with_dora
+
+
+@pytest.mark.parametrize(
+    ("case", "left_to_peft"),
+    [
+        ("ddp", ""),
+        ("fsdp2", ""),
+        ("fsdp2-late", ""),  # accelerated after sharding
+        ("fsdp2-checkpoint", ""),
+        ("fsdp2-leaves", "lora_A is wrapped as FSDPLinear"),
+        ("fsdp1", ""),
+        ("fsdp1-policy", "lora_A is wrapped as FullyShardedDataParallel"),
+    ],
+)
+def test_sharded_training_is_that_of_stock_peft_in_one_piece(case: str, left_to_peft: str, tmp_path: Path) -> None:
+    worker = Path(__file__).with_name("sharded_worker.py")
+    places = [str(worker.parent), str(Path(doratune.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(places),
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, case, str(rank), tmp_path / "rendezvous"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        results = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (output, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors[-5000:]
+        assert output.endswith("done\n")
+        assert bool(left_to_peft) == ("doratune leaves" in output), output
+        assert left_to_peft in output
+
+
+def test_parameters_of_zero3_are_left_to_peft() -> None:
+    model = with_dora(Pair())
+    layer = model.base_model.model.first
+    for parameter in (layer.base_layer.weight, layer.lora_A["default"].weight):
+        parameter.ds_id = 1  # what DeepSpeed puts on the parameters that it partitions
+        report = doratune.accelerate(model, quiet=True)
+        assert report.layers[0].runs == "pending"
+        assert "ZeRO-3" in report.layers[0].remark
+        with pytest.warns(UserWarning, match=r"doratune leaves .*first .* to PEFT in such calls: .*ZeRO-3"):
+            model(torch.randn(3, 24))
+        del parameter.ds_id
+    assert doratune.accelerate(model, quiet=True).layers[0].runs == "reference"
+
+
+def test_a_weight_of_another_size_is_taken_for_a_shard() -> None:
+    model = with_dora(Pair())
+    layer = model.base_model.model.first
+    layer.lora_magnitude_vector["default"].weight = nn.Parameter(torch.ones(20))
+    report = doratune.accelerate(model, quiet=True)
+    assert "lora_magnitude_vector has shape [20] where [40] is due" in report.layers[0].remark
