@@ -15,7 +15,7 @@ MIN_DOT = 16
 """The smallest tile side that ``tl.dot`` takes."""
 
 MAX_ACCUMULATORS = 256
-"""fp32 accumulators a thread may hold before the compiler must spill (255 registers a thread on every listed GPU)."""
+"""fp32 accumulators per thread before the compiler must spill (255 registers per thread on every listed CUDA GPU)."""
 
 MAX_TMA_BOX = 256
 """The longest side of a tensor descriptor's tile (CUDA driver API, cuTensorMapEncodeTiled, boxDim)."""
@@ -36,6 +36,7 @@ LIBRARY_FP32_COLUMNS = 1024
 """Columns in one fp32 sum of cuBLAS; _library_product.j2 says why longer sums are split."""
 
 LIBRARY_CONSTANTS = {"library_fp32_columns": LIBRARY_FP32_COLUMNS}
+"""Constants of every template that includes _library_product.j2."""
 
 FP32_PASSES = 3
 """Tensor core products for one product of fp32 operands (Triton's tf32x3)."""
@@ -44,6 +45,7 @@ ADAPTER_ELEMENTS, ADAPTER_COLS = 2048, 512
 """Elements of a tile of adapter_parts_kernel, and its columns at most."""
 
 ADAPTER_CONSTANTS = {"adapter_elements": ADAPTER_ELEMENTS, "adapter_cols": ADAPTER_COLS}
+"""Constants of every template that includes _adapter_parts.j2."""
 
 WARPS = (1, 2, 4, 8, 16)
 STAGES = tuple(range(1, 9))
