@@ -35,17 +35,16 @@ class Calls(TorchDispatchMode):
         self.seen: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name in ("mm", "bmm", "addmm_"):  # not run: without memory PyTorch 2.10 has no products with out_dtype
+            left, right = args[-2:] if name == "addmm_" else args[:2]
+            result = args[0] if name == "addmm_" else kwargs["out"]
+            self.seen.append((2 * left.numel() * right.shape[-1], left.nbytes + right.nbytes + result.nbytes))
+            return result
+        result = func(*args, **kwargs)
         if name not in VIEWS and not name.startswith("empty") and isinstance(result, torch.Tensor):
-            matrices = [arg for arg in args if isinstance(arg, torch.Tensor)]
-            flops = 0
-            if name in ("mm", "bmm", "addmm_"):
-                matrices = matrices[-2:]
-                flops = 2 * matrices[0].numel() * matrices[1].shape[-1]
-            elif name == "copy_":
-                matrices = matrices[1:]
-            self.seen.append((flops, sum(tensor.nbytes for tensor in (*matrices, result))))
+            read = [arg for arg in args[name == "copy_" :] if isinstance(arg, torch.Tensor)]
+            self.seen.append((0, sum(tensor.nbytes for tensor in (*read, result))))
         return result
 
 
