@@ -1,6 +1,7 @@
 # make tune   tune a model's kernels (without a GPU: predicted for GPU), in an environment it builds first
 # make test   lint, type-check and test, likewise
 # make test-versions   test with the oldest and the newest versions of the libraries, in environments of their own
+# make test-internals  run the core suite without each private name of PyTorch
 #
 # Standard output holds what doratune prints and nothing else: make tune TUNE_ARGS=--json gives one JSON object.
 MODEL ?= llama-8b
@@ -17,7 +18,7 @@ VERSION_TESTS = tests/test_versions.py tests/integrations/peft/test_accelerate.p
 	tests/integrations/peft/test_glance.py tests/integrations/peft/test_lifecycle.py tests/nn/test_module.py tests/test_cli.py \
 	tests/cache tests/codegen/test_render.py tests/tuner/test_search.py tests/tuner/test_tune_model.py
 
-.PHONY: tune test test-versions lint clean
+.PHONY: tune test test-versions test-internals lint clean
 
 tune: $(VENV)/installed
 	@$(BIN)/doratune tune --model $(MODEL) --rank $(RANK) \
@@ -33,11 +34,15 @@ test-versions: $(VERSIONS)/oldest/installed $(VERSIONS)/newest/installed $(VERSI
 	PYTHONPATH=$(abspath $(VERSIONS)/bitsandbytes-0.49) $(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) \
 		--versions bitsandbytes-0.49 tests/test_versions.py tests/integrations/peft/test_quantised.py
 
+# The core suite once for each private name of PyTorch that doratune uses, as if PyTorch did not have it.
+test-internals: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --internals tests/internals
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
-	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
+	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -m doratune.console -m doratune.doctor -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "building the environment in $(VENV)" >&2
