@@ -172,6 +172,7 @@ RUNS = {
     ("models",): ["models"],
     ("emit",): ["emit", SPEC],
     ("explain",): ["explain", SPEC],
+    ("doctor",): ["doctor"],
     ("cache", "path"): ["cache", "path"],
     ("cache", "ls"): ["cache", "ls"],
     ("cache", "show"): ["cache", "show", SPEC],
@@ -288,7 +289,7 @@ def test_an_interrupted_run_exits_with_130(tiny: Path, home: Path, monkeypatch: 
     monkeypatch.setattr("doratune.tuner.predict.PredictEvaluator.evaluate", interrupted)
     result = tune_tiny(home, tiny)
     assert result.exit_code == 130
-    assert "interrupted: the same command goes on from here" in result.stderr
+    assert "interrupted: the same command continues from here" in result.stderr
 
 
 def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
