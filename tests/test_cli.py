@@ -472,7 +472,7 @@ MISTAKES = [
     (["emit", "SPEC", "--config", "tlie:num_warps=1,num_stages=1"], ["no variant 'tlie'; did you mean tile?"]),
     (
         ["emit", "SPEC", "--config", "tile:block_n=48,block_t=1,num_warps=1,num_stages=1"],
-        ["cannot serve", "block_n=48 is not a power of two"],
+        ["cannot serve", "block_n must be a power of two, got 48"],
     ),
     (["cache", "ls", "--op", "compose_forwards"], ["'compose_forwards'; did you mean compose_forward"]),
     (["cache", "ls", "--gpu", "h20"], ["unknown GPU 'h20'; did you mean h200"]),
