@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 from doratune.internals import versions
 
 from .pages import ROOT
@@ -42,3 +44,10 @@ def test_its_versions_are_those_that_are_tested() -> None:
     (line,) = re.findall(r"^Tested .*$", README, re.MULTILINE)
     for name, library in (("PyTorch", "torch"), ("Triton", "triton"), ("PEFT", "peft")):
         assert f"{name} {versions.tested_range(library)}" in line
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md"])
+def test_the_python_that_a_page_asks_for_is_the_one_that_the_package_does(page: str) -> None:
+    needed = re.search(r'^requires-python = ">=([\d.]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert needed is not None
+    assert f"Python {needed[1]} or later" in (ROOT / page).read_text(encoding="utf-8")
