@@ -17,7 +17,8 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="Write the emitted texts to tests/goldens.")
     parser.addoption("--peft-tests", metavar="PATH", help="A PEFT checkout whose DoRA tests to run accelerated.")
-    parser.addoption("--versions", metavar="COLUMN", help="The column of tests/versions that this environment is.")
+    parser.addoption("--versions", metavar="COLUMN", help="The column of versions that this environment has.")
+    parser.addoption("--installed", metavar="PYTHON", help="The Python of an environment that has the wheel in dist.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
