@@ -50,7 +50,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
-	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -m doratune.cli -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
+	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "building the environment in $(VENV)" >&2

@@ -217,11 +217,11 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
                 "config": str(resolution.config),
                 "provenance": entry.evaluation.provenance if entry else "default",
                 "entry": str(entry.spec) if entry else None,
-                "layer": resolution.layer,
+                "store": resolution.store,
                 "distance": resolution.distance,
                 "refused": [vars(refusal) for refusal in resolution.trace],
                 "binary": {
-                    "layer": binaries.layer,
+                    "store": binaries.store,
                     "note": binaries.note,
                     "passed_over": list(binaries.passed_over),
                 },
@@ -300,9 +300,9 @@ def cache() -> None:
 @json_option
 def cache_path(store: str | None, as_json: bool) -> None:
     """Print the stores that a lookup asks, in order."""
-    from .cache.stack import layer_locations
+    from .cache.stack import stack_places
 
-    layers = layer_locations(store)
+    layers = stack_places(store)
     if as_json:
         _print_json(
             {"layers": [{"location": str(layer).rsplit(" (", 1)[0], "origin": layer.origin} for layer in layers]}
@@ -314,10 +314,10 @@ def cache_path(store: str | None, as_json: bool) -> None:
 
 def _each_store(store: str | None, visit: Callable[[Any], None]) -> None:
     """Open the stack, or the one store named, read-only, and close it afterwards."""
-    from .cache.stack import open_layers
+    from .cache.stack import open_stack
     from .cache.store import Store
 
-    layers = open_layers() if store is None else [Store.open(store, readonly=True)]
+    layers = open_stack() if store is None else [Store.open(store, readonly=True)]
     try:
         for layer in layers:
             visit(layer)

@@ -1,1 +1,1 @@
-"""The store of winners: entries, schema, layers and lookup."""
+"""The store of winners: entries, schema, the stack of stores and lookup."""

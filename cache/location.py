@@ -51,7 +51,7 @@ class Location:
         if not str(location) or str(location) == ":memory:":
             raise LocationError(f"store {str(location)!r}: names no file; {_VALID}")
         try:
-            # Resolved, so that the file is created where a symbolic link points and two names are one layer.
+            # Resolved, so that the file is created where a symbolic link points and two names are one store.
             path = Path(location).expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:
             raise LocationError(f"store {str(location)!r}: no valid path ({error}); {_VALID}") from None

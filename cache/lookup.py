@@ -2,14 +2,14 @@
 
 The steps, tried in order; the first that has an acceptable entry decides:
 
-1. ``exact``: an entry of this very spec. A measured one in any layer goes before a predicted one in any layer, and a
-   predicted one before a stored default; among equals the earlier layer.
+1. ``exact``: an entry of this very spec. A measured one in any store goes before a predicted one in any store, and a
+   predicted one before a stored default; among equals the earlier store.
 2. ``nearest``: an entry of the same op and dtypes on the same GPU, with other dims, flags or magnitude.
 3. ``architecture``: the same on another GPU of the same architecture: first the same dims and flags, then the nearest.
 4. ``default``: the built-in default config.
 
 Within steps 2 and 3 measured goes before predicted before default, then the smaller :func:`distance`, then the earlier
-layer, then the spec's text: the same stores always give the same answer.
+store, then the spec's text: the same stores always give the same answer.
 
 An entry is refused when its template is not the installed one or when its config does not suit the spec. Another
 Triton version refuses nothing, because a config is rendered and compiled anew: it is only told.
@@ -49,11 +49,11 @@ TemplateDigest = Callable[[str, str], "str | None"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """An entry that was not used: at which ``step``, its spec's text, the ``layer`` that holds it, and why."""
+    """An entry that was not used: at which ``step``, its spec's text, the ``store`` that holds it, and why."""
 
     step: str
     candidate: str
-    layer: str
+    store: str
     reason: str
 
 
@@ -61,9 +61,9 @@ class Refusal:
 class Resolution:
     """The config chosen for ``spec``, and how.
 
-    ``step`` is one of :data:`STEPS`. ``entry`` and ``layer`` (the store's location) are None for the built-in default.
+    ``step`` is one of :data:`STEPS`. ``entry`` and ``store`` (its location) are None for the built-in default.
     ``distance`` is 0 for an exact entry and None for the default. ``trace`` holds at most :data:`REFUSALS_KEPT`
-    refusals for each step, in the order they were met; ``refused`` their full number by step. ``layers`` are the
+    refusals for each step, in the order they were met; ``refused`` their full number by step. ``stack`` are the
     locations searched.
     """
 
@@ -71,11 +71,11 @@ class Resolution:
     step: str
     config: Config
     entry: Entry | None
-    layer: str | None
+    store: str | None
     distance: float | None
     trace: tuple[Refusal, ...]
     refused: tuple[tuple[str, int], ...]
-    layers: tuple[str, ...]
+    stack: tuple[str, ...]
 
     @property
     def fusion_pays(self) -> bool:
@@ -89,7 +89,7 @@ class Resolution:
         """
         lines = [f"spec      {self.spec}", f"step      {self.step}: {self._choice()}", f"config    {self.config}"]
         if self.entry is not None:
-            lines += [f"store     {self.layer}", f"tuned     {_origin(self.entry)}"]
+            lines += [f"store     {self.store}", f"tuned     {_origin(self.entry)}"]
         lines.append(f"loss      {self._loss()}")
         if self.step == "exact" and self.entry is not None and self.entry.evaluation.unfused_us is not None:
             pays = "pays" if self.fusion_pays else "does not pay"
@@ -127,10 +127,10 @@ class Resolution:
                 continue
             listed = [refusal for refusal in self.trace if refusal.step == step]
             if not listed:
-                lines.append(f"{step}: no entry in {_stores(self.layers)}")
+                lines.append(f"{step}: no entry in {_stores(self.stack)}")
                 continue
             lines.append(f"{step}: not used:")
-            lines += [f"  {refusal.candidate} in {refusal.layer}: {refusal.reason}" for refusal in listed]
+            lines += [f"  {refusal.candidate} in {refusal.store}: {refusal.reason}" for refusal in listed]
             if counts.get(step, 0) > len(listed):
                 lines.append(f"  and {counts[step] - len(listed)} more")
         return lines
@@ -150,7 +150,7 @@ def distance(wanted: KernelSpec, other: KernelSpec) -> float:
 
 def lookup(
     spec: KernelSpec,
-    layers: Sequence[Store],
+    stack: Sequence[Store],
     *,
     default: Config,
     architecture: str,
@@ -158,16 +158,16 @@ def lookup(
     template_digest: TemplateDigest,
     reproduces: Reproduces = lambda entry: None,
 ) -> Resolution:
-    """Choose the config for ``spec`` from the stores in ``layers``, searched in that order; see the module's text.
+    """Choose the config for ``spec`` from the stores of a ``stack``, searched in that order; see the module's text.
 
     ``default`` is the built-in config. ``architecture`` is that of the spec's GPU (``sm_90``). ``accepts`` and
     ``template_digest`` say what the installed templates can do. ``reproduces`` may refuse an exact entry, the only kind
     whose source text must come out as recorded.
 
     Raises:
-        StoreError: a layer cannot be read, or holds a damaged row.
+        StoreError: a store cannot be read, or holds a damaged row.
     """
-    search = _Search(spec, layers, architecture, accepts, template_digest, reproduces)
+    search = _Search(spec, stack, architecture, accepts, template_digest, reproduces)
     for step in STEPS[:-1]:
         found = search.run(step)
         if found is not None:
@@ -178,7 +178,7 @@ def lookup(
 @dataclass(frozen=True)
 class _Found:
     entry: Entry
-    layer: str
+    store: str
     distance: float
 
 
@@ -188,14 +188,14 @@ class _Search:
     def __init__(
         self,
         spec: KernelSpec,
-        layers: Sequence[Store],
+        stack: Sequence[Store],
         architecture: str,
         accepts: Accepts,
         template_digest: TemplateDigest,
         reproduces: Reproduces,
     ) -> None:
         self.spec = spec
-        self.layers = layers
+        self.stack = stack
         self.architecture = architecture
         self.accepts = accepts
         self.template_digest = template_digest
@@ -212,28 +212,28 @@ class _Search:
             step=step,
             config=config,
             entry=found.entry if found else None,
-            layer=found.layer if found else None,
+            store=found.store if found else None,
             distance=found.distance if found else None,
             trace=tuple(self.trace),
             refused=tuple(self.refused.items()),
-            layers=tuple(layer.location for layer in self.layers),
+            stack=tuple(store.location for store in self.stack),
         )
 
     def _exact(self) -> _Found | None:
         usable: list[_Found] = []
-        for layer in self.layers:
-            entry = layer.get(self.spec)
+        for store in self.stack:
+            entry = store.get(self.spec)
             if entry is None:
                 continue
-            if not self._usable("exact", self.spec, entry.config, entry.template_digest, layer.location):
+            if not self._usable("exact", self.spec, entry.config, entry.template_digest, store.location):
                 continue
             reason = self.reproduces(entry)
             if reason is not None:
-                self._refuse("exact", self.spec, layer.location, reason)
+                self._refuse("exact", self.spec, store.location, reason)
                 continue
-            usable.append(_Found(entry, layer.location, 0.0))
+            usable.append(_Found(entry, store.location, 0.0))
             if entry.evaluation.provenance == MEASURED:
-                break  # nothing in a later layer can go before it
+                break  # nothing in a later store can go before it
         if not usable:
             return None
         best = min(usable, key=lambda found: _PROVENANCE_ORDER[found.entry.evaluation.provenance])
@@ -241,31 +241,31 @@ class _Search:
             passed_over = (
                 f"only {other.entry.evaluation.provenance}: a later store has it {best.entry.evaluation.provenance}"
             )
-            self._refuse("exact", self.spec, other.layer, passed_over)
+            self._refuse("exact", self.spec, other.store, passed_over)
         return best
 
     def _near(self, step: str) -> _Found | None:
         architecture = self.architecture if step == "architecture" else None
         ranked = []
-        for index, layer in enumerate(self.layers):
-            for candidate in layer.candidates(self.spec, architecture=architecture):
+        for index, store in enumerate(self.stack):
+            for candidate in store.candidates(self.spec, architecture=architecture):
                 apart = distance(self.spec, candidate.spec)
                 order = (apart > 0, _PROVENANCE_ORDER[candidate.provenance], apart, index, str(candidate.spec))
                 ranked.append((order, candidate))
         for (_, _, apart, index, _), candidate in sorted(ranked, key=lambda pair: pair[0]):
-            layer = self.layers[index]
-            if not self._usable(step, candidate.spec, candidate.config, candidate.template_digest, layer.location):
+            store = self.stack[index]
+            if not self._usable(step, candidate.spec, candidate.config, candidate.template_digest, store.location):
                 continue
-            entry = layer.get(candidate.spec)
+            entry = store.get(candidate.spec)
             # A writer may have replaced or removed the entry between the two reads.
             if entry is not None and entry.config == candidate.config:
-                return _Found(entry, layer.location, apart)
+                return _Found(entry, store.location, apart)
         return None
 
-    def _usable(self, step: str, spec: KernelSpec, config: Config, digest: str, layer: str) -> bool:
+    def _usable(self, step: str, spec: KernelSpec, config: Config, digest: str, store: str) -> bool:
         reason = self._objection(config, digest)
         if reason is not None:
-            self._refuse(step, spec, layer, reason)
+            self._refuse(step, spec, store, reason)
         return reason is None
 
     def _objection(self, config: Config, digest: str) -> str | None:
@@ -276,10 +276,10 @@ class _Search:
             return f"tuned with another template {config.variant!r} ({digest[:12]}, installed is {installed[:12]})"
         return self.accepts(self.spec, config)
 
-    def _refuse(self, step: str, spec: KernelSpec, layer: str, reason: str) -> None:
+    def _refuse(self, step: str, spec: KernelSpec, store: str, reason: str) -> None:
         self.refused[step] = self.refused.get(step, 0) + 1
         if self.refused[step] <= REFUSALS_KEPT:
-            self.trace.append(Refusal(step, str(spec), layer, reason))
+            self.trace.append(Refusal(step, str(spec), store, reason))
 
 
 def _origin(entry: Entry) -> str:
@@ -301,5 +301,5 @@ def _against_floor(entry: Entry) -> str:
     return f", {us:.4g} us" + (f" = {us / floor:.2f} x its floor" if floor else "")
 
 
-def _stores(layers: tuple[str, ...]) -> str:
-    return f"{len(layers)} store{'' if len(layers) == 1 else 's'}"
+def _stores(stack: tuple[str, ...]) -> str:
+    return f"{len(stack)} store{'' if len(stack) == 1 else 's'}"

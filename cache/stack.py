@@ -24,11 +24,11 @@ _PREBUILT_FOLDER = Path(__file__).resolve().parent / "prebuilt"
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One store of the stack.
+class Place:
+    """A store of the stack.
 
     ``origin`` says who named it: ``store``, ``DORATUNE_CACHE_PATH``, ``user`` or ``prebuilt``. ``location`` is as given
-    and may hold a password; ``str()`` of a layer does not.
+    and may hold a password; ``str()`` of it does not.
     """
 
     location: str
@@ -78,7 +78,7 @@ def user_store_path() -> Path:
     return home() / "store.sqlite"
 
 
-def _own_layer() -> list[Layer]:
+def _own_place() -> list[Place]:
     """The user's own store, where there is one: a user without a home, or who may not enter it, has none.
 
     Raises:
@@ -95,7 +95,7 @@ def _own_layer() -> list[Layer]:
         there = path.exists()
     except OSError:  # a folder on the way refuses: opening the store says which
         there = named
-    return [Layer(str(path), USER)] if there else []
+    return [Place(str(path), USER)] if there else []
 
 
 def prebuilt_paths() -> list[Path]:
@@ -103,7 +103,7 @@ def prebuilt_paths() -> list[Path]:
     return sorted(_PREBUILT_FOLDER.glob("*.sqlite"))
 
 
-def layer_locations(store: str | None = None) -> list[Layer]:
+def stack_places(store: str | None = None) -> list[Place]:
     """Return the stack in search order, each store once.
 
     First ``store`` or else every item of ``DORATUNE_CACHE_PATH`` (see
@@ -113,38 +113,38 @@ def layer_locations(store: str | None = None) -> list[Layer]:
         LocationError: a named location is not a path or a known URL. NoHomeError: ``DORATUNE_HOME`` names no folder.
     """
     if store is not None:
-        named = [Layer(str(store), "store")]
+        named = [Place(str(store), "store")]
     else:
-        named = [Layer(item, PATH_VARIABLE) for item in split_locations(os.environ.get(PATH_VARIABLE, ""))]
-    unique: dict[Location, Layer] = {}
-    for layer in (*named, *_own_and_prebuilt()):
-        unique.setdefault(Location.parse(layer.location), layer)
+        named = [Place(item, PATH_VARIABLE) for item in split_locations(os.environ.get(PATH_VARIABLE, ""))]
+    unique: dict[Location, Place] = {}
+    for place in (*named, *_own_and_prebuilt()):
+        unique.setdefault(Location.parse(place.location), place)
     return list(unique.values())
 
 
 def trusted_locations() -> frozenset[str]:
     """The user's own store and the prebuilt ones, each as its ``Store.location``: what nobody else writes."""
-    return frozenset(str(Location.parse(layer.location)) for layer in _own_and_prebuilt())
+    return frozenset(str(Location.parse(place.location)) for place in _own_and_prebuilt())
 
 
-def _own_and_prebuilt() -> list[Layer]:
-    return [*_own_layer(), *(Layer(str(path), PREBUILT) for path in prebuilt_paths())]
+def _own_and_prebuilt() -> list[Place]:
+    return [*_own_place(), *(Place(str(path), PREBUILT) for path in prebuilt_paths())]
 
 
-def open_layers(store: str | None = None) -> list[Store]:
-    """Open the stack of :func:`layer_locations` read-only. The caller closes the stores.
+def open_stack(store: str | None = None) -> list[Store]:
+    """Open the stack of :func:`stack_places` read-only. The caller closes the stores.
 
     The user's own store is migrated first where an older doratune wrote it.
 
     Raises:
-        StoreError: a store cannot be opened. A broken layer is never passed over: the kernels chosen would silently be
+        StoreError: a store cannot be opened. A broken store is never passed over: the kernels chosen would silently be
             others than the ones it holds.
         LocationError: a named location is not a path or a known URL. NoHomeError: ``DORATUNE_HOME`` names no folder.
     """
     stores: list[Store] = []
     try:
-        for layer in layer_locations(store):
-            stores.append(_open(layer))
+        for place in stack_places(store):
+            stores.append(_open(place))
     except BaseException:
         for opened in stores:
             opened.close()
@@ -152,17 +152,17 @@ def open_layers(store: str | None = None) -> list[Store]:
     return stores
 
 
-def _open(layer: Layer) -> Store:
+def _open(place: Place) -> Store:
     from .store import Store  # here, so that the paths above can be asked for without SQLAlchemy
 
     try:
-        return Store.open(layer.location, readonly=True)
+        return Store.open(place.location, readonly=True)
     except OlderStoreError:
-        if layer.origin != USER:
+        if place.origin != USER:
             raise
-        Store.open(layer.location).close()
-        return Store.open(layer.location, readonly=True)
+        Store.open(place.location).close()
+        return Store.open(place.location, readonly=True)
     except StoreError as error:
-        if layer.origin == PATH_VARIABLE:  # an environment variable is easily forgotten
+        if place.origin == PATH_VARIABLE:  # an environment variable is easily forgotten
             raise type(error)(f"{error} (the store is named by {PATH_VARIABLE})") from error
         raise

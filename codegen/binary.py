@@ -16,12 +16,11 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-import tempfile
 from collections.abc import Mapping, Set
-from pathlib import Path
 from typing import Any
 
 from ..errors import DoratuneError
+from ..internals.triton import InternalsError, cache_environment, parsed_options, restored
 from .compile import contiguous_alignments, divisibility, launch_options, signature_of, triton_source
 from .gpu import find_gpu
 from .image import ImageError, read_image
@@ -56,26 +55,17 @@ class OtherSettingsError(BinaryError):
 
 
 def pack(handle: Any) -> tuple[str, bytes]:
-    """The metadata, as JSON, and the image of a kernel that :func:`~doratune.codegen.compile.build` gave."""
-    metadata = _as_json({name: value for name, value in handle.metadata._asdict().items() if name not in _LOCAL})
-    metadata[_ASSUMED] = _assumptions(handle.src.signature, handle.src.attrs)
-    return json.dumps(metadata, sort_keys=True), bytes(handle.kernel)
+    """The metadata, as JSON, and the image of a kernel that :func:`~doratune.codegen.compile.build` gave.
 
-
-def must_compile() -> str | None:
-    """Why Triton is to run its compiler in this process whatever is stored, or None."""
-    from triton import knobs
-
-    for knob, variable in (
-        ("always_compile", "TRITON_ALWAYS_COMPILE"),
-        ("override", "TRITON_KERNEL_OVERRIDE"),
-        ("dump_ir", "TRITON_KERNEL_DUMP"),
-    ):
-        if getattr(knobs.compilation, knob, False):
-            return f"{variable} is set"
-    if getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
-        return "a hook changes Triton's stages"
-    return None
+    Raises:
+        BinaryError: the installed Triton does not give them.
+    """
+    try:
+        metadata = _as_json({name: value for name, value in handle.metadata._asdict().items() if name not in _LOCAL})
+        metadata[_ASSUMED] = _assumptions(handle.src.signature, handle.src.attrs)
+        return json.dumps(metadata, sort_keys=True), bytes(handle.kernel)
+    except (AttributeError, TypeError, InternalsError) as problem:
+        raise BinaryError(f"this version of Triton gives no binary to store: {problem}") from problem
 
 
 def check(source: Source, kernel: str, target: Any, metadata: str, image: bytes) -> None:
@@ -83,6 +73,7 @@ def check(source: Source, kernel: str, target: Any, metadata: str, image: bytes)
 
     Raises:
         OtherSettingsError: Triton's options or environment here are others.
+        InternalsError: Triton's options cannot be known.
         BinaryError: a part of the metadata or of the image is not that of this kernel; the message names it.
     """
     _checked(source, kernel, target, metadata, image)
@@ -95,30 +86,20 @@ def restore(source: Source, kernel: Any, target: Any, metadata: str, image: byte
 
     Raises:
         OtherSettingsError, BinaryError: as :func:`check`.
+        InternalsError: this Triton offers no way.
     """
-    from triton.compiler import CompiledKernel
-    from triton.compiler.compiler import make_backend
-
     name = kernel.__name__
     values = _checked(source, name, target, metadata, image)
-    with tempfile.TemporaryDirectory(prefix="doratune-") as folder:  # Triton reads a kernel from files
-        parts = {f"{name}.json": json.dumps(values).encode(), f"{name}.{make_backend(target).binary_ext}": image}
-        for part, content in parts.items():
-            (Path(folder) / part).write_bytes(content)
-        paths = {part: str(Path(folder) / part) for part in parts}
-        handle = CompiledKernel(triton_source(source, kernel), paths, values[_HASH])
-    handle.metadata_group = {}  # the files are gone
-    return handle
+    return restored(name, triton_source(source, kernel), target, values, image, values[_HASH])
 
 
 def _checked(source: Source, kernel: str, target: Any, metadata: str, image: bytes) -> dict[str, Any]:
     """Check a binary; returns the metadata as Triton's compiler would write it here."""
-    import triton
-    from triton.compiler.compiler import make_backend
+    from triton import __version__
 
     values = _parsed(kernel, metadata)
     asked = launch_options(source, kernel)
-    options = _as_json(vars(make_backend(target).parse_options(dict(asked))))
+    options = _as_json(parsed_options(target, asked))
     local = {name: options.pop(name) for name in _LOCAL if name in options}
     facts = launch_facts(source, kernel, target, options)
     signature = signature_of(source, kernel)
@@ -126,7 +107,7 @@ def _checked(source: Source, kernel: str, target: Any, metadata: str, image: byt
     settings = options.keys() - asked.keys() - facts.exact.keys()
     _refuse_other_settings(kernel, values, {name: options[name] for name in settings}, assumed["environment"])
     known = {**options, **assumed["environment"], **facts.exact, "target": _as_json(vars(target))}
-    known |= {"triton_version": triton.__version__, _ASSUMED: assumed}
+    known |= {"triton_version": __version__, _ASSUMED: assumed}
     _refuse_other_names(kernel, values, {*known, *facts.bounds, _HASH})
     _refuse_other_names(kernel, values[_ASSUMED], {*assumed})
     for name, value in sorted(known.items()):
@@ -211,14 +192,7 @@ def _difference(name: str, found: object, wanted: object) -> str | None:
 def _assumptions(signature: Mapping[str, str], attributes: Mapping[tuple[int, ...], object]) -> dict[str, Any]:
     """What a compiled kernel takes for granted, beyond Triton's metadata: its parameters and what divides them."""
     known = [[*index, value] for index, value in sorted(attributes.items())]
-    return _as_json({"signature": [*signature.items()], "attributes": known, "environment": _environment()})
-
-
-def _environment() -> dict[str, str]:
-    """The environment variables that are part of the key of Triton's own cache, where they are set."""
-    from triton._C.libtriton import get_cache_invalidating_env_vars
-
-    return dict(get_cache_invalidating_env_vars())
+    return _as_json({"signature": [*signature.items()], "attributes": known, "environment": cache_environment()})
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

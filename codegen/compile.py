@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DoratuneError
+from ..internals.triton import assembler_output, cache_folder, compile_for, cuobjdump, frontend_complaint, source_for
 from .gpu import Gpu
 from .module import kernel_names, load_module
 from .ops import ALIGNMENT, DTYPE_BYTES
@@ -153,11 +154,7 @@ def divisibility(
 
 def build(source: Source, kernel: Any, target: Any, alignments: Mapping[str, int] | None = None) -> Any:
     """Compile one jit function of an emitted module for a ``GPUTarget``; returns Triton's compiled kernel."""
-    import triton
-
-    return triton.compile(
-        triton_source(source, kernel, alignments), target=target, options=launch_options(source, kernel.__name__)
-    )
+    return compile_for(triton_source(source, kernel, alignments), target, launch_options(source, kernel.__name__))
 
 
 def triton_source(source: Source, kernel: Any, alignments: Mapping[str, int] | None = None) -> Any:
@@ -168,17 +165,7 @@ def triton_source(source: Source, kernel: Any, alignments: Mapping[str, int] | N
     """
     signature = signature_of(source, kernel.__name__)
     attrs = divisibility(signature, contiguous_alignments(source.spec) if alignments is None else alignments)
-    return _source_class(kernel)(kernel, signature, constexprs={}, attrs=attrs)
-
-
-def _source_class(kernel: Any) -> Any:
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        return GluonASTSource
-    from triton.compiler import ASTSource
-
-    return ASTSource
+    return source_for(kernel, signature, attrs)
 
 
 def signature_of(source: Source, kernel: str) -> dict[str, str]:
@@ -268,17 +255,13 @@ def _is_broken(error: BaseException) -> bool:
 
 def _complaint(error: BaseException) -> str | None:
     """What Triton or ptxas says against the text, in a line; None where this is no such complaint."""
-    try:
-        from triton.compiler.errors import CompilationError
-        from triton.runtime.errors import PTXASError
-    except ImportError:
-        return None
-    if isinstance(error, PTXASError):
-        complaint = _ASSEMBLER_ERROR.search(error.error_message or "")
+    printed = assembler_output(error)
+    if printed is not None:
+        complaint = _ASSEMBLER_ERROR.search(printed)
         return f"ptxas: {complaint[1].strip()}" if complaint else None
-    if isinstance(error, CompilationError):
-        said = error.error_message or repr(error.__cause__ or error.__context__)  # its str() begins with the kernel
-        return str(said).strip().splitlines()[-1].strip()
+    said = frontend_complaint(error)
+    if said is not None:
+        return said.strip().splitlines()[-1].strip()
     return str(error).strip() if isinstance(error, RuntimeError) and _REFUSED_BY_PASSES in str(error) else None
 
 
@@ -302,12 +285,8 @@ def _remedy(error: BaseException) -> str:
 
 
 def _cache_folder() -> str:
-    try:
-        from triton import knobs
-
-        return f" ({knobs.cache.dir})"
-    except Exception:  # it is Triton that may be broken
-        return ""
+    folder = cache_folder()
+    return "" if folder is None else f" ({folder})"
 
 
 def _inspect(name: str, handle: Any, gpu: Gpu) -> CompiledKernel:
@@ -322,13 +301,11 @@ def _inspect(name: str, handle: Any, gpu: Gpu) -> CompiledKernel:
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of local memory per thread, as ``cuobjdump`` (shipped with Triton) reads them."""
-    import triton
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         report = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            [cuobjdump(), "--dump-resource-usage", file.name],
             check=True,
             capture_output=True,
             text=True,

@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import operations
+from ..internals.torch import current_backward, is_recording, knows_backward
+from . import operators
 from .differentiation import once_only, without_autocast
 from .norm import norm_and_gain_of, safe_norm
 from .norm_cache import NormCache
-from .tracing import is_recording, recorded_dora
-from .watching import current_backward, hidden
+from .tracing import recorded_dora
+from .watching import hidden
 
 
 class Form(NamedTuple):
@@ -130,7 +131,8 @@ def _forward(
     fused = base is None and not form.delta and _fuses(rows, weight, right, extra, save=needs_dg)
     if fused:
         assert weight is not None
-        y, kept = operations.dora_linear(rows, _as(weight, dtype), left, right, g, scaling, bias=extra, save=needs_dg)
+        y, *inner = operators.dora_linear_forward(rows, _as(weight, dtype), left, right, g, extra, scaling, needs_dg)
+        kept = inner[0] if needs_dg else None
     else:
         owned = form.owns_memory or base is None
         if base is None:
@@ -146,9 +148,8 @@ def _forward(
         kept = None if not needs_dg else base if owned else base.clone()
         if form.delta:
             extra = None
-        y, _ = operations.lora_compose(
-            base, left, right, g, scaling, bias=extra, delta=form.delta, overwrite=owned and not needs_dg
-        )
+        compose = operators.lora_compose_ if owned and not needs_dg else operators.lora_compose
+        y = compose(base, left, right, g, extra, scaling, form.delta)
     # Detached, y is no view in autograd's eyes: to change it in place is the caller's right.
     return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, kept, fused)
 
@@ -160,7 +161,7 @@ def _fuses(
     assert weight is not None
     if torch.compiler.is_compiling():
         return True
-    return operations.fusion_pays(rows, _as(weight, rows.dtype), lora_B, bias=bias is not None, save=save)
+    return operators.fusion_pays(rows, _as(weight, rows.dtype), lora_B, bias=bias is not None, save=save)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -186,7 +187,7 @@ def _product(
     """``s * left @ right`` in ``dtype``; ``like`` is any tensor of the factors' dtype that expands to the result."""
     wide = dtype is torch.float32 and left.dtype is not torch.float32
     if wide and left.is_cuda and not torch.compiler.is_compiling():
-        product = operations.wide_product(left, right)  # the accumulator as it is: no rounding, no cast
+        product = operators.wide_product(left, right)  # the accumulator as it is: no rounding, no cast
         return product if scaling == 1.0 else product.mul_(scaling)
     if scaling == 1.0:
         return _as(left @ right, dtype)
@@ -199,7 +200,7 @@ def _parameters(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | N
     A parameter lives as long as its module, so autograd need not keep it for the backward pass, and to be kept has its
     price: under gradient checkpointing three calls of Python for each tensor.
     """
-    if torch.compiler.is_compiling():  # which follows what autograd keeps
+    if torch.compiler.is_compiling() or not knows_backward:  # then autograd follows what it keeps itself
         return [None] * len(tensors)
     return [tensor if type(tensor) is nn.Parameter else None for tensor in tensors]
 
@@ -300,11 +301,12 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
     gain = g - 1.0 if form.delta else g
     dx = da = db = dmagnitude = dbias = total = None
     if need_m:
-        dbase, dg, total = operations.compose_backward(rows, kept.reshape(rows.shape), gain, bias=need_bias)
+        dbase, dg, *sums = operators.compose_backward(rows, kept.reshape(rows.shape), gain, need_bias)
+        total = sums[0] if need_bias else None
         if ctx.kept_inner:
             dmagnitude = _as(dg / safe_norm(norm), ctx.magnitude_dtype)
         else:
-            db, dmagnitude = operations.adapter_backward(
+            db, dmagnitude = operators.adapter_backward(
                 _as(rows, b.dtype), h, b, g, dg, norm, form.scaling, ctx.adapter_dtype, ctx.magnitude_dtype
             )
         kept = None  # its memory is there for what comes now
@@ -322,7 +324,7 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
         if need_x or need_a:
             t = _product(low, down, form.scaling, b[:1], low.dtype)
         if need_b and db is None:
-            db = _as(g[:, None] * (form.scaling * operations.wide_product(_as(rows, b.dtype).T, h)), ctx.adapter_dtype)
+            db = _as(g[:, None] * (form.scaling * operators.wide_product(_as(rows, b.dtype).T, h)), ctx.adapter_dtype)
         if need_a:
             da = _product(t.T, _as(_rows(x), t.dtype), 1.0, t, ctx.adapter_dtype)
         if need_x:
@@ -331,7 +333,7 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
             elif form.exact:
                 dx = (dbase @ _as(weight, dbase.dtype)).add_(t @ a)
             else:
-                dx = operations.sum_of_products(dbase, _as(weight, dbase.dtype), t, a)
+                dx = operators.sum_of_products(dbase, _as(weight, dbase.dtype), t, a)
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
     return dx, dbase.view(dy.shape) if need_base else None, None, da, db, dmagnitude, dbias, None, None
 

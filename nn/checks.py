@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..internals.torch import is_traced
 from ..runtime.arguments import ArgumentError
-from .tracing import is_traced
 
 
 def check_layer(

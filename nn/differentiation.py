@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from ..errors import UsageError
+from ..internals.torch import has_tangents, transforms_active
 
 
 class DifferentiationError(UsageError, RuntimeError):
@@ -19,14 +19,12 @@ def refuse_transforms(function: str, *tensors: torch.Tensor | None) -> None:
     """Raise a DifferentiationError inside ``torch.func`` transforms (grad, vmap, jvp, …) and for forward-mode AD."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         raise DifferentiationError(
             f"{function} does not work under torch.func transforms (grad, vmap, jvp, functional_call inside them): "
             "use loss.backward() or torch.autograd.grad, or write the layer out in PyTorch there"
         )
-    if forward_ad._current_level >= 0 and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    ):
+    if has_tangents(tensors):
         raise DifferentiationError(
             f"{function} has no forward-mode derivative: use loss.backward() or torch.autograd.grad"
         )

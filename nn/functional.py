@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from ..internals.torch import is_recording
 from ..runtime.arguments import ArgumentError
 from .autograd import Form, dora
 from .checks import check_adapters, check_layer, check_plain
 from .differentiation import refuse_transforms
 from .norm import norm_dtype, norm_of
 from .norm_cache import NormCache
-from .tracing import is_recording, recorded_norm
+from .tracing import recorded_norm
 from .watching import watched
 
 __all__ = ["dora_compose", "dora_linear", "weight_norm"]

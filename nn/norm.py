@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..codegen.ops import EPS
-from . import (
-    operations,
-    operators,  # noqa: F401  the operators that torch.compile puts in its graph
-)
+from . import operators
 from .differentiation import without_autocast
 
 
@@ -21,9 +18,7 @@ def norm_of(
 ) -> torch.Tensor:
     """The norm of checked tensors, with A and B as they are (a caller under autocast has rounded them)."""
     with torch.no_grad():
-        return operations.weight_norm(
-            weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, float(scaling)
-        )[0]
+        return operators.row_norm(weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, float(scaling))
 
 
 def norm_and_gain_of(
@@ -35,8 +30,11 @@ def norm_and_gain_of(
     weight_sq: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm as :func:`norm_of` gives it, and ``g = m / max(w, eps)`` [d_out] fp32."""
+    if magnitude.dtype is torch.float64 and weight.dtype is not torch.float64:
+        norm = norm_of(weight, lora_A, lora_B, scaling, weight_sq)
+        return norm, magnitude.detach() / safe_norm(norm)
     with torch.no_grad():
-        return operations.weight_norm_and_gain(
+        return operators.row_norm_and_gain(
             weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, magnitude, float(scaling)
         )
 

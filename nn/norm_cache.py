@@ -11,16 +11,17 @@ reference pass in between) the norm is computed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UsageError
+from ..internals.torch import current_backward, current_stream
 from .norm import norm_and_gain_of, norm_of, row_squares
-from .watching import current_backward, seen
+from .watching import seen
 
 T = TypeVar("T")
 
@@ -34,12 +35,12 @@ class NormReuseError(UsageError, ValueError):
 
 class _Entry(NamedTuple):
     key: tuple[Hashable, ...]
-    storages: tuple[StorageWeakRef, ...]
+    storages: tuple[weakref.ref[torch.UntypedStorage], ...]
     value: Any
 
     def serves(self, key: tuple[Hashable, ...]) -> bool:
         # A storage that is gone may have left its address to another one.
-        return self.key == key and not any(storage.expired() for storage in self.storages)
+        return self.key == key and all(storage() is not None for storage in self.storages)
 
 
 class NormCache:
@@ -96,7 +97,7 @@ class NormCache:
             return known
         value = compute()
         if not recomputing or self.reuse == "tracked":
-            self._entry = _Entry(key, tuple([StorageWeakRef(t.untyped_storage()) for t in tensors]), value)
+            self._entry = _Entry(key, tuple([weakref.ref(t.untyped_storage()) for t in tensors]), value)
         return value
 
     def _is_of_own_forward(self, recomputing: bool) -> bool:
@@ -156,7 +157,7 @@ class NormCache:
             return None
         key = (_stream(weight), *_identity(weight))
         if self._squares is None or not self._squares.serves(key):
-            self._squares = _Entry(key, (StorageWeakRef(weight.untyped_storage()),), row_squares(weight))
+            self._squares = _Entry(key, (weakref.ref(weight.untyped_storage()),), row_squares(weight))
         squares: torch.Tensor = self._squares.value
         return squares
 
@@ -173,7 +174,7 @@ def _identity(tensor: torch.Tensor) -> tuple[Hashable, ...]:
 
 def _stream(tensor: torch.Tensor) -> int:
     """The stream that values computed from ``tensor`` are on."""
-    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else -1
+    return current_stream(tensor.get_device()) if tensor.is_cuda else -1
 
 
 _steps = 0

@@ -1,65 +1,68 @@
-"""The operations as ``torch.library`` operators ``doratune::…``: ``torch.compile`` keeps them whole in its graph.
+"""The operations of the contract on plain tensors, each also a ``torch.library`` operator ``doratune::…``.
 
-They are not differentiable themselves: the autograd function of :mod:`.gradients` calls them, forward and backward,
-and its other products stay visible to the compiler. An operator returns a fixed number of tensors; one that was not
-asked for is empty. They are defined in a ``Library``, without what a ``custom_op`` does around each call.
+Called eagerly, a function runs the kernel of :mod:`.kernels`, or the reference. While ``torch.compile`` traces, the
+same call puts the operator into the graph, which keeps it whole. Nothing here is differentiable and nothing is checked:
+the callers (:mod:`.autograd`, :mod:`.norm`) have done both. An operator returns fresh tensors, and a list where their
+number depends on a flag. It is defined in a ``Library``, without what a ``custom_op`` does around each call.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
-from . import operations
+from ..runtime.kernel import Kernel
+from . import kernels
+from .kernels import flags_of, run_reference, spec_for, token_bucket
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_LIBRARY = torch.library.Library("doratune", "DEF")
+_DORATUNE = torch.library.Library("doratune", "DEF")
 
 
-def _operator(function: F) -> F:
-    """Make ``doratune::<name of the function>`` of it: fresh tensors out, nothing written to."""
-    name = function.__name__
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    return function
+def _operator(fake: Callable[..., Any]) -> Callable[[F], F]:
+    """Define ``doratune::<name of the function>``; ``fake`` returns what it does, without the values."""
+
+    def define(function: F) -> F:
+        name = function.__name__
+        _DORATUNE.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _DORATUNE.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"doratune::{name}", fake, lib=_DORATUNE)
+        operator = getattr(torch.ops.doratune, name)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return operator(*arguments, **named)
+            return function(*arguments, **named)
+
+        return call  # type: ignore[return-value]
+
+    return define
 
 
-def _fake(name: str) -> Callable[[F], F]:
-    """What operator ``name`` returns, without the values."""
-    register: Callable[[F], F] = torch.library.register_fake(f"doratune::{name}", lib=_LIBRARY)
-    return register
+def _like_norm(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
+    wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    return [weight.new_empty(weight.shape[0], dtype=wide) for _ in range(count)]
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
-
-
-def _absent(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.new_empty(0)
-
-
-@_operator
-def weight_norm(
+@_operator(lambda weight, *_: _like_norm(weight, 1)[0])
+def row_norm(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor | None, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """w, and nW unless it was given."""
-    norm, squares = operations.weight_norm(weight, lora_A, lora_B, weight_sq, scaling)
-    return norm, squares if weight_sq is None else _absent(norm)
+) -> torch.Tensor:
+    """Return ``||W + sBA||`` by rows, [d_out] fp32 (fp64 from fp64); op ``weight_norm``.
+
+    weight [d_out, d_in], lora_A [r, d_in], lora_B [d_out, r]; A and B in W's dtype or fp32. ``weight_sq`` is
+    ``rowsum(W*W)`` if it is known. Rows whose terms nearly cancel are summed directly.
+    """
+    return _row_norm(weight, lora_A, lora_B, weight_sq, None, scaling)[0]
 
 
-@_fake("weight_norm")
-def _(
-    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor | None, *_: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    norm = weight.new_empty(weight.shape[0], dtype=_wide(weight))
-    return norm, torch.empty_like(norm) if weight_sq is None else _absent(norm)
-
-
-@_operator
-def weight_norm_and_gain(
+@_operator(lambda weight, *_: tuple(_like_norm(weight, 2)))
+def row_norm_and_gain(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
@@ -67,17 +70,58 @@ def weight_norm_and_gain(
     magnitude: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """w and g."""
-    return operations.weight_norm_and_gain(weight, lora_A, lora_B, weight_sq, magnitude, scaling)
+    """Return w as :func:`row_norm` does and ``g = m / max(w, eps)``, both [d_out] fp32 (fp64 from fp64)."""
+    norm, g = _row_norm(weight, lora_A, lora_B, weight_sq, magnitude, scaling)
+    assert g is not None
+    return norm, g
 
 
-@_fake("weight_norm_and_gain")
-def _(weight: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    norm = weight.new_empty(weight.shape[0], dtype=_wide(weight))
-    return norm, torch.empty_like(norm)
+def _row_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    weight_sq: torch.Tensor | None,
+    magnitude: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """w and, where a magnitude is given, g: the factored norm, then the rows in which that has lost its digits."""
+    d_out, d_in = weight.shape
+    inputs = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if weight_sq is not None:
+        inputs["weight_sq"] = weight_sq
+    flags = flags_of(save=weight_sq is None)
+    sizes = (d_out, d_in, lora_A.shape[0], 1, weight.dtype, lora_A.dtype)
+    exact = ("weight_norm_exact", *sizes, (), None if magnitude is None else magnitude.dtype)
+    kernel = kernels.kernel_for("weight_norm", *sizes, flags, None, weight.device)
+    if kernel is None:
+        results = run_reference(spec_for("weight_norm", *sizes, flags, None), inputs, scaling)
+        if weight_sq is None:
+            weight_sq = results["weight_sq"]
+        inputs |= {"weight_sq": weight_sq, "norm": results["norm"]}
+        if magnitude is not None:
+            inputs["magnitude"] = magnitude
+        results = run_reference(spec_for(*exact), inputs, scaling)
+        return results["norm_exact"], results.get("g")
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()  # once: each of the two kernels would copy it
+    norm = torch.empty(d_out, dtype=torch.float32, device=weight.device)
+    if weight_sq is None:
+        weight_sq = torch.empty_like(norm)
+        kernel.launch((weight, lora_A, lora_B), (norm, weight_sq), scaling)
+    else:
+        kernel.launch((weight, lora_A, lora_B, weight_sq), (norm,), scaling)
+    corrects = kernels.kernel_for(*exact, weight.device)
+    assert corrects is not None  # of the same device and dtypes
+    given = (weight, lora_A, lora_B, weight_sq, norm)
+    if magnitude is None:
+        corrects.launch(given, (norm,), scaling)
+        return norm, None
+    g = torch.empty_like(norm)
+    corrects.launch((*given, magnitude), (norm, g), scaling)
+    return norm, g
 
 
-@_operator
+@_operator(lambda base, *_: base.new_empty(base.shape))
 def lora_compose(
     base: torch.Tensor,
     h: torch.Tensor,
@@ -86,22 +130,68 @@ def lora_compose(
     bias: torch.Tensor | None,
     scaling: float,
     delta: bool,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, and inner if ``save``."""
-    y, inner = operations.lora_compose(base, h, lora_B, g, scaling, bias=bias, delta=delta, save=save)
-    return y, _absent(y) if inner is None else inner
+) -> torch.Tensor:
+    """Return y = g*(base + s*h@B.T) + b, or with ``delta`` the delta form (g-1)*base + g*s*h@B.T.
+
+    base [T, d_out], h [T, r] and bias [d_out] in one dtype, lora_B [d_out, r] in it or fp32, g [d_out] fp32.
+    """
+    return _lora_compose(base, h, lora_B, g, bias, scaling, delta=delta)[0]
 
 
-@_fake("lora_compose")
-def _(base: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *_, save = others
-    y = base.new_empty(base.shape)
-    return y, torch.empty_like(y) if save else _absent(y)
+def lora_compose_(
+    base: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    delta: bool,
+) -> torch.Tensor:
+    """As :func:`lora_compose`, but y may take the memory of ``base``. Not under a compiler, which plans memory."""
+    if torch.compiler.is_compiling():
+        return lora_compose(base, h, lora_B, g, bias, scaling, delta)
+    return _lora_compose(base, h, lora_B, g, bias, scaling, delta=delta, overwrite=True)[0]
 
 
-@_operator
-def dora_linear(
+def _lora_compose(
+    base: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    *,
+    delta: bool = False,
+    save: bool = False,
+    overwrite: bool = False,
+) -> list[torch.Tensor]:
+    """y, and inner = base + s*h@B.T when ``save``."""
+    tokens, d_out = base.shape
+    inputs = {"base": base, "h": h, "lora_B": lora_B, "g": g}
+    if bias is not None:
+        inputs["bias"] = bias
+    flags = flags_of(bias=bias is not None, delta=delta, save=save)
+    key = ("lora_compose", d_out, 1, h.shape[1], token_bucket(tokens), base.dtype, lora_B.dtype, flags, None)
+    kernel = kernels.kernel_for(*key, base.device) if tokens else None
+    if kernel is None:
+        results = run_reference(spec_for(*key), inputs, scaling)
+        return [results["y"], results["inner"]] if save else [results["y"]]
+    if overwrite and base.stride(-1) == 1:
+        y = base
+        torch.autograd.graph.increment_version(base)  # a launch does not show in it, and autograd must see the write
+    else:
+        y = torch.empty_like(base, memory_format=torch.contiguous_format)
+    outputs = [y, torch.empty_like(base, memory_format=torch.contiguous_format)] if save else [y]
+    kernel.launch(tuple(inputs.values()), outputs, scaling)
+    return outputs
+
+
+@_operator(
+    lambda x, weight, h, lora_B, g, bias, scaling, save: [
+        x.new_empty(x.shape[0], weight.shape[0]) for _ in range(1 + save)
+    ]
+)
+def dora_linear_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     h: torch.Tensor,
@@ -110,37 +200,64 @@ def dora_linear(
     bias: torch.Tensor | None,
     scaling: float,
     save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, and inner if ``save``."""
-    y, inner = operations.dora_linear(x, weight, h, lora_B, g, scaling, bias=bias, save=save)
-    return y, _absent(y) if inner is None else inner
+) -> list[torch.Tensor]:
+    """Return y = g*(x@W.T + s*h@B.T) + b, and inner = x@W.T + s*h@B.T when ``save``.
+
+    Where a store says that it is faster, one kernel computes all of it (op ``dora_linear_forward``) and its base
+    product is not rounded on the way; elsewhere it is :func:`lora_compose` of the product. x [T, d_in] and
+    weight [d_out, d_in] in one dtype.
+    """
+    kernel = _fused_kernel(x, weight, lora_B, bias is not None, save)
+    if kernel is None:
+        return _lora_compose(x @ weight.T, h, lora_B, g, bias, scaling, save=save, overwrite=True)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    outputs = [y, torch.empty_like(y)] if save else [y]
+    inputs = (x, weight, h, lora_B, g)
+    kernel.launch(inputs if bias is None else (*inputs, bias), outputs, scaling)
+    return outputs
 
 
-@_fake("dora_linear")
-def _(x: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *_, save = others
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, torch.empty_like(y) if save else _absent(y)
+def fusion_pays(
+    x: torch.Tensor, weight: torch.Tensor, lora_B: torch.Tensor, *, bias: bool = False, save: bool = False
+) -> bool:
+    """Whether :func:`dora_linear_forward` computes these operands in one kernel, with no base product in memory."""
+    return _fused_kernel(x, weight, lora_B, bias, save) is not None
 
 
-@_operator
-def compose_backward(
-    dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dYg, dg, and db if ``bias``."""
-    dyg, dg, dbias = operations.compose_backward(dy, inner, g, bias=bias)
-    return dyg, dg, _absent(dg) if dbias is None else dbias
+def _fused_kernel(x: torch.Tensor, weight: torch.Tensor, lora_B: torch.Tensor, bias: bool, save: bool) -> Kernel | None:
+    """The kernel of ``dora_linear_forward`` for these operands, if a store says that it is faster."""
+    tokens, d_in = x.shape
+    if not tokens or weight.stride(1) != 1:  # a kernel would have a W that lies by columns copied, at every call
+        return None
+    d_out, rank = lora_B.shape
+    flags = flags_of(bias=bias, save=save)
+    key = ("dora_linear_forward", d_out, d_in, rank, token_bucket(tokens), x.dtype, lora_B.dtype, flags, None)
+    return kernels.paying_kernel_for(*key, x.device)
 
 
-@_fake("compose_backward")
-def _(
-    dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dg = torch.empty_like(g)
-    return dy.new_empty(dy.shape), dg, torch.empty_like(g) if bias else _absent(g)
+@_operator(lambda dy, inner, g, bias: [dy.new_empty(dy.shape), *[torch.empty_like(g) for _ in range(1 + bias)]])
+def compose_backward(dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, bias: bool) -> list[torch.Tensor]:
+    """Return dYg = g*dY [T, d_out], dg = sum_t dY*inner [d_out] fp32 and, with ``bias``, db = sum_t dY [d_out] fp32."""
+    tokens, d_out = dy.shape
+    key = ("compose_backward", d_out, 1, 1, token_bucket(tokens), dy.dtype, dy.dtype, flags_of(bias=bias), None)
+    kernel = kernels.kernel_for(*key, dy.device) if tokens else None
+    if kernel is None:
+        results = run_reference(spec_for(*key), {"dy": dy, "inner": inner, "g": g}, 1.0)
+        return [results["dyg"], results["dg"], *([results["dbias"]] if bias else [])]
+    dg = torch.empty(d_out, dtype=torch.float32, device=dy.device)
+    outputs = [torch.empty_like(dy, memory_format=torch.contiguous_format), dg]
+    if bias:
+        outputs.append(torch.empty_like(dg))
+    kernel.launch((dy, inner, g), outputs)
+    return outputs
 
 
-@_operator
+@_operator(
+    lambda dy, h, lora_B, g, dg_base, norm, scaling, adapter, magnitude: (
+        lora_B.new_empty(lora_B.shape, dtype=adapter),
+        lora_B.new_empty(lora_B.shape[0], dtype=magnitude),
+    )
+)
 def adapter_backward(
     dy: torch.Tensor,
     h: torch.Tensor,
@@ -152,22 +269,43 @@ def adapter_backward(
     adapter: torch.dtype,
     magnitude: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dB and dm."""
-    return operations.adapter_backward(dy, h, lora_B, g, dg_base, norm, scaling, adapter, magnitude)
+    """Return dB = g*s*P [d_out, r] with P = dY.T@h, and dm = (dg_base + s*rowsum(B*P)) / max(w, eps) [d_out].
+
+    dy [T, d_out], h [T, r] and lora_B [d_out, r] in one dtype; ``dg_base`` = sum_t dY*base and norm [d_out] fp32.
+    ``adapter`` and ``magnitude`` are the dtypes of dB and dm. The rank-r term of dg needs no pass over [T, d_out], and
+    nothing is divided by g.
+    """
+    product = wide_product(dy.T, h)
+    d_out, rank = product.shape
+    wide = product.dtype
+    stored = adapter if adapter in (lora_B.dtype, wide) else wide  # dtypes that a kernel has; else converted at the end
+    divided = wide if magnitude is torch.float64 else magnitude
+    inputs = {"product": product, "lora_B": lora_B, "g": g, "dg_base": dg_base, "norm": norm}
+    key = ("adapter_backward", d_out, 1, rank, 1, lora_B.dtype, stored, (), divided)
+    kernel = kernels.kernel_for(*key, dy.device)
+    if kernel is None:
+        results = run_reference(spec_for(*key), inputs, scaling)
+        db, dm = results["dlora_B"], results["dmagnitude"]
+    else:
+        db = torch.empty(d_out, rank, dtype=stored, device=dy.device)
+        dm = torch.empty(d_out, dtype=divided, device=dy.device)
+        kernel.launch(tuple(inputs.values()), (db, dm), scaling)
+    return (db if db.dtype is adapter else db.to(adapter)), (dm if dm.dtype is magnitude else dm.to(magnitude))
 
 
-@_fake("adapter_backward")
-def _(dy: torch.Tensor, h: torch.Tensor, lora_B: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *_, adapter, magnitude = others
-    return lora_B.new_empty(lora_B.shape, dtype=adapter), lora_B.new_empty(lora_B.shape[0], dtype=magnitude)
+def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` in fp32 (fp64 from fp64), as it was accumulated: not rounded to 16 bits on the way."""
+    if left.dtype in (torch.float32, torch.float64):
+        return left @ right
+    if left.is_cuda and not torch.compiler.is_compiling():
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float() if left.device.type == "cpu" else (left @ right).float()
 
 
-@_operator
+@_operator(lambda left, right, *_: left.new_empty(left.shape[0], right.shape[1]))
 def sum_of_products(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """``left@right + low@down``."""
-    return operations.sum_of_products(left, right, low, down)
+    """Return ``left@right + low@down``, [T, n] in the factors' dtype: one product accumulated into the other.
 
-
-@_fake("sum_of_products")
-def _(left: torch.Tensor, right: torch.Tensor, *_: object) -> torch.Tensor:
-    return left.new_empty(left.shape[0], right.shape[1])
+    An operator, because a compiler would copy the first product before it adds to it.
+    """
+    return (left @ right).addmm_(low, down)

@@ -15,24 +15,6 @@ from torch.nn.functional import linear
 from ..codegen.ops import EPS
 from .differentiation import without_autocast
 
-_tracing_state = torch._C._get_tracing_state
-_dispatch_mode = torch._C._get_dispatch_mode
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-
-
-def is_recording() -> bool:
-    """Whether PyTorch now records a graph that is to run elsewhere; not so under ``torch.compile``."""
-    if torch.compiler.is_compiling():  # PyTorch 2.11 says is_exporting() under torch.compile, too
-        return bool(getattr(torch.compiler, "_is_exporting_flag", False))
-    return _tracing_state() is not None or _dispatch_mode(_PROXY) is not None
-
-
-def is_traced() -> bool:
-    """Whether this very Python is run by ``torch.jit.trace`` or ``make_fx`` to see which operators it calls."""
-    if torch.compiler.is_compiling():
-        return False
-    return _tracing_state() is not None or _dispatch_mode(_PROXY) is not None
-
 
 def recorded_norm(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
     """``||W + sBA||`` by rows, [d_out] in fp32 (fp64 from fp64), without a gradient."""

@@ -9,52 +9,37 @@ something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..internals.torch import (
+    dispatch_mode_is_on,
+    function_mode_is_on,
+    global_hook_is_on,
+    linear_is_replaced,
+    without_modes,
+)
+
 _NOTHING = nullcontext()
-_OWN_MODULE = "torch.nn.modules.linear"
-_linear_forward = nn.Linear.forward if nn.Linear.forward.__module__ == _OWN_MODULE else None
-_linear = getattr(torch._C._nn, "linear", None)
-"""What a linear layer runs, as PyTorch has it: others (fake quantisation, profilers) put their own in the place."""
-
-
-def _hidden_way() -> Callable[[], AbstractContextManager[Any]] | None:
-    try:
-        from torch.utils._python_dispatch import _disable_current_modes
-    except ImportError:
-        return None
-    return _disable_current_modes
-
-
-_hide = _hidden_way()
-_dispatch_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_function_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_function_stack", None)
-_global_hooks: Callable[[], object] | None = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
 
 
 def watched() -> bool:
-    """Whether a mode or a global hook may hold the result of an operation. Where PyTorch cannot be asked, it may."""
+    """Whether a mode or a global hook may hold the result of an operation."""
     if torch.compiler.is_compiling():  # no mode runs in a compiled graph
         return False
-    return _dispatch_modes is None or _dispatch_modes() > 0 or intercepted()
+    return dispatch_mode_is_on() or intercepted()
 
 
 def intercepted() -> bool:
-    """Whether somebody may change what modules or ``linear`` return, or their gradients: a global module hook, a
-    function mode, or who has replaced PyTorch's ``linear``. Where PyTorch cannot be asked, somebody may.
+    """Whether a global module hook, a function mode or a replaced ``linear`` may change what modules return, or their
+    gradients.
     """
     if torch.compiler.is_compiling():
         return False
-    if _function_modes is None or _global_hooks is None:
-        return True
-    if nn.functional.linear is not _linear or nn.Linear.forward is not _linear_forward:
-        return True
-    return bool(_global_hooks()) or (_function_modes() > 0 and not _only_devices())
+    return linear_is_replaced() or global_hook_is_on() or function_mode_is_on()
 
 
 def is_untouched(layer: nn.Module) -> bool:
@@ -68,32 +53,13 @@ def is_untouched(layer: nn.Module) -> bool:
     )
 
 
-def current_backward() -> int:
-    """A number for the backward pass that runs now, -1 outside of one."""
-    return torch._C._current_graph_task_id()
-
-
-def _only_devices() -> bool:
-    """Whether every function mode is that of ``torch.set_default_device``, which holds nothing."""
-    try:
-        from torch.overrides import _get_current_function_mode_stack
-        from torch.utils._device import DeviceContext
-    except ImportError:
-        return False
-    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
-
-
 def seen() -> bool:
     """Whether a dispatch mode sees what runs now: not so inside :func:`hidden`, where PyTorch can hide it."""
-    return not torch.compiler.is_compiling() and (_dispatch_modes is None or _dispatch_modes() > 0)
+    return not torch.compiler.is_compiling() and dispatch_mode_is_on()
 
 
 def hidden() -> AbstractContextManager[Any]:
     """A context in which no mode sees what runs; free of charge where none is on."""
     if torch.compiler.is_compiling() or not watched():
         return _NOTHING
-    stack = ExitStack()
-    if _hide is not None:
-        stack.enter_context(_hide())
-    stack.enter_context(torch._C.DisableTorchFunction())
-    return stack
+    return without_modes()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from ..internals.triton import InternalsError, warn_once, why_compile
+from .binding import warn_of_compile
 
 if TYPE_CHECKING:
     from ..cache.entry import Binary
@@ -22,14 +24,14 @@ class Binaries:
 
     Attributes:
         kernels: one for each kernel of the source, by name; empty when there is none to use.
-        layer: the location of the store that they come from.
+        store: the location of the store that they come from.
         note: what to say of them: for what they were made, or why there are none.
         damaged: what was wrong with those that should have served, but cannot.
         passed_over: the stores whose binaries were not taken, each with the reason.
     """
 
     kernels: Mapping[str, Binary] = field(default_factory=dict, repr=False)
-    layer: str | None = None
+    store: str | None = None
     note: str = ""
     damaged: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
@@ -37,7 +39,7 @@ class Binaries:
     def explain(self) -> str:
         """Where the binary comes from, in a phrase, and which were passed over and why."""
         if self.kernels:
-            taken = f"in {self.layer}, {self.note}: contiguous operands need no compile"
+            taken = f"in {self.store}, {self.note}: contiguous operands need no compile"
             return "; ".join((taken, *(f"passed over {reason}" for reason in self.passed_over)))
         return f"compiled at the first call: {self.note}"
 
@@ -47,49 +49,47 @@ class Binaries:
             warn_of_compile(problem)
 
 
-def warn_of_compile(problem: object) -> None:
-    """Say that a stored binary does not serve and that its kernel is compiled instead."""
-    warnings.warn(f"doratune compiles a kernel whose binary is stored: {problem}", RuntimeWarning, stacklevel=3)
-
-
-def find_binaries(source: Source, layers: Sequence[Store], gpu: Gpu, trusted: Set[str | None]) -> Binaries:
+def find_binaries(source: Source, stack: Sequence[Store], gpu: Gpu, trusted: Set[str | None]) -> Binaries:
     """Look for the binaries of every kernel of ``source``, for the installed Triton and this GPU, in stores in order.
 
     The first store at a ``trusted`` location that has all of them serves. What does not serve is passed over and told
     in the result: a binary is only ever a compile saved.
     """
     from ..cache.errors import StoreError
-    from ..codegen.binary import BinaryError, OtherSettingsError, must_compile
+    from ..codegen.binary import BinaryError, OtherSettingsError
 
     try:
         from triton import __version__ as version
     except ImportError:
         return Binaries(note="Triton is not installed here")
-    reason = must_compile()
+    reason = why_compile()
     if reason is not None:
         return Binaries(note=reason)
     wanted = f"Triton {version} on {gpu.architecture}"
     passed_over: list[str] = []
     damaged: list[str] = []
-    for layer in layers:
+    for store in stack:
         try:
             key = (source.code_digest, version, gpu.architecture)
-            if layer.location not in trusted:
-                if layer.binary_keys(*key):
-                    passed_over.append(f"{layer.location}: {_UNTRUSTED}")
+            if store.location not in trusted:
+                if store.binary_keys(*key):
+                    passed_over.append(f"{store.location}: {_UNTRUSTED}")
                 continue
-            found = {binary.kernel: binary for binary in layer.binaries(*key)}
+            found = {binary.kernel: binary for binary in store.binaries(*key)}
             if not found:
                 continue
             _check_all(source, found, gpu)
+        except InternalsError as problem:
+            warn_once("starting stored binaries", f"kernels are compiled ({problem})")
+            return Binaries(note=str(problem), damaged=tuple(damaged), passed_over=tuple(passed_over))
         except OtherSettingsError as problem:
-            passed_over.append(f"{layer.location}: {problem}")
+            passed_over.append(f"{store.location}: {problem}")
         except (BinaryError, StoreError) as problem:
             text = str(problem)
-            damaged.append(text if layer.location in text else f"{layer.location}: {text}")
+            damaged.append(text if store.location in text else f"{store.location}: {text}")
             passed_over.append(damaged[-1])
         else:
-            return Binaries(found, layer.location, f"for {wanted}", tuple(damaged), tuple(passed_over))
+            return Binaries(found, store.location, f"for {wanted}", tuple(damaged), tuple(passed_over))
     note = "; ".join(passed_over) or f"no store has a binary for {wanted}"
     return Binaries(note=note, damaged=tuple(damaged), passed_over=tuple(passed_over))
 

@@ -11,12 +11,12 @@ import torch
 
 from ..codegen.ops import ALIGNMENT
 from ..codegen.spec import Config, KernelSpec
-from ..nn.tracing import is_traced
+from ..internals.torch import current_device, is_traced
+from .argument_memo import ArgumentMemo, rows_of
 from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_outputs
 from .binding import bind, only_starts_kernels, uses_descriptors
 from .recording import Bound
 from .reference import reference
-from .seen import Seen, rows_of
 
 if TYPE_CHECKING:
     from ..cache.lookup import Resolution
@@ -58,7 +58,7 @@ class Kernel:
         self._binaries = binaries
         self._launchers: dict[tuple[int, ...], Callable[..., None]] = {}
         self._contiguous: Bound | None = None
-        self._seen = Seen()
+        self._memo = ArgumentMemo()
         self._descriptors = source is not None and uses_descriptors(source)
         self._repeats = source is not None and only_starts_kernels(source)
         self._scales = spec.contract.scaling
@@ -121,13 +121,13 @@ class Kernel:
         elif type(scaling) is not float and (not isinstance(scaling, int | float) or isinstance(scaling, bool)):
             raise ArgumentError(f"{self.spec.op} needs scaling, a number (PEFT's lora_alpha / r); got {scaling!r}")
         inputs = (*tensors, *named.values()) if named else tensors
-        known = self._seen.find(inputs, named, out)
+        known = self._memo.find(inputs, named, out)
         if known is None:
             bound = bind_inputs(self.spec, tensors, named, self.device)
             made = make_outputs(self.spec, bound, out, self.device)
             inputs, outputs = tuple(bound.values()), tuple(made.values())
             if [*bound][len(tensors) :] == [*named]:
-                self._seen.remember(inputs, named, out, outputs)
+                self._memo.remember(inputs, named, out, outputs)
         else:  # such tensors have been checked before, in this order
             outputs = () if out is None else (out,)
             if known.outputs:
@@ -178,7 +178,7 @@ class Kernel:
     def _repeat(self, tensors: Sequence[torch.Tensor], rows: int, scaling: float | None) -> bool:
         """Launch on contiguous tensors by repeating what was done before, if that can be; says whether it was."""
         bound = self._contiguous
-        if bound is None or self._index != torch._C._cuda_getDevice():  # CUDA is up: something is bound
+        if bound is None or self._index != current_device():  # CUDA is up: something is bound
             return False
         addresses = [*map(_data_ptr, tensors)]
         if functools.reduce(operator.or_, addresses) % ALIGNMENT:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..codegen.spec import Config, KernelSpec, SpecError
+from ..internals.torch import current_device
 from .device import find_device, gpu_of
 from .kernel import Kernel
 
@@ -119,7 +120,7 @@ def load_kernel(
 def _settle(device: torch.device | str | int | None) -> torch.device:
     """The device meant, with little ado where that is certain."""
     if device is None:
-        return _cuda_device(torch._C._cuda_getDevice()) if torch.cuda.is_initialized() else find_device(None)
+        return _cuda_device(current_device()) if torch.cuda.is_initialized() else find_device(None)
     if isinstance(device, torch.device) and device.index is not None:
         return device
     return find_device(device)
@@ -146,8 +147,8 @@ def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Sou
 
     An exact entry must render to the very text it was tuned with; one that does not is refused.
     """
-    with _stack(store) as layers:
-        return _resolve(spec, layers)
+    with _opened(store) as stack:
+        return _resolve(spec, stack)
 
 
 def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source, Binaries]:
@@ -159,25 +160,25 @@ def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolu
     from ..codegen.gpu import find_gpu
     from .binaries import find_binaries
 
-    with _stack(store) as layers:
-        resolution, source = _resolve(spec, layers)
-        trusted = {resolution.layer, *trusted_locations()}
-        return resolution, source, find_binaries(source, layers, find_gpu(spec.gpu), trusted)
+    with _opened(store) as stack:
+        resolution, source = _resolve(spec, stack)
+        trusted = {resolution.store, *trusted_locations()}
+        return resolution, source, find_binaries(source, stack, find_gpu(spec.gpu), trusted)
 
 
 @contextmanager
-def _stack(store: str | None) -> Iterator[list[Store]]:
-    from ..cache.stack import open_layers
+def _opened(store: str | None) -> Iterator[list[Store]]:
+    from ..cache.stack import open_stack
 
-    layers = open_layers(store)
+    stack = open_stack(store)
     try:
-        yield layers
+        yield stack
     finally:
-        for layer in layers:
-            layer.close()
+        for each in stack:
+            each.close()
 
 
-def _resolve(spec: KernelSpec, layers: list[Store]) -> tuple[Resolution, Source]:
+def _resolve(spec: KernelSpec, stack: list[Store]) -> tuple[Resolution, Source]:
     from ..cache.lookup import lookup
     from ..codegen.gpu import find_gpu
     from ..codegen.render import render, template_digest
@@ -201,7 +202,7 @@ def _resolve(spec: KernelSpec, layers: list[Store]) -> tuple[Resolution, Source]
 
     resolution = lookup(
         spec,
-        layers,
+        stack,
         default=default_config(spec, gpu),
         architecture=gpu.architecture,
         accepts=lambda wanted, config: check_config(wanted, config, gpu) or refuse_padding(wanted, config, gpu),

@@ -1,27 +1,26 @@
-"""What an emitted ``launch`` does, recorded once and then repeated without running it.
+"""Recording what an emitted ``launch`` does, and repeating it without running it.
 
 An emitted ``launch`` reads like one that a person wrote: it allocates its workspace, describes its matrices to the
 tensor memory accelerator, works out grids and starts its kernels. For one number of tokens and one scaling all of it is
-the same every time but the addresses. A :class:`Program` keeps the rest: the workspace is one allocation, a tensor map
-is made once for each address, and to start a kernel is to pick its arguments. On an H200's host a ``weight_norm`` at
-4096x4096, r = 384 took 185 us as emitted and 24 us so (benchmarks/results/h200/host.json).
+the same every time but the addresses. A :class:`Recording` keeps the rest: the workspace is one allocation, a tensor
+map is made once for each address, and to start a kernel is to pick its arguments. On an H200's host a ``weight_norm``
+at 4096x4096, r = 384 took 185 us as emitted and 24 us so (benchmarks/results/h200/host.json).
 """
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Hashable, Sequence
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .binding import Launcher
+from ..internals.torch import DispatchMode, current_stream
+from ..internals.triton import InternalsError, Launcher, MapMaker, is_hooked, launch_hooks, warn_once
 
-_MOST_PROGRAMS = 1 << 10
-"""Token counts that a kernel has a program for; others run its ``launch``."""
+_MOST_RECORDINGS = 1 << 10
+"""Token counts of which a kernel keeps a recording; others run its ``launch``."""
 
 _MOST_MAPS = 1 << 10
 """Addresses of which a descriptor keeps the tensor map (128 bytes each) before it starts anew."""
@@ -38,7 +37,7 @@ _HARMLESS = frozenset(
 """What a ``launch`` may ask of PyTorch and still be repeated by its kernels alone: memory and views of it."""
 
 
-class Program:
+class Recording:
     """The kernels that an emitted ``launch`` starts, with their arguments but for the addresses.
 
     Made by :func:`record` for tensors of one shape. Repeating it lines up all that the kernels are given (the stream,
@@ -52,9 +51,14 @@ class Program:
         self._offsets = tuple(line.offsets)
         self.descriptors = tuple([(line.index(place), maps) for place, maps in line.descriptors])
         self._constants = tuple(line.constants)
+        self.has_run = False
 
     def run(self, addresses: Sequence[int], device: torch.device, stream: int) -> None:
-        """Start the kernels on operands at ``addresses``, in the order of ``launch``'s parameters, on ``stream``."""
+        """Start the kernels on operands at ``addresses``, in the order of ``launch``'s parameters, on ``stream``.
+
+        Raises:
+            InternalsError: in the first run, if not even the first kernel could be started: Triton has changed.
+        """
         line: list[Any] = [stream, *addresses]
         if self._workspace_bytes:
             workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
@@ -64,11 +68,24 @@ class Program:
             address = line[described]
             line.append(maps.known.get(address) or maps.make(address))
         line += self._constants
+        if not self.has_run:
+            self._start_first(line)
+            return
         for start_kernel, head, rest in self._steps:
             if rest is None:
                 start_kernel(*head(line))
             else:
                 start_kernel(*head(line), rest(line))
+
+    def _start_first(self, line: Sequence[Any]) -> None:
+        for index, (start_kernel, head, rest) in enumerate(self._steps):
+            try:
+                start_kernel(*head(line), *(() if rest is None else (rest(line),)))
+            except Exception as problem:
+                if index:
+                    raise
+                raise InternalsError(f"{type(problem).__name__}: {problem}") from problem
+        self.has_run = True
 
 
 _Take = Callable[[Sequence[Any]], Sequence[Any]]
@@ -108,68 +125,18 @@ def _taking(indices: Sequence[int]) -> _Take:
 class _TensorMaps:
     """The tensor maps of one descriptor argument, by the address of the matrix that it describes.
 
-    Activations may lie elsewhere in every step, and then need new maps. Triton's way to one goes through a descriptor
-    and the driver; from the second map on, the function of the driver that it ends in is called itself.
+    Activations may lie elsewhere in every step, and then need new maps.
     """
 
     def __init__(self, descriptor: Any, metadata: Any) -> None:
-        self._descriptor = copy.copy(descriptor)
-        self._descriptor.base = None  # keeps no tensor alive
-        self._metadata = metadata
-        self._fill: Callable[..., Any] | None = None
-        self._settings: tuple[Any, ...] = ()
+        self.maker = MapMaker(descriptor, metadata)
         self.known: dict[int, Any] = {}
-
-    def expand(self, address: int) -> list[Any]:
-        """The arguments that stand for the descriptor of a matrix at ``address``: its map, its shape, its strides."""
-        from triton.backends.nvidia.driver import make_tensordesc_arg
-        from triton.runtime import driver
-
-        descriptor = copy.copy(self._descriptor)
-        descriptor.base = SimpleNamespace(data_ptr=lambda: address)
-        calls: list[_Call] = []
-        active = SimpleNamespace(utils=_Listener(driver.active.utils, calls))
-        triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
-        listened = make_tensordesc_arg
-        if isinstance(listened, FunctionType):
-            inside = {**listened.__globals__, "triton": triton}
-            listened = FunctionType(listened.__code__, inside, None, listened.__defaults__, listened.__closure__)
-        expanded: list[Any] = listened(descriptor, self._metadata)
-        if len(calls) == 1 and calls[0].arguments[0] == address and calls[0].result is expanded[0]:
-            self._fill, self._settings = calls[0].function, calls[0].arguments[1:]
-        return expanded
 
     def make(self, address: int) -> Any:
         if len(self.known) >= _MOST_MAPS:
             self.known.clear()
-        fill = self._fill
-        made = self.expand(address)[0] if fill is None else fill(address, *self._settings)
-        self.known[address] = made
+        made = self.known[address] = self.maker.make(address)
         return made
-
-
-class _Call(NamedTuple):
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    result: Any
-
-
-class _Listener:
-    """The driver's functions, each noting that it is called."""
-
-    def __init__(self, utils: Any, calls: list[_Call]) -> None:
-        self._utils = utils
-        self._calls = calls
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._utils, name)
-
-        def call(*arguments: Any) -> Any:
-            result = function(*arguments)
-            self._calls.append(_Call(function, arguments, result))
-            return result
-
-        return call
 
 
 class _Recorder:
@@ -193,11 +160,11 @@ class _Start(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(DispatchMode or object):  # type: ignore[misc]
     """Notes whether anything is computed by PyTorch, which a repetition of the kernels would leave out."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.computes = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -209,13 +176,11 @@ class Bound:
     """A bound module for contiguous operands: it is started by repeating what its ``launch`` did before."""
 
     def __init__(self, module: ModuleType, device: torch.device) -> None:
-        from triton import knobs
-
         self._module = module
         self._device = device
         self._index = device.index  # an attribute of a device is made anew each time
-        self._hooks = knobs.runtime
-        self._programs: dict[tuple[int, float | None], Program | None] = {}
+        self._hooks = launch_hooks()
+        self._recordings: dict[tuple[int, float | None], Recording | None] = {}
         self._maps: Maps = {}
 
     def start(
@@ -226,27 +191,34 @@ class Bound:
         ``addresses`` are the tensors' own; ``rows`` are the first one's, which are the tokens where there are any.
         """
         shape = (rows, scaling)  # all that a spec leaves open
-        program = self._programs.get(shape)
-        watched = self._hooks.launch_enter_hook.calls or self._hooks.launch_exit_hook.calls
-        if program is not None and not watched:
-            program.run(addresses, self._device, torch._C._cuda_getCurrentRawStream(self._index))
-            return
+        recording = self._recordings.get(shape)
+        watched = is_hooked(self._hooks)
+        if recording is not None and not watched:
+            try:
+                recording.run(addresses, self._device, current_stream(self._index))
+                return
+            except InternalsError as problem:
+                self._recordings[shape] = None
+                warn_once("repeating recorded launches", f"each launch runs as emitted ({problem})")
         scalars = () if scaling is None else (float(scaling),)
         tensors = [tensor if tensor.ndim < 3 else tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
-        if watched or shape in self._programs or len(self._programs) >= _MOST_PROGRAMS:
+        if watched or shape in self._recordings or len(self._recordings) >= _MOST_RECORDINGS:
             self._module.launch(*tensors, *scalars)
         else:
-            self._programs[shape] = record(self._module, tensors, scalars, self._maps)
+            self._recordings[shape] = record(self._module, tensors, scalars, self._maps)
 
 
 def record(
     module: ModuleType, tensors: Sequence[torch.Tensor], scalars: tuple[float, ...], maps: Maps
-) -> Program | None:
+) -> Recording | None:
     """Run the ``launch`` of a bound module once and return what it did; None if its kernels are not all that it does.
 
-    ``tensors`` are contiguous; the program is right for others of their shapes, strides and alignment. ``maps`` are
-    the module's, which its programs share.
+    ``tensors`` are contiguous; the recording is right for others of their shapes, strides and alignment. ``maps`` are
+    the module's, which its recordings share.
     """
+    if DispatchMode is None:  # what ``launch`` computes would go unseen
+        module.launch(*tensors, *scalars)
+        return None
     starts: list[_Start] = []
     recorders = {name: _Recorder(held, starts) for name, held in vars(module).items() if isinstance(held, Launcher)}
     emitted = module.launch
@@ -258,11 +230,14 @@ def record(
     return None if watch.computes else _assemble(starts, operands, maps)
 
 
-def _assemble(starts: Sequence[_Start], operands: Sequence[torch.Tensor], maps: Maps) -> Program | None:
+def _assemble(starts: Sequence[_Start], operands: Sequence[torch.Tensor], maps: Maps) -> Recording | None:
     line = _Line(operands)
     try:
-        return Program([_step(start, line, maps) for start in starts], line)
+        return Recording([_step(start, line, maps) for start in starts], line)
     except LookupError:
+        return None
+    except Exception as problem:
+        warn_once("repeating recorded launches", f"each launch runs as emitted ({type(problem).__name__}: {problem})")
         return None
 
 
@@ -274,7 +249,7 @@ class _Place(NamedTuple):
 
 
 class _Line:
-    """What a program's kernels are given, as it is found while their starts are gone through."""
+    """What a recording's kernels are given, as it is found while their starts are gone through."""
 
     def __init__(self, operands: Sequence[torch.Tensor]) -> None:
         self._operands = operands
@@ -342,5 +317,5 @@ def _step(start: _Start, line: _Line, maps: Maps) -> _Step:
                 maps[key] = _TensorMaps(argument, binary.descriptors[described])
             described += 1
             places.append(line.descriptor(line.tensor(argument.base), maps[key]))
-            places += [line.constant(value) for value in maps[key].expand(argument.base.data_ptr())[1:]]
+            places += [line.constant(value) for value in maps[key].maker.expand(argument.base.data_ptr())[1:]]
     return _Step(binary.start, places, len(head) if binary.in_one else 0)

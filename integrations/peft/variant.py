@@ -18,12 +18,11 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
-from torch.autograd import forward_ad
 
+from ...internals.torch import has_tangents, is_traced, transforms_active
 from ...nn.differentiation import without_autocast
 from ...nn.functional import checked_linear, dora_compose
 from ...nn.norm_cache import NormCache
-from ...nn.tracing import is_traced
 from ...nn.watching import hidden, intercepted, seen
 from .base_layers import BNB_8BIT, multiply, products, row_squares
 from .cancellation import CancellationWatch
@@ -205,9 +204,9 @@ def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) 
     if intercepted():
         return "a global module hook, a TorchFunctionMode or a replaced linear() may change what its parts return"
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return "a torch.func transform is active"
-        if forward_ad._current_level >= 0:
+        if has_tangents((x, result, dora.lora_A, dora.lora_B, dora.magnitude)):
             return "forward-mode differentiation is on"
     return None
 

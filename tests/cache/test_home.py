@@ -19,7 +19,7 @@ import pytest
 
 import doratune
 from doratune.cache.errors import NoHomeError, StoreError
-from doratune.cache.stack import home, layer_locations, open_layers
+from doratune.cache.stack import home, open_stack, stack_places
 from doratune.cli import main
 
 from ..command_line import RUNNER
@@ -63,7 +63,7 @@ HOMES = [
 def test_reading_needs_no_home(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert {layer.origin for layer in layer_locations()} == {"prebuilt"}
+    assert {place.origin for place in stack_places()} == {"prebuilt"}
     for args in READING:
         result = RUNNER.invoke(main, args)
         assert result.exit_code == 0, result.output
@@ -103,7 +103,7 @@ def test_a_path_that_platformdirs_leaves_relative_is_no_home(found: str, monkeyp
     monkeypatch.setattr(platformdirs, "user_data_path", lambda name: Path(found))
     with pytest.raises(NoHomeError):
         home()
-    assert {layer.origin for layer in layer_locations()} == {"prebuilt"}
+    assert {place.origin for place in stack_places()} == {"prebuilt"}
 
 
 @pytest.mark.usefixtures("homeless")
@@ -121,7 +121,7 @@ def test_a_named_home_that_is_none_is_never_passed_over(named: str, monkeypatch:
 def test_a_named_home_that_may_not_be_entered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DORATUNE_HOME", "/" + "x" * 300)
     with pytest.raises(StoreError, match="cannot be read"):
-        open_layers()
+        open_stack()
 
 
 @pytest.mark.usefixtures("homeless")

@@ -20,7 +20,7 @@ from doratune.codegen.spec import Config, KernelSpec
 from .world import DEFAULT, DEFAULT_CONFIG, PREDICTED, a_spec, an_entry
 
 WANTED = a_spec()
-Layers = Callable[..., list[Store]]
+Stores = Callable[..., list[Store]]
 
 
 def _digest(op: str, variant: str) -> str | None:
@@ -32,14 +32,14 @@ def _accept_all(spec: KernelSpec, config: Config) -> str | None:
 
 
 def _find(
-    layers: list[Store],
+    make_stores: list[Store],
     spec: KernelSpec = WANTED,
     accepts: Callable[[KernelSpec, Config], str | None] = _accept_all,
     reproduces: Callable[[Entry], str | None] = lambda entry: None,
 ) -> Resolution:
     return lookup(
         spec,
-        layers,
+        make_stores,
         default=DEFAULT_CONFIG,
         architecture="sm_90",
         accepts=accepts,
@@ -49,13 +49,13 @@ def _find(
 
 
 @pytest.fixture(params=["sqlite", "exported", "postgresql"])
-def layers(request: pytest.FixtureRequest, tmp_path: Path) -> Layers:
+def make_stores(request: pytest.FixtureRequest, tmp_path: Path) -> Stores:
     """Make a stack of read-only stores, one for each list of entries, all but the first in SQLite files."""
 
     def make(*stack: list[Entry]) -> list[Store]:
         opened = []
         for index, entries in enumerate(stack):
-            place = str(tmp_path / f"layer-{index}.sqlite")
+            place = str(tmp_path / f"store-{index}.sqlite")
             if request.param == "postgresql" and index == 0:
                 place = request.getfixturevalue("postgresql_url")
             with Store.open(place, create=True) as store:
@@ -73,12 +73,12 @@ NEAR, FAR = a_spec(rank=256), a_spec(rank=16)
 SAME_ON_H100, NEAR_ON_H100 = a_spec("h100"), a_spec("h100", rank=256)
 
 ORDER = [
-    # (what it shows, entries of each layer, step, the spec that wins, the layer that wins)
+    # (what it shows, entries of each store, step, the spec that wins, the number of the store that wins)
     ("the very spec goes before all",
      [[an_entry(), an_entry(NEAR)]], "exact", WANTED, 0),
-    ("an earlier layer goes before a later one",
+    ("an earlier store goes before a later one",
      [[an_entry(warps=2)], [an_entry(warps=8)]], "exact", WANTED, 0),
-    ("measured in a later layer beats predicted",
+    ("measured in a later store beats predicted",
      [[an_entry(provenance=PREDICTED)], [an_entry()]], "exact", WANTED, 1),
     ("predicted for the spec beats measured nearby",
      [[an_entry(provenance=PREDICTED), an_entry(NEAR)]], "exact", WANTED, 0),
@@ -86,11 +86,11 @@ ORDER = [
      [[an_entry(provenance=DEFAULT)], [an_entry(provenance=PREDICTED)]], "exact", WANTED, 1),
     ("the nearest shape wins",
      [[an_entry(FAR), an_entry(NEAR)]], "nearest", NEAR, 0),
-    ("the nearest shape wins across layers",
+    ("the nearest shape wins across stores",
      [[an_entry(FAR)], [an_entry(NEAR)]], "nearest", NEAR, 1),
     ("measured afar beats predicted nearby",
      [[an_entry(NEAR, PREDICTED), an_entry(FAR)]], "nearest", FAR, 0),
-    ("equally near: the earlier layer",
+    ("equally near: the earlier store",
      [[an_entry(NEAR)], [an_entry(NEAR, warps=8)]], "nearest", NEAR, 0),
     ("equally near: the spec's text",
      [[an_entry(a_spec(tokens=t)) for t in (8192, 2048)]], "nearest", a_spec(tokens=2048), 0),
@@ -116,15 +116,15 @@ ORDER = [
 
 
 @pytest.mark.parametrize(
-    ("entries", "step", "winner", "layer"), [row[1:] for row in ORDER], ids=[row[0] for row in ORDER]
+    ("entries", "step", "winner", "number"), [row[1:] for row in ORDER], ids=[row[0] for row in ORDER]
 )
 def test_the_order(
-    layers: Layers, entries: list[list[Entry]], step: str, winner: KernelSpec | None, layer: int | None
+    make_stores: Stores, entries: list[list[Entry]], step: str, winner: KernelSpec | None, number: int | None
 ) -> None:
-    stores = layers(*entries)
+    stores = make_stores(*entries)
     found = _find(stores)
     assert (found.step, found.entry and found.entry.spec) == (step, winner)
-    assert found.layer == (None if layer is None else stores[layer].location)
+    assert found.store == (None if number is None else stores[number].location)
     assert found.config == (DEFAULT_CONFIG if found.entry is None else found.entry.config)
     assert (found.distance is None) == (step == "default")
 
@@ -145,18 +145,18 @@ def test_no_stores_at_all_give_the_default() -> None:
 )
 @pytest.mark.parametrize(("spec", "step"), [(WANTED, "exact"), (NEAR, "nearest"), (SAME_ON_H100, "architecture")])
 def test_an_entry_that_does_not_suit_is_refused_with_the_reason(
-    layers: Layers, entry: Entry, reason: str, spec: KernelSpec, step: str
+    make_stores: Stores, entry: Entry, reason: str, spec: KernelSpec, step: str
 ) -> None:
     def accepts(wanted: KernelSpec, config: Config) -> str | None:
         assert wanted == WANTED  # the config must suit what will run, not what it was tuned for
         return "16 warps are too many" if config.num_warps == 16 else None
 
     environment = replace(entry.environment, gpu=spec.gpu)
-    stores = layers([replace(entry, spec=spec, environment=environment)])
+    stores = make_stores([replace(entry, spec=spec, environment=environment)])
     found = _find(stores, accepts=accepts)
     assert found.step == "default"
     [refusal] = found.trace
-    assert (refusal.step, refusal.candidate, refusal.layer, refusal.reason) == (
+    assert (refusal.step, refusal.candidate, refusal.store, refusal.reason) == (
         step,
         str(spec),
         stores[0].location,
@@ -165,22 +165,22 @@ def test_an_entry_that_does_not_suit_is_refused_with_the_reason(
     assert f"{spec} in {stores[0].location}: {reason}" in found.explain()
 
 
-def test_an_exact_entry_that_renders_to_another_source_gives_way_to_the_nearest(layers: Layers) -> None:
-    stores = layers([an_entry(), an_entry(NEAR, source_digest="source-9")])
+def test_an_exact_entry_that_renders_to_another_source_gives_way_to_the_nearest(make_stores: Stores) -> None:
+    stores = make_stores([an_entry(), an_entry(NEAR, source_digest="source-9")])
     found = _find(stores, reproduces=lambda entry: "renders otherwise" if entry.spec == WANTED else None)
     assert (found.step, found.entry and found.entry.spec) == ("nearest", NEAR)
     assert [refusal.reason for refusal in found.trace] == ["renders otherwise"]
 
 
-def test_another_triton_version_is_told_not_refused(layers: Layers) -> None:
-    found = _find(layers([an_entry(triton="3.6.0")]))
+def test_another_triton_version_is_told_not_refused(make_stores: Stores) -> None:
+    found = _find(make_stores([an_entry(triton="3.6.0")]))
     assert found.step == "exact"
     assert "under Triton 3.6.0" in found.explain()
 
 
-def test_many_refusals_are_counted_rather_than_listed(layers: Layers) -> None:
+def test_many_refusals_are_counted_rather_than_listed(make_stores: Stores) -> None:
     old = [an_entry(a_spec(rank=rank), template="template-0") for rank in range(8, 48, 2)]
-    found = _find(layers(old))
+    found = _find(make_stores(old))
     assert len(found.trace) == REFUSALS_KEPT
     assert found.refused == (("nearest", 20),)
     assert "and 15 more" in found.explain()
@@ -197,8 +197,8 @@ def test_equal_stores_filled_in_any_order_give_one_answer(tmp_path: Path) -> Non
     assert answers == {str(a_spec(rank=192))}
 
 
-def test_an_exact_hit_loads_no_candidates(layers: Layers, monkeypatch: pytest.MonkeyPatch) -> None:
-    stores = layers([an_entry()], [an_entry(NEAR)])
+def test_an_exact_hit_loads_no_candidates(make_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = make_stores([an_entry()], [an_entry(NEAR)])
     monkeypatch.delattr(Store, "candidates")
     assert _find(stores).step == "exact"
 
@@ -272,15 +272,15 @@ def test_fusion_pays_where_the_very_spec_was_measured_to_be_faster_fused(
     ],
 )
 def test_an_unmeasured_spec_is_given_no_figure_for_its_loss(
-    layers: Layers, entries: list[Entry], lines: list[str]
+    make_stores: Stores, entries: list[Entry], lines: list[str]
 ) -> None:
-    explained = _find(layers(entries)).explain().splitlines()
+    explained = _find(make_stores(entries)).explain().splitlines()
     assert [line for line in explained if line in lines] == lines
     assert "0 %" not in "".join(explained)
 
 
-def test_a_passed_over_predicted_entry_is_told(layers: Layers) -> None:
-    found = _find(layers([an_entry(provenance=PREDICTED)], [an_entry()]))
+def test_a_passed_over_predicted_entry_is_told(make_stores: Stores) -> None:
+    found = _find(make_stores([an_entry(provenance=PREDICTED)], [an_entry()]))
     assert [refusal.reason for refusal in found.trace] == ["only predicted: a later store has it measured"]
     assert "exact: not used:" in found.explain()
 

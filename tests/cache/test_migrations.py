@@ -16,7 +16,7 @@ from sqlalchemy import Connection, inspect, text
 
 from doratune.cache import create, migrations, schema
 from doratune.cache.errors import OlderStoreError
-from doratune.cache.stack import open_layers, user_store_path
+from doratune.cache.stack import open_stack, user_store_path
 from doratune.cache.store import Store
 
 from .world import a_spec, an_entry
@@ -147,7 +147,7 @@ def test_the_users_own_store_is_migrated_when_it_is_read(monkeypatch: pytest.Mon
         store.put(an_entry())
     _release_next_version(monkeypatch, tmp_path)
     monkeypatch.setattr("doratune.cache.stack.prebuilt_paths", list)
-    [own] = open_layers()
+    [own] = open_stack()
     assert own.get(a_spec()) == an_entry()
 
 

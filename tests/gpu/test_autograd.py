@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import doratune
-from doratune.nn import operations
+from doratune.nn import kernels
 from doratune.nn.functional import dora_compose, dora_linear
 from doratune.runtime.kernel import Kernel
 
@@ -73,13 +73,13 @@ def test_values_and_gradients_are_right_wherever_a_term_dominates(form: str, dty
 
 def test_the_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[object] = []
-    original = operations._kernel
+    original = kernels.kernel_for
 
     def spy(*key: Any) -> Any:
         found.append(original(*key))
         return found[-1]
 
-    monkeypatch.setattr(operations, "_kernel", spy)
+    monkeypatch.setattr(kernels, "kernel_for", spy)
     layer = make(dtype=torch.bfloat16)
     gradients(dora_linear(*layer.args), layer)
     assert None not in found
@@ -102,7 +102,7 @@ def test_where_the_fusion_pays_one_kernel_gives_values_and_gradients_as_right(
         launch(kernel, *args)
 
     monkeypatch.setattr(Kernel, "launch", spy)
-    monkeypatch.setattr(operations, "_paying_kernel", operations._kernel)
+    monkeypatch.setattr(kernels, "paying_kernel_for", kernels.kernel_for)
     for case in CASES:
         if dtype is torch.float16 and case == "large_activations":
             continue  # beyond fp16's range

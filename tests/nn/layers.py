@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from doratune.codegen.ops import EPS
-from doratune.nn import operations
+from doratune.nn import kernels
 from doratune.runtime.reference import reference
 
 CASES = (
@@ -164,10 +164,10 @@ def kernels_on_paper(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, 
     made: dict[object, KernelOnPaper] = {}
 
     def kernel(*key: object) -> KernelOnPaper:
-        return made.setdefault(key, KernelOnPaper(operations._spec(*key[:-1])))  # type: ignore[arg-type]
+        return made.setdefault(key, KernelOnPaper(kernels.spec_for(*key[:-1])))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(operations, "_kernel", kernel)
-    monkeypatch.setattr(operations, "_paying_kernel", lambda *key: None)
+    monkeypatch.setattr(kernels, "kernel_for", kernel)
+    monkeypatch.setattr(kernels, "paying_kernel_for", lambda *key: None)
 
     def launches() -> dict[str, int]:
         counts: dict[str, int] = {}

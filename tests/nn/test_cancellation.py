@@ -12,8 +12,9 @@ import torch
 
 import doratune
 from doratune.codegen.spec import KernelSpec
-from doratune.nn import operations
+from doratune.nn import kernels
 from doratune.nn.functional import dora_linear
+from doratune.nn.norm import norm_and_gain_of, norm_of
 from doratune.runtime import reference
 from doratune.runtime.reference import TORCH_DTYPES, cancels, definition
 from doratune.tuner.accuracy import NORM_ERROR
@@ -237,18 +238,17 @@ def test_on_a_gpu_the_check_is_one_kernel_after_the_norms(
     magnitude: torch.dtype | None, given: bool, by_columns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
-    monkeypatch.setattr(operations, "_kernel", lambda *key: Launched(started, key))
+    monkeypatch.setattr(kernels, "kernel_for", lambda *key: Launched(started, key))
     weight, a, b = CANCELLING["some rows"]()
     if by_columns:
         weight = weight.T.contiguous().T
     exact = exact_norm((weight, a, b))
     squares = weight.square().sum(dim=1) if given else None
     if magnitude is None:
-        norm, returned = operations.weight_norm(weight, a, b, squares, S)
-        torch.testing.assert_close(returned, weight.square().sum(dim=1))
+        norm = norm_of(weight, a, b, S, squares)
     else:
         m = (1.0 + torch.rand(D_OUT)).to(magnitude)
-        norm, g = operations.weight_norm_and_gain(weight, a, b, squares, m, S)
+        norm, g = norm_and_gain_of(weight, a, b, m, S, squares)
         assert error(g, m.double() / exact) <= 2.0 * NORM_ERROR
         assert g.dtype == (torch.float64 if magnitude is torch.float64 else torch.float32)
     assert error(norm, exact) <= NORM_ERROR

@@ -13,7 +13,7 @@ from doratune.cache.lookup import Resolution
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import default_config
-from doratune.nn import operations
+from doratune.nn import kernels
 from doratune.nn.functional import dora_linear
 from doratune.runtime.kernel import Kernel
 from doratune.runtime.reference import definition
@@ -54,11 +54,11 @@ class Fused:
 def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Fused]:
     def install(pays: bool) -> Fused:
         kernel = Fused(pays)
-        monkeypatch.setattr(operations, "_kernel", kernel.find)
+        monkeypatch.setattr(kernels, "kernel_for", kernel.find)
         return kernel
 
     # What functools.cache keeps would serve the next test too.
-    monkeypatch.setattr(operations, "_paying_kernel", operations._paying_kernel.__wrapped__)
+    monkeypatch.setattr(kernels, "paying_kernel_for", kernels.paying_kernel_for.__wrapped__)
     return install
 
 

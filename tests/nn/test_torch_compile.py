@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import doratune
+from doratune.nn import operators  # noqa: F401  registers them
 from doratune.nn.functional import dora_compose, dora_linear, weight_norm
-from doratune.runtime import library  # noqa: F401  registers the operators
 
 from .layers import Layer, gradients, make_layer
 
@@ -91,12 +91,12 @@ def test_forward_and_backward_are_one_graph_each_with_the_operators_in_it(form: 
     assert_equal(form, lambda: make_layer(dtype=torch.float32), backend=graphs)
     assert len(graphs.made) == 2, "one forward and one backward graph"
     if form == "foreign base":  # has its norm from weight_norm, and leaves W's part of dX to the base's own graph
-        assert graphs.operators() == ["weight_norm", "lora_compose", "compose_backward", "adapter_backward"]
+        assert graphs.operators() == ["row_norm", "lora_compose", "compose_backward", "adapter_backward"]
     elif form == "own, bias":  # one operator for all of the forward, which keeps inner
-        assert graphs.operators() == ["weight_norm_and_gain", "dora_linear", "compose_backward", "sum_of_products"]
+        assert graphs.operators() == ["row_norm_and_gain", "dora_linear_forward", "compose_backward", "sum_of_products"]
     else:
         backward = ["compose_backward", "adapter_backward", "sum_of_products"]
-        assert graphs.operators() == ["weight_norm_and_gain", "lora_compose", *backward]
+        assert graphs.operators() == ["row_norm_and_gain", "lora_compose", *backward]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler")
@@ -125,7 +125,7 @@ def test_fp32_adapters_under_autocast_compile_to_one_graph() -> None:
     assert torch.equal(y, wanted)
     for name, value in gradients(wanted, again).items():
         torch.testing.assert_close(grads[name], value, rtol=1e-2, atol=1e-2)
-    assert graphs.operators() == ["weight_norm_and_gain", "dora_linear", "compose_backward", "sum_of_products"]
+    assert graphs.operators() == ["row_norm_and_gain", "dora_linear_forward", "compose_backward", "sum_of_products"]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -150,7 +150,7 @@ def test_a_module_under_checkpointing_and_changing_token_counts_compiles_without
         torch.testing.assert_close(y, wanted)
         for grad, parameter in zip(grads, module.adapter, strict=True):
             torch.testing.assert_close(grad, parameter.grad)
-    assert {"dora_linear", "compose_backward"} <= set(graphs.operators())
+    assert {"dora_linear_forward", "compose_backward"} <= set(graphs.operators())
 
 
 def test_a_compiled_training_step_learns_and_never_uses_an_old_norm() -> None:
@@ -181,15 +181,12 @@ def samples(name: str) -> list[tuple[Any, ...]]:
     weight, lora_a, lora_b, g = tensor(24, 16), tensor(4, 16), tensor(24, 4), tensor(24)
     rows, h = tensor(5, 24), tensor(5, 4)
     return {
-        "weight_norm": [(weight, lora_a, lora_b, given, 0.5) for given in (None, weight.square().sum(dim=1))],
-        "weight_norm_and_gain": [
-            (weight, lora_a, lora_b, given, g, 0.5) for given in (None, weight.square().sum(dim=1))
-        ],
+        "row_norm": [(weight, lora_a, lora_b, given, 0.5) for given in (None, weight.square().sum(dim=1))],
+        "row_norm_and_gain": [(weight, lora_a, lora_b, given, g, 0.5) for given in (None, weight.square().sum(dim=1))],
         "lora_compose": [
-            (rows, h, lora_b, g, bias, 0.5, delta, save)
-            for bias, delta, save in ((None, False, False), (None, True, True), (g, False, True))
+            (rows, h, lora_b, g, bias, 0.5, delta) for bias, delta in ((None, False), (None, True), (g, False))
         ],
-        "dora_linear": [
+        "dora_linear_forward": [
             (tensor(5, 16), weight, h, lora_b, g, bias, 0.5, save) for bias, save in ((None, False), (g, True))
         ],
         "compose_backward": [(rows, tensor(5, 24), g, bias) for bias in (False, True)],
@@ -204,10 +201,10 @@ def samples(name: str) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     "name",
     [
-        "weight_norm",
-        "weight_norm_and_gain",
+        "row_norm",
+        "row_norm_and_gain",
         "lora_compose",
-        "dora_linear",
+        "dora_linear_forward",
         "compose_backward",
         "adapter_backward",
         "sum_of_products",

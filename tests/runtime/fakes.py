@@ -19,7 +19,7 @@ import torch
 from doratune.codegen.compile import launch_options, triton_source
 from doratune.codegen.module import kernel_names, load_module
 from doratune.codegen.render import Source
-from doratune.runtime.binding import Launcher
+from doratune.internals.triton import Launcher
 from doratune.runtime.recording import Bound
 from doratune.tuner.inputs import make_inputs, make_outputs
 

@@ -19,13 +19,14 @@ import doratune
 from doratune.cache.entry import MEASURED, Binary, Entry, Environment, Evaluation
 from doratune.cache.store import Store
 from doratune.codegen import binary as binary_module
-from doratune.codegen.binary import BinaryError, OtherSettingsError, check, must_compile, restore
+from doratune.codegen.binary import BinaryError, OtherSettingsError, check, restore
 from doratune.codegen.compile import contiguous_alignments
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.module import declared_kernels, load_module
 from doratune.codegen.render import Source, render, template_digest
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
+from doratune.internals.triton import why_compile
 from doratune.runtime import binding as launch
 from doratune.runtime import loader
 from doratune.runtime.binding import bind
@@ -210,7 +211,7 @@ def test_a_kernel_with_its_binary_is_launched_without_a_compile(
     store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
 ) -> None:
     resolution, source, binaries = resolve_binaries(SPEC, store.location)
-    assert (resolution.step, binaries.layer, binaries.damaged) == ("exact", store.location, ())
+    assert (resolution.step, binaries.store, binaries.damaged) == ("exact", store.location, ())
     module = bind(source, contiguous_alignments(SPEC), binaries.kernels)
     assert gpu.loaded == [(binary.kernel, binary.image, json.loads(binary.metadata)["shared"]) for binary in compiled]
     for binary, (given, metadata) in zip(compiled, gpu.launchers, strict=True):
@@ -258,7 +259,7 @@ def test_the_config_may_come_from_one_store_and_the_binary_from_your_own_or_a_pr
     at = whole_stack(monkeypatch, tmp_path, {"team": (True, ()), other: (False, compiled)})
     Path(at[other]).chmod(0o444)
     resolution, source, binaries = resolve_binaries(SPEC)
-    assert (resolution.layer, binaries.layer) == (at["team"], at[other])
+    assert (resolution.store, binaries.store) == (at["team"], at[other])
     bind(source, None, binaries.kernels)
     assert len(gpu.loaded) == len(compiled)
 
@@ -271,11 +272,11 @@ def test_a_store_without_the_entry_gives_no_binary(
     monkeypatch.setattr("doratune.codegen.variants.default_config", lambda spec, gpu: source_of(SPEC).config)
     at = whole_stack(monkeypatch, tmp_path, {"stranger": (False, compiled)} | ({holder: (True, ())} if holder else {}))
     resolution, source, binaries = resolve_binaries(SPEC)
-    assert resolution.layer == (at[holder] if holder else None)
+    assert resolution.store == (at[holder] if holder else None)
     assert binaries.explain().startswith(
         f"compiled at the first call: {at['stranger']}: has binaries, but not the entry"
     )
-    assert (binaries.layer, binaries.kernels, binaries.damaged) == (None, {}, ())
+    assert (binaries.store, binaries.kernels, binaries.damaged) == (None, {}, ())
     with pytest.raises(Compiles):
         bind(source, None, binaries.kernels)
 
@@ -297,7 +298,7 @@ def test_explain_names_the_store_of_the_binary_and_those_passed_over(
         },
     )
     resolution, source, binaries = resolve_binaries(SPEC)
-    assert (resolution.layer, binaries.layer) == (at["team"], at["prebuilt"])
+    assert (resolution.store, binaries.store) == (at["team"], at["prebuilt"])
     taken, *passed_over = binaries.explain().split("; passed over ")
     assert (
         taken == f"in {at['prebuilt']}, for Triton {triton.__version__} on sm_90: contiguous operands need no compile"
@@ -315,8 +316,8 @@ def test_your_own_store_stays_yours_where_it_is_also_named(
 ) -> None:
     at = whole_stack(monkeypatch, tmp_path, {"team": (True, ()), "user": (False, compiled)})
     monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{at['user']}:{at['team']}")
-    assert resolve_binaries(SPEC)[2].layer == at["user"]
-    assert resolve_binaries(SPEC, at["user"])[2].layer == at["user"]
+    assert resolve_binaries(SPEC)[2].store == at["user"]
+    assert resolve_binaries(SPEC, at["user"])[2].store == at["user"]
 
 
 # For which operands.
@@ -367,7 +368,7 @@ def without_binary(change: Callable[[Store], None], store: Store, gpu: FakeGpu) 
     with pytest.raises(Compiles):
         bind(source, None, binaries.kernels)
     assert gpu.loaded == []
-    assert binaries.layer is None
+    assert binaries.store is None
     return binaries.explain()
 
 
@@ -530,7 +531,7 @@ def test_bind_does_not_take_some_kernels_and_compile_others(
 def test_who_asks_triton_for_a_compile_gets_one(
     knob: str, variable: str, store: Store, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert must_compile() is None
+    assert why_compile() is None
     found = resolve_binaries(SPEC, store.location)[2]
     monkeypatch.setenv(variable, "1")
     assert without_binary(lambda _: None, store, gpu) == f"compiled at the first call: {variable} is set"
@@ -555,7 +556,7 @@ def test_compiler_variables_that_triton_keys_its_cache_by_are_a_reason_to_compil
 ) -> None:
     source, target, binary = source_of(SPEC), GPU.triton_target(), compiled[0]
     check(source, binary.kernel, target, binary.metadata, binary.image)
-    monkeypatch.setattr(binary_module, "_environment", lambda: {"TRITON_ENABLE_SOMETHING": "1"})
+    monkeypatch.setattr(binary_module, "cache_environment", lambda: {"TRITON_ENABLE_SOMETHING": "1"})
     with pytest.raises(OtherSettingsError, match="environment"):
         check(source, binary.kernel, target, binary.metadata, binary.image)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from doratune.codegen.spec import KernelSpec
-from doratune.runtime.binding import FlatBinary, Launcher
+from doratune.internals.triton import FlatBinary, Launcher
 
 SPEC = KernelSpec.create("lora_compose", d_out=48, rank=8, tokens=16, dtype="fp32", adapter="fp32", gpu="cpu")
 

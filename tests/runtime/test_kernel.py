@@ -19,6 +19,7 @@ from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import VARIANTS
 from doratune.runtime import kernel as kernel_module
+from doratune.runtime import recording
 from doratune.runtime.kernel import Kernel
 from doratune.runtime.recording import Bound
 from doratune.runtime.reference import reference
@@ -57,8 +58,8 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Binding:
     monkeypatch.setattr(kernel_module, "bind", bind)
     monkeypatch.setattr(torch.cuda, "device", Here)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(kernel_module, "current_device", lambda: 0)
+    monkeypatch.setattr(recording, "current_stream", lambda index: 0)
     return kernel
 
 
@@ -86,7 +87,7 @@ def test_what_was_recorded_is_repeated_on_its_own_device_only(bound: Binding, mo
     for _ in range(3):
         bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
     assert len(bound.launched) == 2
-    for module, name in ((torch.cuda, "current_device"), (torch._C, "_cuda_getDevice")):
+    for module, name in ((torch.cuda, "current_device"), (kernel_module, "current_device")):
         monkeypatch.setattr(module, name, lambda: 1)
     for _ in range(2):  # on the kernel's device, which is made the current one
         bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
@@ -155,7 +156,7 @@ class Eager(Kernel):
         monkeypatch.setattr(kernel_module, "bind", lambda *_: SimpleNamespace(launch=launch))
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        monkeypatch.setattr(kernel_module, "current_device", lambda: 0)
         monkeypatch.setattr(Bound, "start", spy)
 
 
@@ -249,7 +250,9 @@ def test_tokens_in_two_dimensions_are_repeated_as_the_rows_of_one_matrix(monkeyp
         assert kernel.repeated == 2 * count - 1, "all but the first launch, which binds"
     assert {tensor.ndim for given in kernel.seen for tensor in given} == {1, 2}
     assert kernel._contiguous is not None
-    assert [rows for rows, _ in kernel._contiguous._programs] == [16], "what serves two rows would be another program"
+    assert [rows for rows, _ in kernel._contiguous._recordings] == [16], (
+        "what serves two rows would be another recording"
+    )
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if not re.search("columns|every_second|all", name)])

@@ -281,7 +281,7 @@ def test_an_entry_of_the_very_spec_is_used(store: Callable[..., str]) -> None:
     path = store(entry_of())
     resolution, source = resolve(SPEC, path)
     assert (resolution.step, resolution.config, resolution.distance, resolution.trace) == ("exact", TILE, 0.0, ())
-    assert (resolution.layer, source) == (path, render(SPEC, TILE))
+    assert (resolution.store, source) == (path, render(SPEC, TILE))
     said = doratune.explain(str(SPEC), path)
     for part in (
         "exact: an entry of this very spec",
@@ -325,7 +325,7 @@ def test_an_entry_of_the_same_architecture_serves_another_gpu(store: Callable[..
 
 def test_without_entries_the_built_in_default_is_used(tmp_path: Path) -> None:
     resolution, source = resolve(SPEC)
-    assert (resolution.step, resolution.entry, resolution.layer, resolution.distance) == ("default", None, None, None)
+    assert (resolution.step, resolution.entry, resolution.store, resolution.distance) == ("default", None, None, None)
     assert resolution.config == default_config(SPEC, find_gpu("h200"))
     assert source == render(SPEC, resolution.config)
     assert "tune this spec" in resolution.explain()
@@ -350,7 +350,7 @@ def test_an_entry_that_renders_to_another_text_than_was_tuned_is_refused(store: 
     )
     assert source == render(SPEC, default)
     (refusal,) = resolution.trace
-    assert (refusal.step, refusal.candidate, refusal.layer) == ("exact", str(SPEC), path)
+    assert (refusal.step, refusal.candidate, refusal.store) == ("exact", str(SPEC), path)
     assert refusal.reason == f"renders to {render(SPEC, TILE).digest[:12]}, but was tuned as 0123456789ab"
     assert refusal.reason in doratune.explain(SPEC, path)
 
@@ -364,7 +364,7 @@ def test_behind_a_refused_entry_the_search_goes_on(store: Callable[..., str], mo
     sound = store(entry_of(provenance=PREDICTED), name="third")
     monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{broken}:{sound}")
     resolution, _ = resolve(SPEC)
-    assert (resolution.step, resolution.layer) == ("exact", sound)
+    assert (resolution.step, resolution.store) == ("exact", sound)
 
 
 def test_an_entry_of_another_template_is_refused(store: Callable[..., str]) -> None:

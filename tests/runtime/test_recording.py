@@ -23,8 +23,8 @@ from doratune.codegen.ops import OPS
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config, find_variant
-from doratune.runtime import recording as program_module
-from doratune.runtime.binding import Launcher
+from doratune.internals.triton import Launcher
+from doratune.runtime import recording
 
 from .fakes import (
     SCALING,
@@ -71,7 +71,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
             lambda src, **_: SimpleNamespace(launch=functools.partial(fake.launch_of, src)),
         )
     monkeypatch.setattr(type(driver), "active", active, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
+    monkeypatch.setattr(recording, "current_stream", lambda index: STREAM)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions are to be the compiler's
     return fake
 
@@ -209,18 +209,18 @@ def test_other_token_counts_and_scalings_are_not_taken_for_equal(compose: World)
         compose.start(compose.operands(tokens), scaling)
     for tokens, scaling in ((1, 2.0), (16, 0.25), (17, 0.5), (16, 2.0), (16, 0.5)):
         compose.assert_repeats(compose.operands(tokens), scaling)
-    assert len(compose.bound._programs) == 5
+    assert len(compose.bound._recordings) == 5
 
 
 # What is kept.
 
 
-def test_only_so_many_programs_are_kept(compose: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program_module, "_MOST_PROGRAMS", 3)
+def test_only_so_many_recordings_are_kept(compose: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "_MOST_RECORDINGS", 3)
     for tokens in (*range(1, 7), *range(1, 7)):
         operands = compose.operands(tokens)
         assert resolved(compose.start(operands)) == resolved(compose.launch(operands))
-    assert [tokens for tokens, _ in compose.bound._programs] == [1, 2, 3]
+    assert [tokens for tokens, _ in compose.bound._recordings] == [1, 2, 3]
 
 
 def test_a_tensor_map_is_made_once_for_an_address_and_only_so_many_are_kept(
@@ -233,13 +233,13 @@ def test_a_tensor_map_is_made_once_for_an_address_and_only_so_many_are_kept(
         compose.start((base, h, lora_b, g, y))
     assert [made.address for made in gpus.maps] == [t.data_ptr() for t in (base, h, lora_b, y)]
     gpus.maps.clear()
-    monkeypatch.setattr(program_module, "_MOST_MAPS", 4)
+    monkeypatch.setattr(recording, "_MOST_MAPS", 4)
     others = [torch.empty_like(y) for _ in range(9)]
     for other in others:
         compose.assert_repeats((base, h, lora_b, g, other))
-    (program,) = compose.bound._programs.values()
-    assert program is not None
-    assert max(len(maps.known) for _, maps in program.descriptors) <= 4
+    (recorded,) = compose.bound._recordings.values()
+    assert recorded is not None
+    assert max(len(maps.known) for _, maps in recorded.descriptors) <= 4
 
 
 def test_all_maps_but_the_first_come_straight_from_the_driver(
@@ -292,7 +292,7 @@ def test_maps_that_triton_makes_in_a_way_of_its_own_are_made_by_triton(
 
     for way in (make_tensordesc_arg, Counting()):
         monkeypatch.setattr(nvidia, "make_tensordesc_arg", way)
-        compose.bound._programs.clear()
+        compose.bound._recordings.clear()
         compose.bound._maps.clear()
         for _ in range(3):
             operands = compose.operands()
@@ -358,7 +358,7 @@ def test_a_launch_that_computes_or_takes_parts_of_operands_runs_every_time(chang
     for count in range(1, 4):
         assert len(compose.start(compose.operands())) == 1
         assert len(runs) == count
-    assert [*compose.bound._programs.values()] == [None]
+    assert [*compose.bound._recordings.values()] == [None]
 
 
 def test_kernels_whose_descriptors_have_no_tensor_maps_run_every_time(compose: World) -> None:
@@ -366,7 +366,7 @@ def test_kernels_whose_descriptors_have_no_tensor_maps_run_every_time(compose: W
         compiled = launcher._compiled
         compiled.metadata = compiled.metadata._replace(tensordesc_meta=None)
     compose.start(compose.operands())
-    assert [*compose.bound._programs.values()] == [None]
+    assert [*compose.bound._recordings.values()] == [None]
     assert len(compose.start(compose.operands())) == 1
 
 
@@ -396,7 +396,7 @@ def test_a_profilers_hooks_see_every_launch(chain: str, world: World) -> None:
     assert seen() == [2, 2, 2]
 
 
-def test_a_program_may_be_started_while_another_thread_is_starting_it(compose: World, gpus: Gpus) -> None:
+def test_a_recording_may_be_started_while_another_thread_is_starting_it(compose: World, gpus: Gpus) -> None:
     compose.start(compose.operands())
     mine, others = compose.operands(), compose.operands()
     expected = resolved(compose.launch(others)) + resolved(compose.launch(mine))
@@ -404,8 +404,8 @@ def test_a_program_may_be_started_while_another_thread_is_starting_it(compose: W
     assert compose.start(mine) == expected
 
 
-def test_threads_share_a_program(compose: World, gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program_module, "_MOST_MAPS", 2)
+def test_threads_share_a_recording(compose: World, gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "_MOST_MAPS", 2)
     sets = [compose.operands() for _ in range(4)]
     compose.start(sets[0])
     gpus.taken()

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import doratune
-from doratune.nn import watching
+from doratune.internals import torch as internals
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -145,7 +145,7 @@ def test_four_bits_too(policy: str, dropout: float, norm_reuse: str) -> None:
 def test_where_pytorch_cannot_be_asked_who_watches_gradients_are_right_all_the_same(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, name, None)
+    monkeypatch.setattr(internals, name, None)
     torch.manual_seed(0)
     stock = with_dora(Block(), r=WIDTH, target_modules=["first", "second"])
     fast = twin(stock)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from doratune.codegen.spec import KernelSpec
+from doratune.runtime import argument_memo
 from doratune.runtime import kernel as kernel_module
-from doratune.runtime import seen
 from doratune.runtime.arguments import ArgumentError
 from doratune.runtime.kernel import Kernel
 from doratune.tuner.inputs import make_inputs
@@ -37,7 +37,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def recogniser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With PyTorch's own test of arguments, and without."""
     if request.param == "signatures":
-        monkeypatch.setattr(seen, "_guards", None)
+        monkeypatch.setattr(argument_memo, "TensorGuards", None)
 
 
 def test_equal_tensors_are_checked_once_and_others_again(checks: list[str]) -> None:
@@ -68,7 +68,7 @@ def test_a_call_like_the_last_one_is_known_without_looking_at_its_tensors_in_pyt
         for _ in range(2):
             kernel(*inputs.values(), scaling=scaling, **given)
         with monkeypatch.context() as patched:
-            patched.setattr(seen, "_signature", None)
+            patched.setattr(argument_memo, "_signature", None)
             assert kernel(*inputs.values(), scaling=scaling, **given) is not None
             assert kernel(*others.values(), scaling=scaling, **given) is not None
 
@@ -163,9 +163,9 @@ def test_calls_of_several_kinds_in_turn_are_told_apart(checks: list[str], recogn
 
 
 def test_a_kernel_remembers_only_so_many_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seen, "_MOST_KNOWN", 4)
+    monkeypatch.setattr(argument_memo, "_MOST_KNOWN", 4)
     kernel = Kernel(SPEC, torch.device("cpu"))
     for tokens in range(1, 12):
         inputs, scaling = make_inputs(SPEC, tokens)
         kernel(**inputs, scaling=scaling)
-    assert len(kernel._seen.known) == 4
+    assert len(kernel._memo.known) == 4

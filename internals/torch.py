@@ -1,0 +1,194 @@
+"""PyTorch's private names that doratune uses, each in one function here.
+
+A name that a PyTorch does not have is replaced by a public way to the same answer, or by the answer with which results
+stay right: a mode that cannot be seen may be on, a backward pass that cannot be told apart reuses nothing. Each name is
+looked up once, when this module is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from . import find
+
+NAMES = (
+    "torch._C._cuda_getDevice",
+    "torch._C._cuda_getCurrentRawStream",
+    "torch._C._current_graph_task_id",
+    "torch._C._dynamo.guards.TensorGuards",
+    "torch._C._are_functorch_transforms_active",
+    "torch.autograd.forward_ad._current_level",
+    "torch._C._get_tracing_state",
+    "torch._C._get_dispatch_mode",
+    "torch._C._TorchDispatchModeKey",
+    "torch.compiler._is_exporting_flag",
+    "torch._C._nn.linear",
+    "torch._C._len_torch_dispatch_stack",
+    "torch._C._len_torch_function_stack",
+    "torch._C.DisableTorchFunction",
+    "torch.overrides._get_current_function_mode_stack",
+    "torch.nn.modules.module._has_any_global_hook",
+    "torch.utils._device.DeviceContext",
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.utils._python_dispatch._disable_current_modes",
+)
+"""Every private name; a test removes each in turn."""
+
+
+_found = {name: find(name) for name in NAMES}
+
+
+def missing() -> list[str]:
+    """The names that this PyTorch does not have."""
+    return [name for name, value in _found.items() if value is None]
+
+
+# The current GPU.
+
+current_device: Callable[[], int] = _found["torch._C._cuda_getDevice"] or torch.cuda.current_device
+"""The index of the current GPU; CUDA is initialised."""
+
+
+def _public_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+current_stream: Callable[[int], int] = _found["torch._C._cuda_getCurrentRawStream"] or _public_stream
+"""The handle of the current stream of the GPU with this index."""
+
+
+TensorGuards: Any = _found["torch._C._dynamo.guards.TensorGuards"]
+"""Recognises tensors like those it was made of; None where this PyTorch has none."""
+
+
+# Differentiation.
+
+
+def _unknown_backward() -> int:
+    return -1
+
+
+knows_backward: bool = _found["torch._C._current_graph_task_id"] is not None
+"""Whether :func:`current_backward` tells one backward pass from another."""
+
+current_backward: Callable[[], int] = _found["torch._C._current_graph_task_id"] or _unknown_backward
+"""A number for the backward pass that runs now; -1 outside of one, and where PyTorch cannot be asked."""
+
+
+def _transforms_by_trial() -> bool:
+    try:
+        torch.empty(0).requires_grad_()  # refused inside a transform
+    except RuntimeError:
+        return True
+    return False
+
+
+transforms_active: Callable[[], bool] = _found["torch._C._are_functorch_transforms_active"] or _transforms_by_trial
+"""Whether a ``torch.func`` transform (grad, vmap, jvp, …) runs."""
+
+_counts_levels = _found["torch.autograd.forward_ad._current_level"] is not None
+
+
+def has_tangents(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether forward-mode differentiation goes through one of ``tensors``."""
+    if _counts_levels and forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+# Graphs that are recorded.
+
+_tracing_state = _found["torch._C._get_tracing_state"]
+_dispatch_mode = _found["torch._C._get_dispatch_mode"]
+_has_export_flag = _found["torch.compiler._is_exporting_flag"] is not None
+_PROXY = getattr(_found["torch._C._TorchDispatchModeKey"], "PROXY", None)
+
+
+def _proxy_mode() -> object:
+    if _dispatch_mode is not None and _PROXY is not None:
+        return _dispatch_mode(_PROXY)
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode()
+
+
+def is_traced() -> bool:
+    """Whether this very Python is run by ``torch.jit.trace`` or ``make_fx`` to see which operators it calls."""
+    if torch.compiler.is_compiling():
+        return False
+    is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+    traced = is_tracing() if _tracing_state is None else _tracing_state() is not None
+    return traced or _proxy_mode() is not None
+
+
+def is_recording() -> bool:
+    """Whether PyTorch now records a graph that is to run elsewhere; not so under ``torch.compile``."""
+    if torch.compiler.is_compiling():  # PyTorch 2.11 says is_exporting() under torch.compile, too
+        return bool(torch.compiler._is_exporting_flag if _has_export_flag else torch.compiler.is_exporting())
+    return is_traced()
+
+
+# Who sees the operations that run.
+
+_dispatch_modes: Callable[[], int] | None = _found["torch._C._len_torch_dispatch_stack"]
+_function_modes: Callable[[], int] | None = _found["torch._C._len_torch_function_stack"]
+_global_hooks: Callable[[], bool] | None = _found["torch.nn.modules.module._has_any_global_hook"]
+_mode_stack = _found["torch.overrides._get_current_function_mode_stack"]
+_device_mode = _found["torch.utils._device.DeviceContext"]
+_hide = _found["torch.utils._python_dispatch._disable_current_modes"]
+_without_functions = _found["torch._C.DisableTorchFunction"]
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+_PLAIN = torch.empty(0)
+_OWN_MODULE = "torch.nn.modules.linear"
+_linear_forward = nn.Linear.forward if nn.Linear.forward.__module__ == _OWN_MODULE else None
+_linear = _found["torch._C._nn.linear"] or nn.functional.linear
+
+DispatchMode: type[Any] | None = _found["torch.utils._python_dispatch.TorchDispatchMode"]
+"""The base class of modes that see each operation."""
+
+
+def dispatch_mode_is_on() -> bool:
+    """Whether a dispatch mode sees what runs now; where PyTorch cannot be asked, one may."""
+    if _dispatch_modes is not None:
+        return _dispatch_modes() > 0
+    try:
+        from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+    except ImportError:
+        return True
+    return bool(is_in_torch_dispatch_mode(include_infra_modes=True))
+
+
+def function_mode_is_on() -> bool:
+    """Whether a function mode may change what operations return; the one of ``torch.set_default_device`` does not."""
+    on = _function_modes() > 0 if _function_modes is not None else torch.overrides.has_torch_function((_PLAIN,))
+    if not on or _mode_stack is None or _device_mode is None:
+        return on
+    return not all(type(mode) is _device_mode for mode in _mode_stack())
+
+
+def global_hook_is_on() -> bool:
+    """Whether a global module hook is registered; where PyTorch cannot be asked, one may be."""
+    if _global_hooks is not None:
+        return bool(_global_hooks())
+    tables = [getattr(nn.modules.module, f"_global_{kind}_hooks", True) for kind in _HOOKS]
+    return any(map(bool, tables))
+
+
+def linear_is_replaced() -> bool:
+    """Whether others (fake quantisation, profilers) have put their own in the place of PyTorch's ``linear``."""
+    return nn.functional.linear is not _linear or nn.Linear.forward is not _linear_forward
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """A context in which no mode sees what runs, as far as this PyTorch can hide it."""
+    stack = ExitStack()
+    for hide in (_hide, _without_functions):
+        if hide is not None:
+            stack.enter_context(hide())
+    return stack

@@ -1,0 +1,413 @@
+"""Triton's internals that doratune uses, each in one function or class here.
+
+A private way that fails, because this Triton has changed, is left with one warning, and Triton's public way does the
+work: ``kernel[grid](…)`` starts a kernel, a compile replaces a stored binary, the emitted ``launch`` runs in place of
+its recording. Only making
+binaries for a GPU that is not there has no other way than :func:`compile_for`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any, NamedTuple
+
+from ..errors import DoratuneError
+from . import find
+
+NAMES = (
+    "triton.knobs.runtime",
+    "triton.knobs.compilation",
+    "triton.knobs.cache",
+    "triton.knobs.nvidia",
+    "triton.runtime.driver",
+    "triton.backends.nvidia.driver.make_tensordesc_arg",
+    "triton.compiler.CompiledKernel",
+    "triton.compiler.compiler.make_backend",
+    "triton.experimental.gluon._runtime.GluonASTSource",
+    "triton._C.libtriton.get_cache_invalidating_env_vars",
+)
+"""Every private name of a module; a test removes each in turn."""
+
+ATTRIBUTES = (
+    "CompiledKernel.run",
+    "CompiledKernel.function",
+    "CompiledKernel.packed_metadata",
+    "CompiledKernel.metadata",
+    "CompiledKernel.src",
+    "driver.active.get_current_device",
+    "driver.active.get_current_stream",
+    "driver.active.launcher_cls",
+    "driver.active.utils",
+)
+"""Every private attribute of Triton's objects; a test removes each in turn."""
+
+
+class InternalsError(DoratuneError):
+    """This Triton lacks something that a private way needs; the caller takes the public one."""
+
+
+def need(name: str) -> Any:
+    """The object with one of :data:`NAMES`.
+
+    Raises:
+        InternalsError: this Triton has none.
+    """
+    found = find(name)
+    if found is None:
+        raise InternalsError(f"{name} is not there")
+    return found
+
+
+def missing() -> list[str]:
+    """The names that this Triton does not have."""
+    return [name for name in NAMES if find(name) is None]
+
+
+@functools.cache
+def warn_once(way: str, instead: str) -> None:
+    """Say that a private ``way`` is left for good, and what is done ``instead``."""
+    warnings.warn(
+        f"this version of Triton has changed where doratune looks into it, so {way} is off; {instead}. "
+        "`doratune doctor` lists the versions that are tested",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+# Starting a compiled kernel.
+
+
+class Launcher:
+    """Stands in for a jit function inside an emitted module, so that ``kernel[grid](…)`` starts a compiled binary.
+
+    It calls the binary's own C launcher, past what Triton's runner does before each launch: asking the driver for the
+    device, and making a closure and metadata for hooks. Where hooks are set (a profiler), or the C launcher cannot be
+    had, the runner serves.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._binary: _Binary | None = None
+        self._is_public = False
+        try:
+            active = need("triton.runtime.driver").active
+            self._device: int = active.get_current_device()
+            self._stream: Callable[[int], int] = active.get_current_stream
+            self._hooks = need("triton.knobs.runtime")
+        except (InternalsError, AttributeError, TypeError) as problem:
+            self._leave(problem)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self._start, (*grid, 1, 1)[:3])
+
+    def _start(self, grid: tuple[int, ...], *args: Any, **_: int) -> None:  # the options are compiled in
+        if self._is_public or is_hooked(self._hooks):
+            self._compiled[grid](*args)
+            return
+        if self._binary is None:
+            self._start_first(grid, args)
+            return
+        run, function, metadata = self._binary
+        run(grid[0], grid[1], grid[2], self._stream(self._device), function, metadata, None, None, None, *args)
+
+    def _start_first(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """The first start: what fails here and not in Triton's runner is a changed launcher."""
+        try:
+            run, function, metadata = binary = self._load()
+            run(grid[0], grid[1], grid[2], self._stream(self._device), function, metadata, None, None, None, *args)
+        except Exception as problem:
+            self._compiled[grid](*args)  # fails as well where the kernel or the GPU is at fault
+            self._leave(problem)
+        else:
+            self._binary = binary
+
+    def _leave(self, problem: Exception) -> None:
+        self._is_public = True
+        warn_once("starting kernels by their own launchers", f"Triton's runner starts them ({_short(problem)})")
+
+    @functools.cached_property
+    def flat(self) -> FlatBinary:
+        """The binary with a launcher that takes tensor maps for descriptors.
+
+        Raises:
+            LookupError: Triton makes no maps of this kernel's descriptors.
+            InternalsError: Triton starts it in a way that is not known.
+        """
+        if self._is_public:
+            raise InternalsError("the launcher is not known")
+        run, function, metadata = self._binary or self._load()
+        types = tuple(self._compiled.src.signature.values())
+        described = sum(type_.startswith("tensordesc") for type_ in types)
+        if not described:
+            return FlatBinary.of(run, function, metadata, ())
+        maps = tuple(getattr(self._compiled.metadata, "tensordesc_meta", None) or ())
+        if len(maps) != described or None in maps:
+            raise LookupError("descriptors without tensor maps")
+        flat: list[str] = []
+        for type_ in types:
+            rank = type_.count(",", 0, type_.find("]")) + 1
+            flat += ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank] if type_.startswith("tensordesc") else [type_]
+        fields = {**self._compiled.metadata._asdict(), "tensordesc_meta": None}
+        source = SimpleNamespace(constants={}, signature=dict(enumerate(flat)))
+        launcher = need("triton.runtime.driver").active.launcher_cls
+        return FlatBinary.of(launcher(source, SimpleNamespace(**fields)), function, metadata, maps)
+
+    def _load(self) -> _Binary:
+        run = self._compiled.run  # loads the binary on the current device, after which its handle is there
+        return _Binary(run, self._compiled.function, self._compiled.packed_metadata)
+
+
+class _Binary(NamedTuple):
+    """The C launcher of a binary, its handle, and what Triton packs for its launcher."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+
+
+def launch_hooks() -> Any:
+    """What :func:`is_hooked` asks; None where this Triton has none of it."""
+    return find("triton.knobs.runtime")
+
+
+def is_hooked(hooks: Any) -> bool:
+    """Whether a profiler wants to see each launch; where Triton cannot be asked, it may."""
+    try:
+        return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+    except AttributeError:
+        return True
+
+
+class FlatBinary(NamedTuple):
+    """A binary, and what starts it without making tensor maps: Triton's C function where its Python only leads there.
+
+    ``start`` takes ``head``, with the grid from ``grid_at`` on and the stream at ``stream_at``, then the kernel's
+    arguments, ``in_one`` sequence or each on its own: the map, the shape and the strides of a matrix for each
+    descriptor. ``descriptors`` is what Triton's driver needs to know to make the maps.
+    """
+
+    start: Callable[..., None]
+    head: tuple[Any, ...]
+    grid_at: int
+    stream_at: int
+    in_one: bool
+    descriptors: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, run: Any, function: int, metadata: Any, descriptors: tuple[Any, ...]) -> FlatBinary:
+        """Probe a Triton launcher for its C function and argument layout."""
+        x, y, z, stream, argument = (object() for _ in range(5))
+        asked = (x, y, z, stream, function, metadata, None, None, None)
+        through = cls(run, asked, 0, 3, False, descriptors)
+        scratch = [getattr(run, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
+        if scratch != [0, 0] or not callable(getattr(run, "launch", None)):
+            return through
+        calls: list[tuple[Any, ...]] = []
+        stand_in = SimpleNamespace(**{**vars(run), "launch": lambda *arguments: calls.append(arguments)})
+        type(run).__call__(stand_in, *asked, argument)
+        if len(calls) != 1:
+            return through
+        *head, last = calls[0]
+        in_one = isinstance(last, list | tuple) and [*last] == [argument]
+        places = [[i for i, value in enumerate(head) if value is wanted] for wanted in (x, y, z, stream)]
+        if not (in_one or last is argument) or [len(found) for found in places] != [1, 1, 1, 1]:
+            return through
+        first, second, third, fourth = (found[0] for found in places)
+        if (second, third) != (first + 1, first + 2):
+            return through
+        return cls(run.launch, tuple(head), first, fourth, in_one, descriptors)
+
+
+class MapMaker:
+    """Makes the tensor maps of one descriptor argument, for a matrix at any address.
+
+    Triton's way to a map goes through a descriptor and the driver; from the second map on, the driver's function that
+    it ends in is called itself.
+    """
+
+    def __init__(self, descriptor: Any, metadata: Any) -> None:
+        self._descriptor = copy.copy(descriptor)
+        self._descriptor.base = None  # keeps no tensor alive
+        self._metadata = metadata
+        self._fill: Callable[..., Any] | None = None
+        self._settings: tuple[Any, ...] = ()
+
+    def expand(self, address: int) -> list[Any]:
+        """The arguments that stand for the descriptor of a matrix at ``address``: its map, its shape, its strides.
+
+        Raises:
+            InternalsError: Triton makes none.
+        """
+        listened = need("triton.backends.nvidia.driver.make_tensordesc_arg")
+        descriptor = copy.copy(self._descriptor)
+        descriptor.base = SimpleNamespace(data_ptr=lambda: address)
+        calls: list[_Call] = []
+        active = SimpleNamespace(utils=_Listener(need("triton.runtime.driver").active.utils, calls))
+        triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
+        if isinstance(listened, FunctionType):
+            inside = {**listened.__globals__, "triton": triton}
+            listened = FunctionType(listened.__code__, inside, None, listened.__defaults__, listened.__closure__)
+        expanded: list[Any] = listened(descriptor, self._metadata)
+        if len(calls) == 1 and calls[0].arguments[0] == address and calls[0].result is expanded[0]:
+            self._fill, self._settings = calls[0].function, calls[0].arguments[1:]
+        return expanded
+
+    def make(self, address: int) -> Any:
+        """The tensor map of a matrix at ``address``."""
+        return self.expand(address)[0] if self._fill is None else self._fill(address, *self._settings)
+
+
+class _Call(NamedTuple):
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    result: Any
+
+
+class _Listener:
+    """The driver's functions, each noting that it is called."""
+
+    def __init__(self, utils: Any, calls: list[_Call]) -> None:
+        self._utils = utils
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._utils, name)
+
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            self._calls.append(_Call(function, arguments, result))
+            return result
+
+        return call
+
+
+# Compiling, and compiled kernels as data.
+
+
+def compile_for(source: Any, target: Any, options: Mapping[str, int | bool]) -> Any:
+    """Compile what :func:`source_for` gave for a ``GPUTarget``; returns Triton's compiled kernel."""
+    import triton
+
+    return triton.compile(source, target=target, options=dict(options))
+
+
+def source_for(kernel: Any, signature: Mapping[str, str], attributes: Mapping[tuple[int, ...], object]) -> Any:
+    """What Triton's compiler is given for a jit function whose parameters have the types of ``signature``."""
+    from triton.compiler import ASTSource
+
+    source = need("triton.experimental.gluon._runtime.GluonASTSource") if kernel.is_gluon() else ASTSource
+    return source(kernel, dict(signature), constexprs={}, attrs=dict(attributes))
+
+
+def current_target() -> Any:
+    """The ``GPUTarget`` of the current GPU.
+
+    Raises:
+        InternalsError: Triton cannot be asked.
+    """
+    try:
+        return need("triton.runtime.driver").active.get_current_target()
+    except AttributeError as problem:
+        raise InternalsError(_short(problem)) from problem
+
+
+def parsed_options(target: Any, options: Mapping[str, int | bool]) -> dict[str, Any]:
+    """The compiler's options for a target, with those that are left to it.
+
+    Raises:
+        InternalsError: Triton cannot be asked.
+    """
+    try:
+        return dict(vars(need("triton.compiler.compiler.make_backend")(target).parse_options(dict(options))))
+    except (AttributeError, TypeError) as problem:
+        raise InternalsError(_short(problem)) from problem
+
+
+def cache_environment() -> dict[str, str]:
+    """The environment variables that are part of the key of Triton's own cache, where they are set.
+
+    Raises:
+        InternalsError: Triton cannot be asked.
+    """
+    return dict(need("triton._C.libtriton.get_cache_invalidating_env_vars")())
+
+
+def restored(name: str, source: Any, target: Any, metadata: Mapping[str, Any], image: bytes, digest: str) -> Any:
+    """Triton's compiled kernel of what :func:`source_for` gave, from its metadata and image, without a compiler.
+
+    Raises:
+        InternalsError: Triton offers no way.
+    """
+    make = need("triton.compiler.CompiledKernel")
+    try:
+        extension = need("triton.compiler.compiler.make_backend")(target).binary_ext
+        with tempfile.TemporaryDirectory(prefix="doratune-") as folder:  # Triton reads a kernel from files
+            parts = {f"{name}.json": json.dumps(metadata).encode(), f"{name}.{extension}": image}
+            for part, content in parts.items():
+                (Path(folder) / part).write_bytes(content)
+            handle = make(source, {part: str(Path(folder) / part) for part in parts}, digest)
+        handle.metadata_group = {}  # the files are gone
+    except (AttributeError, TypeError, KeyError) as problem:
+        raise InternalsError(_short(problem)) from problem
+    return handle
+
+
+def why_compile() -> str | None:
+    """Why stored binaries are disabled in this process, or None."""
+    knobs = find("triton.knobs.compilation")
+    for knob, variable in (
+        ("always_compile", "TRITON_ALWAYS_COMPILE"),
+        ("override", "TRITON_KERNEL_OVERRIDE"),
+        ("dump_ir", "TRITON_KERNEL_DUMP"),
+    ):
+        if getattr(knobs, knob, os.environ.get(variable, "0") not in ("", "0")):
+            return f"{variable} is set"
+    if getattr(find("triton.knobs.runtime"), "add_stages_inspection_hook", None) is not None:
+        return "a hook changes Triton's stages"
+    return None
+
+
+def cuobjdump() -> str:
+    """The path of the ``cuobjdump`` that Triton ships, or the one on the PATH."""
+    path = getattr(getattr(find("triton.knobs.nvidia"), "cuobjdump", None), "path", None)
+    return "cuobjdump" if path is None else str(path)
+
+
+def cache_folder() -> str | None:
+    """The folder of Triton's own cache; None where Triton cannot be asked."""
+    try:
+        return str(need("triton.knobs.cache").dir)
+    except Exception:  # it is Triton that may be broken
+        return None
+
+
+def frontend_complaint(error: BaseException) -> str | None:
+    """What Triton's frontend says against a text; None for another error."""
+    if not _is_tritons(error, "CompilationError"):
+        return None
+    # Its str() begins with the kernel.
+    said = getattr(error, "error_message", None) or repr(error.__cause__ or error.__context__)
+    return str(said)
+
+
+def assembler_output(error: BaseException) -> str | None:
+    """What ptxas printed; None for another error."""
+    if not _is_tritons(error, "PTXASError"):
+        return None
+    return str(getattr(error, "error_message", None) or "")
+
+
+def _is_tritons(error: BaseException, name: str) -> bool:
+    return any(kind.__name__ == name and kind.__module__.startswith("triton.") for kind in type(error).__mro__)
+
+
+def _short(problem: BaseException) -> str:
+    return f"{type(problem).__name__}: {next(iter(str(problem).splitlines()), '')[:120]}"

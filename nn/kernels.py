@@ -1,0 +1,111 @@
+"""Which kernel computes an operation on given tensors, and the eager reference where there is none.
+
+This is the one place that chooses. Tensors on a GPU that doratune knows run what ``load_kernel`` finds; CPU tensors,
+fp64 and unknown GPUs run :mod:`doratune.runtime.reference` on the tensors' own device.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ..codegen.spec import KernelSpec, bucket_tokens
+from ..runtime.kernel import Kernel
+from ..runtime.loader import CPU, load_kernel
+from ..runtime.reference import TORCH_DTYPES, Tensors, definition, reference
+from .differentiation import without_autocast
+
+_SPEC_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float64: "fp32"}
+"""fp64 tensors are computed by the fp64 definition, whose spec has no name for their dtype."""
+
+
+@functools.cache
+def kernel_for(
+    op: str,
+    d_out: int,
+    d_in: int,
+    rank: int,
+    bucket: int,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    flags: tuple[str, ...],
+    magnitude: torch.dtype | None,
+    device: torch.device,
+) -> Kernel | None:
+    """The kernel for these tensors; None where the eager reference runs. No text is made once it is cached."""
+    from ..codegen.gpu import UnknownGpuError
+
+    if device.type != "cuda" or dtype not in _SPEC_DTYPES or dtype is torch.float64:
+        return None
+    try:
+        return load_kernel(
+            op,
+            d_out=d_out,
+            d_in=d_in,
+            rank=rank,
+            tokens=bucket,
+            dtype=dtype,
+            adapter_dtype=adapter,
+            magnitude_dtype=magnitude,
+            bias="bias" in flags,
+            delta="delta" in flags,
+            save="save" in flags,
+            output="output" in flags,
+            device=device,
+        )
+    except UnknownGpuError:
+        return None
+
+
+@functools.cache
+def paying_kernel_for(*key: Any) -> Kernel | None:
+    """The kernel of :func:`kernel_for` if its fusion pays."""
+    kernel = kernel_for(*key)
+    return kernel if kernel is not None and kernel.fusion_pays else None
+
+
+@functools.cache
+def spec_for(
+    op: str,
+    d_out: int,
+    d_in: int,
+    rank: int,
+    bucket: int,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
+    flags: tuple[str, ...],
+    magnitude: torch.dtype | None,
+) -> KernelSpec:
+    """The spec by which the eager reference knows what to compute."""
+    return KernelSpec.create(
+        op,
+        d_out=d_out,
+        d_in=d_in,
+        rank=rank,
+        tokens=bucket,
+        dtype=_SPEC_DTYPES[dtype],
+        adapter=_SPEC_DTYPES[adapter],
+        magnitude=None if magnitude is None else _SPEC_DTYPES[magnitude],
+        gpu=CPU,
+        **dict.fromkeys(flags, True),
+    )
+
+
+def run_reference(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    """The outputs of ``spec`` by name, from the eager reference (the fp64 definition for fp64 tensors)."""
+    first = next(iter(inputs.values()))
+    compute = definition if first.dtype is torch.float64 else reference
+    with torch.no_grad(), without_autocast(first.device):
+        return compute(spec, inputs, scaling)
+
+
+def flags_of(**flags: bool) -> tuple[str, ...]:
+    """The names of the flags that are on."""
+    return tuple(name for name, on in flags.items() if on)
+
+
+def token_bucket(tokens: int) -> int:
+    """The bucket of a number of tokens; 1 for none, where nothing is launched."""
+    return bucket_tokens(tokens) if tokens else 1
