@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -112,7 +112,7 @@ class Store:
 
     def put_all(self, entries: Iterable[Entry]) -> int:
         """Store the entries as :meth:`put` does, in one transaction: all or none. Return how many were stored."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [entry_values(entry) for entry in entries]
         stored = 0
         with explained(self._where), self._writing() as session:

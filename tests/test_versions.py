@@ -1,8 +1,8 @@
 """Every library that doratune is used with, at the oldest and the newest version that it may have.
 
 ``make test-versions`` makes an environment for each column of pinned versions and runs the core suite in it, with
-``--versions COLUMN``: a library that is missing there, or has another version than the column, is a failure. ``make test``
-checks the columns against ``pyproject.toml``.
+``--versions COLUMN``: a library that is missing there, or has another version than the column, is a failure.
+``make test`` checks the columns against ``pyproject.toml``.
 """
 
 from __future__ import annotations
