@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..internals.triton import descriptor_flags
 from .compile import DESCRIPTOR, extra_warps, signature_of
 from .gpu import find_gpu
 from .ops import DTYPE_BYTES
@@ -82,7 +83,7 @@ def tensor_maps(signature: Mapping[str, str]) -> list[dict[str, object]]:
         line = next(line for line in _SWIZZLES if not line or (columns * width % line == 0 and rows >= _SWIZZLED_ROWS))
         box = [min(rows, MAX_TMA_BOX), line // width if line else min(columns, MAX_TMA_BOX)]
         facts: dict[str, object] = {"elem_size": width, "elem_type": _TMA_DTYPES[dtype], "swizzle": _SWIZZLES[line]}
-        maps.append({**facts, "block_size": box, "fp4_padded": False})
+        maps.append({**facts, "block_size": box, "fp4_padded": False, **descriptor_flags()})
     return maps
 
 

@@ -10,11 +10,14 @@ import linecache
 import re
 from types import ModuleType
 
+from ..internals.triton import bring_back_names
 from .render import Source
 
 
 def load_module(source: Source) -> ModuleType:
     """Execute an emitted text and return the module, with its ``@triton.jit`` kernels and its ``launch`` function."""
+    if "gluon" in source.text:
+        bring_back_names()
     name = f"doratune_{source.spec.op}_{source.digest[:16]}"
     filename = f"<{name}>"
     linecache.cache[filename] = (len(source.text), None, source.text.splitlines(keepends=True), filename)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import os
 import tempfile
@@ -48,6 +49,9 @@ ATTRIBUTES = (
     "driver.active.utils",
 )
 """Every private attribute of Triton's objects; a test removes each in turn."""
+
+
+_FP_FUSION = "TRITON_DEFAULT_FP_FUSION"
 
 
 class InternalsError(DoratuneError):
@@ -255,7 +259,8 @@ class MapMaker:
         if isinstance(listened, FunctionType):
             inside = {**listened.__globals__, "triton": triton}
             listened = FunctionType(listened.__code__, inside, None, listened.__defaults__, listened.__closure__)
-        expanded: list[Any] = listened(descriptor, self._metadata)
+        unused = [None] * (len(inspect.signature(listened).parameters) - 2)  # one since Triton 3.8
+        expanded: list[Any] = listened(descriptor, self._metadata, *unused)
         if len(calls) == 1 and calls[0].arguments[0] == address and calls[0].result is expanded[0]:
             self._fill, self._settings = calls[0].function, calls[0].arguments[1:]
         return expanded
@@ -296,7 +301,26 @@ def compile_for(source: Any, target: Any, options: Mapping[str, int | bool]) -> 
     """Compile what :func:`source_for` gave for a ``GPUTarget``; returns Triton's compiled kernel."""
     import triton
 
-    return triton.compile(source, target=target, options=dict(options))
+    return triton.compile(source, target=target, options=_with_fusion(options))
+
+
+def _with_fusion(options: Mapping[str, int | bool]) -> dict[str, int | bool]:
+    """The options, and products fused with sums: Triton's default, which 3.9 warns of and 3.10 is to change."""
+    return {**options} if _FP_FUSION in os.environ else {**options, "enable_fp_fusion": True}
+
+
+def bring_back_names() -> None:
+    """Put back the names of Gluon that Triton 3.9 has renamed: an emitted text is one for all versions.
+
+    ``async_copy_…`` are ``async_load`` and ``async_store`` since 3.8, ``_reinterpret`` is ``reinterpret`` since 3.9.
+    """
+    tma = find("triton.experimental.gluon.language.nvidia.hopper.tma")
+    for old, new in (("async_copy_global_to_shared", "async_load"), ("async_copy_shared_to_global", "async_store")):
+        if hasattr(tma, new):
+            setattr(tma, old, getattr(tma, new))
+    memory = find("triton.experimental.gluon.language._core.shared_memory_descriptor")
+    if not hasattr(memory, "_reinterpret") and hasattr(memory, "reinterpret"):
+        memory._reinterpret = memory.reinterpret
 
 
 def source_for(kernel: Any, signature: Mapping[str, str], attributes: Mapping[tuple[int, ...], object]) -> Any:
@@ -326,7 +350,7 @@ def parsed_options(target: Any, options: Mapping[str, int | bool]) -> dict[str, 
         InternalsError: Triton cannot be asked.
     """
     try:
-        return dict(vars(need("triton.compiler.compiler.make_backend")(target).parse_options(dict(options))))
+        return dict(vars(need("triton.compiler.compiler.make_backend")(target).parse_options(_with_fusion(options))))
     except (AttributeError, TypeError) as problem:
         raise InternalsError(_short(problem)) from problem
 
@@ -338,6 +362,19 @@ def cache_environment() -> dict[str, str]:
         InternalsError: Triton cannot be asked.
     """
     return dict(need("triton._C.libtriton.get_cache_invalidating_env_vars")())
+
+
+def version() -> tuple[int, int]:
+    """The major and minor version of Triton."""
+    from triton import __version__
+
+    major, minor, *_ = __version__.split(".")
+    return int(major), int(minor)
+
+
+def descriptor_flags() -> dict[str, object]:
+    """What Triton's metadata say of each descriptor beside its tile: doratune's are tiled, not ``im2col``."""
+    return {"is_im2col": False} if version() >= (3, 8) else {}
 
 
 def restored(name: str, source: Any, target: Any, metadata: Mapping[str, Any], image: bytes, digest: str) -> Any:
