@@ -272,9 +272,10 @@ def test_four_bit_layers_with_a_bias_behind_what_is_trained(
     fast = twin(stock)
     doratune.accelerate(fast, quiet=True)
     results = []
-    for model in (stock, fast):
+    # The gradient of x that bitsandbytes 0.48 gives under autocast is 17 % off: stock PEFT runs without.
+    for model, rounded in ((stock, False), (fast, autocast)):
         x = inputs(*lead)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
             y = model(x)
         y.float().square().sum().backward()
         assert x.grad is not None
