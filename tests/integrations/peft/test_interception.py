@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -18,18 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import doratune
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from ...nn.layers import kernels_on_paper  # noqa: E402
-from .peft_models import Pair, assert_same_gradients, relative, twin, with_dora  # noqa: E402
+from ...nn.layers import kernels_on_paper
+from .peft_models import Pair, assert_same_gradients, relative, twin, with_dora
 
 __all__ = ["kernels_on_paper"]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def inputs(*lead: int) -> torch.Tensor:
