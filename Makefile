@@ -2,6 +2,7 @@
 # make test   lint, type-check and test, likewise
 # make test-versions   test the core with the oldest and the newest versions of the libraries, in environments of their own
 # make test-dist   build the sdist and the wheel in dist, and test the wheel in an environment of its own
+# make test-internals   test the core without each private name of PyTorch
 #
 # Standard output holds what doratune prints and nothing else: make tune TUNE_ARGS=--json gives one JSON object.
 MODEL ?= llama-8b
@@ -14,12 +15,15 @@ TEST_ARGS ?= -n auto --dist worksteal
 
 BIN = $(VENV)/bin
 VERSIONS = $(VENV)/versions
-CORE_TESTS = tests/test_versions.py tests/test_import.py tests/test_cli.py tests/runtime tests/nn tests/integrations tests/cache \
-	tests/codegen/test_render.py tests/tuner/test_search.py tests/tuner/test_tune_model.py
+CORE_TESTS = tests/test_versions.py tests/test_import.py tests/test_cli.py tests/internals tests/runtime tests/nn \
+	tests/integrations tests/cache tests/codegen/test_render.py tests/tuner/test_search.py tests/tuner/test_tune_model.py
+TYPED = -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -m doratune.console -m doratune.doctor \
+	-p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn \
+	-p doratune.integrations -p doratune.benchmarks
 # The newest Python that starts here: a command of that name may be a version manager's stub.
 NEWEST_PYTHON ?= $(firstword $(foreach python,python3.14 python3.13 python3.12,$(shell $(python) -c 'print("$(python)")' 2>/dev/null)) $(PYTHON))
 
-.PHONY: tune test test-versions test-dist lint clean
+.PHONY: tune test test-versions test-internals test-dist lint lint-versions clean
 
 tune: $(VENV)/installed
 	@$(BIN)/doratune tune --model $(MODEL) --rank $(RANK) \
@@ -29,7 +33,7 @@ test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 # The newest column has the newest Python. The last one adds another bitsandbytes to it.
-test-versions: $(VERSIONS)/oldest/installed $(VERSIONS)/newest/installed $(VERSIONS)/bitsandbytes-0.49/installed
+test-versions: lint-versions $(VERSIONS)/oldest/installed $(VERSIONS)/newest/installed $(VERSIONS)/bitsandbytes-0.49/installed
 	$(VERSIONS)/oldest/bin/python -m pytest $(TEST_ARGS) --versions oldest $(CORE_TESTS)
 	$(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) --versions newest $(CORE_TESTS)
 	PYTHONPATH=$(abspath $(VERSIONS)/bitsandbytes-0.49) $(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) \
@@ -46,11 +50,20 @@ test-dist: $(VENV)/installed-test
 		> "$$($(VENV)/dist/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	$(BIN)/python -m pytest --installed $(VENV)/dist/bin/python tests/test_dist.py
 
+# The core suite once for each private name of PyTorch that doratune uses, as if PyTorch did not have it.
+test-internals: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --internals tests/internals
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
-	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
+	MYPYPATH=.mypy $(BIN)/mypy $(TYPED)
+
+# What the type checker knows of each later Python, whichever are installed here.
+lint-versions: $(VENV)/installed-test
+	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
+	set -e; for version in 3.12 3.13 3.14; do MYPYPATH=.mypy $(BIN)/mypy --python-version $$version $(TYPED); done
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "building the environment in $(VENV)" >&2

@@ -1,14 +1,10 @@
-"""The command line: parse, call, print.
-
-Results go to standard output, everything else to standard error; with ``--json`` standard output holds one JSON object
-and nothing more. Exit codes: 0 done, 1 failed, 2 usage.
-"""
+"""The command line: parse, call, print. :mod:`.console` says how results are printed and failures end a command."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +12,11 @@ import click
 
 from . import __version__
 from .benchmarks.commands import bench
+from .console import Group, json_option, message, print_json, print_table
 from .errors import DoratuneError, UsageError, near_names
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from .tuner.projections import Model, Projection
+    from .cache.store import Store
 
     _TextType = click.ParamType[str]
 else:
@@ -29,17 +24,6 @@ else:
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
-
-
-class _Group(click.Group):
-    """Prints a doratune failure as one message, without a traceback, and exits with its code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except DoratuneError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(error.exit_code)
 
 
 class _Dtype(_TextType):
@@ -55,24 +39,32 @@ class _Dtype(_TextType):
         return name
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A Hugging Face config.json (or its folder) instead of a known model.",
+)
 store_option = click.option(
     "--store", metavar="PATH|URL", help="A store to use: a SQLite file, or sqlite:///… or postgresql://…"
 )
 
 
-def _print_json(data: dict[str, Any]) -> None:
-    click.echo(json.dumps({"schema": 1, **data}, indent=2))
+@contextmanager
+def _stores(named: str | None) -> Iterator[list[Store]]:
+    """The stores that a lookup asks, or the one named, open for reading."""
+    from .cache.stack import open_stack
+    from .cache.store import Store
+
+    stores = open_stack() if named is None else [Store.open(named, readonly=True)]
+    try:
+        yield stores
+    finally:
+        for store in stores:
+            store.close()
 
 
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="doratune")
 def main() -> None:
     """Tuned Triton kernels for DoRA: tune a model once, keep the winners in a store, load them from Python.
@@ -86,12 +78,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", metavar="NAME", help="A known model, such as llama-8b; see `doratune models`.")
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A Hugging Face config.json (or its folder) instead of a known model.",
-)
+@config_option
 @click.option(
     "--rank", "ranks", type=int, multiple=True, default=(384,), show_default=True, help="Adapter rank; repeatable."
 )
@@ -122,7 +109,7 @@ def main() -> None:
     "--timeout",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="End the whole run in time; what is found is kept.",
+    help="Stop the run after this time; the winners so far are kept.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Compile workers; one for each core by default.")
 @click.option("--device", metavar="DEVICE", help="The GPU to measure on, such as cuda:1.")
@@ -139,26 +126,26 @@ def main() -> None:
 def tune(as_json: bool, **options: Any) -> None:
     """Tune the kernels that DoRA on a model's linear projections needs, and store the winners.
 
-    Stopping it, with Ctrl-C or however, loses the running trials at most: the same command goes on from there, and
-    finished kernels are not searched again.
+    Stopping it, by Ctrl-C for instance, loses at most the running trials: the same command continues, and finished
+    kernels are not searched again.
     """
     from .tuner.models import requested_model
 
     model = requested_model(options["model"], options["config"])  # read while PyTorch is imported here
 
     from .tuner.progress import standard_error_progress
-    from .tuner.report import report_json, report_table
+    from .tuner.report import report, report_table
     from .tuner.tune_model import Request, tune_model
 
     run = tune_model(Request(**options), standard_error_progress(), model)
     if as_json:
-        click.echo(report_json(run.result, model=run.model, gpu=run.gpu.slug, store=run.store))
+        print_json(report(run.result, model=run.model, gpu=run.gpu.slug, store=run.store))
     else:
         entries = [row.entry for row in run.result.rows if row.entry is not None]
-        _print_table(report_table(entries, model=run.model.name, gpu=run.gpu.slug))
+        print_table(report_table(entries, model=run.model.name, gpu=run.gpu.slug))
     for row in run.result.failed:
-        click.echo(f"failed: {row.spec}: {row.note}", err=True)
-    click.echo(run.summary(), err=True)
+        message(f"failed: {row.spec}: {row.note}")
+    message(run.summary())
     if run.result.stopped == "interrupt":
         sys.exit(INTERRUPTED)
     if run.result.fault:
@@ -177,13 +164,13 @@ def tune(as_json: bool, **options: Any) -> None:
 def emit(spec: str, config: str | None, store: str | None, as_json: bool) -> None:
     """Print the source of the kernel for SPEC, as it would run.
 
-    SPEC reads like lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=bf16@h200.
+    SPEC is written as in lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=bf16@h200.
     """
     from .runtime.loader import emit as emit_source
 
     provenance, source = emit_source(spec, config=config, store=store)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "spec": str(source.spec),
                 "config": str(source.config),
@@ -210,7 +197,7 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
     resolution, _, binaries = resolve_binaries(wanted, store)
     if as_json:
         entry = resolution.entry
-        _print_json(
+        print_json(
             {
                 "spec": str(wanted),
                 "step": resolution.step,
@@ -232,9 +219,7 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.option(
-    "--config", type=click.Path(path_type=Path), metavar="FILE", help="The model of this config.json instead."
-)
+@config_option
 @json_option
 def models(config: Path | None, as_json: bool) -> None:
     """List the known models and their linear projections [d_out, d_in], or all linear layers of one config.json.
@@ -242,57 +227,43 @@ def models(config: Path | None, as_json: bool) -> None:
     A config's layers are those of transformers' class for it; the last column says which get no DoRA adapter, and why.
     """
     from .tuner.models import list_models, read_config
+    from .tuner.report import layers_of, layers_table, models_table
 
-    known = list_models() if config is None else (read_config(config),)
     if as_json:
-        from .tuner.report import layers_of
-
+        known = list_models() if config is None else (read_config(config),)
         named = ("name", "hf_id", "layers")
-        _print_json(
+        print_json(
             {"models": [{**{name: getattr(model, name) for name in named}, **layers_of(model)} for model in known]}
         )
     elif config is None:
-        _print_table(_known_models(known))
+        print_table(models_table(list_models()))
     else:
-        _print_table(_layers(known[0]))
-        for note in known[0].notes:
-            click.echo(f"note: {note}", err=True)
+        model = read_config(config)
+        print_table(layers_table(model))
+        for note in model.notes:
+            message(f"note: {note}")
 
 
-def _known_models(known: Iterable[Model]) -> Table:
-    from rich.table import Table
+@main.command()
+@store_option
+@json_option
+def doctor(store: str | None, as_json: bool) -> None:
+    """Say which versions, GPUs, C compiler and stores are here, and whether they are tested. Exit code 1 if something
+    keeps doratune from working."""
+    from .doctor import BROKEN, examine, findings_table
 
-    table = Table("model", "Hugging Face id", "layers", "projections")
-    for model in known:
-        shapes: dict[str, list[str]] = {}
-        for projection in model.projections:
-            shapes.setdefault(f"[{projection.d_out}, {projection.d_in}]", []).append(projection.name)
-        table.add_row(
-            model.name,
-            model.hf_id,
-            str(model.layers),
-            "; ".join(f"{' '.join(names)} {shape}" for shape, names in shapes.items()),
-        )
-    return table
-
-
-def _layers(model: Model) -> Table:
-    from rich.table import Table
-
-    from .tuner.projections import LeftOut
-
-    table = Table("layer", "shape", "bias", "how many", "first one", "DoRA", title=model.name)
-    layers: list[Projection | LeftOut] = [*model.projections, *model.left_out]
-    for layer in layers:
-        why = f"no: {layer.why}" if isinstance(layer, LeftOut) else "yes"
-        first = layer.modules[0] if layer.modules else ""
-        table.add_row(layer.name, str(list(layer.shape)), "bias" if layer.bias else "", str(layer.count), first, why)
-    return table
+    findings = examine(store)
+    if as_json:
+        print_json({"findings": [vars(finding) for finding in findings]})
+    else:
+        print_table(findings_table(findings))
+    if any(finding.verdict == BROKEN for finding in findings):
+        raise click.exceptions.Exit(1)
 
 
-@main.group(cls=_Group)
+@main.group()
 def cache() -> None:
-    """Look at the stores of tuned kernels."""
+    """Inspect the stores of tuned kernels."""
 
 
 @cache.command("path")
@@ -302,28 +273,14 @@ def cache_path(store: str | None, as_json: bool) -> None:
     """Print the stores that a lookup asks, in order."""
     from .cache.stack import stack_places
 
-    layers = stack_places(store)
+    places = stack_places(store)
     if as_json:
-        _print_json(
-            {"layers": [{"location": str(layer).rsplit(" (", 1)[0], "origin": layer.origin} for layer in layers]}
+        print_json(
+            {"stores": [{"location": str(place).rsplit(" (", 1)[0], "origin": place.origin} for place in places]}
         )
     else:
-        for layer in layers:
-            click.echo(str(layer))
-
-
-def _each_store(store: str | None, visit: Callable[[Any], None]) -> None:
-    """Open the stack, or the one store named, read-only, and close it afterwards."""
-    from .cache.stack import open_stack
-    from .cache.store import Store
-
-    layers = open_stack() if store is None else [Store.open(store, readonly=True)]
-    try:
-        for layer in layers:
-            visit(layer)
-    finally:
-        for layer in layers:
-            layer.close()
+        for place in places:
+            click.echo(str(place))
 
 
 @cache.command("ls")
@@ -333,45 +290,20 @@ def _each_store(store: str | None, visit: Callable[[Any], None]) -> None:
 @json_option
 def cache_ls(op: str | None, gpu: str | None, store: str | None, as_json: bool) -> None:
     """List the entries of every store, or of one."""
-    from rich.table import Table
-
     from .codegen.gpu import find_gpu
     from .codegen.ops import OPS
-    from .tuner.report import row_of
+    from .tuner.report import entries_of, entries_table, row_of
 
     if op is not None and op not in OPS:
         raise UsageError(f"unknown operation {op!r}{near_names(op, OPS)} (known: {', '.join(OPS)})")
     slug = None if gpu is None else find_gpu(gpu).slug
-    rows: list[tuple[str, Any, list[str]]] = []
-
-    def look(layer: Any) -> None:
-        made: dict[str, set[str]] = {}
-        for key in layer.binary_keys():
-            made.setdefault(key.code_digest, set()).add(f"{key.triton} {key.architecture}")
-        for entry in layer.entries(op=op, gpu=slug):
-            rows.append((layer.location, entry, sorted(made.get(entry.code_digest, ()))))
-
-    _each_store(store, look)
+    with _stores(store) as stores:
+        found = [entry for opened in stores for entry in entries_of(opened, op=op, gpu=slug)]
     if as_json:
-        _print_json(
-            {"rows": [{"store": location, **row_of(entry), "binaries": made} for location, entry, made in rows]}
-        )
-        return
-    table = Table("spec", "config", "µs", "floor µs", "provenance", "tuned on", "binaries", "store")
-    for location, entry, made in rows:
-        row = row_of(entry)
-        table.add_row(
-            row["spec"],
-            row["config"],
-            "" if row["us"] is None else f"{row['us']:.2f}",
-            "" if row["floor_us"] is None else f"{row['floor_us']:.2f}",
-            row["provenance"],
-            entry.environment.gpu_name or entry.environment.gpu,
-            ", ".join(made),
-            location,
-        )
-    _print_table(table)
-    click.echo(f"{len(rows)} entries", err=True)
+        print_json({"rows": [{"store": one.store, **row_of(one.entry), "binaries": one.made_for} for one in found]})
+    else:
+        print_table(entries_table(found))
+        message(f"{len(found)} entries")
 
 
 @cache.command("show")
@@ -381,58 +313,43 @@ def cache_ls(op: str | None, gpu: str | None, store: str | None, as_json: bool) 
 @json_option
 def cache_show(spec: str, source: bool, store: str | None, as_json: bool) -> None:
     """Show the stored entry of SPEC in each store that has one."""
-    from .cache.entry import BinaryKey, Entry
     from .codegen.spec import KernelSpec
+    from .tuner.report import StoredEntry
 
     wanted = KernelSpec.parse(spec)
-    found: list[tuple[str, Entry, list[BinaryKey]]] = []
-
-    def look(layer: Any) -> None:
-        entry = layer.get(wanted)
-        if entry is not None:
-            found.append((layer.location, entry, layer.binary_keys(entry.code_digest)))
-
-    _each_store(store, look)
+    with _stores(store) as stores:
+        found = [
+            StoredEntry(opened.location, entry, opened.binary_keys(entry.code_digest))
+            for opened in stores
+            if (entry := opened.get(wanted)) is not None
+        ]
     if not found:
         raise DoratuneError(f"no store has an entry for {wanted}; `doratune explain` says what would run instead")
-    facts = [
-        {
-            "store": location,
-            "spec": str(entry.spec),
-            "config": str(entry.config),
-            **{name: value for name, value in vars(entry.evaluation).items() if name != "samples_us"},
-            **vars(entry.environment),
-            "template_digest": entry.template_digest,
-            "source_digest": entry.source_digest,
-            "created_at": entry.created_at,
-        }
-        for location, entry, _ in found
-    ]
     if as_json:
-        _print_json(
+        print_json(
             {
                 "entries": [
-                    {**fact, "binaries": [key._asdict() for key in keys], "source": entry.source}
-                    for fact, (_, entry, keys) in zip(facts, found, strict=True)
+                    {**one.facts(), "binaries": [key._asdict() for key in one.binaries], "source": one.entry.source}
+                    for one in found
                 ]
             }
         )
         return
-    for fact, (_, entry, keys) in zip(facts, found, strict=True):
-        for name, value in fact.items():
+    for one in found:
+        for name, value in one.facts().items():
             click.echo(f"{name:16} {'-' if value in (None, '') else value}")
-        for key in keys:
+        for key in one.binaries:
             click.echo(f"{'binary':16} {key.kernel}, Triton {key.triton}, {key.architecture}")
         if source:
-            click.echo(f"\n{entry.source}", nl=False)
+            click.echo(f"\n{one.entry.source}", nl=False)
 
 
 @cache.command("prune")
-@click.option("--other-triton", is_flag=True, help="Also those that another Triton than the installed one compiled.")
+@click.option("--other-triton", is_flag=True, help="Also the binaries of other Triton versions than the installed one.")
 @store_option
 @json_option
 def cache_prune(other_triton: bool, store: str | None, as_json: bool) -> None:
-    """Delete the binaries that no entry has any more, from your own store or the one named."""
+    """Delete the binaries that no entry refers to, from your own store or the one named."""
     from importlib.metadata import version
 
     from .cache.stack import user_store_path
@@ -441,7 +358,7 @@ def cache_prune(other_triton: bool, store: str | None, as_json: bool) -> None:
     with Store.open(store or user_store_path()) as opened:
         count = opened.prune_binaries(triton=version("triton") if other_triton else None)
         if as_json:
-            _print_json({"store": opened.location, "pruned": count})
+            print_json({"store": opened.location, "pruned": count})
         else:
             click.echo(f"{count} binaries deleted from {opened.location}")
 

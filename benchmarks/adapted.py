@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import sys
 import time
@@ -18,14 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DoratuneError, UsageError, near_names
+from ..errors import DoratuneError, UsageError
 from ..tuner.timing import no_collection
 from .dorafactors import Dorafactors
+from .measuring import allocated_bytes, check_names, left_out, peak_mb
 from .results import OURS, Row, timing
 
 COMPILED = "_compiled"
 TRACKED = f"{OURS}_tracked"
-"""doratune with the norm kept from one forward pass to the next: a choice of its user's, so only where it is named."""
+"""doratune with the norm kept from one forward pass to the next: the user's choice, so it runs only if named."""
 OPS = ("step", "inference")
 IMPLEMENTATIONS = (
     "peft_lora",
@@ -41,12 +43,12 @@ STOCK = "peft_dora"
 """The implementation whose results the others are compared with."""
 
 SLEEP_CYCLES_PER_SECOND = 2e9
-"""About the clock of a GPU: how long its queue is held up is a matter of sufficing, not of accuracy."""
+"""About a GPU's clock rate: its queue must be held up for long enough, not exactly."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How adapters and activations are kept: PEFT's default state, or everything in bf16."""
+    """The dtypes of adapters and activations: PEFT's default, or everything in bf16."""
 
     adapter: str
     autocast: bool
@@ -75,7 +77,7 @@ class Contender:
 
 @dataclass
 class Sample:
-    """What was measured of one implementation: microseconds on the GPU's clock and on the host's, peak megabytes."""
+    """The measurements of one implementation: microseconds on the GPU's clock and on the host's, peak megabytes."""
 
     us: list[float] = field(default_factory=list)
     cpu_us: list[float] = field(default_factory=list)
@@ -97,7 +99,7 @@ def chosen_modes(text: str) -> dict[str, Mode]:
 
 
 def chosen_implementations(names: Collection[str], dorafactors: Dorafactors | None, compiled: bool) -> list[str]:
-    """The implementations named, or all that can run: dorafactors where it is given, compiled ones when asked for.
+    """The implementations named, or all that can run: dorafactors if it is given, compiled ones if ``compiled``.
 
     Raises:
         UsageError: an unknown name, or dorafactors without a checkout.
@@ -116,17 +118,16 @@ def chosen_implementations(names: Collection[str], dorafactors: Dorafactors | No
 
 
 def _chosen(names: Iterable[str], known: Collection[str], kind: str) -> list[str]:
-    for name in names:
-        if name not in known:
-            raise UsageError(f"unknown {kind} {name!r}{near_names(name, known)} (known: {', '.join(known)})")
+    names = list(names)
+    check_names(kind, names, known)
     return [name for name in known if name in set(names)]
 
 
 def bench_device(name: str | None) -> torch.device:
-    """The device to measure on; the CPU only when it is asked for, since its times say nothing about a GPU.
+    """The device to measure on; the CPU only if named, since its times say nothing about a GPU.
 
     Raises:
-        UsageError: there is no GPU and the CPU was not asked for.
+        UsageError: there is no GPU and the CPU was not named.
     """
     if name is None and not torch.cuda.is_available():
         raise UsageError(
@@ -139,7 +140,7 @@ def bench_device(name: str | None) -> torch.device:
 def with_dora(model: nn.Module, mode: Mode, *, rank: int, targets: Sequence[str], seed: int = 0) -> nn.Module:
     """A PEFT model with DoRA adapters on the layers named, in modules of its own over the parameters of ``model``.
 
-    B and the magnitudes are moved away from where PEFT starts them, so that every term of the formula is there.
+    B and the magnitudes are moved away from PEFT's initial values, so that no term of the formula is zero.
 
     Raises:
         UsageError: PEFT is not installed.
@@ -173,7 +174,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def contenders(
     names: Collection[str], adapted: nn.Module, dorafactors: Dorafactors | None, notes: list[str]
 ) -> list[Contender]:
-    """The implementations ``names`` over the parameters of ``adapted``; one that cannot be had is left out, noted."""
+    """The implementations ``names`` over the parameters of ``adapted``; a note says which are not available."""
     found = []
     for name in names:
         try:
@@ -203,7 +204,7 @@ def contender(name: str, adapted: nn.Module, dorafactors: Dorafactors | None) ->
             accelerate(model, norm_reuse="tracked" if plain == TRACKED else "auto")
     if not name.endswith(COMPILED):
         return Contender(name, model)
-    # Every implementation compiles the same functions of PEFT anew: with the usual limit the last would run eagerly.
+    # Every implementation compiles the same functions of PEFT again: with the default limit the last would run eagerly.
     torch._dynamo.config.recompile_limit = 64
     return Contender(name, torch.compile(model, dynamic=False))  # type: ignore[arg-type]
 
@@ -222,29 +223,28 @@ def measure(
 
     Each round has an order of its own, the same in every run.
 
-    ``before`` runs ahead of every call, outside the time: it lets go of gradients and touches what an optimizer would
-    have changed. ``hide_host`` keeps the GPU busy until the host has queued the call, so that the GPU's time is its
-    own; else it is what a user waits for. A contender that fails is left out, with a note.
+    ``before`` runs ahead of every call, outside the time: it releases gradients and writes to what an optimizer would
+    have changed. ``hide_host`` keeps the GPU busy until the host has queued the call, so that only the GPU's time is
+    measured; else it is the time that a user waits. A contender that fails is left out, with a note.
     """
-    _warm_libraries(device)
+    _warm_cublas(device)
     samples: dict[str, Sample] = {}
     busy: dict[str, float] = {}
     for one in contenders:
         sample = Sample()
         try:
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # or what others left, cut to other sizes, is in part of its peak
-            held = _allocated(device)
+                torch.cuda.empty_cache()  # else blocks that others left in other sizes add to its peak
+            held = allocated_bytes(device.type)
             for _ in range(2):
                 before()
                 call(one.model)
             before()
-            sample.peak_mb = _peak_mb(lambda model=one.model: call(model), held, device)  # type: ignore[misc]
+            sample.peak_mb = peak_mb(functools.partial(call, one.model), device.type, held=held)
             before()
-            _, host_us = _clock(lambda model=one.model: call(model), device, 0.0)  # type: ignore[misc]
-        except Exception as failure:  # whatever one dies of, the others go on
-            reason = next(iter(str(failure).splitlines()), "")
-            notes.append(f"{one.name} left out: {type(failure).__name__}: {reason}")
+            _, host_us = _clock(functools.partial(call, one.model), device, 0.0)
+        except Exception as failure:  # the others continue
+            notes.append(left_out(one.name, failure))
             continue
         finally:
             before()
@@ -253,11 +253,11 @@ def measure(
     order = [one for one in contenders if one.name in samples]
     chance = random.Random(0)
     for _ in range(rounds):
-        chance.shuffle(order)  # how warm and how fast the GPU is depends on who was there before
+        chance.shuffle(order)  # the GPU's temperature and clocks depend on what ran before
         with no_collection():
             for one in order:
                 before()
-                us, host_us = _clock(lambda model=one.model: call(model), device, busy[one.name])  # type: ignore[misc]
+                us, host_us = _clock(functools.partial(call, one.model), device, busy[one.name])
                 samples[one.name].us.append(us)
                 samples[one.name].cpu_us.append(host_us)
     before()
@@ -267,7 +267,7 @@ def measure(
 def touch(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
     """A ``before`` for training steps: drop the gradients and write to every trainable parameter, as an optimizer does.
 
-    Without the write an implementation could carry over from one step to the next what training would not let it.
+    Without the write an implementation could reuse across steps what training changes.
     """
     trained: list[torch.Tensor] = [parameter for parameter in parameters if parameter.requires_grad]
 
@@ -281,7 +281,7 @@ def touch(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
 
 
 def relative_errors(outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """How far each implementation of DoRA is from stock PEFT: relative Frobenius distance. Nothing for plain LoRA."""
+    """The relative Frobenius distance of each implementation of DoRA to stock PEFT's; plain LoRA has none."""
     stock = outputs.get(STOCK)
     if stock is None:
         return {}
@@ -294,7 +294,7 @@ def relative_errors(outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _clock(call: Callable[[], object], device: torch.device, busy_cycles: float) -> tuple[float, float]:
-    """Microseconds of a call on the device's clock, and until the host had queued it."""
+    """Microseconds of a call on the device's clock, and of the host until the call is queued."""
     if device.type != "cuda":
         begin = time.perf_counter()
         call()
@@ -313,24 +313,8 @@ def _clock(call: Callable[[], object], device: torch.device, busy_cycles: float)
     return 1e3 * float(start.elapsed_time(end)), host_us
 
 
-def _warm_libraries(device: torch.device) -> None:
-    """Have cuBLAS take its workspaces, forward and backward, before anyone's memory is counted."""
+def _warm_cublas(device: torch.device) -> None:
+    """Make cuBLAS allocate its workspaces, forward and backward, before memory is counted."""
     for dtype in (torch.bfloat16, torch.float32):
         square = torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True)
         (square @ square).sum().backward()
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _peak_mb(call: Callable[[], object], held: int, device: torch.device) -> float | None:
-    """Megabytes at the peak of a call beyond ``held`` bytes, so with what the implementation keeps between calls."""
-    if device.type != "cuda":
-        call()
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - held) / 1e6

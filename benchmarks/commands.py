@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,48 +10,64 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..console import json_option, message, print_json, print_table
+
 if TYPE_CHECKING:
     from .results import Outcome, Row
 
 F = Callable[..., Any]
+Measured = tuple["Outcome", Mapping[str, str]]
+"""What a benchmark found, and the versions of its peers."""
 
 _PATH = click.Path(path_type=Path)
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 
 
-_peer_option = click.option(
-    "--peer-path", type=_PATH, metavar="DIR", help="A checkout of sockeye44/dorafactors to run too."
-)
-
-
-def _results_options(rounds: int) -> Callable[[F], F]:
-    """The options that every benchmark has; ``rounds`` is the default number of timing rounds."""
-    options = (
-        _json_option,
-        click.option("--targets", is_flag=True, help="Print how the results stand against the targets."),
-        click.option("--commit", help="The commit measured; asked of git by default."),
-        click.option("--rounds", type=click.IntRange(min=2), default=rounds, show_default=True, help="Timing rounds."),
-        click.option("--output", type=_PATH, metavar="FILE", help="Write the results here as JSON."),
-    )
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator; help lists them in this order."""
 
     def add(command: F) -> F:
-        for option in options:
+        for option in reversed(options):
             command = option(command)
         return command
 
     return add
 
 
-def _finish(
-    outcome: Outcome,
-    versions: Mapping[str, str],
-    *,
-    output: Path | None,
-    commit: str | None,
-    targets: bool,
-    as_json: bool,
+def _with_results(rounds: int) -> Callable[[Callable[..., Measured]], F]:
+    """Make a command of a function that measures: with the options of every benchmark, its results written and printed.
+
+    ``rounds`` is the default number of timing rounds. The command exits with 1 if a kernel is inaccurate.
+    """
+    add = _options(
+        click.option("--output", type=_PATH, metavar="FILE", help="Write the results here as JSON."),
+        click.option("--rounds", type=click.IntRange(min=2), default=rounds, show_default=True, help="Timing rounds."),
+        click.option("--commit", help="The commit measured; read from git by default."),
+        click.option("--targets", is_flag=True, help="Print how the results stand against the targets."),
+        json_option,
+    )
+
+    def command_of(measure: Callable[..., Measured]) -> F:
+        @functools.wraps(measure)
+        def command(output: Path | None, commit: str | None, targets: bool, as_json: bool, **request: Any) -> None:
+            outcome, versions = measure(**request)
+            _write(outcome, versions, output=output, commit=commit, as_json=as_json)
+            if targets:
+                _print_targets([outcome.rows], to_stderr=as_json)
+            for note in dict.fromkeys(outcome.notes):
+                message(f"note: {note}")
+            for failure in outcome.failures:
+                message(f"inaccurate: {failure}")
+            if outcome.failures:
+                sys.exit(1)
+
+        return add(command)
+
+    return command_of
+
+
+def _write(
+    outcome: Outcome, versions: Mapping[str, str], *, output: Path | None, commit: str | None, as_json: bool
 ) -> None:
-    """Write and print what was measured; exit with 1 after a failure."""
     from .results import document, environment, results_table
 
     text = document(environment(commit, **versions), outcome.rows)
@@ -61,36 +77,17 @@ def _finish(
     if as_json:
         click.echo(text, nl=False)
     else:
-        _print(results_table(outcome.rows))
-    if targets:
-        _print_targets([outcome.rows], to_stderr=as_json)
-    for note in dict.fromkeys(outcome.notes):
-        click.echo(f"note: {note}", err=True)
-    for failure in outcome.failures:
-        click.echo(f"inaccurate: {failure}", err=True)
-    if outcome.failures:
-        sys.exit(1)
-
-
-def _progress(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _print(table: Any, *, to_stderr: bool = False) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=to_stderr)
-    Console(stderr=to_stderr, width=None if console.is_terminal else 200).print(table)
+        print_table(results_table(outcome.rows))
 
 
 def _print_targets(runs: list[list[Row]], *, to_stderr: bool = False) -> None:
     from .targets import judge, targets_table
 
     verdicts = judge(*runs)
-    _print(targets_table(verdicts), to_stderr=to_stderr)
+    print_table(targets_table(verdicts), to_stderr=to_stderr)
     outcomes = [verdict.outcome for verdict in verdicts]
     counts = [f"{outcomes.count(name)} {name}" for name in dict.fromkeys(outcomes)]
-    click.echo(", ".join(counts) or "no targets for these benchmarks", err=True)
+    message(", ".join(counts) or "no targets for these benchmarks")
 
 
 def _peer(path: Path | None) -> tuple[Any, dict[str, str]]:
@@ -103,47 +100,50 @@ def _peer(path: Path | None) -> tuple[Any, dict[str, str]]:
     return peer, {"dorafactors": peer.version}
 
 
+_peer_option = click.option(
+    "--peer-path", type=_PATH, metavar="DIR", help="A checkout of sockeye44/dorafactors to run too."
+)
+
+_adapter_options = _options(
+    click.option("--config", type=_PATH, metavar="FILE", help="A Hugging Face config.json instead of llama-8b."),
+    click.option("--rank", type=click.IntRange(min=1), default=384, show_default=True, help="Adapter rank."),
+    click.option("--modes", default="autocast,bf16", show_default=True, help="fp32 adapters under autocast, bf16."),
+    click.option(
+        "--op",
+        "ops",
+        type=click.Choice(["step", "inference"]),
+        multiple=True,
+        default=("step", "inference"),
+        show_default=True,
+        help="What to measure; repeatable.",
+    ),
+    click.option(
+        "--impl", "implementations", multiple=True, metavar="NAME", help="Only this implementation; repeatable."
+    ),
+    click.option("--device", metavar="DEVICE", help="cuda, cuda:1, …; cpu only to try the command out."),
+)
+"""Of benchmarks that put adapters on layers."""
+
+
 @click.group()
 def bench() -> None:
     """Measure doratune beside what people run today, in one process and interleaved."""
 
 
 @bench.command()
-@click.option("--op", "ops", multiple=True, metavar="OP", help="Only this operation; repeatable.")
+@click.option("--op", "ops", multiple=True, metavar="OP", help="Only this operation, q,k,v or gate,up; repeatable.")
 @click.option("--peer", "peers", multiple=True, metavar="NAME", help="Only this peer beside doratune; repeatable.")
 @_peer_option
-@_results_options(rounds=30)
-def kernels(ops: tuple[str, ...], peers: tuple[str, ...], rounds: int, peer_path: Path | None, **results: Any) -> None:
-    """The kernels on a GPU: against PEFT, torch.compile, dense B@A, cuBLAS, dorafactors and the floor."""
+@_with_results(rounds=30)
+def kernels(peer_path: Path | None, **request: Any) -> Measured:
+    """The kernels on a GPU: against PEFT, torch.compile, dense B@A, cuBLAS, dorafactors and the floor.
+
+    Also the projections of one x (q,k,v and gate,up): h in one product, beside one product for each.
+    """
     from .kernels import bench_kernels
 
     dorafactors, versions = _peer(peer_path)
-    outcome = bench_kernels(ops=ops, peers=peers, rounds=rounds, dorafactors=dorafactors, progress=_progress)
-    _finish(outcome, versions, **results)
-
-
-def _adapter_options(command: F) -> F:
-    """The options of benchmarks that put adapters on layers."""
-    for option in (
-        click.option("--device", metavar="DEVICE", help="cuda, cuda:1, …; cpu only tries the command out."),
-        click.option(
-            "--impl", "implementations", multiple=True, metavar="NAME", help="Only this implementation; repeatable."
-        ),
-        click.option(
-            "--op",
-            "ops",
-            type=click.Choice(["step", "inference"]),
-            multiple=True,
-            default=("step", "inference"),
-            show_default=True,
-            help="What to measure; repeatable.",
-        ),
-        click.option("--modes", default="autocast,bf16", show_default=True, help="fp32 adapters under autocast, bf16."),
-        click.option("--rank", type=click.IntRange(min=1), default=384, show_default=True, help="Adapter rank."),
-        click.option("--config", type=_PATH, metavar="FILE", help="A Hugging Face config.json instead of llama-8b."),
-    ):
-        command = option(command)
-    return command
+    return bench_kernels(dorafactors=dorafactors, progress=message, **request), versions
 
 
 @bench.command()
@@ -159,16 +159,13 @@ def _adapter_options(command: F) -> F:
 )
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="Also under torch.compile.")
 @_peer_option
-@_results_options(rounds=20)
-def layer(
-    peer_path: Path | None, output: Path | None, commit: str | None, targets: bool, as_json: bool, **request: Any
-) -> None:
+@_with_results(rounds=20)
+def layer(peer_path: Path | None, **request: Any) -> Measured:
     """One linear layer with an adapter: PEFT's LoRA and DoRA, dorafactors, doratune; forward and backward."""
     from .layer import bench_layer
 
     dorafactors, versions = _peer(peer_path)
-    outcome = bench_layer(dorafactors=dorafactors, progress=_progress, **request)
-    _finish(outcome, versions, output=output, commit=commit, targets=targets, as_json=as_json)
+    return bench_layer(dorafactors=dorafactors, progress=message, **request), versions
 
 
 @bench.command()
@@ -183,37 +180,34 @@ def layer(
 )
 @click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="Also under torch.compile.")
 @_peer_option
-@_results_options(rounds=5)
-def model(
-    peer_path: Path | None, output: Path | None, commit: str | None, targets: bool, as_json: bool, **request: Any
-) -> None:
+@_with_results(rounds=5)
+def model(peer_path: Path | None, **request: Any) -> Measured:
     """A whole model of random weights, by default of Llama-8B's shape: training step, inference, peak memory."""
     from .model import bench_model
 
     dorafactors, versions = _peer(peer_path)
-    outcome = bench_model(dorafactors=dorafactors, progress=_progress, **request)
-    _finish(outcome, versions, output=output, commit=commit, targets=targets, as_json=as_json)
+    return bench_model(dorafactors=dorafactors, progress=message, **request), versions
 
 
 @bench.command()
-@_results_options(rounds=30)
-def host(rounds: int, **results: Any) -> None:
+@_with_results(rounds=30)
+def host(rounds: int) -> Measured:
     """What a call costs the host: a load_kernel hit and a launch, beside Triton's own ways to launch."""
     from .host import bench_host
 
-    _finish(bench_host(rounds=rounds, progress=_progress), {}, **results)
+    return bench_host(rounds=rounds, progress=message), {}
 
 
 @bench.command("targets")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@_json_option
+@json_option
 def bench_targets(files: tuple[Path, ...], as_json: bool) -> None:
     """Print how the results in FILES stand against the targets. Needs no GPU."""
-    from .results import SCHEMA, read_rows
+    from .results import read_rows
     from .targets import judge
 
     runs = [read_rows(file) for file in files]
     if as_json:
-        click.echo(json.dumps({"schema": SCHEMA, "verdicts": [verdict.row() for verdict in judge(*runs)]}, indent=2))
+        print_json({"verdicts": [verdict.row() for verdict in judge(*runs)]})
     else:
         _print_targets(runs)

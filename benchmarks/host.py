@@ -1,8 +1,7 @@
 """What a call costs the host: loading a kernel that is loaded, and launching it, beside other ways to start the same.
 
-All ways run in one process, on the same tensors, in turn and round after round; the GPU's own time is no part of it.
-Within a round the host never waits: the launches of a round are fewer than the GPU's queue holds, and between rounds it
-is emptied.
+All ways run in one process, on the same tensors, in turn, round after round; the GPU's time is not measured. Within a
+round the host never waits: the GPU's queue holds all launches of a round, and it is emptied between rounds.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from ..codegen.compile import build
 from ..codegen.module import declared_kernels, kernel_names, load_module
 from ..codegen.render import Source
 from ..codegen.spec import KernelSpec
+from ..internals.triton import current_target
 from ..runtime.device import find_device, gpu_of
 from ..runtime.kernel import Kernel
 from ..runtime.loader import load_kernel, resolve
 from ..runtime.reference import TORCH_DTYPES
 from ..tuner.inputs import make_inputs, make_outputs
 from ..tuner.timing import no_collection
-from .results import OURS, UNCHECKED, Outcome, Row, require_gpu, timing
+from .measuring import SCALING, left_out, require_gpu
+from .results import OURS, UNCHECKED, Outcome, Row, spec_columns, timing
 
 QUEUED_LAUNCHES = 512
-"""Launches in a round at most. The queue of a CUDA stream holds about 1024, and then the host waits for the GPU."""
-
-SCALING = 0.75
+"""Launches in a round at most: the queue of a CUDA stream holds about 1024, beyond that the host waits for the GPU."""
 
 Call = Callable[[], object]
 
 
 def host_cases(gpu: str) -> Iterator[KernelSpec]:
-    """A small shape, whose rows no tensor descriptor takes, and large ones, whose kernels have descriptors."""
+    """A small shape, whose rows are too short for tensor descriptors, and large ones, whose kernels use descriptors."""
     yield KernelSpec.create("lora_compose", d_out=512, rank=4, tokens=16, dtype="bf16", adapter="bf16", gpu=gpu)
     large: dict[str, Any] = {"d_out": 4096, "d_in": 4096, "rank": 384, "dtype": "bf16", "adapter": "bf16", "gpu": gpu}
     yield KernelSpec.create("lora_compose", **large, tokens=4096)
@@ -80,11 +79,10 @@ def run_case(spec: KernelSpec, device: torch.device, rounds: int, outcome: Outco
             call = make()
             call()
             torch.cuda.synchronize(device)
-        except Exception as failure:  # whatever one dies of, the others go on
+        except Exception as failure:  # the others continue
             if impl in (OURS, UNCHECKED, "hit", "launch"):
                 raise
-            reason = next(iter(str(failure).splitlines()), "")
-            outcome.notes.append(f"{spec}: {impl} left out: {type(failure).__name__}: {reason}")
+            outcome.notes.append(f"{spec}: {left_out(impl, failure)}")
         else:
             working[impl] = call
     repeats = QUEUED_LAUNCHES // len(declared_kernels(source))
@@ -95,7 +93,7 @@ def run_case(spec: KernelSpec, device: torch.device, rounds: int, outcome: Outco
 def ways_to_start(
     load: Callable[[], Kernel], source: Source, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
 ) -> dict[str, Callable[[], Call]]:
-    """What makes the call of each implementation, by name."""
+    """For each implementation, a function that prepares its call and returns it."""
     given, made = tuple(inputs.values()), tuple(outputs.values())
     out = made[0]
 
@@ -114,37 +112,35 @@ def ways_to_start(
 
 
 def compiled_module(source: Source) -> ModuleType:
-    """The emitted module with Triton's compiled kernels, which doratune launches too, in place of its jit functions."""
-    from triton.runtime import driver
-
+    """The emitted module with its jit functions replaced by Triton's compiled kernels, which doratune launches too."""
     module = load_module(source)
-    target = driver.active.get_current_target()
+    target = current_target()
     for name in kernel_names(module):
         setattr(module, name, build(source, getattr(module, name), target))
     return module
 
 
 def prebound(module: ModuleType, arguments: Sequence[Any]) -> Call:
-    """What starts the kernels that ``launch`` starts, by Triton's own runner, with all else made beforehand.
+    """A call that starts the kernels of ``launch`` with Triton's own runner, everything else prepared beforehand.
 
-    Grids, workspace and descriptors are those of the one run of ``launch`` that this takes.
+    Grids, workspace and descriptors are recorded from one run of ``launch``.
     """
     starts: list[Call] = []
 
-    class Noted:
+    class Recorder:
         def __init__(self, compiled: Any) -> None:
             self._compiled = compiled
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             runner = self._compiled[(*grid, 1, 1)[:3]]
 
-            def note(*operands: Any, **_: Any) -> None:  # the options are compiled in
+            def record(*operands: Any, **_: Any) -> None:  # the options are compiled in
                 starts.append(functools.partial(runner, *operands))
 
-            return note
+            return record
 
     for name in kernel_names(module):
-        setattr(module, name, Noted(getattr(module, name)))
+        setattr(module, name, Recorder(getattr(module, name)))
     module.launch(*arguments)
     if len(starts) == 1:
         return starts[0]
@@ -176,16 +172,10 @@ def host_us(
 
 
 def host_row(spec: KernelSpec, kernel: Kernel, impl: str, samples_us: Sequence[float]) -> Row:
-    """The row of one implementation: no time of the GPU, that of the host in ``cpu_us``."""
-    sizes = (spec.tokens, spec.d_out, spec.d_in)
+    """The row of one implementation: the host's time in ``cpu_us``, none of the GPU."""
     return {
         "bench": "host",
-        "op": spec.op,
-        "shape": [size for size in sizes if size],
-        "rank": spec.rank,
-        "dtype": spec.weight or spec.activation,
-        "adapter": spec.adapter,
-        "flags": [],
+        **spec_columns(spec, spec.tokens),
         "impl": impl,
         "config": None if impl == "torch" else str(kernel.config),
         "provenance": None if impl == "torch" else kernel.provenance,

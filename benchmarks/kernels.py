@@ -1,13 +1,12 @@
 """The kernels against what people run today, in one process and interleaved, on the same inputs.
 
 GPU time comes from CUDA graph replays over inputs that rotate through more memory than the L2 holds; peak memory is
-what one call adds. Everything that computes a whole operation is held against fp64 first, doratune also where each term
-of the operation dominates.
+what one call adds. Whatever computes a whole operation is first compared with fp64, doratune also where each term of
+the operation dominates.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,30 +16,24 @@ import torch
 
 from ..codegen.gpu import Gpu
 from ..codegen.ops import DTYPE_BYTES, OPS
-from ..codegen.spec import FLAGS, KernelSpec
-from ..errors import UsageError, near_names
+from ..codegen.spec import KernelSpec
 from ..runtime.device import find_device, gpu_of
 from ..runtime.kernel import Kernel
-from ..runtime.loader import load_kernel
-from ..runtime.reference import TORCH_DTYPES, definition
+from ..runtime.reference import definition
 from ..tuner.accuracy import worst_error
 from ..tuner.inputs import make_inputs, make_outputs
-from ..tuner.timing import capture, interleaved_us, rotations
+from ..tuner.timing import SHORT_TOKENS, Rotation
 from .dorafactors import Dorafactors
+from .groups import GROUP_PEERS, GROUPS, GroupCase, group_cases, run_group
+from .measuring import MEMORY_SHARE, SCALING, check_names, left_out, load, require_gpu, time_in_turn
 from .peers import PEERS, Inputs, Peer, Run, peers_of
-from .results import OURS, Outcome, Row, peak_mb, require_gpu, timing
+from .results import OURS, Outcome, Row, spec_columns, timing
 
 NORM_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (8192, 28672))
 TOKEN_SHAPES = ((1, 4096), (16, 4096), (64, 4096), (4096, 4096), (8192, 4096), (4096, 14336))
+LINEAR_SHAPES = (*TOKEN_SHAPES, (512, 4096), (1, 14336), (16, 14336), (64, 14336), (512, 14336))
 ELEMENTWISE_SHAPES = ((8192, 4096), (4096, 14336), (16384, 8192))
 RANK, SMALL_RANK = 384, 64
-SCALING = 0.75
-
-MEMORY_SHARE = 0.5
-"""Share of the free GPU memory for the rotating inputs; peers that make dense matrices need the rest."""
-
-SHORT_GRAPH_CALLS = 64
-"""Calls in a graph at least, where one call is short, so that starting the graph weighs nothing."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +43,15 @@ class Case:
     spec: KernelSpec
     tokens: int = 0
 
+    def __str__(self) -> str:
+        return str(self.spec)
+
 
 def kernel_cases(gpu: str, ops: Collection[str] = ()) -> Iterator[Case]:
     """What is measured on ``gpu``: every shape in bf16, some in the other dtypes and with fp32 adapters.
 
-    Raises:
-        UsageError: an operation that does not exist.
+    ``ops`` are the operations to measure, all when empty.
     """
-    for op in ops:
-        if op not in OPS:
-            raise UsageError(f"unknown operation {op!r}{near_names(op, OPS)} (known: {', '.join(OPS)})")
 
     def case(op: str, dtype: str = "bf16", adapter: str | None = None, tokens: int = 0, **values: Any) -> Case:
         sizes = {"rank": RANK, **values, "tokens": tokens or None}
@@ -81,7 +73,7 @@ def kernel_cases(gpu: str, ops: Collection[str] = ()) -> Iterator[Case]:
             for form in forms(op):
                 yield from (case(op, d_out=d_out, d_in=d_in, **form) for d_out, d_in in NORM_SHAPES[:2])
         elif op in ("lora_compose", "dora_linear_forward"):
-            for tokens, d_out in TOKEN_SHAPES:
+            for tokens, d_out in TOKEN_SHAPES if op == "lora_compose" else LINEAR_SHAPES:
                 yield case(op, tokens=tokens, d_out=d_out, d_in=4096)
             for form in forms(op):
                 yield from (case(op, tokens=tokens, d_out=4096, d_in=4096, **form) for tokens in (16, 4096))
@@ -104,31 +96,33 @@ def bench_kernels(
 ) -> Outcome:
     """Measure the kernels of ``ops`` (all when empty) beside their ``peers`` (all when empty) on the GPU here.
 
-    ``rounds`` are interleaved timing rounds; ``progress`` is told of each case as it begins.
+    ``ops`` may also name the groups of projections in :data:`~.groups.GROUPS`. ``rounds`` is the number of interleaved
+    timing rounds; ``progress`` gets a line as each case begins.
 
     Raises:
         UsageError: there is no GPU, or an operation or peer does not exist.
     """
-    list(kernel_cases("h200", ops))  # a wrong name is told before a missing GPU
-    for name in peers:
-        if name not in PEERS:
-            raise UsageError(f"unknown peer {name!r}{near_names(name, PEERS)} (known: {', '.join(PEERS)})")
+    check_names("operation", ops, (*OPS, *GROUPS))
+    check_names("peer", peers, (*PEERS, *GROUP_PEERS))
     require_gpu()
     gpu = gpu_of(find_device("cuda"))
-    cases = list(kernel_cases(gpu.slug, ops))
+    cases: list[Case | GroupCase] = [*kernel_cases(gpu.slug, ops), *group_cases(gpu.slug, ops)]
     outcome = Outcome()
     for index, case in enumerate(cases, 1):
-        progress(f"{index}/{len(cases)} {case.spec}")
-        chosen = [p for p in peers_of(case.spec, SCALING, dorafactors) if not peers or p.name in peers]
-        run_case(case, chosen, gpu, rounds, outcome)
+        progress(f"{index}/{len(cases)} {case}")
+        if isinstance(case, Case):
+            chosen = [p for p in peers_of(case.spec, SCALING, dorafactors) if not peers or p.name in peers]
+            run_case(case, chosen, gpu, rounds, outcome)
+        else:
+            run_group(case, [name for name in GROUP_PEERS if not peers or name in peers], gpu, rounds, outcome)
         torch.compiler.reset()  # else the formulas' next shapes count as recompilations, of which PyTorch allows few
         torch.cuda.empty_cache()
     return outcome
 
 
 def run_case(case: Case, peers: Sequence[Peer], gpu: Gpu, rounds: int, outcome: Outcome) -> None:
-    """Hold doratune and its peers against fp64, then time them in turn; one row for each."""
-    spec, kernel = case.spec, load_case(case)
+    """Compare doratune and its peers with fp64, then time them in turn; one row for each."""
+    spec, kernel = case.spec, load(case.spec, case.tokens)
     found: list[float] = []
     complaint = None
     for draw in ("mixed", "random"):
@@ -147,35 +141,19 @@ def run_case(case: Case, peers: Sequence[Peer], gpu: Gpu, rounds: int, outcome: 
             if peer.outputs is not None:
                 errors[peer.name] = worst_error(spec, peer.outputs(result, inputs), exact)[0]
             running[peer.name] = peer.run
-        except Exception as failure:  # whatever a peer dies of, the others go on
-            outcome.notes.append(_left_out(spec, peer.name, failure))
+        except Exception as failure:  # the other peers continue
+            outcome.notes.append(f"{spec}: {left_out(peer.name, failure)}")
     del inputs, outputs, exact
     torch.cuda.empty_cache()
     samples, peaks = _time(case, running, gpu, rounds, outcome.notes)
+    kernels = {OURS: kernel, **{peer.name: peer.kernel for peer in peers}}
     for name in samples:
-        row = kernel_row(case, kernel, name, samples[name], gpu)
+        row = kernel_row(case, name, samples[name], gpu, kernels[name])
         error = errors.get(name, math.nan)
         row |= {"rel_err": error if math.isfinite(error) else None, "peak_mb": peaks[name]}
         if name == OURS:
             row["complaint"] = complaint
         outcome.rows.append(row)
-
-
-def load_case(case: Case) -> Kernel:
-    """The kernel that a user of ``load_kernel`` gets for the case."""
-    spec = case.spec
-    flags: dict[str, Any] = {flag: True for flag in FLAGS if getattr(spec, flag)}
-    return load_kernel(
-        spec.op,
-        d_out=spec.d_out,
-        d_in=spec.d_in or 1,
-        rank=spec.rank or 1,
-        tokens=case.tokens or 1,
-        dtype=TORCH_DTYPES[spec.weight or spec.activation],
-        adapter_dtype=TORCH_DTYPES[spec.adapter] if spec.adapter else None,
-        device="cuda",
-        **flags,
-    )
 
 
 def checked_set(
@@ -200,65 +178,38 @@ def _ours(kernel: Kernel) -> Run:
 def _time(
     case: Case, running: Mapping[str, Run], gpu: Gpu, rounds: int, notes: list[str]
 ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """Microseconds of one call in each round, and the peak memory of one call, by implementation.
-
-    A peer that cannot be captured is left out, with a note.
-    """
+    """Microseconds of one call in each round, and the peak memory of one call, by implementation."""
     spec, tokens = case.spec, case.tokens or 1
-    set_bytes, _ = _work(case)
-    roomy = int(MEMORY_SHARE * torch.cuda.mem_get_info()[0]) // set_bytes
-    count = max(1, min(rotations(set_bytes, gpu.l2_bytes), roomy))
-    sets = [
-        (make_inputs(spec, tokens, case="random", seed=seed, device="cuda")[0], make_outputs(spec, tokens, "cuda"))
-        for seed in range(count)
-    ]
-    short = bool(case.tokens) and case.tokens <= 1024
-    repeats = max(1, SHORT_GRAPH_CALLS // count) if short else 1
-    peaks: dict[str, float | None] = {}
-    graphs = []
-    for name, run in running.items():
-        calls = [functools.partial(run, *one) for one in sets] * repeats
-        try:
-            peak = peak_mb(calls[0])
-            graphs.append((capture(calls), len(calls)))
-        except Exception as failure:
-            if name == OURS:
-                raise
-            notes.append(_left_out(spec, name, failure))
-        else:
-            peaks[name] = peak
-    return dict(zip(peaks, interleaved_us(graphs, rounds=rounds), strict=True)), peaks
+
+    def make(seed: int) -> tuple[Inputs, Inputs]:
+        inputs, _ = make_inputs(spec, tokens, case="random", seed=seed, device="cuda")
+        return inputs, make_outputs(spec, tokens, "cuda")
+
+    def on_a_set(run: Run) -> Callable[[tuple[Inputs, Inputs]], object]:
+        return lambda tensors: run(*tensors)
+
+    short = 0 < case.tokens <= SHORT_TOKENS
+    rotation = Rotation(make, _work(case)[0], gpu, memory_share=MEMORY_SHARE, short=short)
+    runs = {name: on_a_set(run) for name, run in running.items()}
+    return time_in_turn(runs, rotation, rounds=rounds, case=str(spec), notes=notes)
 
 
-def _left_out(spec: KernelSpec, peer: str, failure: Exception) -> str:
-    reason = next(iter(str(failure).splitlines()), "")
-    return f"{spec}: {peer} left out: {type(failure).__name__}: {reason}"
-
-
-def kernel_row(case: Case, kernel: Kernel, impl: str, samples_us: Sequence[float], gpu: Gpu) -> Row:
-    """The row of one implementation, without what was found out about its accuracy and memory."""
-    spec = case.spec
-    sizes = {"tokens": case.tokens, "d_out": spec.d_out, "d_in": spec.d_in}
+def kernel_row(case: Case, impl: str, samples_us: Sequence[float], gpu: Gpu, kernel: Kernel | None = None) -> Row:
+    """The row of one implementation, without its accuracy and memory; ``kernel`` is doratune's kernel in it, if any."""
     moved, flops = _work(case)
-    ours = impl == OURS
     return {
         "bench": "kernels",
-        "op": spec.op,
-        "shape": [size for size in sizes.values() if size],
-        "rank": spec.rank or None,
-        "dtype": spec.weight or spec.activation,
-        "adapter": spec.adapter or None,
-        "flags": [flag for flag in FLAGS if getattr(spec, flag)],
+        **spec_columns(case.spec, case.tokens),
         "impl": impl,
-        "config": str(kernel.config) if ours else None,
-        "provenance": kernel.provenance if ours else None,
+        "config": None if kernel is None else str(kernel.config),
+        "provenance": None if kernel is None else kernel.provenance,
         **timing(samples_us),
-        "floor_us": gpu.floor_us(moved, flops, spec.weight or spec.activation),
+        "floor_us": gpu.floor_us(moved, flops, case.spec.weight or case.spec.activation),
     }
 
 
 def _work(case: Case) -> tuple[int, int]:
-    """Bytes and matrix flops of the operation at the case's own token count, which is not always its bucket's."""
+    """Bytes and matrix flops of the operation at the case's token count, which may lie inside its bucket."""
     spec, contract = case.spec, case.spec.contract
     operands = contract.inputs_of(spec) + contract.outputs_of(spec)
     moved = sum(o.elements(spec, case.tokens or None) * DTYPE_BYTES[o.dtype_of(spec)] for o in operands)

@@ -110,7 +110,7 @@ def read_model_config(path: Path | None, layers: int | None) -> tuple[str, Any]:
     """The name and transformers' config of the model in a ``config.json`` (or its folder), or of Llama-8B's shape.
 
     Raises:
-        UsageError: transformers is missing, or the config is none of a causal language model that it knows.
+        UsageError: transformers is missing, or it knows no causal language model for the config.
     """
     try:
         from transformers import AutoConfig
@@ -131,7 +131,7 @@ def read_model_config(path: Path | None, layers: int | None) -> tuple[str, Any]:
 
 
 def random_model(config: Any, device: torch.device) -> nn.Module:
-    """A causal language model of this config in bf16 with random frozen weights, made where they stay."""
+    """A causal language model of this config in bf16 with random frozen weights, created on ``device``."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -167,7 +167,7 @@ def _measure(
 
     call: Callable[[nn.Module], object] = step if op == "step" else inference
     for one in running:
-        one.model.train(op == "step")  # checkpointing is a matter of training; there is no dropout
+        one.model.train(op == "step")  # checkpointing needs training mode; there is no dropout
     before = touch(adapted.parameters()) if op == "step" else _nothing
     samples = measure(running, call, before=before, rounds=rounds, device=device, hide_host=False, notes=notes)
     errors: dict[str, float] = {}
@@ -180,4 +180,4 @@ def _measure(
 
 
 def _nothing() -> None:
-    """Nothing comes between two forward passes."""
+    """A forward pass needs no preparation."""

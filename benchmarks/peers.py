@@ -1,7 +1,7 @@
 """What people run today in place of each operation: PEFT's formulas, eager and compiled, LoRA, cuBLAS, dorafactors.
 
-Every peer takes the inputs that doratune's kernel takes. One that computes the whole operation says how its result
-reads as the operation's outputs, so that it is held against fp64 as well: what computes something else is no peer.
+Every peer takes the inputs of doratune's kernel. One that computes the whole operation also says how to read its result
+as the operation's outputs, so that it is compared with fp64 too: what computes something else is no peer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import torch
 from torch.nn import functional
 
 from ..codegen.spec import KernelSpec
+from ..runtime.kernel import Kernel
 from ..runtime.reference import TORCH_DTYPES
+from ..tuner.fusion import composition_of, run_unfused
 from .dorafactors import Dorafactors
+from .measuring import load
 
 Inputs = Mapping[str, torch.Tensor]
 Run = Callable[[Inputs, Inputs], Any]
-"""Runs on a set of inputs and outputs; only the copies write the outputs."""
+"""Runs on a set of inputs and outputs; doratune, ``cublas_compose`` and ``copy`` write the outputs."""
 
 PEERS = (
     "peft_eager",
@@ -31,6 +34,7 @@ PEERS = (
     "compiled",
     "dorafactors",
     "cublas_product",
+    "cublas_compose",
     "copy",
 )
 """The names of all peers; benchmarks/README.md says what each one is."""
@@ -44,15 +48,17 @@ class Peer:
     """One implementation beside doratune's.
 
     ``outputs`` reads its result as outputs of the operation; None for one that does less than the operation.
+    ``kernel`` is doratune's kernel that it uses, if any.
     """
 
     name: str
     run: Run
     outputs: Reading | None = None
+    kernel: Kernel | None = None
 
 
 def peers_of(spec: KernelSpec, scaling: float, dorafactors: Dorafactors | None = None) -> list[Peer]:
-    """The peers of the kernel of ``spec``; dorafactors and PEFT's own code only where they are there."""
+    """The peers of the kernel of ``spec``; dorafactors and PEFT's own code only if available."""
     if spec.op == "weight_norm":
         return _norm_peers(spec, scaling, dorafactors)
     if spec.op == "compose_backward":
@@ -104,7 +110,24 @@ def _compose_peers(spec: KernelSpec, scaling: float, dorafactors: Dorafactors | 
         return [*peers, Peer("copy", copies)]
     peers.append(Peer("lora_eager", _eager(spec, plain_lora, scaling)))
     left, right = ("h", "lora_B") if spec.op == "lora_compose" else ("x", "weight")
-    return [*peers, Peer("cublas_product", lambda inputs, _: _linear(inputs[left], _rounded(spec, inputs[right])))]
+    peers.append(Peer("cublas_product", lambda inputs, _: _linear(inputs[left], _rounded(spec, inputs[right]))))
+    composition = composition_of(spec)
+    return peers if composition is None else [*peers, _unfused_peer(composition, scaling)]
+
+
+def _unfused_peer(composition: KernelSpec, scaling: float) -> Peer:
+    """What ``dora_linear_forward`` fuses: cuBLAS's product, then doratune's kernel of ``composition`` over it."""
+    kernel = load(composition)
+
+    def launch(*arguments: Any) -> None:
+        *inputs, y, scaling = arguments
+        kernel(*inputs, scaling=scaling, out=y)
+
+    def run(inputs: Inputs, outputs: Inputs) -> torch.Tensor:
+        run_unfused(composition, launch, inputs, outputs, scaling)
+        return outputs["y"]
+
+    return Peer("cublas_compose", run, lambda y, _: {"y": y}, kernel)
 
 
 def _backward_peers(spec: KernelSpec, scaling: float, dorafactors: Dorafactors | None) -> list[Peer]:

@@ -1,4 +1,4 @@
-"""Rows of measurements: what a row says, the environment it holds for, and the files and tables made of rows.
+"""Rows of measurements: their fields, the environment they are valid for, and files and tables of rows.
 
 A row is one implementation on one case. ``case_of`` names the fields that make a case; rows of one case and one run
 were measured in the same process and in turn, and may be compared.
@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
+from ..codegen.spec import FLAGS, KernelSpec
 from ..errors import UsageError
 from ..tuner.measure import driver_version
 
@@ -30,7 +31,7 @@ SCHEMA = 1
 OURS = "doratune"
 
 UNCHECKED = "unchecked"
-"""What doratune's own layers do, which have checked their tensors: a ``load_kernel`` hit and ``Kernel.launch``."""
+"""The call of doratune's own layers, which have checked their tensors: a ``load_kernel`` hit and ``Kernel.launch``."""
 _CASE = ("bench", "model", "op", "shape", "rank", "dtype", "adapter", "flags")
 
 Row = dict[str, Any]
@@ -38,32 +39,39 @@ Row = dict[str, Any]
 
 @dataclass
 class Outcome:
-    """The rows of a run, and what went wrong on the way: peers left out, and kernels of ours that are inaccurate."""
+    """The rows of a run, notes on peers that were left out, and doratune's inaccurate kernels."""
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
 
-def require_gpu() -> None:
-    """Raise a UsageError where PyTorch sees no GPU."""
-    if not torch.cuda.is_available():
-        raise UsageError("this benchmark needs a GPU and PyTorch sees none: run it where the GPU is")
-
-
 def case_of(row: Mapping[str, Any]) -> tuple[object, ...]:
-    """What was measured, apart from the implementation. Fields that a row lacks count as empty."""
+    """The case of a row: what was measured, without the implementation. Missing fields count as empty."""
     values = (row.get(name) for name in _CASE)
     return tuple((tuple(value) if isinstance(value, list) else value) or None for value in values)
 
 
 def case_name(row: Mapping[str, Any]) -> str:
-    """The case for people: ``weight_norm 4096×4096 r=384 bf16``; adapters and flags where they say something."""
+    """The case as text: ``weight_norm 4096×4096 r=384 bf16``; adapters and flags only where they differ."""
     parts = [row.get("model"), row["op"], "×".join(map(str, row["shape"]))]
     parts += [f"r={row['rank']}" if row["rank"] else None, row["dtype"]]
     if row.get("adapter") not in (None, row["dtype"]):
         parts.append(f"{row['adapter']} adapters")
     return " ".join([*filter(None, parts), *(row.get("flags") or ())])
+
+
+def spec_columns(spec: KernelSpec, tokens: int) -> Row:
+    """The fields of a row that a kernel's spec and its number of tokens give."""
+    sizes = (tokens, spec.d_out, spec.d_in)
+    return {
+        "op": spec.op,
+        "shape": [size for size in sizes if size],
+        "rank": spec.rank or None,
+        "dtype": spec.weight or spec.activation,
+        "adapter": spec.adapter or None,
+        "flags": [flag for flag in FLAGS if getattr(spec, flag)],
+    }
 
 
 def timing(samples_us: Sequence[float]) -> dict[str, float]:
@@ -73,31 +81,15 @@ def timing(samples_us: Sequence[float]) -> dict[str, float]:
     return {"us": statistics.median(samples_us), "us_p20": low, "us_p80": high}
 
 
-def peak_mb(call: Callable[[], object]) -> float | None:
-    """The megabytes (10**6 bytes) that a call adds to the GPU memory in use while it runs, its result included.
-
-    The call runs once before, so that what it keeps for later calls is not counted. None without a GPU.
-    """
-    call()
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
 def environment(commit: str | None = None, **peers: str) -> dict[str, str]:
-    """What the results hold for: GPU, driver, versions of the libraries and ``peers``, commit and date.
+    """What the results are valid for: GPU, driver, versions of packages and ``peers``, commit and date.
 
-    ``commit`` is asked of git when None; the version stands for it where doratune is not run from a checkout.
+    ``commit`` is read from git when None; outside a checkout it is the version.
     """
     versions = {"torch": str(torch.__version__)}
-    for library in ("triton", "peft", "transformers"):
+    for package in ("triton", "peft", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
+            versions[package] = importlib.metadata.version(package)
     gpu = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if gpu else "none",
@@ -117,7 +109,7 @@ def _commit() -> str:
         return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not whatever repository the environment lies in
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a repository around the environment
         return git("describe", "--always", "--dirty", "--abbrev=40").strip()
     except (OSError, subprocess.CalledProcessError):
         return f"{__version__}, not a git checkout"
@@ -142,7 +134,9 @@ def read_rows(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and {"bench", "op", "impl"} <= row.keys() for row in rows
     ):
-        raise UsageError(f"{path} has schema {data['schema']!r} or other rows than this doratune ({SCHEMA}) reads")
+        raise UsageError(
+            f"{path} has schema {data['schema']!r}, or rows that are no results; this doratune reads schema {SCHEMA}"
+        )
     return rows
 
 
@@ -172,7 +166,7 @@ def results_table(rows: Iterable[Row]) -> Table:
 
 
 def _us(row: Row) -> float:
-    """The time that a row is about: the host's in a benchmark that takes no other; 0 where there is none."""
+    """The GPU's time of a row, the host's in ``bench host``; 0 where there is none."""
     return row["us"] or (row.get("cpu_us") if row["bench"] == "host" else None) or 0.0
 
 

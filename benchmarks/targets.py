@@ -1,4 +1,4 @@
-"""What doratune has set out to reach, as data, and how measured rows stand against it.
+"""doratune's performance targets as data, and the judging of measured rows by them.
 
 A target compares doratune's row of a case with a peer's row of the same case, or with a number.
 """
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Measure = Callable[[Row, Mapping[str, Row]], float | None]
-"""A figure of one row and its peers in the same case, by implementation; None where it cannot be had."""
+"""A figure from one row and its peers in the same case, by implementation; None where data is missing."""
 
 MET, MISSED, UNMEASURED = "met", "missed", "not measured"
 
 LARGE_WEIGHT = 32_000_000
-"""Elements of W, or of [tokens, d_out], from which launch costs and tails weigh nothing."""
+"""Elements of W, or of [tokens, d_out], from which launch costs and tails do not count."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Verdict:
         return MET if ahead else MISSED  # NaN is missed
 
     def row(self) -> dict[str, Any]:
-        """The verdict for programs."""
+        """The verdict as values for JSON."""
         target = self.target
         return {
             "source": target.source,
@@ -245,9 +245,9 @@ TARGETS: tuple[Target, ...] = (
 
 
 def judge(*runs: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Verdict]:
-    """Hold the rows of each run against the targets of the benchmarks they come from; runs are never compared.
+    """Judge the rows of each run by the targets of their benchmarks; runs are never compared.
 
-    A target gives a verdict for each case that it speaks of, and one ``not measured`` where there is none.
+    A target gives a verdict for each case that it selects, or one ``not measured`` if it selects none.
     """
     groups: dict[tuple[object, ...], dict[str, Row]] = {}
     for run, rows in enumerate(runs):

@@ -144,7 +144,7 @@ def open_stack(store: str | None = None) -> list[Store]:
     stores: list[Store] = []
     try:
         for place in stack_places(store):
-            stores.append(_open(place))
+            stores.append(open_place(place))
     except BaseException:
         for opened in stores:
             opened.close()
@@ -152,7 +152,12 @@ def open_stack(store: str | None = None) -> list[Store]:
     return stores
 
 
-def _open(place: Place) -> Store:
+def open_place(place: Place) -> Store:
+    """Open one store of the stack read-only. If the user's own store has an older schema, it is migrated first.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
     from .store import Store  # here, so that the functions above do not import SQLAlchemy
 
     try:

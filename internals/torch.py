@@ -46,7 +46,8 @@ _found = {name: find(name) for name in NAMES}
 
 def missing() -> list[str]:
     """The names that this PyTorch does not have."""
-    return [name for name, value in _found.items() if value is None]
+    on_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    return [name for name, value in _found.items() if value is None and (on_gpus or "_cuda_" not in name)]
 
 
 # The current GPU.

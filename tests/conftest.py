@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="Write the emitted texts to tests/goldens.")
     parser.addoption("--peft-tests", metavar="PATH", help="A PEFT checkout whose DoRA tests to run accelerated.")
+    parser.addoption("--without", metavar="NAME", help="Run as if PyTorch did not have this private name.")
+    parser.addoption("--internals", action="store_true", help="Run the core suite without each private name.")
     parser.addoption("--versions", metavar="COLUMN", help="The column of versions that this environment has.")
     parser.addoption("--installed", metavar="PYTHON", help="The Python of an environment that has the wheel in dist.")
 
@@ -24,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--versions"):
         pytest.importorskip = _import  # type: ignore[assignment]
+    if config.getoption("--without"):
+        _hide(config.getoption("--without"))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -38,3 +43,15 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def _import(name: str, *_: object, **__: object) -> Any:
     """In place of ``pytest.importorskip``: in an environment of the table, a library that is missing is a failure."""
     return importlib.import_module(name)
+
+
+def _hide(name: str) -> None:
+    """Have doratune find no ``name``; PyTorch itself keeps it."""
+    from doratune import internals
+
+    assert "doratune.internals.torch" not in sys.modules, "it has looked its names up"
+    find = internals.find
+    internals.find = lambda wanted: None if wanted == name else find(wanted)
+    from doratune.internals.torch import missing
+
+    assert name in missing() or "_cuda_" in name

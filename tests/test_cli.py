@@ -29,6 +29,7 @@ from doratune.cli import main
 from doratune.tuner.evaluation import Rejected
 
 from .command_line import RUNNER
+from .tuner.fakes import FakePool
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "kernels.json"
 SPEC = "compose_forward/d_out=64/tokens=1/activation=bf16@sm_90"
@@ -256,6 +257,13 @@ def test_a_run_on_a_broken_machine_says_why_and_the_same_command_succeeds_once_i
     assert [row["spec"] for row in json.loads(done(mended))["rows"]] == [SPEC, SPEC.replace("d_out=64", "d_out=128")]
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate counts as compiled, so that no worker need start."""
+    monkeypatch.setattr("doratune.tuner.search.CompilePool", FakePool)
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_kernels_that_fail_are_told_with_their_reasons(tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def reject(self: object, source: object, compiled: object) -> None:
         raise Rejected("no program fits a multiprocessor")
@@ -271,6 +279,7 @@ def test_kernels_that_fail_are_told_with_their_reasons(tiny: Path, home: Path, m
     ] * 2
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_an_interrupted_run_exits_with_130(tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: object, source: object, compiled: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -286,7 +295,7 @@ def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
     data = json.loads(done(run("explain", SPEC, "--json", home=tuned.home)))
     assert (data["spec"], data["entry"], data["step"], data["provenance"]) == (SPEC, SPEC, "exact", "predicted")
     assert (data["distance"], data["refused"]) == (0.0, [])
-    assert data["layer"] == str(tuned.home / "store.sqlite")
+    assert data["store"] == str(tuned.home / "store.sqlite")
     said = done(run("explain", SPEC, home=tuned.home))
     assert data["config"] in said
     assert "exact: an entry of exactly this spec" in said
@@ -301,7 +310,7 @@ def test_explain_says_which_neighbour_serves_a_kernel_that_was_not_tuned(tuned: 
 
 def test_without_a_store_explain_says_default(home: Path) -> None:
     data = json.loads(done(run("explain", SPEC, "--json", home=home)))
-    assert (data["step"], data["provenance"], data["entry"], data["layer"]) == ("default", "default", None, None)
+    assert (data["step"], data["provenance"], data["entry"], data["store"]) == ("default", "default", None, None)
     assert not home.exists()
 
 
@@ -334,8 +343,8 @@ def test_cache_lists_what_is_asked_for(options: list[str], count: int, tuned: Tu
 def test_cache_path_names_the_stores_in_order(tuned: Tuned, tmp_path: Path) -> None:
     own, team = str(tuned.home / "store.sqlite"), str(tmp_path / "team.sqlite")
     assert done(run("cache", "path", home=tuned.home)).splitlines()[0] == f"{own} (user)"
-    layers = json.loads(done(run("cache", "path", "--store", team, "--json", home=tuned.home)))["layers"]
-    assert layers[:2] == [{"location": team, "origin": "store"}, {"location": own, "origin": "user"}]
+    stores = json.loads(done(run("cache", "path", "--store", team, "--json", home=tuned.home)))["stores"]
+    assert stores[:2] == [{"location": team, "origin": "store"}, {"location": own, "origin": "user"}]
 
 
 def test_cache_show_tells_all_about_an_entry(tuned: Tuned) -> None:
@@ -351,7 +360,7 @@ def test_the_tuned_kernel_has_its_binary_and_every_command_that_tells_of_it_says
     store = str(tuned.home / "store.sqlite")
     triton = version("triton")
     data = json.loads(done(run("explain", SPEC, "--json", home=tuned.home)))
-    assert data["binary"] == {"layer": store, "note": f"for Triton {triton} on sm_90", "passed_over": []}
+    assert data["binary"] == {"store": store, "note": f"for Triton {triton} on sm_90", "passed_over": []}
     assert f"binary    in {store}, for Triton {triton} on sm_90" in done(run("explain", SPEC, home=tuned.home))
     (entry,) = json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home)))["entries"]
     (key,) = entry["binaries"]
@@ -524,7 +533,7 @@ def without(field: str) -> str:
     [
         (json.dumps(TINY)[:-9], ["not valid JSON (line 1, column", "download the model's config.json again"]),
         ("", ["not valid JSON", "download"]),
-        ("[1, 2]", ["holds no JSON object but '[1, 2]'", "give a model's config.json"]),
+        ("[1, 2]", ["expected a JSON object, found a list", "give a model's config.json"]),
         (without("hidden_size"), ["hidden_size", "is missing", "an integer of at least 1"]),
         (without("num_hidden_layers"), ["num_hidden_layers", "is missing"]),
         (without("intermediate_size"), ["intermediate_size", "is missing"]),
@@ -698,10 +707,10 @@ def test_an_entry_nobody_has_is_a_failure_that_points_to_explain(tuned: Tuned) -
     assert message == f"no store has an entry for {other}; `doratune explain` says what would run instead"
 
 
-# As a program.
+# As a process of its own.
 
 
-def program(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
+def process(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "DORATUNE_CACHE_PATH"} | {
         "DORATUNE_HOME": str(home)
     }
@@ -709,16 +718,16 @@ def program(*args: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, cwd=home.parent, capture_output=True, text=True, timeout=120)
 
 
-def test_as_a_program_it_prints_the_result_alone(tuned: Tuned) -> None:
-    done = program("explain", SPEC, "--json", home=tuned.home)
+def test_in_its_own_process_it_prints_the_result_alone(tuned: Tuned) -> None:
+    done = process("explain", SPEC, "--json", home=tuned.home)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["step"] == "exact"
 
 
-def test_as_a_program_it_fails_with_one_message(tuned: Tuned, tmp_path: Path) -> None:
+def test_in_its_own_process_it_fails_with_one_message(tuned: Tuned, tmp_path: Path) -> None:
     store = tmp_path / "store.sqlite"
     shutil.copy(tuned.config, store)
-    done = program("cache", "ls", "--json", "--store", str(store), home=tuned.home)
+    done = process("cache", "ls", "--json", "--store", str(store), home=tuned.home)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"Error: store {store}: the file is not a SQLite database")
     assert done.stderr.count("\n") == 1

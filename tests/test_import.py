@@ -22,6 +22,7 @@ HEAVY |= {"peft", "transformers"}
 MAY_IMPORT = {
     "__init__": {"integrations", "nn", "runtime"},
     "errors": set(),
+    "console": {"errors"},
     "internals": {"errors"},
     "codegen": {"errors", "internals"},
     "cache": {"codegen.spec", "codegen.digest", "errors"},
@@ -29,8 +30,19 @@ MAY_IMPORT = {
     "nn": {"runtime", "codegen", "errors", "internals"},
     "integrations": {"nn", "runtime", "codegen", "errors", "internals"},
     "tuner": {"cache", "codegen", "runtime", "errors", "__version__"},
-    "benchmarks": {"tuner", "cache", "runtime", "codegen", "errors", "__version__", "accelerate", "restore"},
-    "cli": {"integrations", "benchmarks", "tuner", "cache", "runtime", "codegen", "errors", "__version__"},
+    "benchmarks": {
+        "accelerate",
+        "console",
+        "tuner",
+        "cache",
+        "runtime",
+        "codegen",
+        "internals",
+        "errors",
+        "__version__",
+    },
+    "doctor": {"cache", "runtime", "internals", "errors"},
+    "cli": {"doctor", "console", "benchmarks", "tuner", "cache", "runtime", "codegen", "errors", "__version__"},
 }
 """For each part of the package, the others it may import, anywhere in its files."""
 

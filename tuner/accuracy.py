@@ -1,4 +1,4 @@
-"""The accuracy every kernel is held to, against the fp64 definition on the same inputs.
+"""The accuracy that every kernel must reach, compared with the fp64 definition on the same inputs.
 
 - norm, g and nW, of ``weight_norm_exact`` too: largest relative error 1e-5.
 - y, inner, dYg: in each band of columns, the relative Frobenius error is at most 1.05 times that of rounding the fp64
@@ -22,7 +22,7 @@ FP32_ERROR = 1e-6
 SUM_ERROR = {"bf16": 1e-3, "fp16": 1e-3, "fp32": 1e-5}
 
 BANDS = 8
-"""Column bands judged apart, so that a large term in some columns does not hide a wrong small one in others."""
+"""Column bands are judged separately: a large term in some columns must not hide a wrong small one in others."""
 
 _TINY = 1e-30
 
@@ -61,7 +61,7 @@ def _error_and_bound(
             bound = SUM_ERROR[spec.activation] + (rounding if dtype is not torch.float32 else 0.0)
         else:
             bound = max(ROUNDING_FACTOR * rounding, FP32_ERROR)
-        if math.isnan(error):  # compares false with every later band, which would then take its place
+        if math.isnan(error):  # NaN compares false, so a later band would replace it
             return error, bound
         if error / bound > worst / worst_bound:
             worst, worst_bound = error, bound

@@ -1,56 +1,16 @@
-"""The linear layers of transformers' own class for a config: the class is built on the meta device, then listed.
+"""The linear layers of a config's model: those of transformers' own class for it, built on the meta device.
 
-A model's projections are facts: the class knows the sizes that a config leaves out, which layers have a bias and which
-parts have other widths. Nothing is loaded and nothing is computed: a parameter on the meta device has a shape and no
-memory. Code that comes with a model is never executed, and the network is never asked: doratune runs this module in a
-process of its own, see :mod:`.class_process`.
+Each says whether PEFT can put a DoRA adapter on it, or why not.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
-import json
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from .projections import EXPERTS, HEAD, MOST, LeftOut, Model, ModelConfigError, Projection
-
-AGAIN = "correct it or download the model's config.json again"
-
-_SET_ASIDE = {
-    "auto_map",
-    "quantization_config",
-    "compression_config",
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "_flash_attn_2_enabled",
-    "experts_implementation",
-    "_experts_implementation",
-    "torch_dtype",
-    "dtype",
-}
-"""Fields, at any depth, that say how weights are stored or run. They do not change the layers; some of them make
-transformers import, download or quantise something."""
-
-_COUNT = re.compile(r"(^|_)(n_)?(layers?|depths?|blocks|experts|heads|stages|codebooks)$")
-_MOST_LABELS = 1_000_000
-
-_GENERATING = (
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-    "MODEL_FOR_VISION_2_SEQ_MAPPING_NAMES",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-)
-"""Tables of transformers, in the order in which they are asked for the class of a file that names none. The whole model
-of a multimodal config goes before its language part."""
+from .meta_model import build_model, version
+from .projections import EXPERTS, HEAD, LeftOut, Model, ModelConfigError, Projection
 
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 """PEFT refuses adapters on ``out_proj`` of these (``_check_lora_target_modules_mamba``)."""
@@ -65,311 +25,41 @@ _TASK_HEADS = {
 }
 """The heads that PEFT trains whole for these tasks (``modules_to_save``), so that they get no adapter."""
 
-_SIZE = re.compile(
-    r"(?!.*(?:window|chunk|image|kernel|block|type_vocab)_(?:size|layers)$)(?:.*_)?(?:size|dim|rank|width|depth|layers?|"
-    r"heads?|experts|embd|inner|channels|groups|state|ratio|expand|d_model|d_ff|d_kv)"
-)
-"""Names of the fields that decide the shapes and the number of linear layers."""
+
+class _Weight(NamedTuple):
+    """A linear layer, or a bare parameter (``linear`` false), and why it gets no adapter, if so."""
+
+    name: str
+    shape: tuple[int, ...]
+    bias: bool
+    linear: bool
+    why: str = ""
 
 
 def list_layers(config: Mapping[str, Any], name: str) -> Model:
     """List the linear layers of the class that transformers has for ``config``, the content of a ``config.json``.
 
     Raises:
-        ModelConfigError: transformers has no class for it, or cannot build the class; the message is one sentence that
-            does not yet name the file.
+        ModelConfigError: as :func:`~.meta_model.build_model`, or the class has no linear layer.
     """
-    _refuse_absurd(config, "")
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        problem = "is missing" if kind is None else f"is {kind!r}, not a name"
-        raise ModelConfigError(f"field model_type {problem}, and it names the model's class; {AGAIN}")
-    try:
-        cls, how, built, model = _built(config, kind)
-    except ModelConfigError:
-        # Earlier versions of transformers wrote null for a field that was not set, where others want a number.
-        lenient = _without_null(config, _unset_flags(kind, {key for key, value in _fields(config) if value is None}))
-        if lenient == config:
-            raise
-        cls, how, built, model = _built(lenient, kind)
-    projections, left_out = _group(_listed(model))
+    built = build_model(config)
+    projections, left_out = _group(_weights(built.model))
     if not projections and not left_out:
         raise ModelConfigError(
-            f"{cls.__name__}{how} has no linear layer in transformers {_version()}; name the model's class in the "
+            f"{built.cls}{built.how} has no linear layer in transformers {version()}; name the model's class in the "
             "field architectures"
         )
-    notes = [f"the layers of transformers {_version()}'s {cls.__name__}{how}", *_assumed(built, config)]
+    notes = [f"the layers of transformers {version()}'s {built.cls}{built.how}", *built.notes]
     if {layer.why for layer in left_out} & {EXPERTS} and {layer.name for layer in projections} & _EXPERTS_NAMES:
         notes.append(
             "PEFT 0.21 takes gate_proj, up_proj, down_proj and all-linear for the fused experts in some models, and "
             "then refuses DoRA: where it does, leave these names out of target_modules"
         )
-    return Model(name, "", _decoder_layers(built), projections, tuple(notes), left_out)
+    return Model(name, "", built.decoder_layers, projections, tuple(notes), left_out)
 
 
-def _built(config: Mapping[str, Any], kind: str) -> tuple[type, str, Any, Any]:
-    """The model's class, how it was found, its config object, and the model on the meta device."""
-    built = _read(config, kind)
-    cls, how = _find_class(built, config, kind)
-    return cls, how, built, _build(cls, built, config)
-
-
-def _version() -> str:
-    import transformers
-
-    return str(transformers.__version__)
-
-
-def _refuse_absurd(value: object, path: str) -> None:
-    """Refuse a count that no model has, before a class tries to make so many modules."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _refuse_absurd(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for inner in value:
-            _refuse_absurd(inner, path)
-    elif isinstance(value, int):
-        field = path.rpartition(".")[2]
-        most = MOST if _COUNT.search(field) else _MOST_LABELS if field == "num_labels" else None
-        if most is not None and value > most:
-            raise ModelConfigError(f"field {path} is {value}, more than any model has (at most {most}); {AGAIN}")
-
-
-def _without(value: Any, names: set[str]) -> Any:
-    """A copy of a JSON value without the fields of these names, at any depth."""
-    if isinstance(value, Mapping):
-        return {key: _without(inner, names) for key, inner in value.items() if key not in names}
-    return [_without(inner, names) for inner in value] if isinstance(value, list) else value
-
-
-def _read(config: Mapping[str, Any], kind: str) -> Any:
-    """Transformers' config object, as its AutoConfig reads the file."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    if kind not in CONFIG_MAPPING_NAMES:
-        raise ModelConfigError(f"transformers {_version()} has no class for model_type {kind!r}{_why_unknown(config)}")
-    try:
-        return _from_folder(AutoConfig, _without(config, _SET_ASIDE))
-    except Exception as error:
-        raise _refusal(f"cannot read it as model_type {kind!r}", error, config) from error
-
-
-def _from_folder(auto: Any, config: Mapping[str, Any]) -> Any:
-    with tempfile.TemporaryDirectory(prefix="doratune-") as folder:
-        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        built = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    for part in _parts(built):
-        if getattr(part, "use_pretrained_backbone", False):
-            part.use_pretrained_backbone = False  # its layers are the same, and nothing is downloaded
-    return built
-
-
-def _why_unknown(config: Mapping[str, Any]) -> str:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    if config.get("auto_map"):
-        return ": its code comes with the model, and doratune executes none of it"
-    near = difflib.get_close_matches(str(config.get("model_type")), list(CONFIG_MAPPING_NAMES), n=3, cutoff=0.8)
-    written = (
-        f" (the file was written by {config['transformers_version']})" if config.get("transformers_version") else ""
-    )
-    meant = f"; did you mean {', '.join(near)}?" if near else ""
-    return f"{meant}; a newer transformers may have one{written}: pip install -U transformers"
-
-
-def _fields(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield key, inner
-            yield from _fields(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _fields(inner)
-
-
-def _unset_flags(kind: str, unset: set[str]) -> set[str]:
-    """Those of the fields that are no size: null can only mean the default there, also of a field read by its name."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if not unset:
-        return set()
-    try:
-        defaults = {key: value for part in _parts(CONFIG_MAPPING[kind]()) for key, value in vars(part).items()}
-    except Exception:
-        return set()
-    flags = {key for key in unset if isinstance(defaults.get(key), bool | float | str | dict)}
-    others = {key for key in unset if key not in defaults or isinstance(defaults[key], int)}
-    return flags | {key for key in others if not _SIZE.fullmatch(key)}
-
-
-def _without_null(value: Any, names: set[str]) -> Any:
-    if isinstance(value, Mapping):
-        kept = ((key, inner) for key, inner in value.items() if inner is not None or key not in names)
-        return {key: _without_null(inner, names) for key, inner in kept}
-    return [_without_null(inner, names) for inner in value] if isinstance(value, list) else value
-
-
-def _refusal(problem: str, error: Exception, config: Mapping[str, Any]) -> ModelConfigError:
-    """One sentence from whatever transformers raised."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    said = said if len(said) <= 300 else f"{said[:300]} …"
-    if isinstance(error, ImportError):
-        return ModelConfigError(f"transformers {_version()} {problem} without a library: {said}")
-    if "offline" in said.lower():
-        return ModelConfigError(
-            f"transformers {_version()} {problem}: it names another model, whose config would have to be downloaded"
-        )
-    written = config.get("transformers_version")
-    other = f" (the file was written by {written})" if isinstance(written, str) and written != _version() else ""
-    return ModelConfigError(f"transformers {_version()} {problem}: {type(error).__name__}: {said}; {AGAIN}{other}")
-
-
-def _parts(config: Any) -> Iterator[Any]:
-    """The config object and every config inside it."""
-    from transformers import PretrainedConfig
-
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PretrainedConfig):
-            yield from _parts(value)
-
-
-def _find_class(built: Any, config: Mapping[str, Any], kind: str) -> tuple[type, str]:
-    """The model's class, and how it was found where the file does not name it."""
-    named = config.get("architectures") or []
-    named = [named] if isinstance(named, str) else named
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise ModelConfigError(f"field architectures is {named!r}, not a list of class names; {AGAIN}")
-    if named:
-        return _named_class(named, built, config, kind), ""
-    tables = _class_tables()
-    encoder = kind in tables.get("MODEL_FOR_MASKED_LM_MAPPING_NAMES", {}) and not getattr(built, "is_decoder", False)
-    first = [table for table in _GENERATING if not (encoder and table == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")]
-    inner = tuple(type(part) for part in _parts(built))[1:]
-    for table in (*first, "MODEL_MAPPING_NAMES", *tables):
-        for name in _names(tables.get(table, {}).get(kind)):
-            cls = _class_of(name)
-            wanted = getattr(cls, "config_class", None)
-            if cls is not None and (wanted is None or isinstance(built, wanted) or wanted not in inner):
-                return cls, f", its class for model_type {kind!r}: the file names none in `architectures`"
-    raise ModelConfigError(
-        f"transformers {_version()} has no one class for model_type {kind!r}; name the model's class in the field "
-        "architectures"
-    )
-
-
-def _class_tables() -> dict[str, Mapping[str, Any]]:
-    from transformers.models.auto import modeling_auto
-
-    return {name: t for name, t in vars(modeling_auto).items() if re.fullmatch(r"MODEL_(\w+_)?MAPPING_NAMES", name)}
-
-
-def _names(entry: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _class_of(name: str) -> type | None:
-    import transformers
-    from transformers import PreTrainedModel
-
-    try:
-        cls = getattr(transformers, name, None)
-    except Exception:  # a module of transformers that does not import without an optional library
-        return None
-    return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
-
-
-def _named_class(named: list[str], built: Any, config: Mapping[str, Any], kind: str) -> type:
-    """The class that the file names, where it is one of transformers' and takes a config of this type."""
-    cls = next((found for found in map(_class_of, named) if found is not None), None)
-    if cls is None:
-        code = (
-            "it is code that comes with the model, and doratune executes none of it"
-            if config.get("auto_map")
-            else (f"take the field out of a copy of the file to read it as model_type {kind!r}")
-        )
-        raise ModelConfigError(
-            f"field architectures names {named[0]}, which transformers {_version()} does not have; {code}"
-        )
-    wanted = getattr(cls, "config_class", None)
-    known = {name for table in _class_tables().values() for name in _names(table.get(kind))}
-    if wanted is not None and not isinstance(built, wanted) and cls.__name__ not in known:
-        raise ModelConfigError(
-            f"field architectures names {cls.__name__}, which is no class of model_type {kind!r}; {AGAIN}"
-        )
-    return cls
-
-
-def _build(cls: type, built: Any, config: Mapping[str, Any]) -> Any:
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class SchedulesOnCpu(TorchFunctionMode):
-        """Classes of transformers 4 read numbers of ``torch.linspace`` while they build: rates of dropped paths."""
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func(*args, **{**({"device": "cpu"} if func is torch.linspace else {}), **(kwargs or {})})
-
-    try:
-        with torch.device("meta"), SchedulesOnCpu():
-            return cls(built)
-    except Exception as error:
-        raise _refusal(f"cannot build {cls.__name__} from it", error, config) from error
-
-
-def _decoder_layers(built: Any) -> int | None:
-    try:
-        return _whole_number(built.get_text_config(), "num_hidden_layers")
-    except Exception:  # a config with several text parts
-        return None
-
-
-def _whole_number(config: Any, name: str) -> int | None:
-    try:
-        value = getattr(config, name, None)
-    except Exception:  # a size that differs from layer to layer
-        return None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _assumed(built: Any, config: Mapping[str, Any]) -> list[str]:
-    """What the reader of the list should know about the file."""
-    notes = []
-    if config.get("quantization_config"):
-        notes.append("quantization_config is set aside: the layers have the shapes that they have unquantised")
-    taken = list(_filled_in(built, config, ""))
-    if taken:
-        notes.append(f"not in the file, so as {type(built).__name__} has it: {', '.join(taken)}")
-    return notes
-
-
-def _filled_in(built: Any, given: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """The sizes that a config class takes by default, since the part of the file for it lacks them, by their path.
-
-    A size that the class derives from others is none of these.
-    """
-    from transformers import PretrainedConfig
-
-    aliases = {own: name for name, own in type(built).attribute_map.items()}
-    for own, declared in inspect.signature(type(built)).parameters.items():
-        value = _whole_number(built, own)
-        absent = own not in given and aliases.get(own) not in given
-        if absent and _SIZE.fullmatch(own) and value is not None and value > 0 and declared.default == value:
-            yield f"{prefix}{own}={value}"
-    for name, part in vars(built).items():
-        if not isinstance(part, PretrainedConfig):
-            continue
-        if isinstance(given.get(name), Mapping):
-            yield from _filled_in(part, given[name], f"{prefix}{name}.")
-        elif "text" in name:  # earlier files of some models have the text part's fields at the top
-            yield from _filled_in(part, given, f"{prefix}{name}.")
-        else:
-            yield f"all of {prefix}{name}"
-
-
-def _listed(model: Any) -> Iterator[tuple[str, tuple[int, ...], bool, bool, str]]:
-    """(full name, shape, bias, linear, why it gets no adapter or "") of all linear layers and of bare weights."""
+def _weights(model: Any) -> Iterator[_Weight]:
+    """All linear layers and bare weights, by their full names."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -390,12 +80,12 @@ def _listed(model: Any) -> Iterator[tuple[str, tuple[int, ...], bool, bool, str]
                 why = "PEFT refuses adapters on out_proj of Mamba models"
             elif not _is_product(module, shape):
                 why = f"{type(module).__name__} is not x·Wᵀ + b, which DoRA is for"
-            yield name, shape, module.bias is not None, True, why
+            yield _Weight(name, shape, module.bias is not None, True, why)
         elif isinstance(module, nn.MultiheadAttention):
             for own, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 2 and own.endswith("weight"):
                     why = "a weight of nn.MultiheadAttention, on which PEFT has no DoRA"
-                    yield f"{name}.{own}", tuple(parameter.shape), False, False, why
+                    yield _Weight(f"{name}.{own}", tuple(parameter.shape), False, False, why)
         elif not _is_torchs(module):
             yield from _bare_weights(name, module)
 
@@ -420,7 +110,7 @@ def _is_torchs(module: Any) -> bool:
     )
 
 
-def _bare_weights(name: str, module: Any) -> Iterator[tuple[str, tuple[int, ...], bool, bool, str]]:
+def _bare_weights(name: str, module: Any) -> Iterator[_Weight]:
     """Matrices that are no layer: fused experts above all."""
     experts = "expert" in type(module).__name__.lower()
     for own, parameter in module.named_parameters(recurse=False):
@@ -428,9 +118,9 @@ def _bare_weights(name: str, module: Any) -> Iterator[tuple[str, tuple[int, ...]
         if own.endswith("bias") or "embed" in own or min(shape, default=0) < 2:
             continue
         if experts and len(shape) >= 2:
-            yield full, shape, False, False, EXPERTS
+            yield _Weight(full, shape, False, False, EXPERTS)
         elif len(shape) == 3:
-            yield full, shape, False, False, "a parameter and no layer: PEFT refuses DoRA on parameters"
+            yield _Weight(full, shape, False, False, "a parameter and no layer: PEFT refuses DoRA on parameters")
 
 
 def _is_product(module: Any, shape: tuple[int, ...]) -> bool:
@@ -453,13 +143,11 @@ def _is_product(module: Any, shape: tuple[int, ...]) -> bool:
     return isinstance(y, torch.Tensor) and tuple(y.shape) == (2, shape[0])
 
 
-def _group(
-    listed: Iterator[tuple[str, tuple[int, ...], bool, bool, str]],
-) -> tuple[tuple[Projection, ...], tuple[LeftOut, ...]]:
+def _group(weights: Iterable[_Weight]) -> tuple[tuple[Projection, ...], tuple[LeftOut, ...]]:
     """Equal layers as one entry, in the order in which they first come in the model."""
-    groups: dict[tuple[str, tuple[int, ...], bool, bool, str], list[str]] = {}
-    for full, shape, bias, linear, why in listed:
-        groups.setdefault((_short(full), shape, bias, linear, why), []).append(full)
+    groups: dict[_Weight, list[str]] = {}
+    for weight in weights:
+        groups.setdefault(weight._replace(name=_short(weight.name)), []).append(weight.name)
     projections, left_out = [], []
     for (name, shape, bias, linear, why), modules in groups.items():
         if why:
@@ -477,9 +165,3 @@ def _short(full: str) -> str:
     last = words[-1]
     numbers = full[last.end() :].split(".")[1:]
     return ".".join([last.group(), *("*" for _ in numbers[:-1]), *numbers[-1:]])
-
-
-def load_transformers() -> None:
-    """Import what every class needs, so that the time it takes does not count as building."""
-    for name in ("torch", "transformers", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"):
-        importlib.import_module(name)

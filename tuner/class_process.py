@@ -1,7 +1,7 @@
-"""A process of its own for :mod:`.class_layers`: what a config makes transformers do ends there.
+"""Run :mod:`.class_layers` in a separate process, which contains whatever a config makes transformers do.
 
-The process has no network, a bound on its memory and one on its time. Transformers and its many imports stay out of
-the process that tunes.
+That process has no network and limits on its memory and time. Transformers and its many imports stay out of the process
+that tunes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from .projections import LeftOut, Model, ModelConfigError, Projection
 
 START_SECONDS = 240
-"""How long the process may take in all: on a cold disk most of it is the import of PyTorch and transformers."""
+"""Time limit of the process. On a cold disk most of the time goes into importing PyTorch and transformers."""
 BUILD_SECONDS = 40
-"""How long building a class may take once they are imported; the largest published models take under two seconds."""
+"""Time limit for building a class after the imports; the largest published models take under two seconds."""
 MEMORY_BYTES = 8 * 2**30
-"""The data that the process may hold. PyTorch takes some hundred megabytes, and parameters on meta take none."""
+"""Memory limit of the process. PyTorch takes some hundred megabytes, parameters on the meta device none."""
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -36,7 +36,7 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 _UNUSED = ("torchao", "bitsandbytes", "deepspeed", "tensorflow", "jax", "flax", "sklearn", "datasets", "pandas")
-"""Libraries that transformers imports where they are installed, which takes seconds and changes no layer."""
+"""Packages that transformers imports if they are installed, which takes seconds and changes no layer."""
 _NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
 _REMOTE_CODE = "transformers_modules"
 """The package under which transformers imports code that came with a model."""
@@ -86,22 +86,23 @@ def _model_of(data: dict[str, Any]) -> Model:
 
 
 def main(seconds: int) -> None:
-    """Answer one request from standard input on standard output; runs in the process of its own."""
+    """Answer one request from standard input on standard output; runs in the separate process."""
     answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what packages print must not mix with the answer
     gc.disable()  # a quarter of the time that the imports take: 2.7 s instead of 3.5
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    for library in _UNUSED:
-        sys.modules[library] = None  # type: ignore[assignment]
+    for package in _UNUSED:
+        sys.modules[package] = None  # type: ignore[assignment]
     sys.addaudithook(_refuse)
     name = json.loads(sys.stdin.readline())
     json.dump(_answer(json.loads(sys.stdin.read()), name, seconds), answer_to)
     answer_to.flush()
-    os._exit(0)  # nothing is left to tidy up, and interpreters with PyTorch take a while to
+    os._exit(0)  # skip the interpreter's shutdown, which takes long with PyTorch
 
 
 def _answer(config: dict[str, Any], name: str, seconds: int) -> dict[str, Any]:
-    from .class_layers import list_layers, load_transformers
+    from .class_layers import list_layers
+    from .meta_model import load_transformers
 
     load_transformers()
     signal.alarm(seconds)
@@ -116,7 +117,7 @@ def _answer(config: dict[str, Any], name: str, seconds: int) -> dict[str, Any]:
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook: reading a config needs neither the network nor a model's own code."""
+    """An audit hook that blocks the network and a model's own code: reading a config needs neither."""
     if event in _NETWORK:
         raise OSError("the network is not used to read a config")
     if event == "import" and str(arguments[0]).partition(".")[0] == _REMOTE_CODE:

@@ -1,4 +1,4 @@
-"""What every evaluator offers the search: it takes a candidate and says how long it takes, or why it is out."""
+"""The interface of evaluators: given a candidate, return its time or raise why it is out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..cache.entry import Environment, Evaluation
+from ..codegen.compile import BrokenToolchainError
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source
 from ..codegen.spec import Config, KernelSpec
@@ -17,19 +18,19 @@ from ..errors import DoratuneError
 class Rejected(DoratuneError):
     """A candidate cannot win: it is inaccurate, does not launch, or exceeds a limit. The message is the reason.
 
-    Raised only for a property of the config, since the study records it for ever.
+    Raised only for a property of the config, since the study records it permanently.
     """
 
 
 class ContextLostError(Rejected):
-    """A candidate faulted and took the process's GPU context with it: it is out, and the run must end.
+    """A candidate faulted and destroyed the process's GPU context: it is rejected, and the run must end.
 
-    The same command goes on in a new process, without the candidate.
+    The same command continues in a new process without the candidate.
     """
 
 
 class Undecided(DoratuneError):
-    """A candidate could not be judged, and nothing shows that the config is to blame: it stays untried."""
+    """A candidate could not be judged, and nothing shows that its config is to blame: the next run tries it again."""
 
 
 class GpuMemoryError(Undecided):
@@ -45,12 +46,17 @@ class GpuLostError(BrokenEnvironmentError):
 
 
 class LaunchFailureError(GpuLostError):
-    """The GPU context ended with an error that a failing GPU and a faulty kernel have in common."""
+    """The GPU context ended with an error that a failing GPU or a faulty kernel can cause."""
+
+
+BROKEN = (BrokenToolchainError, BrokenEnvironmentError)
+"""The failures after which no candidate can be judged."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses; the part of a :class:`~doratune.codegen.compile.CompiledKernel` that travels.
+    """What one compiled kernel uses; what a worker sends back of a
+    :class:`~doratune.codegen.compile.CompiledKernel`.
 
     ``registers`` are per thread, ``spills`` bytes of local memory per thread, ``shared_bytes`` per block.
     """
@@ -75,12 +81,12 @@ class Evaluator(ABC):
 
     @abstractmethod
     def environment(self) -> Environment:
-        """Where the evaluations come from."""
+        """The environment that the evaluations are valid for."""
 
     def screen(self, spec: KernelSpec, config: Config) -> float | None:
-        """A guess in microseconds before anything is compiled, or None for an evaluator that does not guess.
+        """An estimate in microseconds before the compile, or None if this evaluator makes none.
 
-        The search does not compile candidates whose guess is far behind the best guess so far.
+        The search does not compile candidates whose estimate is far behind the best one so far.
         """
         return None
 
@@ -94,10 +100,10 @@ class Evaluator(ABC):
             Undecided, ToolchainError: it could not be judged.
         """
 
-    def times_beside(self, fused: Source, composition: Source) -> tuple[float, float] | None:
-        """Microseconds of a fused kernel and of its work one after another (:mod:`.unfused`), measured in turn.
+    def fusion_times(self, fused: Source, composition: Source) -> tuple[float, float] | None:
+        """Time a fused kernel and its unfused sequence (:mod:`.fusion`) in turn; microseconds of each.
 
-        None from an evaluator that measures nothing.
+        An evaluator that measures nothing returns None.
 
         Raises:
             Rejected, CompileError: one of them does not run.
@@ -106,13 +112,13 @@ class Evaluator(ABC):
         return None
 
     def finish(self, spec: KernelSpec) -> None:  # noqa: B027
-        """Let go of what is kept for candidates of ``spec``; its search is over."""
+        """Release what is kept for candidates of ``spec``: its search is over."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of everything."""
+        """Release everything."""
 
 
 def floor_us(spec: KernelSpec, gpu: Gpu) -> float:
-    """The microseconds no kernel of ``spec`` can beat on ``gpu``: its contract's bytes and flops at the GPU's best."""
+    """The least microseconds of any kernel of ``spec`` on ``gpu``: its bytes and flops at the GPU's peak rates."""
     contract = spec.contract
     return gpu.floor_us(contract.floor_bytes(spec), contract.matrix_flops(spec), spec.weight or spec.activation)

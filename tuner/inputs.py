@@ -30,8 +30,8 @@ CASES = (
 """The cases of :func:`make_inputs`; ``mixed`` has a band of rows or columns for each of the others that can share s."""
 
 FEW_VALUES = 512
-"""In tensors of fewer values than this, terms have one sign: a few sums that nearly cancel are all there is to judge
-there, and in fp32 nobody gets their last digits right."""
+"""In tensors with fewer values all terms are positive: of so few sums some would nearly cancel, and no fp32 kernel gets
+their last digits right."""
 
 _SCALING = {"negative_scaling": -0.7, "zero_scaling": 0.0}
 _SCALING_SIGN = {"negative_scaling": -1.0}
@@ -54,7 +54,9 @@ def make_inputs(
     scaling = _SCALING.get(case, 0.75)
     make = _norm_inputs if spec.op in ("weight_norm", "weight_norm_exact") else _token_inputs
     values = make(spec, tokens, case, normal)
-    if spec.op == "weight_norm_exact" and case != "random":  # the usual case, of which time is taken: nothing cancels
+    if (
+        spec.op == "weight_norm_exact" and case != "random"
+    ):  # random inputs are those that are timed: there nothing cancels
         _cancel_rows(values, scaling)
     inputs = {
         operand.name: values[operand.name].to(TORCH_DTYPES[operand.dtype_of(spec)])
@@ -103,9 +105,8 @@ def _norm_inputs(
     if case == "negative_scaling":
         bands["cross_term"] = slice(0, spec.d_out)
     cross = bands["cross_term"]
-    # A norm that cancels to nothing has no digits left in fp32, whoever computes it. So the terms of BA have one sign
-    # in a column where there are fewer columns than ranks to even them out, and with s > 0 each row's cross term is
-    # positive (with s < 0 it stays small).
+    # A norm that cancels has no digits left in fp32. So the terms of BA have one sign in a column if there are too few
+    # columns to even them out, and with s > 0 each row's cross term is positive (with s < 0 it stays small).
     if spec.d_in < 2 * spec.rank:
         lora_b = lora_b.abs() * torch.where(lora_a[:, 0] < 0.0, -1.0, 1.0)
     lora_b *= torch.where(((weight @ lora_a.T) * lora_b).sum(dim=1, keepdim=True) < 0.0, -1.0, 1.0)
@@ -131,7 +132,7 @@ def _cancel_rows(values: dict[str, torch.Tensor], scaling: float) -> None:
 
 
 def _marked_norm(spec: KernelSpec, inputs: dict[str, torch.Tensor], scaling: float) -> torch.Tensor:
-    """Norms that are to be taken as they are, or not, and are wrong in either case, so that it shows what was done."""
+    """Wrong norms, so that the result shows what the kernel recomputed: half where it must, 1.25 times elsewhere."""
     seen = TORCH_DTYPES[spec.weight if spec.autocast else spec.adapter]
     lora_a, lora_b = (inputs[name].to(seen).double() for name in ("lora_A", "lora_B"))
     exact = definition(replace(spec, op="weight_norm"), inputs, scaling)["norm"]
@@ -170,7 +171,7 @@ def _token_inputs(
         values["dg_base"] = sign * normal(spec.d_out).abs() * _SCALING_SIGN.get(case, 1.0)
         values["norm"] = 0.5 + normal(spec.d_out).abs()
     if spec.op == "compose_backward_exact":
-        if case != "random":  # the usual case, of which time is taken: no column is below the bound
+        if case != "random":  # random inputs are those that are timed: there no column is below
             g[1::3] = 0.0
             g[2::6] = SMALLEST_GAIN[spec.activation] / 2
         values["dg"] = torch.where(g.abs() >= SMALLEST_GAIN[spec.activation], normal(spec.d_out), 0.0)

@@ -75,7 +75,7 @@ def plan_jobs(
 
 
 def _flags(op: str, projection: Projection, autocast: bool) -> dict[str, bool]:
-    """The form in which a training step runs ``op``: the gradient of a frozen bias is not asked for."""
+    """The flags with which a training step runs ``op``; a frozen bias needs no gradient."""
     if op == "compose_backward":
         return {}
     flags = {"bias": projection.bias, "autocast": autocast}

@@ -32,15 +32,15 @@ from .evaluation import (
     Resources,
     floor_us,
 )
+from .fusion import run_unfused
 from .inputs import make_inputs, make_outputs
-from .timing import capture, interleaved_us, median_us, replay_us, rotations
-from .unfused import run_unfused
+from .timing import SHORT_TOKENS, Rotation, interleaved_us, median_us, replay_us
 
 GATE_TOKENS = 512
-"""Tokens of the gate's own inputs, less a few so that the last tile is ragged; timing runs the full bucket."""
+"""Tokens of the gate's inputs, less a few so that the last tile is ragged. Timing uses the full bucket."""
 
 CHECKED_ROWS = 64
-"""Rows of the full-size output that are held against fp64 after timing."""
+"""Rows of the full-size output that are compared with fp64 after timing."""
 
 GIVE_UP = 3.0
 """A candidate whose first replay takes this many times the best so far is not timed further."""
@@ -48,9 +48,8 @@ GIVE_UP = 3.0
 MEMORY_SHARE = 0.7
 """Share of the free GPU memory that the rotating inputs may take; the rest is for fp64 references and workspaces."""
 
-SHORT_GRAPH_CALLS = 64
-"""Calls in a graph at least, where one call is short, so that starting the graph weighs nothing."""
-
+Tensors = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+"""Inputs and outputs, by name."""
 
 _REFUSED_LAUNCHES = (
     "out of resource",
@@ -58,7 +57,7 @@ _REFUSED_LAUNCHES = (
     "invalid configuration argument",
     "Triton Error [CUDA]: invalid argument",  # a grid or tensor map beyond what the GPU takes
 )
-"""What the driver says of a launch that asks for more than the GPU has."""
+"""Driver messages for a launch that asks for more than the GPU has."""
 
 _KERNEL_FAULTS = (
     "illegal memory access",
@@ -67,13 +66,13 @@ _KERNEL_FAULTS = (
     "invalid program counter",
     "device-side assert",
 )
-"""What the driver says where a kernel's own code faulted, and ended the context."""
+"""Driver messages for a fault in the kernel's own code, which ends the context."""
 
 _LAUNCH_FAILURE = "unspecified launch failure"
 
 
 class NoGpuError(UsageError):
-    """Measuring was asked for where PyTorch sees no GPU."""
+    """Measuring was requested, but PyTorch sees no GPU."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -85,8 +84,8 @@ class MeasureEvaluator(Evaluator):
     """Gate and time candidates on one GPU.
 
     The gate compares a candidate with the fp64 definition on inputs where each term dominates, twice, into poisoned
-    outputs: both runs must be within the bounds and equal in every bit. Only then is it timed, on random inputs that
-    rotate through more memory than the L2 holds; some rows of the timed outputs are checked as well.
+    outputs: both runs must be within the bounds and equal in every bit. Then it is timed on random inputs that rotate
+    through more memory than the L2 holds, and some rows of the timed outputs are checked as well.
 
     Raises:
         NoGpuError: there is no GPU.
@@ -101,6 +100,7 @@ class MeasureEvaluator(Evaluator):
         self.device = find_device(device)
         torch.cuda.set_device(self.device)
         self._spec: KernelSpec | None = None
+        self._rotation: Rotation[Tensors] | None = None
         self._best_us: dict[KernelSpec, float] = {}
 
     def environment(self) -> Environment:
@@ -126,17 +126,23 @@ class MeasureEvaluator(Evaluator):
         self._gate_inputs, self._gate_scaling = make_inputs(spec, gate_tokens, case="mixed", seed=1, device=self.device)
         self._gate_exact = definition(spec, self._gate_inputs, self._gate_scaling)
         self._gate_outputs = make_outputs(spec, gate_tokens, self.device)
-        self._make_sets(spec)
+        self._rotate_inputs(spec)
         self._spec = spec  # only now: when memory ran out, the next candidate tries again
 
-    def _make_sets(self, spec: KernelSpec) -> None:
-        set_bytes = spec.contract.operand_bytes(spec)
-        roomy = int(MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0]) // set_bytes
-        count = max(1, min(rotations(set_bytes, self.gpu.l2_bytes), roomy))
-        self._sets = []
-        for seed in range(count):
+    def _rotate_inputs(self, spec: KernelSpec) -> None:
+        """Make the inputs and outputs that the timed calls use in turn."""
+
+        def make(seed: int) -> Tensors:
             inputs, self._scaling = make_inputs(spec, spec.tokens, case="random", seed=100 + seed, device=self.device)
-            self._sets.append((inputs, make_outputs(spec, spec.tokens, self.device)))
+            return inputs, make_outputs(spec, spec.tokens, self.device)
+
+        self._rotation = Rotation(
+            make,
+            spec.contract.operand_bytes(spec),
+            self.gpu,
+            memory_share=MEMORY_SHARE,
+            short=spec.tokens <= SHORT_TOKENS,
+        )
 
     def evaluate(self, source: Source, compiled: Sequence[Resources]) -> Evaluation:
         """Gate and time one candidate.
@@ -153,7 +159,7 @@ class MeasureEvaluator(Evaluator):
         with _judged(source):
             launch = bind(source).launch
             error = self._gate(spec, launch)
-            samples = self._time(launch)
+            samples = self._time(spec, launch)
             error = max(error, self._check_rows(spec))
         us = median_us(samples)
         self._best_us[spec] = min(us, self._best_us.get(spec, us))
@@ -168,8 +174,8 @@ class MeasureEvaluator(Evaluator):
             shared_bytes=max(kernel.shared_bytes for kernel in compiled),
         )
 
-    def times_beside(self, fused: Source, composition: Source) -> tuple[float, float]:
-        """Time both on random inputs that rotate as those of a candidate.
+    def fusion_times(self, fused: Source, composition: Source) -> tuple[float, float]:
+        """Time a fused kernel and its unfused sequence in turn, on random inputs that rotate as a candidate's do.
 
         Raises: as :meth:`evaluate`, for one of them.
         """
@@ -177,31 +183,27 @@ class MeasureEvaluator(Evaluator):
         self.finish(spec)
         try:
             with _judged(fused):
-                self._make_sets(spec)
+                self._rotate_inputs(spec)
+                assert self._rotation is not None
                 launch, compose = bind(fused).launch, bind(composition).launch
-                one = [
-                    functools.partial(launch, *inputs.values(), *outputs.values(), self._scaling)
-                    for inputs, outputs in self._sets
-                ]
-                apart = [
-                    functools.partial(run_unfused, composition.spec, compose, inputs, outputs, self._scaling)
-                    for inputs, outputs in self._sets
-                ]
-                repeats = self._repeats(spec)
-                graphs = [(capture(calls * repeats), len(calls) * repeats) for calls in (one, apart)]
+                graphs = {
+                    "fused": self._rotation.capture(lambda tensors: self._launch(spec, launch, tensors)),
+                    "unfused": self._rotation.capture(
+                        lambda tensors: run_unfused(composition.spec, compose, *tensors, self._scaling)
+                    ),
+                }
                 samples = interleaved_us(graphs)
         finally:
             self.finish(spec)
-        return median_us(samples[0]), median_us(samples[1])
+        return median_us(samples["fused"]), median_us(samples["unfused"])
 
     def finish(self, spec: KernelSpec) -> None:
-        """Let go of the inputs."""
-        self._spec = None
-        self._sets = []
+        """Release the inputs."""
+        self._spec = self._rotation = None
         self._gate_inputs, self._gate_exact, self._gate_outputs = {}, {}, {}
 
     def close(self) -> None:
-        """Give the GPU memory back."""
+        """Return the GPU memory to the driver."""
         if self._spec is not None:
             self.finish(self._spec)
         with contextlib.suppress(RuntimeError):  # a lost GPU has nothing to give back
@@ -222,26 +224,24 @@ class MeasureEvaluator(Evaluator):
             raise Rejected("not deterministic: two runs on equal inputs differ")
         return error
 
-    def _time(self, launch: Callable[..., None]) -> list[float]:
-        assert self._spec is not None
-        scalars = (self._scaling,) if self._spec.contract.scaling else ()
-        calls = [
-            functools.partial(launch, *inputs.values(), *outputs.values(), *scalars) for inputs, outputs in self._sets
-        ] * self._repeats(self._spec)
-        for tensor in self._sets[-1][1].values():  # what another candidate wrote must not pass for this one's
+    def _time(self, spec: KernelSpec, launch: Callable[..., None]) -> list[float]:
+        assert self._rotation is not None
+        for tensor in self._rotation.sets[-1][1].values():  # so that an earlier candidate's output is not checked
             tensor.fill_(float("nan"))
-        graph = capture(calls)
-        return replay_us(graph, len(calls), give_up_us=GIVE_UP * self._best_us.get(self._spec, 0.0))
+        graph = self._rotation.capture(lambda tensors: self._launch(spec, launch, tensors))
+        return replay_us(graph, give_up_us=GIVE_UP * self._best_us.get(spec, 0.0))
 
-    def _repeats(self, spec: KernelSpec) -> int:
-        """How often a graph calls each of the rotating sets."""
-        return max(1, SHORT_GRAPH_CALLS // len(self._sets)) if spec.tokens <= 1024 else 1
+    def _launch(self, spec: KernelSpec, launch: Callable[..., None], tensors: Tensors) -> None:
+        inputs, outputs = tensors
+        scalars = (self._scaling,) if spec.contract.scaling else ()
+        launch(*inputs.values(), *outputs.values(), *scalars)
 
     def _check_rows(self, spec: KernelSpec) -> float:
-        """Hold some rows of the timed outputs against fp64: the first, the last and a spread between."""
-        inputs, outputs = self._sets[-1]
+        """Compare some rows of the timed outputs with fp64: the first, the last and some in between."""
         if not spec.tokens:
             return 0.0  # the gate has run at this very size
+        assert self._rotation is not None
+        inputs, outputs = self._rotation.sets[-1]
         rows = torch.linspace(0, spec.tokens - 1, min(CHECKED_ROWS, spec.tokens), device=self.device).long()
         by_token = {operand.name for operand in spec.contract.inputs if operand.shape[0] == "tokens"}
         per_row = {name: tensor[rows] if name in by_token else tensor for name, tensor in inputs.items()}
@@ -255,9 +255,9 @@ class MeasureEvaluator(Evaluator):
 
 @contextmanager
 def _judged(source: Source, *, started: bool = True) -> Iterator[None]:
-    """Turn what fails inside the block into what it says of ``source``.
+    """Convert a failure inside the block to the error that says whether ``source`` is to blame.
 
-    ``started`` is false where the candidate has not run yet, so that nothing can be its fault.
+    ``started`` is False before the candidate has run: then it cannot be to blame.
     """
     try:
         yield
@@ -278,7 +278,7 @@ def _judge(source: Source, failure: Exception, started: bool) -> DoratuneError:
     if isinstance(failure, torch.cuda.OutOfMemoryError) or "CUDA]: out of memory" in reason:
         return GpuMemoryError(
             f"the GPU's free memory does not hold the tensors of {source.spec}: {reason} "
-            "End what else uses the GPU, or leave these token counts out with --tokens"
+            "Stop other processes on the GPU, or choose other token counts with --tokens"
         )
     if started and any(text in reason for text in _REFUSED_LAUNCHES):
         return Rejected(f"does not run: {reason}")
@@ -286,7 +286,7 @@ def _judge(source: Source, failure: Exception, started: bool) -> DoratuneError:
 
 
 def _gpu_answers() -> bool:
-    """Whether the GPU still works for this process: a memory fault ends every later call of the process too."""
+    """Whether the GPU still works for this process; after a memory fault every later call fails too."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -296,7 +296,7 @@ def _gpu_answers() -> bool:
 
 @functools.cache
 def driver_version() -> str:
-    """The version of the GPU driver, as its own tool reports it."""
+    """The version of the GPU driver, as nvidia-smi or the kernel module reports it."""
     tool = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     if torch.version.hip:
         tool = ["cat", "/sys/module/amdgpu/version"]

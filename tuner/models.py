@@ -52,7 +52,7 @@ ALIASES = {
 
 
 class UnknownModelError(UsageError):
-    """The table has no model of this name; the message gives near names and the way around the table."""
+    """The table has no model of this name; the message gives similar names and points to ``--config``."""
 
 
 _LANGUAGE_PART = {
@@ -160,8 +160,16 @@ def _load(file: Path) -> tuple[str, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise ModelConfigError(f"{file}: not readable as JSON ({error}); {_AGAIN}") from error
     if not isinstance(config, dict):
-        raise ModelConfigError(f"{file}: holds no JSON object but {text.strip()[:40]!r}; give a model's config.json")
+        raise ModelConfigError(
+            f"{file}: expected a JSON object, found {_json_type(config)}; give a model's config.json"
+        )
     return text, config
+
+
+def _json_type(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return "a list" if isinstance(value, list) else "a string" if isinstance(value, str) else "a number"
 
 
 def _without_transformers(config: Mapping[str, Any], name: str) -> Model:
@@ -180,9 +188,9 @@ def _without_transformers(config: Mapping[str, Any], name: str) -> Model:
 
 
 def requested_model(model: str | None, config: str | Path | None) -> Callable[[], Model]:
-    """Begin to find the one of both that is given, and return a function that waits for it.
+    """Start reading whichever of the two is given; return a function that waits for the model.
 
-    Reading a config takes seconds in a process of its own, in which the caller can import PyTorch.
+    Reading a config takes seconds in another process. Meanwhile the caller can import PyTorch.
 
     Raises (from the returned function):
         UsageError: both or none are given, an unknown model, or a config that cannot be read.

@@ -1,10 +1,10 @@
 """The ``predict`` evaluator: a roofline model over the compiled kernels, for choosing configs where there is no GPU.
 
-The model is for **ranking configs of one kernel**, not for promising times. A call into PyTorch's library takes its
-bytes or flops at a share of what the GPU attains. Each launch of an emitted kernel is split into waves of programs
-that fit the GPU at once. A wave takes as long as the slowest of its device memory traffic, its L2 traffic, its tensor
-core work and its chain of dependent loads; part of the others shows where few programs share a multiprocessor. Memory
-speed follows Little's law: bytes in flight over latency, up to what the GPU attains.
+The model is for **ranking configs of one kernel**, not for absolute times. A cuBLAS call takes its bytes or flops at a
+share of what the GPU attains. Each launch of an emitted kernel is split into waves of programs that fit the GPU at
+once. A wave takes as long as the slowest of its device memory traffic, its L2 traffic, its tensor core work and its
+chain of dependent loads; if few programs share a multiprocessor, part of the others is added. Memory speed follows
+Little's law: bytes in flight over latency, up to what the GPU attains.
 
 It leaves out bank conflicts, uncoalesced accesses, the instruction mix, the order of programs and what they share in
 the L2, clocks under load, and how well the compiler schedules. A predicted time is never below the floor.
@@ -57,14 +57,14 @@ Only warp groups, four warps on 64 rows or more, get the rest."""
 WARP_GROUP, WARP_GROUP_ROWS = 4, 64
 
 LIBRARY_SHARE = 0.9
-"""Share of the attained rates that a product of the library reaches (model assumption: cuBLAS's W @ A.T takes 1.02 to
-1.3 times its floor at rank 384 on one H200, benchmarks/results/h200/weight_norm.json)."""
+"""Share of the attained rates that a cuBLAS product reaches (model assumption: W @ A.T takes 1.02 to 1.3 times its
+floor at rank 384 on one H200, benchmarks/results/h200/weight_norm.json)."""
 
 LIBRARY_FP32_SHARE = 0.75
 """The same for plain fp32 products, of the datasheet's rate: 46 to 50 of 66.9 TFLOP/s there."""
 
 LIBRARY_FILL_US = 2.0
-"""What a call into the library takes beside its bytes and flops (model assumption)."""
+"""What a cuBLAS call takes besides its bytes and flops (model assumption)."""
 
 FP32_SPLIT_SHARE = 0.33
 """Share of the tensor core rate that is left where fp32 operands are split in registers, each in every step: 27 to 34
@@ -135,7 +135,7 @@ def predict_us(spec: KernelSpec, config: Config, compiled: Sequence[Resources], 
 
 
 def estimate_us(spec: KernelSpec, config: Config, gpu: Gpu) -> float:
-    """The same before the compile, with guessed resources and without the floor: infinite for what cannot fit."""
+    """Microseconds as estimated before the compile: resources guessed, floor ignored; infinite if it cannot fit."""
     launches = find_variant(spec.op, config.variant).work(spec, config)
     try:
         us = sum(_launch_us(config, work, _guess(config, work, gpu), gpu) for work in launches)
@@ -177,7 +177,7 @@ def resident_programs(kernel: Resources, gpu: Gpu) -> int:
 
 
 def _library_us(spec: KernelSpec, config: Config, gpu: Gpu) -> float:
-    """Microseconds of a variant's calls into the library."""
+    """Microseconds of a variant's cuBLAS calls."""
     return sum(_call_us(call, gpu) for call in find_variant(spec.op, config.variant).library_calls(spec, config))
 
 

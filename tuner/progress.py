@@ -1,4 +1,4 @@
-"""How a run tells how far it is: a bar on a terminal, a line now and then elsewhere, nothing in tests."""
+"""Progress of a tuning run: a bar on a terminal, a line now and then elsewhere, nothing in tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINE_SECONDS = 15.0
 
 
 class SilentProgress:
-    """Says nothing; the base of the others."""
+    """Prints nothing; the base of the others."""
 
     def start(self, total: int, kept: int) -> None:
         """A run of ``total`` kernels begins, ``kept`` of which the store has already."""
@@ -36,7 +36,7 @@ class SilentProgress:
         """A kernel is finished: ``tuned``, ``partial`` or ``failed``."""
 
     def note(self, text: str) -> None:
-        """Something to know, such as that the run is stopping."""
+        """A message, such as that the run is stopping."""
 
     def close(self) -> None:
         """The run is over."""
@@ -87,7 +87,7 @@ class BarProgress(SilentProgress):
         self._task: TaskID | None = None
 
     def start(self, total: int, kept: int) -> None:
-        # Kept kernels take no time, so counting them would make the rest look quick.
+        # Kept kernels take no time: counting them would make the time left too short.
         self._task = self._bar.add_task("", total=total - kept)
         if kept:
             self.note(f"{kept} of {total} kernels kept from the store")

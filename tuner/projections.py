@@ -9,7 +9,7 @@ from ..errors import UsageError
 HEAD = "the output head, which PEFT's all-linear leaves out"
 EXPERTS = "fused weights of experts: PEFT refuses DoRA on parameters"
 MOST = 10_000
-"""More layers, or experts in one layer, than any model has: a class makes a module for each."""
+"""No model has more layers, or more experts in one layer. A class makes a module for each, so more are refused."""
 
 
 class ModelConfigError(UsageError):

@@ -1,18 +1,17 @@
-"""The outcome of a run as a table: for people with rich, for programs as JSON."""
+"""Runs, models and stored entries as tables for people and as values for JSON."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-from ..cache.entry import MEASURED, PREDICTED, Entry
+from ..cache.entry import MEASURED, PREDICTED, BinaryKey, Entry
+from ..cache.store import Store
+from .outcome import TuneResult
 from .projections import LeftOut, Model, Projection
-from .search import TuneResult
-
-SCHEMA = 1
 
 _SHAPE = ("d_out", "d_in", "rank", "tokens")
 
@@ -38,7 +37,7 @@ def row_of(entry: Entry) -> dict[str, Any]:
 
 
 def layers_of(model: Model) -> dict[str, Any]:
-    """A model's linear layers for programs: those that are tuned, and what is not tuned with the reason."""
+    """A model's linear layers as values for JSON: those that are tuned, and what is not, with the reason."""
     return {
         "projections": [vars(projection) for projection in model.projections],
         "not_tuned": [vars(left) for left in model.left_out],
@@ -47,7 +46,7 @@ def layers_of(model: Model) -> dict[str, Any]:
 
 
 def layer_lines(model: Model) -> list[str]:
-    """The same for people: a line for each shape, then for whatever is not tuned, then the notes."""
+    """A model's linear layers as text: a line for each shape, then for whatever is not tuned, then the notes."""
     shapes: dict[tuple[int, int, bool], list[Projection]] = {}
     for projection in model.projections:
         shapes.setdefault((projection.d_out, projection.d_in, projection.bias), []).append(projection)
@@ -66,13 +65,11 @@ def left_out_text(left: LeftOut) -> str:
 
 
 def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[str, Any]:
-    """The whole report: a schema number, the model, GPU slug and store it is about, a row for each entry, and the
-    linear layers that the run was for.
+    """The whole report as values for JSON: model, GPU slug, store, a row for each entry, and the model's linear layers.
 
     ``failed`` has the specs without a winner and why; ``stopped`` and ``fault`` are those of the result.
     """
     return {
-        "schema": SCHEMA,
         "model": model.name,
         "gpu": gpu,
         "store": store,
@@ -82,11 +79,6 @@ def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[st
         "fault": result.fault,
         **layers_of(model),
     }
-
-
-def report_json(result: TuneResult, *, model: Model, gpu: str, store: str) -> str:
-    """The same as indented JSON text."""
-    return json.dumps(report(result, model=model, gpu=gpu, store=store), indent=2)
 
 
 def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:
@@ -112,6 +104,85 @@ def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:
             _us(evaluation.us),
             _us(evaluation.floor_us),
             evaluation.provenance,
+        )
+    return table
+
+
+def models_table(models: Iterable[Model]) -> Table:
+    """A line for each known model: its projections by shape."""
+    table = Table("model", "Hugging Face id", "layers", "projections")
+    for model in models:
+        shapes: dict[tuple[int, int], list[str]] = {}
+        for projection in model.projections:
+            shapes.setdefault(projection.shape, []).append(projection.name)
+        projections = "; ".join(f"{' '.join(names)} {list(shape)}" for shape, names in shapes.items())
+        table.add_row(model.name, model.hf_id, str(model.layers), projections)
+    return table
+
+
+def layers_table(model: Model) -> Table:
+    """A line for each kind of linear layer of one model; the last column says whether it gets DoRA, or why not."""
+    table = Table("layer", "shape", "bias", "how many", "first one", "DoRA", title=model.name)
+    layers: list[Projection | LeftOut] = [*model.projections, *model.left_out]
+    for layer in layers:
+        why = f"no: {layer.why}" if isinstance(layer, LeftOut) else "yes"
+        first = layer.modules[0] if layer.modules else ""
+        table.add_row(layer.name, str(list(layer.shape)), "bias" if layer.bias else "", str(layer.count), first, why)
+    return table
+
+
+@dataclass(frozen=True)
+class StoredEntry:
+    """An entry, the location of its store, and the binaries that the store has for it."""
+
+    store: str
+    entry: Entry
+    binaries: Sequence[BinaryKey]
+
+    @property
+    def made_for(self) -> list[str]:
+        """The versions of Triton and the architectures of the binaries."""
+        return sorted({f"{key.triton} {key.architecture}" for key in self.binaries})
+
+    def facts(self) -> dict[str, Any]:
+        """All that is known of the entry, without its source and the samples of its time."""
+        entry = self.entry
+        return {
+            "store": self.store,
+            "spec": str(entry.spec),
+            "config": str(entry.config),
+            **{name: value for name, value in vars(entry.evaluation).items() if name != "samples_us"},
+            **vars(entry.environment),
+            "template_digest": entry.template_digest,
+            "source_digest": entry.source_digest,
+            "created_at": entry.created_at,
+        }
+
+
+def entries_of(store: Store, *, op: str | None = None, gpu: str | None = None) -> list[StoredEntry]:
+    """The entries of a store for an operation and a GPU, all when None."""
+    by_digest: dict[str, list[BinaryKey]] = {}
+    for key in store.binary_keys():
+        by_digest.setdefault(key.code_digest, []).append(key)
+    return [
+        StoredEntry(store.location, entry, by_digest.get(entry.code_digest, ()))
+        for entry in store.entries(op=op, gpu=gpu)
+    ]
+
+
+def entries_table(found: Iterable[StoredEntry]) -> Table:
+    """A line for each stored entry."""
+    table = Table("spec", "config", "µs", "floor µs", "provenance", "tuned on", "binaries", "store")
+    for stored in found:
+        entry, evaluation = stored.entry, stored.entry.evaluation
+        table.add_row(
+            str(entry.spec),
+            str(entry.config),
+            *("" if us is None else f"{us:.2f}" for us in (evaluation.us, evaluation.floor_us)),
+            evaluation.provenance,
+            entry.environment.gpu_name or entry.environment.gpu,
+            ", ".join(stored.made_for),
+            stored.store,
         )
     return table
 

@@ -9,16 +9,16 @@ neighbours too.
 **What is kept.** A winner is stored as soon as its search ends, and its binaries soon after. A spec is skipped when the
 store has an entry of the same template whose provenance is better, or equal with a finished search of at least this
 effort: the study says so, or, where the study is not at hand, the entry was tuned with at least the effort's patience
-in trials. The binaries of such entries are made last, where the store lacks them for the installed Triton; and so is
-what says whether the fusion of a kernel pays (:mod:`.unfused`).
+in trials. At the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
+kernels are timed against their unfused sequence (:mod:`.fusion`).
 
 **What fails.** Only a property of a config is recorded against it: a compile error, a limit exceeded, a compiler that
-crashes or does not end, an inaccurate result, a memory fault. Whatever else fails (a disk, a tool, the GPU, memory, a
-killed worker) says nothing of the config: it is tried again by the next run. Where nothing can be judged any more, the
-run ends and says why (``TuneResult.fault``): at once where the cause is known, else after :data:`IN_A_ROW` candidates.
+crashes or does not end, an inaccurate result, a memory fault. Any other failure (a disk, a tool, the GPU, memory, a
+killed worker) says nothing about the config: the next run tries it again. If no candidate can be judged any more, the
+run ends and says why (``TuneResult.fault``): at once if the cause is known, else after :data:`IN_A_ROW` candidates.
 
-**Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate being evaluated is finished and nothing new is
-begun. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run goes
+**Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate under evaluation is finished and nothing new is
+started. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run goes
 on from its trials. A run that is killed loses the candidates under way.
 """
 
@@ -37,18 +37,17 @@ from types import FrameType
 
 import optuna
 
-from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Binary, Entry
+from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Entry
 from ..cache.store import Store
-from ..codegen.compile import BrokenToolchainError, CompileError, judge_failure
+from ..codegen.compile import CompileError, judge_failure
 from ..codegen.gpu import Gpu
-from ..codegen.module import declared_kernels
 from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
 from ..codegen.variants import check_config, default_config
 from ..errors import DoratuneError
 from .effort import STANDARD, Budget, Effort
 from .evaluation import (
-    BrokenEnvironmentError,
+    BROKEN,
     ContextLostError,
     Evaluator,
     GpuMemoryError,
@@ -56,78 +55,32 @@ from .evaluation import (
     Rejected,
     floor_us,
 )
+from .fusion import composition_of, needs_timing, with_unfused_time
+from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, Tuned, TuneResult
+from .packing import Packing
 from .predict import shortlist
 from .progress import SilentProgress
 from .space import Space
 from .studies import (
     Candidate,
     KernelStudy,
-    default_study_storage,
-    open_study_storage,
-    quiet,
-    release,
     searched_with,
     study_name,
 )
-from .unfused import composition_of
+from .study_storage import default_study_storage, open_study_storage, quiet, release
 from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 
-TUNED, KEPT, PARTIAL, UNFINISHED, FAILED = "tuned", "kept", "partial", "unfinished", "failed"
-
 BEHIND = 1.25
-"""A candidate guessed to take this many times the best guess so far is not compiled."""
+"""A candidate whose estimate is more than this many times the best one so far is not compiled."""
 
 IN_A_ROW = 3
-"""So many candidates one after another that cannot be judged end the run, or the kernel where only its tensors do not
-fit the GPU's memory."""
+"""After this many candidates in a row that cannot be judged the run ends; if their tensors do not fit the GPU's memory,
+only the search of that kernel."""
 
 _STUDIES_PER_WORKER = 2
 _RANKS = (DEFAULT, PREDICTED, MEASURED)
 _VERDICTS = (Rejected, CompileError)
-"""What says that a config is out, on whatever day it is tried."""
-_BROKEN = (BrokenToolchainError, BrokenEnvironmentError)
-"""What says that no config can be judged now."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What became of one spec.
-
-    ``outcome`` is ``tuned``; ``kept`` (the store had it); ``partial`` (stopped, but the seeds were tried and the best
-    is stored); ``unfinished`` (stopped before that; nothing stored); ``failed`` (every candidate was rejected, or none
-    could be judged). ``entry`` is what the store holds for the spec now, None when nothing; ``note`` says why it ended.
-    """
-
-    spec: KernelSpec
-    outcome: str
-    entry: Entry | None
-    note: str = ""
-
-    @property
-    def kept(self) -> bool:
-        """Whether the entry was already there."""
-        return self.outcome == KEPT
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """The rows of a run in the order of its specs.
-
-    ``stopped`` is empty, ``timeout``, ``interrupt`` or ``fault``; then ``fault`` says what is wrong and what to do.
-    """
-
-    rows: tuple[Tuned, ...]
-    stopped: str = ""
-    fault: str = ""
-
-    def count(self, outcome: str) -> int:
-        """How many specs ended in this way."""
-        return sum(row.outcome == outcome for row in self.rows)
-
-    @property
-    def failed(self) -> tuple[Tuned, ...]:
-        """The rows of the specs for which nothing was found; each ``note`` is the reason."""
-        return tuple(row for row in self.rows if row.outcome == FAILED)
+"""The failures that are a property of the config: trying it again would give the same."""
 
 
 def tune(
@@ -149,13 +102,13 @@ def tune(
 
     ``trials`` replaces the effort's number of configs for each kernel. ``jobs`` is the number of compile workers, by
     default one for each core. ``study_storage`` is the path of a SQLite file or a URL for Optuna, by default a
-    file in the user's folder. ``known`` gives a config that did well for the like of a spec elsewhere; it is tried
-    early. ``binaries`` also stores the compiled kernels of the winners.
+    file in the user's folder. ``known`` returns a config that did well for a similar spec, which is tried early.
+    ``binaries`` also stores the compiled kernels of the winners.
     The evaluator is closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
     since the workers import the main module.
 
-    A machine on which nothing can be compiled or measured any more ends the run; the result says why. Nothing of it is
-    recorded, so the same call goes on once it is mended.
+    If nothing can be compiled or measured any more, the run ends and the result says why. Nothing of this is recorded:
+    the same call continues once the machine is repaired.
 
     Raises:
         SpecError: a spec has no variant for this GPU.
@@ -187,7 +140,7 @@ def tune(
 
 @contextmanager
 def _interruption(run: _Run) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop; a second Ctrl-C raises as usual."""
+    """Make the first Ctrl-C or SIGTERM a request to stop; a second Ctrl-C raises as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -208,12 +161,12 @@ def _interruption(run: _Run) -> Iterator[None]:
 
 @dataclass
 class _Search:
-    """A spec under way: its study and the batch that is being compiled."""
+    """A spec's search under way: its study and the batch that is being compiled."""
 
     study: KernelStudy
     floor_us: float
     first: Iterator[Config]
-    best_guess: float
+    best_estimate: float
     batch: list[tuple[Candidate, Source, Future[Compiled]]]
 
     @property
@@ -246,7 +199,7 @@ class _Run:
         self._rows: dict[KernelSpec, Tuned] = {}
         self._deadline: float | None = None
         self._environment = self.evaluator.environment()
-        self._packing: dict[str, tuple[KernelSpec, Future[tuple[Binary, ...]]]] = {}
+        self._packing = Packing(self.store, self.pool, self._environment, self.progress)
 
     def row(self, spec: KernelSpec) -> Tuned:
         return self._rows.get(spec) or Tuned(spec, UNFINISHED, self.store.get(spec), "not begun")
@@ -266,7 +219,7 @@ class _Run:
         active: dict[KernelSpec, _Search] = {}
         most = max(2, _STUDIES_PER_WORKER * (self.pool.jobs or default_jobs()))
         while (families or active) and not self._stopping():
-            # One search at a time in a family, so that its winner is there for the next token bucket.
+            # One search at a time in a family: the next token bucket starts from its winner.
             for family in [f for f in families if f not in active][: most - len(active)]:
                 active[family] = self._begin(spaces[families[family].pop(0)])
                 if not families[family]:
@@ -278,15 +231,15 @@ class _Run:
                 continue
             search = active.pop(ready)
             if self._evaluate(search):
-                active[ready] = search  # now the last in line
-            self._store_packed()
+                active[ready] = search  # at the end of the queue
+            self._store_binaries()
         for search in active.values():
             self._cut_short(search)
-        self._time_unfused()
+        self._time_fusions()
         self._finish_binaries()
 
     def _break_off(self, fault: str) -> None:
-        """Have the run end because of what is wrong with the machine."""
+        """End the run because of a fault of the machine."""
         self.stopped, self.fault = "fault", fault
 
     def _stopping(self) -> bool:
@@ -302,7 +255,7 @@ class _Run:
         if entry.template_digest != digest:
             if render(space.spec, entry.config).digest != entry.source_digest:
                 return None
-            entry = replace(entry, template_digest=digest)  # the template has changed, but not in what it gives here
+            entry = replace(entry, template_digest=digest)  # the template changed, but not its source for this spec
             self.store.put(entry)
         ours, theirs = _RANKS.index(self.evaluator.provenance), _RANKS.index(entry.evaluation.provenance)
         if theirs != ours:
@@ -317,22 +270,22 @@ class _Run:
 
     def _begin(self, space: Space) -> _Search:
         spec = space.spec
-        guesses = {config: self.evaluator.screen(spec, config) for config in space.seeds}
-        known = [guess for guess in guesses.values() if guess is not None]
-        best_guess = min(known, default=float("inf"))
-        seeds = [config for config, guess in guesses.items() if guess is None or guess <= BEHIND * best_guess]
+        estimates = {config: self.evaluator.screen(spec, config) for config in space.seeds}
+        known = [us for us in estimates.values() if us is not None]
+        best_estimate = min(known, default=float("inf"))
+        seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
         floor = floor_us(spec, self.gpu)
         name = study_name(space, self._environment, self.evaluator.provenance)
         study = KernelStudy(space, self.storage, name, seeds=seeds, floor_us=floor, url=self.url)
         elsewhere = (self._neighbour(spec), self.known(spec) if self.known else None)
-        before = self.store.get(spec)  # of a template that has changed since, or of less effort: a good place to begin
+        before = self.store.get(spec)  # from an older template or a lower effort: a good start
         first = itertools.chain(
             () if before is None else (before.config,),
             seeds,
             (config for config in elsewhere if config is not None),
             _lazily(lambda: shortlist(space, self.effort.shortlist)),
         )
-        search = _Search(study, floor, first, best_guess, [])
+        search = _Search(study, floor, first, best_estimate, [])
         self._show(search)
         self._fill(search, max(self.effort.batch, 1 + len(seeds) + len(elsewhere)))
         return search
@@ -347,7 +300,7 @@ class _Run:
         return min(found)[2] if found else None
 
     def _fill(self, search: _Search, count: int) -> None:
-        """Have the next candidates compiled, at most ``count`` and what the budget leaves."""
+        """Start compiling the next candidates: at most ``count``, within the budget."""
         study = search.study
         room = min(count, self.budget.trials - len(study.evaluated))
         while len(search.batch) < room and study.stop(self.budget) is None:
@@ -361,11 +314,12 @@ class _Run:
                 search.batch.append((candidate, source, self.pool.submit(source)))
 
     def _behind(self, search: _Search, config: Config) -> float | None:
-        guess = self.evaluator.screen(search.spec, config)
-        if guess is None:
+        """The estimate for a config that is not worth a compile, or None."""
+        us = self.evaluator.screen(search.spec, config)
+        if us is None:
             return None
-        search.best_guess = min(search.best_guess, guess)
-        return guess if guess > BEHIND * search.best_guess else None
+        search.best_estimate = min(search.best_estimate, us)
+        return us if us > BEHIND * search.best_estimate else None
 
     def _evaluate(self, search: _Search) -> bool:
         """Evaluate a compiled batch and start the next; return whether the search goes on."""
@@ -402,14 +356,14 @@ class _Run:
             self._break_off(f"{verdict}. The same command goes on from here without that config")
 
     def _set_aside(self, search: _Search, candidate: Candidate, failure: DoratuneError) -> bool:
-        """Leave a candidate that could not be judged for another run; return whether its search goes on in this one."""
+        """Leave a candidate that could not be judged to the next run; return whether its search continues now."""
         if isinstance(failure, LaunchFailureError) and search.study.suspect(candidate):
             self._reject(search, candidate, ContextLostError(f"{failure}; the same happened in an earlier run"))
             return True
         reason = str(failure)
         search.study.set_aside(candidate, reason)
         self._undecided_in_a_row += 1
-        if not isinstance(failure, _BROKEN) and self._undecided_in_a_row < IN_A_ROW:
+        if not isinstance(failure, BROKEN) and self._undecided_in_a_row < IN_A_ROW:
             return True
         self._undecided_in_a_row = 0
         if not isinstance(failure, GpuMemoryError):
@@ -419,7 +373,7 @@ class _Run:
         return False
 
     def _give_up(self, search: _Search, reason: str) -> None:
-        """End a search that cannot go on now."""
+        """End a search that cannot continue in this run."""
         if search.study.best is not None and search.study.seeded(self.budget):
             self._close(search, PARTIAL, reason)
         else:
@@ -459,48 +413,49 @@ class _Run:
                 note = f"{note}; configs that could not be judged: {len(undecided)}, {[*undecided.values()][-1]}"
                 self.progress.note(f"{spec}: {note}")
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
-            self._pack(self._rows[spec].entry)
+            if self.binaries:
+                self._packing.start(self._rows[spec].entry)
         self.progress.done(spec, outcome, best[1].us if best else None, search.floor_us)
 
-    def _time_unfused(self) -> None:
-        """Have kernels that fuse timed beside their work one after another, where nobody did or its part is new."""
+    def _time_fusions(self) -> None:
+        """Time each fused kernel against its unfused sequence if that was never done, or if its composition kernel was
+        retuned."""
         if self.evaluator.provenance != MEASURED or self._stopping():
             return
         pending = []
         for row in self._rows.values():
             composition = composition_of(row.spec)
-            if composition is None or row.entry is None or row.entry.evaluation.provenance != MEASURED:
+            if composition is None or row.entry is None:
                 continue
             part = self._rows.get(composition)
-            if row.entry.evaluation.unfused_us is None or (part is not None and part.outcome == TUNED):
+            if needs_timing(row.entry, composition_is_new=part is not None and part.outcome == TUNED):
                 sources = render(row.spec, row.entry.config), render(composition, self._config(composition))
                 pending.append((row.entry, sources, [self.pool.submit(source) for source in sources]))
         if pending:
-            self.progress.note(f"timing {len(pending)} fused kernels beside their work one after another")
+            self.progress.note(f"timing {len(pending)} fused kernels against their unfused sequence")
         for entry, sources, compiled in pending:
             while not self._stopping() and not all(future.done() for future in compiled):
                 self.pool.wait([future for future in compiled if not future.done()], POLL_SECONDS)
             if self._stopping():
                 return
-            reason = self._time_beside(entry, sources, compiled)
+            reason = self._time_fusion(entry, sources, compiled)
             if reason:
-                self.progress.note(f"{entry.spec} is not timed beside its work one after another: {reason}")
+                self.progress.note(f"{entry.spec}: not timed against its unfused sequence: {reason}")
 
-    def _time_beside(
+    def _time_fusion(
         self, entry: Entry, sources: tuple[Source, Source], compiled: Sequence[Future[Compiled]]
     ) -> str | None:
-        """Store what the work of a fused kernel takes one after another; the reason if that cannot be had."""
+        """Store the time of a fused kernel's unfused sequence; return why it could not be measured, or None."""
         try:
             for future in compiled:
                 future.result()
-            times = self.evaluator.times_beside(*sources)
+            times = self.evaluator.fusion_times(*sources)
         except Exception as failure:
-            if isinstance(failure, (ContextLostError, *_BROKEN)):
+            if isinstance(failure, (ContextLostError, *BROKEN)):
                 self._break_off(f"{failure}. The same command goes on from here")
             return str(failure) or type(failure).__name__
-        if times is not None and entry.evaluation.us is not None:
-            unfused_us = entry.evaluation.us * times[1] / times[0]  # as on the clocks of the entry's own time
-            self.store.put(replace(entry, evaluation=replace(entry.evaluation, unfused_us=unfused_us)))
+        if times is not None:
+            self.store.put(with_unfused_time(entry, *times))
             self._rows[entry.spec] = replace(self._rows[entry.spec], entry=self.store.get(entry.spec))
         return None
 
@@ -511,46 +466,22 @@ class _Run:
             return entry.config
         return (self.known(spec) if self.known else None) or default_config(spec, self.gpu)
 
-    def _pack(self, entry: Entry | None) -> bool:
-        """Have the binaries of an entry made, unless the store has them; return whether they are under way."""
-        if entry is None or not self.binaries:
-            return False
-        source = render(entry.spec, entry.config)
-        digest = source.code_digest
-        if digest in self._packing or digest != entry.code_digest:
-            return digest in self._packing
-        architecture, triton = self.gpu.architecture, self._environment.triton
-        stored = {key.kernel for key in self.store.binary_keys(digest, triton, architecture)}
-        if not stored.issuperset(declared_kernels(source)):
-            self._packing[digest] = (entry.spec, self.pool.binaries(source))
-        return digest in self._packing
-
-    def _store_packed(self) -> None:
+    def _store_binaries(self) -> None:
         """Store the binaries that are made by now."""
-        for digest, (spec, future) in [*self._packing.items()]:
-            if not future.done():
-                continue
-            del self._packing[digest]
-            error = future.exception()
-            if isinstance(error, _BROKEN):
-                self._break_off(f"{error}. The winners so far are stored; the same command goes on from here")
-                continue
-            if error is not None:  # the winner is stored all the same: whoever loads it compiles it
-                self.progress.note(f"no binary of {spec}: {error}")
-                continue
-            for binary in future.result():
-                self.store.put_binary(binary)
+        broken = self._packing.store_made()
+        if broken is not None:
+            self._break_off(f"{broken}. The winners so far are stored; the same command goes on from here")
 
     def _finish_binaries(self) -> None:
-        """Wait for the binaries of the winners, and have those made that kept entries lack; not once it is to stop."""
-        if not self._stopping():
-            lacking = sum([self._pack(row.entry) for row in self._rows.values() if row.outcome == KEPT])
+        """Wait for the winners' binaries and make those that kept entries lack, unless the run is to stop."""
+        if not self._stopping() and self.binaries:
+            lacking = sum([self._packing.start(row.entry) for row in self._rows.values() if row.outcome == KEPT])
             if lacking:
                 self.progress.note(f"{lacking} kernels kept from the store lack their binary; compiling them")
-        self._store_packed()
-        while self._packing and not self._stopping():
-            self.pool.wait([future for _, future in self._packing.values()], POLL_SECONDS)
-            self._store_packed()
+        self._store_binaries()
+        while self._packing.under_way and not self._stopping():
+            self.pool.wait(self._packing.under_way, POLL_SECONDS)
+            self._store_binaries()
 
     def _show(self, search: _Search) -> None:
         best = search.study.best

@@ -1,8 +1,8 @@
-"""Optuna studies that outlive their process: one per spec, environment and template text.
+"""Persistent Optuna studies: one per spec, environment and template text.
 
 A study is sampled in memory; each finished trial is added to the storage in one transaction, so that a run killed at
-any moment leaves no half-made or running trials behind. (Asking and telling through SQLite itself takes some 50 ms a
-trial, a fifth of that is left this way.)
+any moment leaves no half-made or running trials behind. (A study sampled through SQLite takes some 50 ms a trial, this
+one a fifth of that.)
 """
 
 from __future__ import annotations
@@ -12,23 +12,16 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import optuna
-import sqlalchemy
 from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
-from ..cache.create import new_file, place, wait_for_claim
 from ..cache.entry import Environment, Evaluation
-from ..cache.location import Location, without_password
-from ..cache.stack import home
 from ..codegen.spec import Config
-from ..errors import DoratuneError
 from .effort import Budget
 from .space import Space
+from .study_storage import explained
 
 GAIN = 0.01
 """A new best counts as a gain, for the patience, when it is this share faster."""
@@ -42,88 +35,12 @@ TRIED = 32
 TRIED_BY_SAMPLER = 12
 """How many of :data:`TRIED` leave the choice to Optuna's sampler; the others are drawn uniformly."""
 
-_SQLITE = "sqlite:///"
-_BUSY_SECONDS = 60
 _DONE = "searched_with"
 _SUSPECTS = "suspects"
 
 _VERDICT = "rejected"
 """The trial attribute that says why a config is out. Earlier versions wrote ``reason`` instead, and did so for full
-disks and lost GPUs too: such trials are passed over, and their configs tried again."""
-
-
-class StudyStorageError(DoratuneError):
-    """The Optuna storage cannot be opened, read or written."""
-
-
-def default_study_storage() -> str:
-    """The URL of the user's own study storage, a SQLite file beside the user's store.
-
-    Raises:
-        NoHomeError: as :func:`~doratune.cache.stack.home`.
-    """
-    return f"sqlite:///{home() / 'studies.sqlite'}"
-
-
-def open_study_storage(location: str | None = None) -> optuna.storages.BaseStorage:
-    """Open the Optuna storage at ``location``, a SQLite file's path or a URL of SQLAlchemy's. A missing file is made.
-
-    Raises:
-        StudyStorageError: it cannot be opened or made.
-    """
-    location = location or default_study_storage()
-    with _explained(location):
-        if "://" in location and not location.startswith(_SQLITE):
-            return optuna.storages.RDBStorage(location)
-        try:
-            path = Path(location.removeprefix(_SQLITE)).expanduser().absolute()
-        except RuntimeError as error:  # a ~ of a user without a home
-            raise ValueError(str(error)) from None
-        if not path.exists():
-            _create(path)
-        wait_for_claim(path)
-        return _sqlite_storage(path)
-
-
-def _url_of(path: Path) -> sqlalchemy.URL:
-    return sqlalchemy.URL.create("sqlite", database=str(path))
-
-
-def _create(path: Path) -> None:
-    # Made whole beside its place, in WAL mode: processes that start together would race for both.
-    with new_file(Location.parse(path), path) as fresh:
-        engine = sqlalchemy.create_engine(_url_of(fresh))
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-        engine.dispose()
-        release(_sqlite_storage(fresh))
-        place(fresh, path)
-
-
-def _sqlite_storage(path: Path) -> optuna.storages.RDBStorage:
-    url = _url_of(path).render_as_string()
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}})
-
-    @sqlalchemy.event.listens_for(storage.engine, "connect")
-    def relax(connection: object, record: object) -> None:
-        # In WAL mode NORMAL loses nothing when the process dies, and at a power cut only the latest trials.
-        connection.execute("PRAGMA synchronous = NORMAL")  # type: ignore[attr-defined]
-
-    storage.engine.dispose()  # connections made before the listener
-    return storage
-
-
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, OSError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error  # Optuna's words hide it
-        reason = without_password(str(getattr(cause, "orig", None) or cause).strip().splitlines()[0])
-        raise StudyStorageError(
-            f"study storage {without_password(url)}: {reason}; check the path or URL and its permissions, "
-            "or name another with --study-storage"
-        ) from error
+disks and lost GPUs too: such trials are ignored, and their configs tried again."""
 
 
 def study_name(space: Space, environment: Environment, provenance: str) -> str:
@@ -144,7 +61,7 @@ class KernelStudy:
     """The search of one spec: what to try next, what was found, when to stop.
 
     Only evaluated and rejected configs count as trials and are stored. Refused ones, repeated ones, ones that could not
-    be judged and ones that ``behind`` judges not worth a compile are told to the sampler only.
+    be judged and ones that ``behind`` excludes are told to the sampler only.
     """
 
     def __init__(
@@ -167,7 +84,7 @@ class KernelStudy:
         """The configs that could not be judged, with the reason. The next process tries them again."""
         self.exhausted = False
         self._url = url
-        with _explained(url):
+        with explained(url):
             self._stored = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
             past = [trial for trial in self._stored.get_trials(deepcopy=False) if _is_judged(trial)]
             self._done = int(self._stored.user_attrs.get(_DONE, 0))
@@ -201,7 +118,7 @@ class KernelStudy:
         return None
 
     def seeded(self, budget: Budget) -> bool:
-        """Whether every seed that the budget allows for has been tried, be it in vain."""
+        """Whether every seed within the budget has been tried, successfully or not."""
         return all(seed in self.evaluated or seed in self.undecided for seed in self.seeds[: budget.trials])
 
     def finish(self, budget: Budget) -> None:
@@ -209,7 +126,7 @@ class KernelStudy:
         if self.undecided:
             return
         self._done = max(budget.trials, self._done)
-        with _explained(self._url):
+        with explained(self._url):
             self._stored.set_user_attr(_DONE, self._done)
 
     def ask(self, behind: Callable[[Config], float | None]) -> Candidate | None:
@@ -273,7 +190,7 @@ class KernelStudy:
         if name in self._suspects:
             return True
         self._suspects.append(name)
-        with _explained(self._url):
+        with explained(self._url):
             self._stored.set_user_attr(_SUSPECTS, self._suspects)
         return False
 
@@ -284,7 +201,7 @@ class KernelStudy:
 
     def _record(self, candidate: Candidate, evaluation: Evaluation | None) -> None:
         frozen = self._tell(candidate.trial, evaluation)
-        with _explained(self._url):
+        with explained(self._url):
             self._stored.add_trial(frozen)
         self._pending.discard(candidate.config)
         self._remember(frozen)
@@ -329,22 +246,10 @@ def _sampler(seed: int) -> optuna.samplers.TPESampler:
 
 
 def searched_with(storage: optuna.storages.BaseStorage, name: str, url: str = "") -> int | None:
-    """The budget of trials with which the study of this name was brought to its end (0: not yet), None without one."""
-    with _explained(url):
+    """The trial budget with which this study was finished, 0 if it was not, None if there is no such study."""
+    with explained(url):
         try:
             study_id = storage.get_study_id_from_name(name)
         except KeyError:
             return None
         return int(storage.get_study_user_attrs(study_id).get(_DONE, 0))
-
-
-def release(storage: optuna.storages.BaseStorage) -> None:
-    """Close the storage's connections."""
-    storage.remove_session()
-    if isinstance(storage, optuna.storages.RDBStorage):
-        storage.engine.dispose()
-
-
-def quiet() -> None:
-    """Keep Optuna's own log off the screen; warnings stay."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -20,18 +20,19 @@ from .effort import find_effort
 from .evaluation import Evaluator, GpuLostError
 from .jobs import plan_jobs
 from .models import Model, requested_model
+from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from .predict import PredictEvaluator
 from .progress import SilentProgress
 from .report import layer_lines
-from .search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult, tune
-from .studies import default_study_storage
+from .search import tune
+from .study_storage import default_study_storage
 
 EVALUATORS = ("auto", "measure", "predict")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What ``doratune tune`` was asked for; the fields are its options.
+    """The options of ``doratune tune``.
 
     Exactly one of ``model`` and ``config`` is given; no ``ops`` or ``tokens`` means all. ``gpu`` is ``auto`` or a name
     for :func:`~doratune.codegen.gpu.find_gpu`; ``adapter_dtype`` None means ``dtype``; ``timeout`` is in seconds.
@@ -59,7 +60,7 @@ class Request:
 
 @dataclass(frozen=True)
 class ModelRun:
-    """What a run was for and what it gave. ``store`` is the store's location."""
+    """A finished run. ``store`` is the store's location."""
 
     model: Model
     gpu: Gpu
@@ -68,7 +69,7 @@ class ModelRun:
     result: TuneResult
 
     def summary(self) -> str:
-        """What became of the kernels and where they are, in a sentence."""
+        """The kernels by outcome and the store, in a sentence."""
         counts = ((self.result.count(outcome), outcome) for outcome in (TUNED, KEPT, PARTIAL, UNFINISHED, FAILED))
         stopped = {
             "": "",
@@ -87,8 +88,8 @@ def tune_model(
 ) -> ModelRun:
     """Tune every kernel that DoRA on a model's linear projections needs.
 
-    ``model`` is what :func:`~.models.requested_model` returned for the request, where the caller has begun to find the
-    model; ``progress`` is told its layers before the search.
+    ``model`` is what :func:`~.models.requested_model` returned for the request, if the caller has called it already;
+    ``progress`` lists the model's layers before the search.
 
     Raises:
         UsageError: an unknown model or GPU, a malformed config, an invalid option.
@@ -109,8 +110,8 @@ def tune_model(
     )
     effort = find_effort(request.effort)
     if request.trials is not None:
-        effort.budget(evaluator.provenance).with_trials(request.trials)  # before a store is made
-    study_storage = request.study_storage or default_study_storage()  # it may have no place: no store is made then
+        effort.budget(evaluator.provenance).with_trials(request.trials)  # raises before a store is made
+    study_storage = request.study_storage or default_study_storage()  # likewise
     said = progress or SilentProgress()
     with Store.open(request.store or user_store_path(), create=True) as store:
         for line in layer_lines(found):
@@ -143,10 +144,10 @@ def measured_elsewhere(spec: KernelSpec) -> Config | None:
 
 
 def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:
-    """The target GPU and how candidates are judged: measured where the target is the GPU at hand, else predicted.
+    """The target GPU and its evaluator: candidates are measured if the target is the GPU here, else predicted.
 
     Raises:
-        UsageError: measuring was asked for a GPU that is not here, or there is neither a GPU nor a named target.
+        UsageError: measuring was requested for a GPU that is not here, or there is neither a GPU nor a named target.
         GpuLostError: PyTorch sees a GPU that does not answer.
     """
     from .measure import MeasureEvaluator, NoGpuError

@@ -1,8 +1,8 @@
 """Compiling candidates in other processes, so that all cores work and a crashing compiler ends only its candidate.
 
 **When a worker dies**, every job of its pool fails, so each is repeated alone. If the worker dies again, its exit code
-says why. A crash of the compiler, where it compiled other texts, and 60 s of processor time are properties of the
-config (:class:`CompilerCrashError`). A kill from outside, as where memory runs out, and a compile that waits are not
+says why. A crash of the compiler, if it has compiled other sources, and 60 s of processor time are properties of the
+config (:class:`CompilerCrashError`). A kill from outside, as when memory runs out, and a compile that waits are not
 (:class:`~.evaluation.Undecided`).
 
 Every job also fills Triton's cache on disk: when the search later loads the kernel on a GPU, or wants the binary of a
@@ -37,7 +37,7 @@ COMPILE_SECONDS = 60
 """A compile that uses more processor time is ended: a kernel of this package takes one to three seconds."""
 
 STUCK_SECONDS = 180
-"""So is one that takes this long by the clock; then the machine may be busy or a disk may hang."""
+"""A compile that takes this long by the clock is ended too: the machine may be busy, or a disk may hang."""
 
 POLL_SECONDS = 0.2
 """How long :meth:`CompilePool.wait` sleeps at most, so that its caller can look at the clock and at signals."""
@@ -68,7 +68,7 @@ def default_jobs() -> int:
 
 
 class CompilePool:
-    """A pool of compile workers for one GPU, with a memory of what was compiled.
+    """A pool of compile workers for one GPU that remembers what it compiled.
 
     Token buckets of one shape share their code, so the result for a code digest serves all of them. Not for use from
     several threads. The workers end with their parent, however that ends.
@@ -83,10 +83,10 @@ class CompilePool:
         self._solo_worker: BaseProcess | None = None
         self._suspects: queue.SimpleQueue[tuple[Source, Future[Compiled]]] = queue.SimpleQueue()
         self._suspect: tuple[Source, Future[Compiled], Future[Compiled]] | None = None
-        self._compiles = False  # whether the compiler has come to an end with any text
+        self._compiles = False  # whether the compiler has finished any source
 
     def submit(self, source: Source) -> Future[Compiled]:
-        """Compile ``source`` some time soon, or return what is known of the same code.
+        """Queue ``source`` for compiling, or return the future of the same code.
 
         The future gives the resources of each kernel, or raises:
 
@@ -104,9 +104,9 @@ class CompilePool:
         return known
 
     def binaries(self, source: Source) -> Future[tuple[Binary, ...]]:
-        """Have the binaries of every kernel of ``source`` made for a store, for contiguous operands.
+        """Queue making the binaries of every kernel of ``source``, for contiguous operands.
 
-        The future raises what that of :meth:`submit` does. Nothing is repeated where a worker died.
+        The future raises as that of :meth:`submit`. If a worker dies, nothing is repeated.
         """
         made: Future[tuple[Binary, ...]] = Future()
         self._start(source, binaries_job).add_done_callback(functools.partial(_settle_binaries, source, made))
@@ -118,7 +118,7 @@ class CompilePool:
         wait(futures, timeout=min(seconds, POLL_SECONDS), return_when=FIRST_COMPLETED)
 
     def close(self) -> None:
-        """Drop what has not been started, wait for what has, and end the workers."""
+        """Cancel the jobs that have not started, wait for the others, and end the workers."""
         for pool in (self._pool, self._solo):
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -142,7 +142,7 @@ class CompilePool:
         if job.cancelled():
             known.cancel()
         elif isinstance(job.exception(), BrokenProcessPool):
-            # Every job under way fails when one kills its worker; which one it was shows when each runs alone.
+            # When one job kills its worker, all jobs under way fail. Running each alone shows which one it was.
             self._suspects.put((source, known))
         else:
             self._pass_on(job, known)
@@ -179,15 +179,15 @@ class CompilePool:
         which = f"{source.spec} with {source.config}"
         if code is None or code >= 0:
             return BrokenEnvironmentError(
-                f"compile workers do not start: one ended with exit code {code} and printed the reason above, if it "
-                "knew it; check that a new Python process can import doratune and Triton, and that a script guards "
+                f"compile workers do not start: one ended with exit code {code} and may have printed the reason "
+                "above; check that a new Python process can import doratune and Triton, and that a script guards "
                 'its call with if __name__ == "__main__":'
             )
         name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
         if -code == signal.SIGPROF:
             return CompilerCrashError(f"the compiler took over {COMPILE_SECONDS} s of processor time on {which}")
         if -code in _CRASHES and self._compiles:
-            return CompilerCrashError(f"the compiler crashed ({name}) on {which}, alone as well")
+            return CompilerCrashError(f"the compiler crashed ({name}) on {which}, also when it ran alone")
         if -code in _CRASHES:
             return WorkerLostError(
                 f"the compiler crashed ({name}) on {which}, and has compiled nothing else so far; check the memory "
@@ -203,7 +203,7 @@ class CompilePool:
                 f"the compile worker was killed (SIGKILL) on {which}, as Linux does where memory runs out (see dmesg); "
                 "give the job more memory or fewer workers (--jobs)"
             )
-        return WorkerLostError(f"the compile worker was ended by {name} on {which}; repeat and leave the workers alone")
+        return WorkerLostError(f"the compile worker was ended by {name} on {which}; run again and do not end it")
 
     def _pass_on(self, job: Future[Compiled], known: Future[Compiled]) -> None:
         error = job.exception()
@@ -216,7 +216,7 @@ class CompilePool:
 
 
 def _is_undecided(known: Future[Compiled]) -> bool:
-    """Whether a compile ended without saying anything of its text, so that it is worth another try."""
+    """Whether a compile failed for a reason outside its source, so that it is worth another try."""
     if not known.done() or known.cancelled():
         return False
     return known.exception() is not None and not isinstance(known.exception(), CompileError)
@@ -251,7 +251,7 @@ def _failed(error: Exception) -> Future[Any]:
 
 
 def _exit_code(worker: BaseProcess | None) -> int | None:
-    """The exit code of a process that is ending. Its pool waits for it too, and may be the one that learns the code."""
+    """The exit code of a process that is ending. Its pool waits for it too, and may get the code first."""
     deadline = time.monotonic() + _EXIT_SECONDS
     while worker is not None and worker.exitcode is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -272,9 +272,9 @@ def _send(pool: ProcessPoolExecutor, source: Source, gpu: Gpu, job: _Job[_Result
 
 @contextmanager
 def _without_interpreter() -> Iterator[None]:
-    """Hide the switch of Triton's CPU interpreter from workers that start meanwhile: under it nothing compiles.
+    """Unset the switch of Triton's CPU interpreter for workers that start inside the block: with it nothing compiles.
 
-    It must be gone before the worker starts, since the parent's main module, which a spawned process imports first, may
+    It must be unset before the worker starts: a spawned process first imports the parent's main module, which may
     import Triton.
     """
     switch = os.environ.pop(_INTERPRETER, None)
@@ -307,7 +307,7 @@ def compile_job(spec: str, config: str, gpu: str) -> Compiled:
 
 
 def binaries_job(spec: str, config: str, gpu: str) -> tuple[Binary, ...]:
-    """The same, for the binaries. Triton's cache on disk has them when the kernel was compiled for a search before.
+    """Make the binaries of one kernel, from Triton's cache on disk if a search compiled it before.
 
     Raises:
         CompileError, ToolchainError: as :func:`~doratune.codegen.compile.compile_source`.

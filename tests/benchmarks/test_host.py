@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from doratune.benchmarks import host
 from doratune.benchmarks.host import Call, host_cases, host_row, host_us, prebound, run_case, ways_to_start
@@ -20,6 +19,8 @@ from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import default_config, find_variant
 from doratune.runtime.device import find_device
 from doratune.runtime.kernel import Kernel
+
+from ..command_line import RUNNER
 
 SPECS = list(host_cases("h200"))
 HOST_TARGETS = [target for target in TARGETS if target.bench == "host"]
@@ -206,7 +207,7 @@ def test_every_target_selects_a_case_that_is_measured() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 def test_without_a_gpu_the_command_says_so() -> None:
-    result = CliRunner().invoke(main, ["bench", "host"])
+    result = RUNNER.invoke(main, ["bench", "host"])
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "needs a GPU and PyTorch sees none" in result.stderr

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from doratune.benchmarks import kernels
 from doratune.benchmarks.kernels import Case, kernel_cases, kernel_row
+from doratune.benchmarks.measuring import peak_mb
 from doratune.benchmarks.peers import Peer
 from doratune.benchmarks.results import (
     OURS,
@@ -23,7 +24,6 @@ from doratune.benchmarks.results import (
     case_of,
     document,
     environment,
-    peak_mb,
     read_rows,
     results_table,
     timing,
@@ -37,6 +37,8 @@ from doratune.runtime.device import find_device
 from doratune.runtime.kernel import Kernel
 from doratune.runtime.reference import reference
 
+from ..command_line import RUNNER
+
 GPU = find_gpu("h200")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 
@@ -48,7 +50,7 @@ def lora_case(tokens: int) -> Case:
 
 def test_a_row_says_what_was_measured_in_its_own_tokens() -> None:
     case = lora_case(64)
-    row = kernel_row(case, Kernel(case.spec, torch.device("cpu")), "peft_eager", [4.0, 1.0, 2.0, 3.0, 5.0], GPU)
+    row = kernel_row(case, "peft_eager", [4.0, 1.0, 2.0, 3.0, 5.0], GPU)
     assert row["shape"] == [64, 4096]  # not those of the bucket of 128
     assert (row["bench"], row["op"], row["rank"]) == ("kernels", "lora_compose", 384)
     assert (row["dtype"], row["adapter"], row["flags"]) == ("bf16", "fp32", [])
@@ -60,9 +62,7 @@ def test_a_row_says_what_was_measured_in_its_own_tokens() -> None:
 
 
 def test_every_case_is_another_one() -> None:
-    rows = [
-        kernel_row(case, Kernel(case.spec, torch.device("cpu")), OURS, [1.0, 2.0], GPU) for case in kernel_cases("h200")
-    ]
+    rows = [kernel_row(case, OURS, [1.0, 2.0], GPU) for case in kernel_cases("h200")]
     assert len({case_of(row) for row in rows}) == len(rows)
     assert {row["op"] for row in rows} <= set(OPS)
     norms = [row for row in rows if row["op"] == "weight_norm"]
@@ -83,7 +83,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, list[Peer]], 
                 output.copy_(value)
 
     checked = kernels.checked_set
-    monkeypatch.setattr(kernels, "load_case", lambda case: Eager(case.spec, find_device("cpu")))
+    monkeypatch.setattr(kernels, "load", lambda spec, tokens: Eager(spec, find_device("cpu")))
     monkeypatch.setattr(kernels, "checked_set", lambda case, draw: checked(case, draw, "cpu"))
     monkeypatch.setattr(
         kernels,
@@ -167,10 +167,8 @@ def test_the_environment_names_versions_commit_and_peers() -> None:
 def test_the_table_has_a_line_a_case_and_peers_as_multiples() -> None:
     from rich.console import Console
 
-    case = lora_case(64)
-    kernel = Kernel(case.spec, torch.device("cpu"))
-    rows = [kernel_row(case, kernel, name, [us, us], GPU) for name, us in ((OURS, 2.0), ("copy", 5.0))]
-    alone = kernel_row(lora_case(16), kernel, "copy", [7.0, 7.0], GPU)
+    rows = [kernel_row(lora_case(64), name, [us, us], GPU) for name, us in ((OURS, 2.0), ("copy", 5.0))]
+    alone = kernel_row(lora_case(16), "copy", [7.0, 7.0], GPU)
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(results_table([*rows, alone]))
     lines = console.export_text().splitlines()
@@ -189,7 +187,7 @@ def test_a_file_that_is_no_results_file_is_refused(tmp_path: Path) -> None:
 
 
 def bench(*args: str) -> Result:
-    return CliRunner().invoke(main, ["bench", *args])
+    return RUNNER.invoke(main, ["bench", *args])
 
 
 @needs_no_gpu
@@ -204,7 +202,9 @@ def test_without_a_gpu_the_command_says_so() -> None:
     ("args", "message"),
     [
         (("--op", "weight_nrom"), "unknown operation 'weight_nrom'; did you mean weight_norm, weight_norm_exact?"),
+        (("--op", "q,k"), "unknown operation 'q,k'; did you mean q,k,v?"),
         (("--peer", "peft_eagre"), "unknown peer 'peft_eagre'; did you mean peft_eager"),
+        (("--peer", "seperate"), "unknown peer 'seperate'; did you mean separate"),
         (("--peer-path", "/nowhere"), "--peer-path /nowhere: no dorafactors there"),
         (("--rounds", "1"), "--rounds"),
     ],
@@ -217,8 +217,7 @@ def test_a_wrong_request_is_named_before_anything_runs(args: tuple[str, ...], me
 
 def test_results_are_judged_without_a_gpu(tmp_path: Path) -> None:
     case = small("weight_norm", d_out=4096, d_in=4096, rank=384, dtype="bf16", adapter="bf16")
-    kernel = Kernel(case.spec, torch.device("cpu"))
-    rows = [kernel_row(case, kernel, name, [us, us], GPU) for name, us in ((OURS, 30.0), ("cublas_product", 20.0))]
+    rows = [kernel_row(case, name, [us, us], GPU) for name, us in ((OURS, 30.0), ("cublas_product", 20.0))]
     path = tmp_path / "kernels.json"
     path.write_text(document({}, rows))
     result = bench("targets", str(path))

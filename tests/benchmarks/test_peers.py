@@ -5,6 +5,7 @@ one agrees with the fp64 definition of the operation on inputs where every term 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import make_inputs, make_outputs
 
 TOKENS = 16
-WHOLE = {"peft_eager", "peft_compiled", "dense_ba", "eager", "compiled", "dorafactors"}
+WHOLE = {"peft_eager", "peft_compiled", "dense_ba", "eager", "compiled", "cublas_compose", "dorafactors"}
 """The peers that compute a whole operation."""
 
 
@@ -148,3 +149,10 @@ def test_a_changed_checkout_is_refused_by_the_name_of_what_it_lacks(
         (folder / name).write_text("value = 1\n")
     with pytest.raises(PeerError, match=complaint):
         Dorafactors(tmp_path)
+
+
+def test_the_unfused_layer_names_the_kernel_that_composes() -> None:
+    peer = next(peer for peer in peers_of(spec_of("dora_linear_forward"), 0.75) if peer.name == "cublas_compose")
+    assert peer.kernel is not None
+    assert peer.kernel.spec == replace(spec_of("lora_compose"), d_in=0)
+    assert all(peer.kernel is None for peer in peers_of(spec_of("lora_compose"), 0.75))

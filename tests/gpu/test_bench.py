@@ -10,9 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import doratune
+from doratune.benchmarks.groups import GROUP_PEERS, group_cases, run_group
 from doratune.benchmarks.host import compiled_module, host_cases, prebound
-from doratune.benchmarks.kernels import SCALING, Case, run_case
+from doratune.benchmarks.kernels import Case, run_case
+from doratune.benchmarks.measuring import SCALING
 from doratune.benchmarks.peers import peers_of
 from doratune.benchmarks.results import OURS, UNCHECKED, Outcome
 from doratune.cli import main
@@ -48,6 +49,19 @@ def test_a_kernel_is_timed_beside_every_peer(op: str) -> None:
     assert all(row["rel_err"] < 0.05 for row in outcome.rows if row["impl"] in {OURS, *whole})
 
 
+def test_projections_of_one_x_are_timed_grouped_and_separate() -> None:
+    gpu = gpu_of(find_device("cuda"))
+    case = next(iter(group_cases(gpu.slug, ["q,k,v"])))
+    outcome = Outcome()
+    run_group(case, GROUP_PEERS, gpu, 2, outcome)
+    assert outcome.notes == outcome.failures == []
+    assert [row["impl"] for row in outcome.rows] == [OURS, *GROUP_PEERS]
+    for row in outcome.rows:
+        assert row["us"] > 0.0
+        assert row["peak_mb"] >= 0.0
+        assert row["rel_err"] is None or row["rel_err"] < 0.05
+
+
 @pytest.mark.parametrize("command", ["layer", "model"])
 def test_layers_and_models_have_times_and_peaks(command: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
@@ -60,8 +74,7 @@ def test_layers_and_models_have_times_and_peaks(command: str, tmp_path: Path) ->
     result = CliRunner().invoke(main, ["bench", command, *options])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
-    expected = {"peft_lora", "peft_dora"} | ({"doratune"} if hasattr(doratune, "accelerate") else set())
-    assert {row["impl"] for row in rows} == expected
+    assert {row["impl"] for row in rows} == {"peft_lora", "peft_dora", "doratune"}
     for row in rows:
         assert row["us"] > 0.0
         assert row["cpu_us"] > 0.0

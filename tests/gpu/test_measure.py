@@ -13,7 +13,7 @@ from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import default_config
 from doratune.runtime.device import find_device, gpu_of
 from doratune.tuner.evaluation import Evaluator, Rejected, Resources
-from doratune.tuner.unfused import composition_of
+from doratune.tuner.fusion import composition_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,7 +74,7 @@ def test_a_fused_kernel_and_its_work_one_after_another_are_timed_in_turn(tokens:
     evaluator, source = evaluator_and_source("dora_linear_forward", tokens)
     spec = composition_of(source.spec)
     assert spec is not None
-    times = evaluator.times_beside(source, render(spec, default_config(spec, evaluator.gpu)))
+    times = evaluator.fusion_times(source, render(spec, default_config(spec, evaluator.gpu)))
     alone = evaluator.evaluate(source, USED).us
     evaluator.close()
     assert times is not None

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import doratune
+from doratune.internals.torch import knows_backward
 from doratune.nn import autograd as gradients_module
 from doratune.nn.differentiation import DifferentiationError
 from doratune.nn.functional import dora_compose, dora_linear, weight_norm
@@ -154,6 +155,7 @@ def with_parameters(layer: Layer, *names: str) -> Layer:
     return Layer(made, layer.scaling, layer.dy)
 
 
+@pytest.mark.skipif(not knows_backward, reason="this PyTorch does not tell one backward pass from another")
 @pytest.mark.parametrize("parameters", [("weight", "lora_A", "lora_B"), ("weight",), ("lora_B",), ()])
 def test_autograd_keeps_no_parameters_and_everything_else(parameters: tuple[str, ...]) -> None:
     layer, other = with_parameters(make_layer(), *parameters), make_layer()
@@ -167,6 +169,7 @@ def test_autograd_keeps_no_parameters_and_everything_else(parameters: tuple[str,
             assert gradient is wanted is None or torch.equal(gradient, wanted), name
 
 
+@pytest.mark.skipif(not knows_backward, reason="this PyTorch does not tell one backward pass from another")
 @pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
 def test_a_parameter_written_to_before_the_backward_pass_is_refused_as_autograd_does(name: str) -> None:
     layer = with_parameters(make_layer(), "weight", "lora_A", "lora_B")

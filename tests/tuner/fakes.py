@@ -73,10 +73,10 @@ class FakeEvaluator(Evaluator):
         self.pause = pause
         self.evaluated: list[tuple[KernelSpec, Config]] = []
         self.closed = False
-        self.beside: Callable[[Source, Source], tuple[float, float] | None] = lambda fused, composition: None
+        self.fusion: Callable[[Source, Source], tuple[float, float] | None] = lambda fused, composition: None
 
-    def times_beside(self, fused: Source, composition: Source) -> tuple[float, float] | None:
-        return self.beside(fused, composition)
+    def fusion_times(self, fused: Source, composition: Source) -> tuple[float, float] | None:
+        return self.fusion(fused, composition)
 
     def environment(self) -> Environment:
         return Environment(gpu="h200", architecture="sm_90", triton="0.0", gpu_name="fake")

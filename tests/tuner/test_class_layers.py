@@ -395,7 +395,7 @@ def test_what_says_how_a_model_is_stored_or_run_does_not_change_its_layers(extra
 
 def test_a_quantised_config_says_that_the_layers_are_the_unquantised_ones() -> None:
     model = list_layers({"model_type": "llama", **GQA, "quantization_config": {"quant_method": "awq"}}, "m")
-    assert model.notes[-1] == "quantization_config is set aside: the layers have the shapes that they have unquantised"
+    assert model.notes[-1] == "quantization_config is ignored: the layers have their unquantised shapes"
 
 
 FILLED_IN: dict[str, tuple[dict[str, Any], set[str]]] = {

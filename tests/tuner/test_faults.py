@@ -27,7 +27,7 @@ from doratune.tuner.evaluation import (
 )
 from doratune.tuner.search import FAILED, IN_A_ROW, PARTIAL, TUNED, UNFINISHED, TuneResult
 from doratune.tuner.space import Space
-from doratune.tuner.studies import StudyStorageError, open_study_storage, release
+from doratune.tuner.study_storage import StudyStorageError, open_study_storage, release
 from doratune.tuner.workers import CompilerCrashError, WorkerLostError
 
 from .fakes import FORWARD, GPU, SPECS, TRIALS, FakeEvaluator, FakePool, steps_from
@@ -166,7 +166,7 @@ def test_one_candidate_that_cannot_be_judged_stops_nothing_and_is_tried_again_by
 VERDICTS = {
     "Triton refuses it": CompileError("does not compile: arange's range must be a power of 2"),
     "too much shared memory": OverLimitError("needs 300000 bytes of shared memory; a block has 232448"),
-    "the compiler crashes": CompilerCrashError("the compiler crashed (SIGSEGV), alone as well"),
+    "the compiler crashes": CompilerCrashError("the compiler crashed (SIGSEGV), also when it ran alone"),
     "endless compile": CompilerCrashError("the compiler took over 60 s of processor time"),
     "Triton's passes refuse it": RuntimeError("PassManager::run failed"),
     "inaccurate": Rejected("inaccurate: y is off by 0.1"),

@@ -29,7 +29,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Evaluate a small kernel on a made-up GPU: its tensors lie in the host's memory, its launch or its inputs fail."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 24, 1 << 24))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 24, 1 << 24))
     monkeypatch.setattr(measure, "find_device", lambda device: torch.device("cpu"))
     spec = KernelSpec.create("compose_forward", d_out=64, tokens=16, dtype="fp32", gpu=GPU.slug)
     source = render(spec, default_config(spec, GPU))

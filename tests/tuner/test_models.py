@@ -298,7 +298,7 @@ def test_without_transformers_anything_else_is_refused_with_the_remedy(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("[1]", "holds no JSON object but '[1]'; give a model's config.json"),
+        ("[1]", "expected a JSON object, found a list; give a model's config.json"),
         ('{\n "hidden_size": 1,\n}', "not valid JSON (line 3, column 1: "),
         ("", "not valid JSON (line 1, column 1: "),
         ('{"hidden_size": ' + "9" * 5000 + "}", "not readable as JSON ("),

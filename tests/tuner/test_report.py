@@ -11,7 +11,7 @@ from rich.console import Console
 from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.tuner.projections import LeftOut, Model, Projection
-from doratune.tuner.report import layer_lines, report_json, report_table
+from doratune.tuner.report import layer_lines, report, report_table
 from doratune.tuner.search import FAILED, TUNED, Tuned, TuneResult
 
 CONFIG = Config.create("tile", block_t=4, block_n=1024, num_warps=4, num_stages=2)
@@ -33,9 +33,9 @@ NORM = replace(
 
 def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> None:
     result = TuneResult((Tuned(ENTRY.spec, TUNED, ENTRY), Tuned(NORM.spec, TUNED, NORM)))
-    document = json.loads(report_json(result, model=MODEL, gpu="h200", store="/s"))
+    document = json.loads(json.dumps(report(result, model=MODEL, gpu="h200", store="/s")))
     rows = document.pop("rows")
-    about = {"schema": 1, "model": "tiny", "gpu": "h200", "store": "/s"}
+    about = {"model": "tiny", "gpu": "h200", "store": "/s"}
     for name in ("projections", "not_tuned", "notes"):
         assert document.pop(name)
     assert document == {**about, "failed": [], "stopped": "", "fault": ""}
@@ -67,7 +67,7 @@ def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> N
 def test_the_json_says_which_kernels_failed_and_why_the_run_ended() -> None:
     rows = (Tuned(ENTRY.spec, TUNED, ENTRY), Tuned(NORM.spec, FAILED, None, "the disk is full"))
     result = TuneResult(rows, "fault", "the disk is full: free space")
-    document = json.loads(report_json(result, model=MODEL, gpu="h200", store="/s"))
+    document = json.loads(json.dumps(report(result, model=MODEL, gpu="h200", store="/s")))
     assert [row["spec"] for row in document["rows"]] == [str(ENTRY.spec)]
     assert document["failed"] == [{"spec": str(NORM.spec), "reason": "the disk is full"}]
     assert (document["stopped"], document["fault"]) == ("fault", "the disk is full: free space")
@@ -119,7 +119,7 @@ MODEL = Model(
 
 
 def test_the_layers_of_a_run_are_in_its_json() -> None:
-    document = json.loads(report_json(TuneResult(()), model=MODEL, gpu="h200", store="/s"))
+    document = json.loads(json.dumps(report(TuneResult(()), model=MODEL, gpu="h200", store="/s")))
     assert document["projections"][0] == {
         "name": "q",
         "d_out": 64,

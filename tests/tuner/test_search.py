@@ -36,12 +36,12 @@ from doratune.runtime.reference import definition, reference
 from doratune.tuner import search
 from doratune.tuner.effort import EFFORTS, STANDARD, find_effort
 from doratune.tuner.evaluation import ContextLostError, Rejected
+from doratune.tuner.fusion import composition_of, run_unfused
 from doratune.tuner.inputs import make_inputs, make_outputs
 from doratune.tuner.progress import SilentProgress
 from doratune.tuner.search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from doratune.tuner.space import Space
-from doratune.tuner.studies import open_study_storage, release
-from doratune.tuner.unfused import composition_of, run_unfused
+from doratune.tuner.study_storage import open_study_storage, release
 
 from .fakes import FORWARD, GPU, SPECS, TRIALS, FakeEvaluator, FakePool, forward_spec, steps_from
 
@@ -454,7 +454,7 @@ class Timing(FakeEvaluator):
         super().__init__(flat)
         self.timed: list[tuple[KernelSpec, Config, KernelSpec, Config]] = []
         self.unfused_us = unfused_us
-        self.beside = self.time
+        self.fusion = self.time
 
     def time(self, fused: Source, composition: Source) -> tuple[float, float]:
         self.timed.append((fused.spec, fused.config, composition.spec, composition.config))
@@ -499,7 +499,7 @@ def test_what_cannot_be_timed_beside_is_told_and_stored_all_the_same(tune: Tune,
         raise Rejected("out of memory")
 
     evaluator, said = FakeEvaluator(flat), Notes()
-    evaluator.beside = fail
+    evaluator.fusion = fail
     assert tune([FUSED], evaluator, trials=3, progress=said).rows[0].outcome == TUNED
     assert any("out of memory" in note and str(FUSED) in note for note in said.notes)
     entry = store.get(FUSED)

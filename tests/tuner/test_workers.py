@@ -83,43 +83,48 @@ def test_a_kernel_beyond_the_gpu_is_a_typed_failure(pool: CompilePool) -> None:
         job.result()
 
 
-@pytest.mark.parametrize(
-    ("number", "error", "said"),
-    [
-        (signal.SIGSEGV, CompilerCrashError, r"the compiler crashed \(SIGSEGV\)"),
-        (signal.SIGPROF, CompilerCrashError, "s of processor time"),
-        (signal.SIGKILL, WorkerLostError, r"was killed \(SIGKILL\).*memory.*--jobs"),
-        (signal.SIGTERM, WorkerLostError, "was ended by SIGTERM"),
-        (signal.SIGALRM, WorkerLostError, "did not end in .* the machine is busy"),
-    ],
-)
+DEATHS = {
+    2: (signal.SIGSEGV, CompilerCrashError, r"the compiler crashed \(SIGSEGV\)"),
+    4: (signal.SIGPROF, CompilerCrashError, "s of processor time"),
+    8: (signal.SIGKILL, WorkerLostError, r"was killed \(SIGKILL\).*memory.*--jobs"),
+    16: (signal.SIGTERM, WorkerLostError, "was ended by SIGTERM"),
+    32: (signal.SIGALRM, WorkerLostError, "did not end in .* the machine is busy"),
+}
+"""How the worker dies of a kernel with this many warps, and what is said of that kernel."""
+
+
 def test_a_worker_that_dies_says_of_its_candidate_what_its_end_shows_and_the_others_succeed(
-    number: signal.Signals, error: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
 
     real = triton.knobs.nvidia.ptxas.path
     assembler = tmp_path / "ptxas"
-    # Eight warps are the mark of the kernel that this assembler does not survive, nor the process that called it.
-    kill = f"kill -{int(number)} $PPID && sleep 2"
-    assembler.write_text(
-        f'#!/bin/sh\nfor f in "$@"; do grep -qs -- "reqntid 256" "$f" && {kill}\ndone\nexec {real} "$@"\n'
+    # The number of threads marks the kernels that this assembler and the process that called it do not survive.
+    kills = "".join(
+        f'  grep -qs -- "reqntid {32 * warps}$" "$f" && kill -{int(number)} $PPID && sleep 2\n'
+        for warps, (number, _, _) in DEATHS.items()
     )
+    assembler.write_text(f'#!/bin/sh\nfor f in "$@"; do\n{kills}done\nexec {real} "$@"\n')
     assembler.chmod(0o755)
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(assembler))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    dying = Config.create("tile", block_t=1, block_n=512, num_warps=8, num_stages=2)
     pool = CompilePool(GPU, jobs=1)
     fine = pool.submit(forward(16))
     settle(pool, fine)
-    job = pool.submit(forward(16, dying))
-    settle(pool, job)
+    dying = {warps: Config.create("tile", block_t=2, block_n=512, num_warps=warps, num_stages=2) for warps in DEATHS}
+    jobs = {warps: pool.submit(forward(16, config)) for warps, config in dying.items()}
+    settle(pool, *jobs.values())
     late = pool.submit(forward(16, d_out=1024))
     settle(pool, late)
     pool.close()
-    with pytest.raises(error, match=said) as caught:
-        job.result()
-    assert isinstance(caught.value, CompileError) == (error is CompilerCrashError), "only a verdict is a CompileError"
+    for warps, (_, error, said) in DEATHS.items():
+        with pytest.raises(error, match=said) as caught:
+            jobs[warps].result()
+        assert str(dying[warps]) in str(caught.value)
+        assert isinstance(caught.value, CompileError) == (error is CompilerCrashError), (
+            "only a verdict is a CompileError"
+        )
     assert fine.result()[0].registers > 0
     assert late.result()[0].registers > 0
 

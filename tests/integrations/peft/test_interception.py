@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import doratune
+from doratune.internals.torch import knows_backward
 
 from ...nn.layers import kernels_on_paper
 from .peft_models import Pair, assert_same_gradients, relative, twin, with_dora
@@ -215,7 +216,7 @@ def test_who_watches_only_a_checkpoints_forward_pass_or_only_its_recompute_chang
     try:
         assert_alike(stock, fast, run)
     except CheckpointError:  # under a global hook PEFT's code runs, which keeps other tensors: said, not used
-        assert watcher != "hooks"
+        assert watcher != "hooks" or not knows_backward
 
 
 @pytest.mark.parametrize("write", ["through data", "under no_grad"])

@@ -1,0 +1,63 @@
+"""Without any one of PyTorch's private names, doratune computes the same by public ways.
+
+The core suite runs once for each name, in a process in which doratune does not find it (``make test-internals``).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from doratune.internals import torch as internals
+
+ROOT = Path(__file__).parents[2]
+
+PRIVATE = re.compile(r"\btorch(\.\w+)*\._(?!_version__|_torch_|foreach_|dynamo\.config)|\bforward_ad\._")
+"""Of what begins with an underscore ``torch._foreach_…``, ``torch._dynamo.config`` and protocols are documented."""
+
+CORE = (
+    "tests/nn/test_module.py",
+    "tests/nn/test_norm_cache.py",
+    "tests/nn/test_operators.py",
+    "tests/integrations/peft/test_glance.py",
+    "tests/integrations/peft/test_interception.py",
+    "tests/integrations/peft/test_overwritten.py",
+    "tests/integrations/peft/test_reinit.py",
+    "tests/integrations/peft/test_selective.py",
+    "tests/runtime/test_argument_memo.py",
+    "tests/runtime/test_kernel.py",
+    "tests/runtime/test_loader.py",
+)
+"""Modules and functions, training and inference, through PEFT and without, and how kernels are started."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", internals.NAMES)
+def test_the_core_suite_passes_without(name: str, pytestconfig: pytest.Config) -> None:
+    if not pytestconfig.getoption("--internals"):
+        pytest.skip("run by make test-internals")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--without", name, *CORE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=590)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+def test_no_other_file_names_something_private_of_pytorch() -> None:
+    for path in sorted(ROOT.rglob("*.py")):
+        part = path.relative_to(ROOT).parts[0]
+        if part.startswith(".") or part in ("tests", "internals", "docs", "build", "benchmarks"):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            code = line.split("  #")[0]
+            assert not PRIVATE.search(code), f"{path}:{number}"
+
+
+def test_this_pytorch_has_every_name() -> None:
+    """A name that is gone costs time: it must be noticed when a new version is added."""
+    if torch.__version__.split("+")[0].split(".")[:2] in (["2", "10"], ["2", "13"], ["2", "15"]):
+        assert internals.missing() == []

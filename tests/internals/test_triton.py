@@ -1,0 +1,190 @@
+"""Without any one of Triton's internals the same kernels are started, by Triton's public ways, and it is said once.
+
+The driver and the binaries are made up (tests/runtime/fakes.py); tests/gpu/test_internals.py does it on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.render import render
+from doratune.codegen.spec import KernelSpec
+from doratune.codegen.variants import VARIANTS, Variant, check_config
+from doratune.internals import triton as internals
+from doratune.runtime import binding
+
+from ..runtime.fakes import Allocations, Compiled, Gpus, World
+from ..runtime.test_recording import allocations, gpus  # noqa: F401  fixtures
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon.language")
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"d_out": 256, "d_in": 512, "rank": 64, "tokens": 16, "dtype": "bf16", "adapter": "bf16"}
+GPU = find_gpu("h200")
+COMPILED = ("triton.experimental.gluon._runtime.GluonASTSource",)
+"""Without these nothing is compiled ahead: see the test of jit functions below."""
+STARTED = [variant for variant in VARIANTS if not variant.library]
+
+
+class Without:
+    """An object without one of its attributes."""
+
+    def __init__(self, whole: Any, name: str) -> None:
+        self._whole, self._name = whole, name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._name:
+            raise AttributeError(name)
+        return getattr(self._whole, name)
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self._whole[grid]
+
+
+def hide(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have doratune find no ``name``, one of NAMES or ATTRIBUTES."""
+    find = internals.find
+    owner, _, attribute = name.rpartition(".")
+    if name in internals.NAMES:
+        monkeypatch.setattr(internals, "find", lambda wanted: None if wanted == name else find(wanted))
+    elif owner == "driver.active":
+
+        def found(wanted: str) -> Any:
+            driver = find(wanted)
+            return driver if wanted != "triton.runtime.driver" else Held(Without(driver.active, attribute))
+
+        monkeypatch.setattr(internals, "find", found)
+    else:
+        made = internals.Launcher.__init__
+        monkeypatch.setattr(
+            internals.Launcher, "__init__", lambda self, compiled: made(self, Without(compiled, attribute))
+        )
+
+
+class Held:
+    def __init__(self, active: Any) -> None:
+        self.active = active
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet() -> Iterator[None]:
+    internals.warn_once.cache_clear()
+    yield
+    internals.warn_once.cache_clear()
+
+
+def world_of(variant: Variant, gpus: Gpus, allocations: Allocations) -> World:  # noqa: F811
+    spec = KernelSpec.create(variant.op, **SIZES, gpu=GPU.slug)
+    config = next(config for config in variant.seeds(spec, GPU) if check_config(spec, config, GPU) is None)
+    return World(render(spec, config), gpus, allocations)
+
+
+@pytest.mark.parametrize("name", [name for name in (*internals.NAMES, *internals.ATTRIBUTES) if name not in COMPILED])
+@pytest.mark.parametrize("variant", STARTED, ids=lambda variant: f"{variant.op}-{variant.name}")
+def test_without_it_the_same_kernels_are_started(
+    variant: Variant,
+    name: str,
+    gpus: Gpus,  # noqa: F811
+    allocations: Allocations,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = world_of(variant, gpus, allocations)
+    operands = whole.operands()
+    expected = [start.what[:3] for start in whole.launch(operands)]
+    assert expected
+    hide(name, monkeypatch)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        reduced = world_of(variant, gpus, allocations)
+        for _ in range(3):
+            assert [start.what[:3] for start in reduced.start(operands)] == expected
+    messages = [str(warning.message) for warning in said if "version of Triton has changed" in str(warning.message)]
+    assert len(messages) == len(set(messages)) <= 2, "each way is left once"
+
+
+@pytest.mark.parametrize("name", ["triton.runtime.driver", "driver.active.get_current_target", *COMPILED])
+def test_where_nothing_can_be_compiled_ahead_the_jit_functions_stay(
+    name: str,
+    gpus: Gpus,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    variant = next(v for v in STARTED if v.name == "warp_specialized")
+    spec = KernelSpec.create(variant.op, **SIZES, gpu=GPU.slug)
+    config = next(config for config in variant.seeds(spec, GPU) if check_config(spec, config, GPU) is None)
+    source = render(spec, config)
+    if name in COMPILED:
+        monkeypatch.setattr(binding, "current_target", GPU.triton_target)
+    hide(name, monkeypatch)  # the made up driver has no get_current_target at all
+    with pytest.warns(RuntimeWarning, match="kernels compile at their first start"):
+        module = binding.bind(source)
+    kernels = [held for held_name, held in vars(module).items() if held_name.endswith("_kernel")]
+    assert kernels
+    assert not any(isinstance(kernel, internals.Launcher) for kernel in kernels)
+
+
+class Changed(Compiled):
+    """A compiled kernel whose C launcher takes other arguments than the known ones."""
+
+    error: type[Exception] = TypeError
+
+    @property
+    def run(self) -> Callable[..., None]:
+        def refuse(*_: Any) -> None:
+            raise self.error("launch() takes 3 arguments")
+
+        return refuse
+
+    @run.setter
+    def run(self, _: Any) -> None: ...
+
+    def __init__(self) -> None:
+        self.function, self.packed_metadata = 1, ()
+        self.started: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.started.append((grid, arguments))
+
+
+def test_a_first_start_that_fails_is_made_by_tritons_runner_and_so_are_the_others(gpus: Gpus) -> None:  # noqa: F811
+    compiled = Changed()
+    launcher = internals.Launcher(compiled)
+    with pytest.warns(RuntimeWarning, match="Triton's runner starts them"):
+        launcher[(4,)]("a")
+    launcher[(5,)]("b")
+    assert compiled.started == [((4, 1, 1), ("a",)), ((5, 1, 1), ("b",))]
+
+
+def test_a_kernel_that_fails_both_ways_is_at_fault_itself(gpus: Gpus) -> None:  # noqa: F811
+    compiled = Changed()
+    compiled.__class__ = type("Failing", (Changed,), {"__getitem__": lambda self, grid: self.run})
+    launcher = internals.Launcher(compiled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TypeError, match="takes 3 arguments"):
+            launcher[(4,)]("a")
+
+
+def test_no_other_file_names_an_internal_of_triton() -> None:
+    """Elsewhere stands what is public: ``triton``, its languages, and the GPUTarget that ``triton.compile`` takes."""
+    private = re.compile(
+        r"(from|import) triton\.(?!backends\.compiler import GPUTarget|experimental\.gluon import language)|triton\.(knobs|_C|runtime)"
+    )
+    for path in sorted(ROOT.rglob("*.py")):
+        part = path.relative_to(ROOT).parts[0]
+        if part.startswith(".") or part in ("tests", "internals", "docs", "build"):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert not private.search(line), f"{path}:{number}: {line}"
+
+
+def test_this_triton_has_every_name() -> None:
+    assert internals.missing() == []

@@ -1,0 +1,91 @@
+"""``doctor`` finds what is installed, says whether that is tested, and names what is broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from doratune import doctor
+from doratune.cache.store import Store
+from doratune.cli import main
+from doratune.internals import torch as torch_internals
+from doratune.internals import versions
+
+from .cache.world import a_spec, an_entry
+from .command_line import RUNNER
+from .test_versions import pins
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.delenv("DORATUNE_CACHE_PATH", raising=False)
+    monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def found(what: str, store: str | None = None) -> list[doctor.Finding]:
+    return [finding for finding in doctor.examine(store) if finding.what == what]
+
+
+def test_the_versions_that_the_tests_pin_are_tested() -> None:
+    for library in versions.TESTED:
+        (oldest,), (newest,) = found(library), found(library)
+        assert oldest.verdict == newest.verdict == doctor.OK
+        for end, column in zip(versions.TESTED[library], ("oldest", "newest"), strict=True):
+            assert ".".join(map(str, end)) == ".".join(pins(column)[library].split(".")[:2])
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"), [("2.9.1", doctor.UNTESTED), ("2.13.0+cu130", doctor.OK), ("3.0", doctor.UNTESTED)]
+)
+def test_a_version_outside_the_range_is_untested(version: str, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed", lambda library: version if library == "torch" else "3.7.1")
+    (torch,) = found("torch")
+    assert (torch.found, torch.verdict) == (version, verdict)
+    assert versions.tested_range("torch") in torch.remark
+
+
+def test_a_library_that_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed", lambda library: None if library == "peft" else "3.7.1")
+    (peft,) = found("peft")
+    assert (peft.found, peft.verdict) == ("not installed", doctor.MISSING)
+
+
+def test_private_names_that_are_gone_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_internals, "missing", lambda: ["torch._C._one", "torch._C._two"])
+    (internals,) = found("torch internals")
+    assert (internals.found, internals.verdict) == ("2 missing", doctor.UNTESTED)
+    assert "torch._C._one, torch._C._two" in internals.remark
+
+
+def test_stores_are_counted_and_broken_ones_named(tmp_path: Path) -> None:
+    path = tmp_path / "team.sqlite"
+    with Store.open(path, create=True) as store:
+        store.put(an_entry(a_spec()))
+    first, *_ = found("store", str(path))
+    assert (first.found, first.verdict, first.remark) == (f"{path} (store)", doctor.OK, "1 entry")
+    path.write_bytes(b"no database" * 100)
+    first, *others = found("store", str(path))
+    assert first.verdict == doctor.BROKEN
+    assert str(path) in first.remark
+    assert others, "the prebuilt ones are looked at all the same"
+
+
+def test_nothing_is_written(home: Path) -> None:
+    doctor.examine()
+    assert not home.exists()
+
+
+def test_the_command_prints_a_table_or_json_and_fails_where_something_is_broken(tmp_path: Path) -> None:
+    done = RUNNER.invoke(main, ["doctor"])
+    assert done.exit_code == 0
+    assert "tested with 2.10" in done.stdout
+    found = json.loads(RUNNER.invoke(main, ["doctor", "--json"]).stdout)["findings"]
+    assert {"torch", "triton", "peft", "Python", "C compiler"} <= {finding["what"] for finding in found}
+    path = tmp_path / "[bold]no store.sqlite"
+    path.write_bytes(b"no database" * 100)
+    done = RUNNER.invoke(main, ["doctor", "--store", str(path)])
+    assert done.exit_code == 1
+    assert "[bold]no" in done.stdout, "a path is no markup"
