@@ -602,7 +602,7 @@ def copy(store: Path, path: Path) -> None:
 
 BROKEN: list[tuple[Callable[[Path, Path], None], list[str]]] = [
     (text_file, ["not a SQLite database and is left as it is", "name another"]),
-    (empty_file, ["the file is empty", "delete it to have a store made, or name another"]),
+    (empty_file, ["the file is empty", "delete it so that a store can be made there, or name another"]),
     (folder, ["this is a folder", "name a file, such as"]),
     (truncated, ["the file is damaged", "Restore it from a copy"]),
     (header_alone, ["the file is ", "name another|Restore it from a copy"]),
