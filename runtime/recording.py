@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..codegen.module import kernel_names
 from ..internals.torch import DispatchMode, current_stream
 from ..internals.triton import InternalsError, Launcher, MapMaker, is_hooked, launch_hooks, warn_once
 
@@ -216,8 +217,9 @@ def record(
     ``tensors`` are contiguous; the recording is right for others of their shapes, strides and alignment. ``maps`` are
     the module's, which its recordings share.
     """
-    if DispatchMode is None:  # what ``launch`` computes would go unseen
-        module.launch(*tensors, *scalars)
+    kernels = [getattr(module, name) for name in kernel_names(module)]
+    if DispatchMode is None or not all(isinstance(kernel, Launcher) for kernel in kernels):
+        module.launch(*tensors, *scalars)  # what it computes, or starts, would go unseen
         return None
     starts: list[_Start] = []
     recorders = {name: _Recorder(held, starts) for name, held in vars(module).items() if isinstance(held, Launcher)}

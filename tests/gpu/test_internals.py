@@ -1,4 +1,4 @@
-"""On a GPU, without any one of the guarded internals of Triton: every kernel gives the same, by Triton's public ways."""
+"""On a GPU, without any one of the guarded internals of Triton every kernel gives the same, by public ways."""
 
 from __future__ import annotations
 
