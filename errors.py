@@ -1,6 +1,6 @@
-"""The failures a user can cause or meet, as types.
+"""The base classes of doratune's errors.
 
-Each message says what was wrong, where, and what to do. The command line prints the message alone, without a traceback,
+Each message says what was wrong, where, and what to do. The command line prints only the message, without a traceback,
 and exits with the class's ``exit_code``.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable
 
 
 class DoratuneError(Exception):
-    """Something failed that the message explains; exit code 1."""
+    """A failure that the message explains; exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(DoratuneError):
-    """The request itself is wrong: a bad argument, an unknown name; exit code 2."""
+    """The request is wrong, for example an unknown name; exit code 2."""
 
     exit_code = 2
 

@@ -273,9 +273,7 @@ def test_a_store_without_the_entry_gives_no_binary(
     at = whole_stack(monkeypatch, tmp_path, {"stranger": (False, compiled)} | ({holder: (True, ())} if holder else {}))
     resolution, source, binaries = resolve_binaries(SPEC)
     assert resolution.store == (at[holder] if holder else None)
-    assert binaries.explain().startswith(
-        f"compiled at the first call: {at['stranger']}: has binaries, but not the entry"
-    )
+    assert binaries.explain().startswith(f"compiled at the first call: {at['stranger']}: its binaries are not used")
     assert (binaries.store, binaries.kernels, binaries.damaged) == (None, {}, ())
     with pytest.raises(Compiles):
         bind(source, None, binaries.kernels)
@@ -305,7 +303,7 @@ def test_explain_names_the_store_of_the_binary_and_those_passed_over(
     )
     assert [reason.split(":")[0] for reason in passed_over] == [at["stranger"], at["team"], at["user"]]
     assert "shared=-1" in passed_over[1]
-    assert "there are binaries of" in passed_over[2]
+    assert "expected binaries of" in passed_over[2]
     assert list(binaries.damaged) == passed_over[1:]
     bind(source, None, binaries.kernels)
     assert len(gpu.loaded) == len(compiled)
@@ -422,8 +420,8 @@ def edited(compiled: tuple[Binary, ...], **values: object) -> Callable[[Store], 
         ({"arch": "sm80"}, "arch='sm80'"),
         ({"triton_version": "2.0"}, "triton_version='2.0'"),
         ({"target": {"backend": "cuda", "arch": 80, "warp_size": 32}}, "target.arch=80"),
-        ({"name": "another_kernel"}, "metadata is not that of"),
-        ({"doratune": GONE}, "metadata is not that of"),
+        ({"name": "another_kernel"}, "metadata does not belong to"),
+        ({"doratune": GONE}, "metadata does not belong to"),
         ({"enable_fp_fusion": GONE}, "lacks enable_fp_fusion"),
     ],
 )
@@ -451,7 +449,7 @@ def test_forged_launch_facts_are_refused_at_the_lookup_and_told_once(
     values: dict[str, object], complaint: str, store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
 ) -> None:
     assert complaint in without_binary(edited(compiled, **values), store, gpu)
-    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel whose binary is stored") as told:
+    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel instead of using its stored binary") as told:
         resolve_binaries(SPEC, store.location)[2].warn()
     assert len(told) == 1
     assert complaint in str(told[0].message)
@@ -471,7 +469,7 @@ def test_garbage_and_other_kernels_images_are_refused_at_the_lookup(
 ) -> None:
     first, second = compiled[:2]
     for image, complaint in (
-        (b"garbage", "no 64-bit ELF"),
+        (b"garbage", "not a 64-bit ELF"),
         (first.image[:-9], "cut off"),
         (second.image, f"the kernel '{second.kernel}'"),
     ):
@@ -503,20 +501,20 @@ def test_a_damaged_row_is_told_once_and_compiled(column: str, value: object, sto
     assert "Delete row" in said
     assert store.location in said
     _, _, binaries = resolve_binaries(SPEC, store.location)
-    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel whose binary is stored") as told:
+    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel instead of using its stored binary") as told:
         binaries.warn()
     assert len(told) == 1
 
 
 def test_a_missing_kernel_of_several_is_told_and_compiled(store: Store, gpu: FakeGpu) -> None:
     said = without_binary(sql("DELETE FROM doratune_binaries WHERE id = 1"), store, gpu)
-    assert "there are binaries of" in said
+    assert "expected binaries of" in said
 
 
 def test_bind_does_not_take_some_kernels_and_compile_others(
     store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
 ) -> None:
-    with pytest.warns(RuntimeWarning, match="there is none of"), pytest.raises(Compiles):
+    with pytest.warns(RuntimeWarning, match="has no stored binary"), pytest.raises(Compiles):
         bind(source_of(SPEC), None, {compiled[0].kernel: compiled[0]})
 
 
@@ -546,7 +544,7 @@ def test_options_from_the_environment_are_a_reason_to_compile_and_none_to_warn(
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "enable_fp_fusion=True, here it is False" in without_binary(lambda _: None, store, gpu)
+        assert "enable_fp_fusion=True, expected False" in without_binary(lambda _: None, store, gpu)
         with pytest.raises(Compiles):
             bind(source_of(SPEC), None, found.kernels)
 
@@ -564,7 +562,7 @@ def test_compiler_variables_that_triton_keys_its_cache_by_are_a_reason_to_compil
 def test_metadata_is_never_more_than_data(compiled: tuple[Binary, ...]) -> None:
     source, target = source_of(SPEC), GPU.triton_target()
     for metadata in ("__import__('os')", "[]", "null", '{"__class__": "x"}'):
-        with pytest.raises(BinaryError, match="metadata is not that of"):
+        with pytest.raises(BinaryError, match="metadata does not belong to"):
             check(source, compiled[0].kernel, target, metadata, compiled[0].image)
 
 

@@ -192,11 +192,15 @@ def test_threads_that_ask_together_get_one_object(monkeypatch: pytest.MonkeyPatc
         ("lora_compose", {"tokens": 0}, "tokens=0: "),
         ("weight_norm", {"tokens": 0}, "tokens=0: "),
         ("weight_norm", {"d_in": "40"}, "d_in='40': must be an integer of at least 1"),
-        ("weight_norm", {"dtype": torch.float64}, "dtype=torch.float64: unsupported dtype; use one of torch.bfloat16"),
-        ("weight_norm", {"adapter_dtype": torch.int8}, "adapter_dtype=torch.int8: unsupported dtype"),
+        (
+            "weight_norm",
+            {"dtype": torch.float64},
+            "dtype must be one of torch.bfloat16, torch.float16, torch.float32, got torch.float64",
+        ),
+        ("weight_norm", {"adapter_dtype": torch.int8}, "adapter_dtype must be one of torch.bfloat16"),
         ("weight_norm", {"adapter_dtype": torch.float16}, "adapter=fp16 with bf16 tensors: adapters are bf16 or fp32"),
-        ("weight_norm", {"magnitude_dtype": torch.float64}, "magnitude_dtype=torch.float64: unsupported dtype"),
-        ("weight_norm", {"dtype": "bf16"}, "dtype='bf16': unsupported dtype"),
+        ("weight_norm", {"magnitude_dtype": torch.float64}, "magnitude_dtype must be one of torch.bfloat16"),
+        ("weight_norm", {"dtype": "bf16"}, "torch.float32, got 'bf16'"),
         ("weight_norm", {"bias": True}, "weight_norm has no flag 'bias'"),
         ("compose_backward", {"delta": True}, "compose_backward has no flag 'delta' (its flags: bias, output)"),
         ("compose_forward", {"bias": True, "delta": True}, "bias and delta exclude each other"),
@@ -211,10 +215,10 @@ def test_what_no_kernel_can_be_is_refused(op: str, wrong: dict[str, Any], said: 
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        ("banana", "device 'banana' is none that PyTorch knows: use 'cuda', 'cuda:0' or 'cpu'"),
-        ("meta", "device meta is not supported: use a CUDA or ROCm GPU ('cuda:0') or 'cpu'"),
-        ("cuda:0", "PyTorch sees no GPU here; 'cpu' runs the eager reference"),
-        (-1, "device -1 is none that PyTorch knows"),
+        ("banana", "unknown device 'banana'; use cpu, cuda or cuda:N"),
+        ("meta", "device must be cpu, cuda or cuda:N (a CUDA or ROCm GPU), got meta"),
+        ("cuda:0", "device cuda:0 needs a GPU, and PyTorch sees none; cpu runs the eager reference"),
+        (-1, "unknown device -1; use cpu, cuda or cuda:N"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(device: str | int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
