@@ -421,15 +421,18 @@ def test_torch_func_and_forward_mode_are_refused_with_the_remedy() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"x": torch.zeros(3, 41)}, r"x has shape \[3, 41\]; expected \[..., 40\]"),
-        ({"lora_A": torch.zeros(6, 41)}, r"lora_A has shape \[6, 41\]; expected \[r, 40\]"),
-        ({"lora_B": torch.zeros(48, 5)}, r"lora_B has shape \[48, 5\]; expected \[48, 6\]"),
-        ({"lora_B": torch.zeros(48, 6).half()}, r"lora_A is torch.float32 and lora_B torch.float16"),
-        ({"magnitude": torch.zeros(40)}, r"magnitude has shape \[40\]; expected \[48\]"),
-        ({"weight": torch.zeros(48 * 40)}, r"weight has shape \[1920\]; expected \[d_out, d_in\]"),
-        ({"x": torch.zeros(3, 40).bfloat16()}, r"x is torch.bfloat16 and weight torch.float32: convert x"),
-        ({"magnitude": torch.zeros(48, device="meta")}, r"magnitude is on meta, the layer on cpu"),
-        ({"weight": torch.zeros(48, 40).requires_grad_()}, r"weight requires a gradient: DoRA's W is frozen"),
+        ({"x": torch.zeros(3, 41)}, r"x must have shape \[..., 40\] .*, got \[3, 41\]"),
+        ({"lora_A": torch.zeros(6, 41)}, r"lora_A must have shape \[r, 40\] .*, got \[6, 41\]"),
+        ({"lora_B": torch.zeros(48, 5)}, r"lora_B must have shape \[48, 6\] .*, got \[48, 5\]"),
+        ({"lora_B": torch.zeros(48, 6).half()}, r"lora_A and lora_B must have .* got torch.float32 and torch.float16"),
+        ({"magnitude": torch.zeros(40)}, r"magnitude must have shape \[48\] .*, got \[40\]"),
+        ({"weight": torch.zeros(48 * 40)}, r"weight must have shape \[d_out, d_in\], got \[1920\]"),
+        ({"x": torch.zeros(3, 40).bfloat16()}, r"x must have .* torch.float32, got torch.bfloat16: convert x"),
+        ({"magnitude": torch.zeros(48, device="meta")}, r"magnitude must be on the layer's device cpu, got meta"),
+        (
+            {"weight": torch.zeros(48, 40).requires_grad_()},
+            r"weight must not require a gradient, because DoRA freezes W",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(change: dict[str, torch.Tensor], complaint: str) -> None:
@@ -450,7 +453,7 @@ class Wrapped(torch.Tensor):
 def test_a_tensor_that_is_no_plain_memory_is_refused() -> None:
     layer = make_layer(dtype=torch.float32)
     layer.tensors["weight"] = torch.Tensor._make_subclass(Wrapped, layer.weight)
-    with pytest.raises(ArgumentError, match="weight is a Wrapped: give a plain"):
+    with pytest.raises(ArgumentError, match=r"weight must be a plain torch\.Tensor, got Wrapped"):
         dora_linear(*layer.args)
 
 
@@ -467,5 +470,5 @@ def test_the_public_norm_is_that_of_w_plus_sba(case: str, dtype: torch.dtype) ->
     squares = layer.weight.double().square().sum(dim=1).float()
     again = doratune.weight_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, weight_sq=squares)
     torch.testing.assert_close(again, norm, rtol=1e-6, atol=0.0)
-    with pytest.raises(ArgumentError, match=r"weight_sq is \[48\] torch.float64; expected \[48\] torch.float32"):
+    with pytest.raises(ArgumentError, match=r"weight_sq must be \[48\] torch.float32, got \[48\] torch.float64"):
         doratune.weight_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, weight_sq=squares.double())

@@ -309,7 +309,7 @@ def test_a_copy_or_a_pickled_module_starts_without_the_norm(computed: list[torch
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(NormReuseError, match="norm_reuse='always': use one of auto, tracked, off"):
+    with pytest.raises(NormReuseError, match="norm_reuse must be one of auto, tracked, off, got 'always'"):
         NormCache("always")
 
 
