@@ -152,7 +152,9 @@ def test_where_pytorch_cannot_be_asked_who_watches_gradients_are_right_all_the_s
     doratune.accelerate(fast, quiet=True)
     wanted = step(stock, inputs(), None)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="doratune leaves .* to PEFT in such calls: a global module hook")
+        warnings.filterwarnings(
+            "ignore", message="doratune leaves .* to PEFT in calls like this one: a global module hook"
+        )
         for policy in (None, POLICIES["matmuls"], POLICIES["every second matmul"]):
             fast.zero_grad()
             assert relative(step(fast, inputs(), policy), wanted) <= 1e-5

@@ -72,7 +72,7 @@ def test_parameters_of_zero3_are_left_to_peft() -> None:
         report = doratune.accelerate(model, quiet=True)
         assert report.layers[0].runs == "pending"
         assert "ZeRO-3" in report.layers[0].remark
-        with pytest.warns(UserWarning, match=r"doratune leaves .*first .* to PEFT in such calls: .*ZeRO-3"):
+        with pytest.warns(UserWarning, match=r"doratune leaves .*first .* to PEFT in calls like this one: .*ZeRO-3"):
             model(torch.randn(3, 24))
         del parameter.ds_id
     assert doratune.accelerate(model, quiet=True).layers[0].runs == "reference"
@@ -83,4 +83,4 @@ def test_a_weight_of_another_size_is_taken_for_a_shard() -> None:
     layer = model.base_model.model.first
     layer.lora_magnitude_vector["default"].weight = nn.Parameter(torch.ones(20))
     report = doratune.accelerate(model, quiet=True)
-    assert "lora_magnitude_vector has shape [20] where [40] is due" in report.layers[0].remark
+    assert "lora_magnitude_vector must have shape [40], got [20]: a shard" in report.layers[0].remark
