@@ -263,9 +263,9 @@ FORGED: list[tuple[tuple[Any, ...], object, str]] = [
     (("backend_name",), "hip", "backend_name='hip'"),
     (("triton_version",), "2.0", "triton_version='2.0'"),
     (("ptx_options",), "--maxrregcount=16", "ptx_options="),
-    (("name",), "finish_kernel", "not that of row_dots_kernel"),
-    (("name",), "row_dots_kernel/../x", "not that of row_dots_kernel"),
-    (("name",), GONE, "not that of row_dots_kernel"),
+    (("name",), "finish_kernel", "not belong to row_dots_kernel"),
+    (("name",), "row_dots_kernel/../x", "not belong to row_dots_kernel"),
+    (("name",), GONE, "not belong to row_dots_kernel"),
     (("hash",), "../../etc/passwd", "hash="),
     (("hash",), 7, "hash=7"),
     (("extern_libs",), [["libdevice", "/tmp/evil.bc"]], "extern_libs"),
@@ -273,7 +273,7 @@ FORGED: list[tuple[tuple[Any, ...], object, str]] = [
     (("__class__",), "os.system", "__class__"),
     (("not a name",), 1, "not a name"),
     (("x" * 5000,), 1, "xxx"),
-    (("doratune",), None, "not that of row_dots_kernel"),
+    (("doratune",), None, "not belong to row_dots_kernel"),
     (("doratune", "signature", 0, 1), "*fp32", "doratune"),
     (("doratune", "signature"), [], "doratune"),
     (("doratune", "signature"), GONE, "lacks signature"),
@@ -309,7 +309,7 @@ def test_the_warps_of_a_kernel_with_several_tasks_are_held_too(makers: Makers, w
     (binary,) = made.binaries
     stored = json.loads(binary.metadata)["num_warps"]
     if warps != stored:
-        with pytest.raises(BinaryError, match=f"num_warps={warps}, here it is {stored}"):
+        with pytest.raises(BinaryError, match=f"num_warps={warps}, expected {stored}"):
             made.check(edited(binary, ("num_warps",), warps))
 
 
@@ -339,7 +339,7 @@ def test_tensor_memory_is_what_a_kernel_of_blackwell_can_have(makers: Makers) ->
     ids=lambda text: text[:12],
 )
 def test_metadata_that_is_none_is_refused(norm: Made, honest: Binary, text: str) -> None:
-    with pytest.raises(BinaryError, match="not that of row_dots_kernel"):
+    with pytest.raises(BinaryError, match="not belong to row_dots_kernel"):
         norm.check(replace(honest, metadata=text))
 
 
@@ -372,12 +372,12 @@ def description(image: bytes, attribute: int) -> int:
 
 
 FORGED_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda image: b"", "no 64-bit ELF"),
-    "garbage": (lambda image: b"\x90" * 4096, "no 64-bit ELF"),
-    "text": (lambda image: b".version 8.0\n.target sm_90\n", "no 64-bit ELF"),
-    "fat": (lambda image: b"\x50\xed\x55\xba" + image, "no 64-bit ELF"),
-    "32 bits": (lambda image: at(image, 4, "B", 1), "no 64-bit ELF"),
-    "big endian": (lambda image: at(image, 5, "B", 2), "no 64-bit ELF"),
+    "empty": (lambda image: b"", "not a 64-bit ELF"),
+    "garbage": (lambda image: b"\x90" * 4096, "not a 64-bit ELF"),
+    "text": (lambda image: b".version 8.0\n.target sm_90\n", "not a 64-bit ELF"),
+    "fat": (lambda image: b"\x50\xed\x55\xba" + image, "not a 64-bit ELF"),
+    "32 bits": (lambda image: at(image, 4, "B", 1), "not a 64-bit ELF"),
+    "big endian": (lambda image: at(image, 5, "B", 2), "not a 64-bit ELF"),
     "host": (lambda image: at(image, 18, "<H", 62), "machine 62"),
     "header alone": (lambda image: image[:64], "cut off"),
     "half": (lambda image: image[: len(image) // 2], "cut off"),
@@ -434,7 +434,7 @@ def test_an_image_of_the_same_kernel_with_other_parameters_is_refused(makers: Ma
 @pytest.mark.parametrize("other", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_an_image_for_another_architecture_is_refused(makers: Makers, other: str) -> None:
     here, there = (makers.make("lora_compose", "tile", gpu) for gpu in ("sm_90", other))
-    with pytest.raises(BinaryError, match=f"the architecture '{other}', here it is 'sm_90'"):
+    with pytest.raises(BinaryError, match=f"the architecture '{other}', expected 'sm_90'"):
         here.check(replace(here.binaries[0], image=there.binaries[0].image))
     with pytest.raises(BinaryError):
         here.check(there.binaries[0])
@@ -446,15 +446,15 @@ AMD_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "renamed": (lambda image: image.replace(b"lora_compose_kernel", b"lora_compozz_kernel"), "lora_compozz_kernel"),
     "described under another name": (
         lambda image: image.replace(b"\xa5.name\xb3lora_compose", b"\xa5.name\xb3lora_compozz"),
-        "describes",
+        "must describe its kernel 'lora_compose_kernel', got 'lora_compozz",
     ),
     "argument bytes": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\x7f", 1), "bytes of each parameter"),
     "negative bytes": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\xff", 1), "bytes of each parameter"),
-    "no size": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.sizf\x08", 1), "no .size"),
-    "no arguments": (lambda image: image.replace(b"\xa5.args", b"\xa5.argz", 1), "no .args"),
+    "no size": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.sizf\x08", 1), ".size in its description must be"),
+    "no arguments": (lambda image: image.replace(b"\xa5.args", b"\xa5.argz", 1), ".args in its description must be"),
     "another type": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\xc2", 1), ".size"),
     "kernels too many": (lambda image: image.replace(b"amdhsa.kernels\x91", b"amdhsa.kernels\x9f", 1), ""),
-    "no description": (lambda image: image.replace(b"AMDGPU\0", b"BMDGPU\0", 1), "0 descriptions"),
+    "no description": (lambda image: image.replace(b"AMDGPU\0", b"BMDGPU\0", 1), "description of its kernels, got 0"),
     "cut off": (lambda image: image[:-1], "cut off"),
     "one byte more": (lambda image: image + b"\0", "1 more bytes follow"),
 }  # fmt: skip

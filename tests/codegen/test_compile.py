@@ -222,7 +222,7 @@ def test_what_triton_or_ptxas_says_against_a_text_is_a_compile_error(error: Exce
         (RuntimeError("Cannot find ptxas"), "Cannot find ptxas; reinstall Triton"),
         (
             RuntimeError("Failed to find C compiler. Please specify"),
-            "install a C compiler such as gcc, or name one in CC",
+            "install a C compiler such as gcc, or set CC to one",
         ),
         (RuntimeError("Could not create or locate cache dir"), "TRITON_CACHE_DIR"),
     ],
