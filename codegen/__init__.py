@@ -1,1 +1,1 @@
-"""From a spec and a config to source text and binaries; what the kernels and the GPUs are."""
+"""Specs, configs, GPUs and variants; rendering to source text and compiling to binaries."""

@@ -1,4 +1,4 @@
-"""The digest of emitted code, which is all that a compiled kernel depends on."""
+"""The digest of emitted code; a compiled kernel depends on nothing else."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import hashlib
 
 
 def code_digest(text: str) -> str:
-    """SHA-256 of an emitted text without its docstring, in hexadecimal.
+    """Return the SHA-256, in hexadecimal, of an emitted text without its docstring.
 
-    The docstring names the spec and the config. So the digest is equal where only the token bucket or the GPU's name
-    differ, and such sources compile to the same binaries.
+    The docstring names the spec and the config. Texts that differ only in the token bucket or the GPU's name therefore
+    have equal digests; they compile to the same binaries.
     """
     return hashlib.sha256(text.split('"""', 2)[-1].encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Emitted text as a live Python module.
+"""Load emitted text as a Python module.
 
-The text never touches the disk: it is registered with :mod:`linecache`, from where Triton (which reads a kernel's
-source through :mod:`inspect`) and tracebacks find it.
+The text is not written to disk: it is registered with :mod:`linecache`, where tracebacks and Triton (which reads a
+kernel's source through :mod:`inspect`) find it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .render import Source
 
 
 def load_module(source: Source) -> ModuleType:
-    """Execute an emitted text and return the module, with its ``@triton.jit`` kernels and its ``launch`` function."""
+    """Execute an emitted text and return the module: its ``@triton.jit`` kernels and its ``launch`` function."""
     if "gluon" in source.text:
         bring_back_names()
     name = f"doratune_{source.spec.op}_{source.digest[:16]}"
@@ -28,10 +28,10 @@ def load_module(source: Source) -> ModuleType:
 
 
 def kernel_names(module: ModuleType) -> tuple[str, ...]:
-    """The names of a module's Triton kernels, in the order of the text."""
+    """Return the names of a module's Triton kernels in the order of the text."""
     return tuple(name for name in vars(module) if name.endswith("_kernel"))
 
 
 def declared_kernels(source: Source) -> tuple[str, ...]:
-    """The same names, from the text alone: nothing is executed, and Triton need not be there."""
+    """Return the same names from the text alone, without executing it or importing Triton."""
     return tuple(re.findall(r"^def (\w+_kernel)\(", source.text, re.MULTILINE))

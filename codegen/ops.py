@@ -1,8 +1,8 @@
-"""The operations and their contracts: which tensors go in and out, in which shapes and dtypes, and what the work costs.
+"""The operations and their contracts: the tensors that go in and out, their shapes and dtypes, and the cost.
 
-This table is the one place that says what an operation takes. The runtime checks arguments against it, the tuner makes
-inputs from it, and the floors of every report are counted from it. The maths is that of DoRA with the norm factored as
-in "Scaling DoRA" (arXiv 2603.22276): ``w = ||W + sBA||_row``, ``g = m / max(w, eps)``, ``y = g*(Wx + sBAx) + b``.
+This table is the only definition of an operation's operands. The runtime checks arguments against it, the tuner makes
+inputs from it, and every report's floors are computed from it. The maths is that of DoRA with the norm factored as in
+"Scaling DoRA" (arXiv 2603.22276): ``w = ||W + sBA||_row``, ``g = m / max(w, eps)``, ``y = g*(Wx + sBAx) + b``.
 """
 
 from __future__ import annotations
@@ -14,36 +14,34 @@ from typing import Protocol
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 ALIGNMENT = 16
-"""Bytes of the widest access: what an address and a row stride are multiples of where a kernel may use it."""
+"""Bytes of the widest memory access; it needs addresses and row strides that are multiples of this."""
 
 EPS = 1e-12
-"""``g = m / max(w, EPS)``: a zero row of ``W + sBA`` gives a finite g instead of NaN."""
-
+"""``g = m / max(w, EPS)``, so that a zero row of ``W + sBA`` gives a finite g instead of NaN."""
 
 SMALLEST_GAIN = {"bf16": 2.0**-32, "fp16": 2.0**-7, "fp32": 2.0**-32}
-"""The least |g| by which y can be divided to get base + s*lora back with the digits that y's dtype has.
+"""The smallest |g| for which y / g is base + s*lora with all digits of y's dtype.
 
-What must not happen is that y = g*inner leaves the normal numbers. In fp16 they end at 2**-14: from g = 2**-7 on, every
-|inner| of 2**-7 or more keeps its digits, and smaller ones add little to a sum of such values. In bf16 and fp32 they
-end at 2**-126: g = 2**-32 leaves room for |dY*inner| down to 2**-94. Below the bound dg comes from
-``compose_backward_exact``, as it does for g = 0, where y says nothing, and for NaN.
+y = g*inner must stay in the range of normal numbers. In fp16 the smallest one is 2**-14: with |g| >= 2**-7 every
+|inner| >= 2**-7 keeps its digits, and smaller values add little to a sum. In bf16 and fp32 it is 2**-126: |g| >= 2**-32
+leaves room for |dY*inner| down to 2**-94. For smaller |g|, for g = 0 and for NaN, dg is computed by
+``compose_backward_exact``.
 """
 
-
 LEAST_SHARE = 0.5
-"""The least share of its terms' size that w**2 keeps: a row that has less is summed directly (``weight_norm_exact``).
+"""The smallest share of its terms' size that w**2 may be; smaller rows are summed directly (``weight_norm_exact``).
 
-``w**2 = nW + 2s*c + s**2*q`` is off by the rounding of its terms, and c and q by that of their own. Their size is
-``nW + s**2*rowsum(B*B * rowsum(A*A))``: the second part is what q is added up from, which is more than q where the rows
-of A are alike and B's signs take them away from each other again. The relative error of w is the sums' own divided by
-the share. In fp32 on a CPU that is 1e-7 to 5e-7, so that 1e-5 would hold down to a share of 0.05. Tensor cores cut the
-low bits off a running sum, which of a W along -BA takes more: cut to 24 bits every 16 columns, w is off by 6.5e-6 over
-8192 columns at a share of 0.48, by 1.0e-5 at 0.38 (emulated). No adapter that is small beside W comes near a half.
+The rounding errors of ``w**2 = nW + 2s*c + s**2*q`` are relative to the size of its terms,
+``nW + s**2*rowsum(B*B * rowsum(A*A))``. (The summands of q may be larger than q: where rows of A are alike, signs in B
+cancel them.) So the relative error of w is that of the sums divided by the share. In fp32 on a CPU the sums are off by
+1e-7 to 5e-7, so the bound of 1e-5 would hold down to a share of 0.05. Tensor cores truncate a running sum, which is
+worse for rows of W along -BA: with truncation to 24 bits every 16 columns, w is off by 6.5e-6 over 8192 columns at a
+share of 0.48, by 1.0e-5 at 0.38 (emulated). Adapters that are small beside W stay far above a share of one half.
 """
 
 
 class Spec(Protocol):
-    """A spec as its contract reads it: sizes, dtypes and flags by name (:class:`~doratune.codegen.spec.KernelSpec`)."""
+    """What a contract reads of a spec: sizes, dtypes and flags by name (:class:`~doratune.codegen.spec.KernelSpec`)."""
 
     @property
     def op(self) -> str:
@@ -52,12 +50,14 @@ class Spec(Protocol):
 
 @dataclass(frozen=True)
 class Operand:
-    """One tensor of an operation: row-major, with named dimensions and a dtype role.
+    """One tensor of an operation: row-major, with contiguous rows and any row stride.
 
-    A matrix may have any row stride, as a slice of a wider one has; the elements of a row are contiguous.
-    ``dtype`` is a role of the spec (``weight``, ``activation``, ``adapter``, ``magnitude``) or a dtype name.
-    ``when`` names the flag or optional role that brings the operand in; ``!flag`` is its absence. A ``rare`` operand is
-    read for exceptional values only, and no part of the floor.
+    Attributes:
+        name: the argument's name.
+        shape: the spec's fields that are its dimensions.
+        dtype: a role of the spec (``weight``, ``activation``, ``adapter``, ``magnitude``) or a dtype name.
+        when: the flag or optional dtype that adds the operand; ``!flag`` adds it where the flag is off.
+        rare: read for exceptional values only, so not counted in the floor.
     """
 
     name: str
@@ -67,18 +67,18 @@ class Operand:
     rare: bool = False
 
     def present(self, spec: Spec) -> bool:
-        """Whether this operand is part of ``spec``."""
+        """Return whether ``spec`` has this operand."""
         if not self.when:
             return True
         wanted = not self.when.startswith("!")
         return bool(getattr(spec, self.when.lstrip("!"))) == wanted
 
     def dtype_of(self, spec: Spec) -> str:
-        """The dtype name (``bf16``, ``fp16``, ``fp32``) of this operand in ``spec``."""
+        """Return the dtype name (``bf16``, ``fp16``, ``fp32``) of this operand in ``spec``."""
         return self.dtype if self.dtype in DTYPE_BYTES else str(getattr(spec, self.dtype))
 
     def elements(self, spec: Spec, tokens: int | None = None) -> int:
-        """The number of elements of this operand, with ``tokens`` rows in place of the spec's bucket when given."""
+        """Return the number of elements in ``spec``, for ``tokens`` tokens if given, else for the spec's bucket."""
         count = 1
         for dim in self.shape:
             count *= tokens if dim == "tokens" and tokens is not None else int(getattr(spec, dim))
@@ -89,9 +89,15 @@ class Operand:
 class Op:
     """A mathematical operation with a contract.
 
-    ``dims`` and ``dtypes`` are the fields of :class:`~doratune.codegen.spec.KernelSpec` the operation depends on;
-    a spec holds no others. ``scaling`` says whether the operation takes the scalar s; ``matrix_dims`` are the three
-    sizes of its matrix product (``d_in+rank``: their sum), none for an elementwise operation.
+    Attributes:
+        name: the name in specs.
+        maths: the formula, as the emitted docstring prints it.
+        dims, dtypes: the fields of :class:`~doratune.codegen.spec.KernelSpec` that a spec must have.
+        optional_dtypes: dtypes that a spec may have; each adds operands.
+        flags: the flags that a spec may set.
+        inputs, outputs: the operands in the order of ``launch``'s arguments.
+        scaling: whether the operation takes the scalar s.
+        matrix_dims: the three sizes of its matrix product (``d_in+rank`` is their sum); empty for an elementwise one.
     """
 
     name: str
@@ -106,19 +112,19 @@ class Op:
     optional_dtypes: tuple[str, ...] = ()
 
     def inputs_of(self, spec: Spec) -> tuple[Operand, ...]:
-        """The tensors that ``spec`` takes, in argument order."""
+        """Return the inputs of ``spec`` in argument order."""
         return tuple(operand for operand in self.inputs if operand.present(spec))
 
     def outputs_of(self, spec: Spec) -> tuple[Operand, ...]:
-        """The tensors that ``spec`` returns, in order."""
+        """Return the outputs of ``spec`` in argument order."""
         return tuple(operand for operand in self.outputs if operand.present(spec))
 
     def floor_bytes(self, spec: Spec) -> int:
-        """The fewest bytes the operation moves: every input but rare ones read once, every output written once."""
+        """Return the least bytes to move: each input but rare ones read once, each output written once."""
         return sum(self._bytes(operand, spec) for operand in self._operands(spec) if not operand.rare)
 
     def operand_bytes(self, spec: Spec) -> int:
-        """The bytes of all inputs and outputs."""
+        """Return the bytes of all inputs and outputs."""
         return sum(self._bytes(operand, spec) for operand in self._operands(spec))
 
     def _operands(self, spec: Spec) -> tuple[Operand, ...]:
@@ -128,7 +134,7 @@ class Op:
         return operand.elements(spec) * DTYPE_BYTES[operand.dtype_of(spec)]
 
     def matrix_flops(self, spec: Spec) -> int:
-        """Floating-point operations of the matrix product: two for each multiply-add."""
+        """Return the floating-point operations of the matrix product, two for each multiply-add; 0 if there is none."""
         sizes = [sum(getattr(spec, name) for name in dim.split("+")) for dim in self.matrix_dims]
         return 2 * math.prod(sizes) if sizes else 0
 

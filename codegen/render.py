@@ -1,4 +1,4 @@
-"""From a spec and a config to source text: the templates, filled.
+"""Render a spec and a config to source text.
 
 The emitted text is a Python module: the Triton kernels of one variant, specialised to the spec, and a ``launch``
 function that takes the operation's inputs, then its outputs, then the scaling s where the operation has one.
@@ -18,7 +18,8 @@ from .digest import code_digest
 from .gpu import find_gpu
 from .ops import EPS, LEAST_SHARE, SMALLEST_GAIN
 from .spec import Config, KernelSpec
-from .variants import find_variant
+from .variants import Variant, find_variant
+from .variants.base import ceil_div, power_of_two
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 
@@ -56,37 +57,45 @@ def _environment() -> jinja2.Environment:
         autoescape=False,
     )
     environment.filters["tl"] = _TL_DTYPES.__getitem__
-    environment.filters["ceil_div"] = lambda value, by: -(-value // by)
-    environment.filters["power_of_two"] = lambda value: 1 << (value - 1).bit_length()
+    environment.filters["ceil_div"] = ceil_div
+    environment.filters["power_of_two"] = power_of_two
     environment.filters["smallest_gain"] = SMALLEST_GAIN.__getitem__
     return environment
 
 
-@functools.cache
-def template_digest(op: str, variant: str) -> str:
-    """SHA-256 over a variant's template and every template it brings in, in hexadecimal.
-
-    Raises:
-        SpecError: the operation has no such variant.
-    """
-    pending, seen = [find_variant(op, variant).template], set()
+def template_files(variant: Variant) -> list[str]:
+    """The names of a variant's template and of every template that it includes or imports, sorted."""
+    pending, seen = [variant.template], set()
     while pending:
         name = pending.pop()
         if name not in seen:
             seen.add(name)
             pending += _REFERENCE.findall((TEMPLATES / name).read_text())
+    return sorted(seen)
+
+
+@functools.cache
+def template_digest(op: str, variant: str) -> str:
+    """SHA-256 over a variant's :func:`template_files` and its constants, in hexadecimal.
+
+    Raises:
+        SpecError: the operation has no such variant.
+    """
+    found = find_variant(op, variant)
     digest = hashlib.sha256()
-    for name in sorted(seen):
+    for name in template_files(found):
         digest.update(name.encode() + b"\0" + (TEMPLATES / name).read_bytes() + b"\0")
+    if found.constants:
+        digest.update(repr(sorted(found.constants.items())).encode())
     return digest.hexdigest()
 
 
 def render(spec: KernelSpec, config: Config) -> Source:
-    """Emit the kernel module of ``spec`` with ``config``.
+    """Emit the kernel module of ``spec`` with ``config``; whether the config fits is not checked (``check_config``).
 
     Raises:
         SpecError: the operation has no such variant.
-        UnknownGpuError: the spec's GPU is not known.
+        UnknownGpuError: the spec's GPU is not listed.
     """
     variant = find_variant(spec.op, config.variant)
     gpu = find_gpu(spec.gpu)
@@ -101,6 +110,7 @@ def render(spec: KernelSpec, config: Config) -> Source:
             eps=EPS,
             least_share=LEAST_SHARE,
             multiprocessors=gpu.multiprocessors,
+            **variant.constants,
             **dict(config.params),
         )
     )

@@ -20,19 +20,19 @@ from ..errors import UsageError, near_names
 from .ops import DTYPE_BYTES, OPS, Op
 
 TOKEN_BUCKETS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-"""Token counts that kernels are tuned for. The count is a run-time argument: every kernel is right for any T >= 1."""
+"""Token counts that kernels are tuned for. The count is a run-time argument: every kernel works for any T >= 1."""
 
 DIMS = ("d_out", "d_in", "rank", "tokens")
 DTYPES = ("weight", "activation", "adapter", "magnitude")
 TILE_DTYPES = ("weight", "activation", "adapter")
-"""The dtypes of the tensors that tiles are made of; the magnitude is a vector beside them."""
+"""The dtypes of the matrices; the magnitude is a vector."""
 FLAGS = ("bias", "delta", "save", "output", "autocast")
 
 _GPU_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 
 class SpecError(UsageError):
-    """A spec, config or dimension is malformed; the message names the field and what would be valid."""
+    """A spec, config or dimension is invalid; the message names the field and the valid values."""
 
 
 def bucket_tokens(tokens: int) -> int:
@@ -55,11 +55,23 @@ def _check_positive(name: str, value: object, remark: str) -> None:
 class KernelSpec:
     """What a kernel computes, for which shapes, dtypes and GPU.
 
-    Fields the operation does not depend on are 0, empty or False. ``tokens`` is a bucket of
-    :data:`TOKEN_BUCKETS`. ``gpu`` is the slug of a listed GPU (``h200``) or of an architecture (``sm_90``).
+    A field that the operation does not depend on is 0, empty or False.
+
+    Attributes:
+        op: the operation's name, a key of :data:`~doratune.codegen.ops.OPS`.
+        d_out, d_in, rank: the layer's sizes, in elements.
+        tokens: one of :data:`TOKEN_BUCKETS`.
+        weight, activation, adapter, magnitude: the dtypes of W, of x and y, of A and B, and of m (``bf16``, ``fp16``,
+            ``fp32``). W and x have one dtype; adapters have that dtype or fp32.
+        bias: y includes the bias b.
+        delta: the output is ``(g-1)*base + g*s*lora``, to be added to base.
+        save: the forward also returns ``inner`` (the norm: ``weight_sq``), which the backward reads.
+        output: the backward gets y in place of ``inner``.
+        autocast: fp32 adapters are rounded to the 16-bit dtype, as ``torch.autocast`` does.
+        gpu: the slug of a listed GPU (``h200``) or of an architecture (``sm_90``).
 
     Raises:
-        SpecError: an unknown operation, a missing, surplus or invalid field.
+        SpecError: an unknown operation; a missing, superfluous or invalid field.
     """
 
     op: str
@@ -89,24 +101,24 @@ class KernelSpec:
         for flag in FLAGS:
             value = getattr(self, flag)
             if not isinstance(value, bool):
-                raise SpecError(f"{flag}={value!r}: a flag is True or False")
+                raise SpecError(f"{flag} must be True or False, got {value!r}")
             if value and flag not in op.flags:
                 raise SpecError(f"{self.op} has no flag {flag!r} (its flags: {', '.join(op.flags) or 'none'})")
         if self.bias and self.delta:
-            raise SpecError("bias and delta exclude each other: the delta form is added to an output that has the bias")
+            raise SpecError("bias and delta exclude each other: the output that delta is added to includes the bias")
         if self.bias and self.output:
             raise SpecError(
-                "bias and output exclude each other: y holds the bias, and y - b has no digits left where b is of y's "
-                "size; a layer with a bias saves inner"
+                "bias and output exclude each other: y includes the bias, and y - b has no digits left where b is as "
+                "large as y; for a layer with a bias, save inner"
             )
         wide = self.weight or self.activation
         if self.autocast and (self.adapter != "fp32" or wide == "fp32"):
             raise SpecError(
-                f"autocast with {self.adapter} adapters and {wide} tensors: it rounds fp32 adapters to the 16-bit "
-                "dtype of the tensors, and there is nothing else to round; leave it out"
+                f"autocast needs fp32 adapters and 16-bit tensors, got {self.adapter} adapters and {wide} tensors: "
+                "there is nothing to round, so leave it out"
             )
         if not _GPU_PATTERN.fullmatch(self.gpu):
-            raise SpecError(f"gpu={self.gpu!r}: a GPU is named like h200, rtx4090 or sm_90")
+            raise SpecError(f"gpu must be a name such as h200, rtx4090 or sm_90, got {self.gpu!r}")
 
     def _check_dim(self, op: Op, dim: str) -> None:
         value = getattr(self, dim)
@@ -140,9 +152,9 @@ class KernelSpec:
 
     @classmethod
     def create(cls, op: str, **values: Any) -> KernelSpec:
-        """Make the spec of ``op`` from a superset of its fields, dropping those the operation does not depend on.
+        """Make the spec of ``op`` from a superset of its fields; those that the operation does not have are dropped.
 
-        ``tokens`` is rounded to its bucket. ``dtype`` stands for both the weight and the activation dtype.
+        ``tokens`` may be any count and is rounded up to its bucket. ``dtype`` sets both ``weight`` and ``activation``.
 
         Raises:
             SpecError: as for the constructor.
@@ -152,7 +164,7 @@ class KernelSpec:
         contract = OPS[op]
         for dim in DIMS:
             if values.get(dim) is not None:
-                _check_positive(dim, values[dim], "also where an operation does not depend on it")
+                _check_positive(dim, values[dim], "even if the operation does not depend on it")
         if "dtype" in values:
             dtype = values.pop("dtype")
             values = {"weight": dtype, "activation": dtype, **values}
@@ -163,10 +175,10 @@ class KernelSpec:
 
     @classmethod
     def parse(cls, text: str) -> KernelSpec:
-        """Read the text form back.
+        """Parse the text form, ``op/field=value/…/flag@gpu``.
 
         Raises:
-            SpecError: the text is malformed; the message names the part and, for a typo, the near names.
+            SpecError: the text is malformed; the message names the part and, for a typo, similar names.
         """
         body, at, gpu = text.strip().partition("@")
         if not at or not gpu:
@@ -207,12 +219,16 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel does its work: the variant (a template's name), its tile parameters, warps and pipeline stages.
+    """How a kernel does its work. A config is a plain validated value, never code.
 
-    ``params`` are (name, value) pairs sorted by name. A config is a plain validated value, never code.
+    Attributes:
+        variant: the variant's name, part of its template's file name.
+        params: (name, value) pairs of the tile parameters, sorted by name.
+        num_warps: warps per Triton program.
+        num_stages: stages of Triton's software pipeline.
 
     Raises:
-        SpecError: an empty variant name or a parameter that is not a non-negative integer.
+        SpecError: an invalid variant name, or a parameter that is not a non-negative integer.
     """
 
     variant: str
@@ -223,19 +239,23 @@ class Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", tuple(sorted((str(name), value) for name, value in self.params)))
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.variant):
-            raise SpecError(f"config: variant {self.variant!r} is not a name like 'tile'")
+            raise SpecError(f"config: variant must be a name such as 'tile', got {self.variant!r}")
         for name, value in (*self.params, ("num_warps", self.num_warps), ("num_stages", self.num_stages)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise SpecError(f"config: {name}={value!r} must be a whole number of at least 0")
+                raise SpecError(f"config: {name} must be an integer of at least 0, got {value!r}")
 
     @classmethod
     def create(cls, variant: str, *, num_warps: int, num_stages: int, **params: int) -> Config:
-        """Make a config with its tile parameters given by name."""
+        """Make a config from tile parameters given by name.
+
+        Raises:
+            SpecError: as for the constructor.
+        """
         return cls(variant, tuple(params.items()), num_warps, num_stages)
 
     @classmethod
     def parse(cls, text: str) -> Config:
-        """Read ``variant:name=value,…,num_warps=…,num_stages=…`` back.
+        """Parse ``variant:name=value,…,num_warps=…,num_stages=…``.
 
         Raises:
             SpecError: the text is malformed.
@@ -245,7 +265,7 @@ class Config:
         for part in filter(None, rest.split(",")):
             name, equals, value = part.partition("=")
             if not equals or not re.fullmatch(r"[0-9]+", value) or name in values:
-                raise SpecError(f"config {text!r}: {part!r} is not name=number, or is given twice")
+                raise SpecError(f"config {text!r}: {part!r} must be name=number, each name once")
             values[name] = int(value)
         missing = {"num_warps", "num_stages"} - values.keys()
         if missing:
@@ -254,18 +274,18 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: Any) -> Config:
-        """Read the JSON form ``{"variant": …, "num_warps": …, "num_stages": …, tile parameters…}`` back.
+        """Make a config from the JSON form ``{"variant": …, "num_warps": …, "num_stages": …, tile parameters…}``.
 
         Raises:
-            SpecError: not such an object.
+            SpecError: ``data`` is not such an object.
         """
         if not isinstance(data, dict) or not {"variant", "num_warps", "num_stages"} <= data.keys():
-            raise SpecError(f"config {data!r} is not an object with variant, num_warps and num_stages")
+            raise SpecError(f"config: expected an object with variant, num_warps and num_stages, got {data!r}")
         values = dict(data)
         return cls.create(values.pop("variant"), **values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """Return the JSON form."""
         return {
             "variant": self.variant,
             **dict(self.params),
@@ -274,6 +294,7 @@ class Config:
         }
 
     def __getitem__(self, name: str) -> int:
+        """Return the tile parameter ``name``."""
         return dict(self.params)[name]
 
     def __str__(self) -> str:

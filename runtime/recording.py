@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..codegen.module import kernel_names
 from ..internals.torch import DispatchMode, current_stream
 from ..internals.triton import InternalsError, Launcher, MapMaker, is_hooked, launch_hooks, warn_once
 
@@ -220,8 +221,9 @@ def record(
     ``tensors`` must be contiguous; the recording is valid for tensors of the same shapes, strides and alignment.
     ``maps`` are shared by all recordings of a module.
     """
-    if DispatchMode is None:  # then nothing shows whether ``launch`` computes with PyTorch
-        module.launch(*tensors, *scalars)
+    kernels = [getattr(module, name) for name in kernel_names(module)]
+    if DispatchMode is None or not all(isinstance(kernel, Launcher) for kernel in kernels):
+        module.launch(*tensors, *scalars)  # not all of its computations and starts would be seen
         return None
     starts: list[_Start] = []
     recorders = {name: _Recorder(held, starts) for name, held in vars(module).items() if isinstance(held, Launcher)}

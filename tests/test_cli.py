@@ -172,6 +172,7 @@ RUNS = {
     ("models",): ["models"],
     ("emit",): ["emit", SPEC],
     ("explain",): ["explain", SPEC],
+    ("doctor",): ["doctor"],
     ("cache", "path"): ["cache", "path"],
     ("cache", "ls"): ["cache", "ls"],
     ("cache", "show"): ["cache", "show", SPEC],
@@ -288,7 +289,7 @@ def test_an_interrupted_run_exits_with_130(tiny: Path, home: Path, monkeypatch: 
     monkeypatch.setattr("doratune.tuner.predict.PredictEvaluator.evaluate", interrupted)
     result = tune_tiny(home, tiny)
     assert result.exit_code == 130
-    assert "interrupted: the same command goes on from here" in result.stderr
+    assert "interrupted: the same command continues from here" in result.stderr
 
 
 def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
@@ -471,7 +472,7 @@ MISTAKES = [
     (["emit", "SPEC", "--config", "tlie:num_warps=1,num_stages=1"], ["no variant 'tlie'; did you mean tile?"]),
     (
         ["emit", "SPEC", "--config", "tile:block_n=48,block_t=1,num_warps=1,num_stages=1"],
-        ["cannot serve", "block_n=48 is not a power of two"],
+        ["cannot serve", "block_n must be a power of two, got 48"],
     ),
     (["cache", "ls", "--op", "compose_forwards"], ["'compose_forwards'; did you mean compose_forward"]),
     (["cache", "ls", "--gpu", "h20"], ["unknown GPU 'h20'; did you mean h200"]),

@@ -96,7 +96,7 @@ class Evaluator(ABC):
 
         Raises:
             Rejected: the candidate cannot win.
-            CompileError: the compiler, asked again here, refuses it.
+            CompileError: the compiler refuses it when it runs again here.
             Undecided, ToolchainError: it could not be judged.
         """
 

@@ -70,7 +70,7 @@ def make_inputs(
 
 
 def make_outputs(spec: KernelSpec, tokens: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """The outputs of ``spec`` by name, filled with NaN so that an element nobody writes shows."""
+    """The outputs of ``spec`` by name, filled with NaN so that an unwritten element shows."""
     return {
         operand.name: torch.full(
             [tokens if dim == "tokens" else int(getattr(spec, dim)) for dim in operand.shape],

@@ -1,4 +1,4 @@
-"""The ``measure`` evaluator: the accuracy gate, then GPU time on the GPU at hand."""
+"""The ``measure`` evaluator: the accuracy gate, then the time on this machine's GPU."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A config's projections are those of transformers' own class, built on the meta device (:mod:`.class_layers`). Without
 transformers the table's families are read from their fields (:mod:`.families`), and every other config is refused: a
-wrong shape tunes kernels that nobody runs.
+wrong shape would tune kernels that never run.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ neighbours too.
 
 **What is kept.** A winner is stored as soon as its search ends, and its binaries soon after. A spec is skipped when the
 store has an entry of the same template whose provenance is better, or equal with a finished search of at least this
-effort: the study says so, or, where the study is not at hand, the entry was tuned with at least the effort's patience
-in trials. At the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
+effort: the study says so, or, without the study, the entry was tuned with at least the effort's patience in trials. At
+the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
 kernels are timed against their unfused sequence (:mod:`.fusion`).
 
 **What fails.** Only a property of a config is recorded against it: a compile error, a limit exceeded, a compiler that
@@ -18,8 +18,8 @@ killed worker) says nothing about the config: the next run tries it again. If no
 run ends and says why (``TuneResult.fault``): at once if the cause is known, else after :data:`IN_A_ROW` candidates.
 
 **Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate under evaluation is finished and nothing new is
-started. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run goes
-on from its trials. A run that is killed loses the candidates under way.
+started. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run
+continues from its trials. A run that is killed loses the candidates under way.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ class _Run:
         return us if us > BEHIND * search.best_estimate else None
 
     def _evaluate(self, search: _Search) -> bool:
-        """Evaluate a compiled batch and start the next; return whether the search goes on."""
+        """Evaluate a compiled batch and start the next; return whether the search continues."""
         while search.batch:
             if self._stopping():
                 return True
@@ -353,7 +353,7 @@ class _Run:
         search.study.reject(candidate, str(verdict))
         self._undecided_in_a_row = 0
         if isinstance(verdict, ContextLostError):
-            self._break_off(f"{verdict}. The same command goes on from here without that config")
+            self._break_off(f"{verdict}. The same command continues from here without that config")
 
     def _set_aside(self, search: _Search, candidate: Candidate, failure: DoratuneError) -> bool:
         """Leave a candidate that could not be judged to the next run; return whether its search continues now."""
@@ -367,7 +367,7 @@ class _Run:
             return True
         self._undecided_in_a_row = 0
         if not isinstance(failure, GpuMemoryError):
-            self._break_off(f"{reason}. The same command goes on from here")
+            self._break_off(f"{reason}. The same command continues from here")
         self.evaluator.finish(search.spec)
         self._give_up(search, reason)
         return False
@@ -452,7 +452,7 @@ class _Run:
             times = self.evaluator.fusion_times(*sources)
         except Exception as failure:
             if isinstance(failure, (ContextLostError, *BROKEN)):
-                self._break_off(f"{failure}. The same command goes on from here")
+                self._break_off(f"{failure}. The same command continues from here")
             return str(failure) or type(failure).__name__
         if times is not None:
             self.store.put(with_unfused_time(entry, *times))
@@ -470,7 +470,7 @@ class _Run:
         """Store the binaries that are made by now."""
         broken = self._packing.store_made()
         if broken is not None:
-            self._break_off(f"{broken}. The winners so far are stored; the same command goes on from here")
+            self._break_off(f"{broken}. The winners so far are stored; the same command continues from here")
 
     def _finish_binaries(self) -> None:
         """Wait for the winners' binaries and make those that kept entries lack, unless the run is to stop."""

@@ -30,7 +30,7 @@ NEAR_FLOOR = 1.03
 """A kernel within this factor of its floor is not searched further."""
 
 TRIED = 32
-"""How often Optuna is asked for a config that is valid and new before the space counts as exhausted."""
+"""Attempts to draw a config that is valid and new, after which the space counts as exhausted."""
 
 TRIED_BY_SAMPLER = 12
 """How many of :data:`TRIED` leave the choice to Optuna's sampler; the others are drawn uniformly."""

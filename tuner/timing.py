@@ -142,7 +142,7 @@ def median_us(samples: Sequence[float]) -> float:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Collect Python's garbage now and not inside the block, where it would count as the time of whoever runs then."""
+    """Collect Python's garbage before the block and not inside it, where it would add to the time of a call."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -77,7 +77,7 @@ class ModelRun:
             "interrupt": "; interrupted",
             "fault": "; the run broke off",
         }[self.result.stopped]
-        again = ": the same command goes on from here" if self.result.stopped in ("timeout", "interrupt") else ""
+        again = ": the same command continues from here" if self.result.stopped in ("timeout", "interrupt") else ""
         return (
             f"{', '.join(f'{count} {outcome}' for count, outcome in counts if count)} in {self.store}{stopped}{again}"
         )

@@ -51,15 +51,15 @@ VARIANTS: tuple[Variant, ...] = (
 
 
 def variants_of(spec: KernelSpec, gpu: Gpu) -> tuple[Variant, ...]:
-    """The variants that can run ``spec`` on ``gpu``, in the order of the registry."""
+    """Return the variants that can run ``spec`` on ``gpu``, in the order of :data:`VARIANTS`."""
     return tuple(v for v in VARIANTS if v.op == spec.op and v.unavailable(spec, gpu) is None)
 
 
 def find_variant(op: str, name: str) -> Variant:
-    """The variant of ``op`` with this name.
+    """Return the variant of ``op`` with this name.
 
     Raises:
-        SpecError: there is none.
+        SpecError: ``op`` has no such variant; the message lists those it has.
     """
     known = {variant.name: variant for variant in VARIANTS if variant.op == op}
     if name not in known:
@@ -68,7 +68,11 @@ def find_variant(op: str, name: str) -> Variant:
 
 
 def default_config(spec: KernelSpec, gpu: Gpu) -> Config:
-    """The built-in config for ``spec`` on ``gpu``: the first seed that fits, of the variant that claims the spec."""
+    """Return the built-in config for ``spec`` on ``gpu``: the first seed that fits, variants in ``default_order``.
+
+    Raises:
+        SpecError: no seed of any variant fits the GPU.
+    """
     for variant in sorted(variants_of(spec, gpu), key=lambda v: v.default_order(spec)):
         for config in variant.seeds(spec, gpu):
             if check_config(spec, config, gpu) is None:
@@ -77,9 +81,9 @@ def default_config(spec: KernelSpec, gpu: Gpu) -> Config:
 
 
 def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
-    """Why ``config`` cannot be used for ``spec`` on ``gpu``, or None when it can.
+    """Return why ``config`` cannot be used for ``spec`` on ``gpu``, or None when it can.
 
-    Judges what is known without compiling: names, powers of two, tile limits, the shared memory of the pipeline.
+    Checks what is known without compiling: parameter names, powers of two, tile limits, shared memory.
     """
     try:
         variant = find_variant(spec.op, config.variant)
@@ -92,24 +96,24 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     given = {name for name, _ in config.params}
     if given != expected:
         named = ", ".join(sorted(given)) or "none"
-        return f"its parameters are {named}; {variant.name} takes {', '.join(sorted(expected))}"
+        return f"{variant.name} takes {', '.join(sorted(expected))}, got {named}"
     for name, value in config.params:
         if name in variant.switches:
             if value > 1:
-                return f"{name}={value} is neither 0 nor 1"
+                return f"{name} must be 0 or 1, got {value}"
         elif value < 1:
-            return f"{name}={value} is less than 1"
+            return f"{name} must be at least 1, got {value}"
         elif value & (value - 1) and name not in variant.counts:
-            return f"{name}={value} is not a power of two"
+            return f"{name} must be a power of two, got {value}"
     if config.num_warps not in WARPS:
-        return f"num_warps={config.num_warps} is none of {', '.join(map(str, WARPS))}"
+        return f"num_warps must be one of {', '.join(map(str, WARPS))}, got {config.num_warps}"
     if config.num_stages not in STAGES:
-        return f"num_stages={config.num_stages} is not between {STAGES[0]} and {STAGES[-1]}"
+        return f"num_stages must be between {STAGES[0]} and {STAGES[-1]}, got {config.num_stages}"
     return variant.refuse(spec, config, gpu)
 
 
 def refuse_padding(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
-    """Why a config that was tuned for more tokens is no good for so few: most of its tiles would be padding."""
+    """Return why a config tuned for more tokens wastes most of its tiles on padding at ``spec.tokens``, or None."""
     given = dict(config.params).get("block_t", 0)
     most = max(find_variant(spec.op, config.variant).choices(spec, gpu).get("block_t", (given,)))
-    return f"block_t={given} where no tile of {spec.tokens} tokens needs more than {most}" if given > most else None
+    return f"block_t must be at most {most} for {spec.tokens} tokens, got {given}" if given > most else None

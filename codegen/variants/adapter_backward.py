@@ -1,4 +1,4 @@
-"""The variant of ``adapter_backward``: dB and the rest of dg in one pass over the [d_out, rank] product."""
+"""The variant of ``adapter_backward``: dB and dg (or dm) in one pass over the [d_out, rank] product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .compose import refuse_tile
 
 
 class AdapterBackwardRows(Variant):
-    """Each program walks ``block_n`` rows in steps of ``block_r`` ranks and keeps their sums."""
+    """Each program sums ``block_n`` rows in steps of ``block_r`` ranks."""
 
     op = "adapter_backward"
     name = "rows"

@@ -1,4 +1,4 @@
-"""What every kernel variant tells: its template, its search space, what it refuses, and the work it does."""
+"""The interface of a kernel variant (template, search space, refused configs, work), and what variants share."""
 
 from __future__ import annotations
 
@@ -15,31 +15,37 @@ MIN_DOT = 16
 """The smallest tile side that ``tl.dot`` takes."""
 
 MAX_ACCUMULATORS = 256
-"""fp32 accumulators a thread may hold before the compiler must spill (255 registers a thread on every listed GPU)."""
+"""fp32 accumulators per thread before the compiler must spill (255 registers per thread on every listed CUDA GPU)."""
 
 MAX_TMA_BOX = 256
-"""The longest side of a tile a tensor descriptor can describe (CUDA driver API, cuTensorMapEncodeTiled, boxDim)."""
+"""The longest side of a tensor descriptor's tile (CUDA driver API, cuTensorMapEncodeTiled, boxDim)."""
 
 TMA_ROW_BYTES = 16
 """Row strides of a tensor descriptor are multiples of this many bytes (cuTensorMapEncodeTiled, globalStrides)."""
 
 WARPGROUP = 4
-"""Warps that issue one Hopper warp-group product together."""
+"""Warps that issue one warp-group product (wgmma) together on Hopper."""
 
 BARRIER_BYTES = 1024
-"""Shared memory set aside for barriers and for what Triton needs to start specialised warps."""
+"""Bytes of shared memory reserved for barriers and for Triton's start of specialised warps."""
 
 LIBRARY_TILE = (256, 128)
-"""The tile by which the library's traffic in the L2 is counted: as large as those of emitted kernels get."""
+"""Rows and columns of the tile by which cuBLAS's L2 traffic is estimated: the largest tile of emitted kernels."""
 
 LIBRARY_FP32_COLUMNS = 1024
-"""Columns in one fp32 sum of the library; the template says the same, and why."""
+"""Columns in one fp32 sum of cuBLAS; _library_product.j2 says why longer sums are split."""
+
+LIBRARY_CONSTANTS = {"library_fp32_columns": LIBRARY_FP32_COLUMNS}
+"""Constants of every template that includes _library_product.j2."""
 
 FP32_PASSES = 3
-"""Tensor core products that make one of fp32 operands (Triton's tf32x3)."""
+"""Tensor core products for one product of fp32 operands (Triton's tf32x3)."""
 
-ADAPTER_TILE = 2048
-"""Elements of a tile of adapter_parts_kernel."""
+ADAPTER_ELEMENTS, ADAPTER_COLS = 2048, 512
+"""Elements of a tile of adapter_parts_kernel, and its columns at most."""
+
+ADAPTER_CONSTANTS = {"adapter_elements": ADAPTER_ELEMENTS, "adapter_cols": ADAPTER_COLS}
+"""Constants of every template that includes _adapter_parts.j2."""
 
 WARPS = (1, 2, 4, 8, 16)
 STAGES = tuple(range(1, 9))
@@ -47,11 +53,16 @@ STAGES = tuple(range(1, 9))
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel launch of a variant does, for the performance model.
+    """The work of one kernel launch of a variant, for the performance model.
 
-    ``programs`` is the size of its grid; ``matrix_flops`` the tensor-core work including padding and extra passes, in
-    ``matrix_dtype``; ``dram_bytes`` what must come from or go to device memory, ``l2_bytes`` all that the programs load
-    and store; ``steps`` how often one program waits for a load that depends on nothing but the loop count.
+    Attributes:
+        kernel: the kernel's name in the emitted text.
+        programs: the size of its grid.
+        dram_bytes: bytes read from and written to device memory.
+        l2_bytes: bytes that all programs load and store together.
+        steps: the loop iterations of one program that wait for a load.
+        matrix_flops: tensor-core operations, padding and extra passes included; 0 for an elementwise kernel.
+        matrix_dtype: the dtype of those operations (a key of :attr:`~doratune.codegen.gpu.Gpu.matrix_flops`).
     """
 
     kernel: str
@@ -65,10 +76,13 @@ class Work:
 
 @dataclass(frozen=True)
 class LibraryCall:
-    """One call of a variant into PyTorch's library, such as a matrix product, for the performance model.
+    """One PyTorch operation of a variant's ``launch`` (a product by cuBLAS, a cast), for the performance model.
 
-    ``dram_bytes`` are those of the operands and the result, ``l2_bytes`` what its tiles load and store,
-    ``matrix_flops`` the work, in ``matrix_dtype``.
+    Attributes:
+        dram_bytes: bytes of the operands and the result.
+        l2_bytes: bytes that the tiles of a product load and store together.
+        matrix_flops: operations of a product, in ``matrix_dtype``; 0 for a cast or copy.
+        matrix_dtype: the dtype of those operations (a key of :attr:`~doratune.codegen.gpu.Gpu.matrix_flops`).
     """
 
     dram_bytes: int
@@ -83,16 +97,17 @@ class Variant(ABC):
     op: ClassVar[str]
     name: ClassVar[str]
     counts: ClassVar[frozenset[str]] = frozenset()
-    """Parameters that count something, such as tiles a program: any number from 1."""
+    """Parameters that count something, such as tiles per program: any number from 1."""
     switches: ClassVar[frozenset[str]] = frozenset()
-    """Parameters that are 0 or 1. All that are neither counts nor switches are powers of two."""
+    """Parameters that are 0 or 1. A parameter that is neither a count nor a switch is a power of two."""
+    constants: ClassVar[Mapping[str, object]] = {}
+    """Numbers that the template shares with ``work`` and ``refuse``: rendering passes them under these names."""
     interpreted: ClassVar[bool] = True
-    """Whether Triton's interpreter can run the template; it does not know Gluon."""
+    """Whether Triton's interpreter can run the template; it cannot run Gluon."""
     descriptors: ClassVar[bool] = False
-    """Whether the template addresses matrices by tensor descriptors: rows must begin at multiples of 16 bytes."""
+    """Whether the template addresses matrices by tensor descriptors: rows must start at multiples of 16 bytes."""
     library: ClassVar[bool] = False
-    """Whether ``launch`` also calls PyTorch's library: then the kernels that it starts are not all that it does, and to
-    start them again is not to launch again."""
+    """Whether ``launch`` also calls cuBLAS through PyTorch: starting its Triton kernels alone does not repeat it."""
 
     @property
     def template(self) -> str:
@@ -100,31 +115,31 @@ class Variant(ABC):
         return f"{self.op}_{self.name}.py.j2"
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
-        """Why this variant cannot run ``spec`` on ``gpu`` at all, or None."""
+        """Return why this variant cannot run ``spec`` on ``gpu`` with any config, or None."""
         return None
 
     def default_order(self, spec: KernelSpec) -> int:
-        """The place of this variant among those that may give the built-in default; the lowest is tried first."""
+        """Return the rank of this variant as the built-in default for ``spec``; the lowest is tried first."""
         return 1
 
     @abstractmethod
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
-        """The values worth trying for each tile parameter and for ``num_warps`` and ``num_stages``."""
+        """Return the values to search for each tile parameter and for ``num_warps`` and ``num_stages``."""
 
     @abstractmethod
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
-        """Known-good configs to try first; the first one is the default."""
+        """Return configs known to be good, to try first; the first one that fits is the default."""
 
     @abstractmethod
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
-        """Why ``config`` cannot work for ``spec`` on ``gpu`` (judged without compiling), or None."""
+        """Return why ``config`` cannot work for ``spec`` on ``gpu``, judged without compiling, or None."""
 
     @abstractmethod
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
-        """The launches of this variant's kernels, in order."""
+        """Return the work of each kernel that ``launch`` starts, in order, at the spec's token bucket."""
 
     def library_calls(self, spec: KernelSpec, config: Config) -> tuple[LibraryCall, ...]:
-        """The calls into PyTorch's library beside them, in order; none unless ``library``."""
+        """Return the PyTorch operations that ``launch`` calls beside its kernels, in order; none unless ``library``."""
         return ()
 
 
@@ -133,8 +148,13 @@ def ceil_div(value: int, by: int) -> int:
     return -(-value // by)
 
 
+def power_of_two(value: int) -> int:
+    """The smallest power of two of at least ``value``."""
+    return 1 << (value - 1).bit_length()
+
+
 def up_to(values: tuple[int, ...], extent: int) -> tuple[int, ...]:
-    """The values whose tile is not more than padding: up to the first one that covers ``extent``."""
+    """The tile sizes up to the first one that covers ``extent``; larger ones would only add padding."""
     covering = next((value for value in values if value >= extent), values[-1])
     return tuple(value for value in values if value <= covering)
 
@@ -147,30 +167,32 @@ def fit(value: int, extent: int, smallest: int = MIN_DOT) -> int:
 
 
 def adapter_parts(spec: KernelSpec) -> int:
-    """The 16-bit parts in which a template with tensor descriptors takes each adapter (see _adapter_parts.j2)."""
+    """The number of 16-bit parts of each adapter in a template with tensor descriptors (_adapter_parts.j2)."""
     return 2 if spec.adapter == "fp32" and not spec.autocast else 1
 
 
-def adapter_parts_work(spec: KernelSpec, elements: int) -> tuple[Work, ...]:
-    """The launch that rounds or splits ``elements`` of fp32 adapters, where they are fp32."""
+def adapter_parts_work(spec: KernelSpec, *shapes: tuple[int, int]) -> tuple[Work, ...]:
+    """The launch that rounds or splits fp32 adapters of these (rows, columns); none for other adapters."""
     if spec.adapter != "fp32":
         return ()
-    moved = elements * (4 + 2 * adapter_parts(spec))
-    programs = ceil_div(elements, ADAPTER_TILE)
+    moved = sum(rows * cols for rows, cols in shapes) * (4 + 2 * adapter_parts(spec))
+    tile_cols = min(power_of_two(min(cols for _, cols in shapes)), ADAPTER_COLS)
+    tile_rows = ADAPTER_ELEMENTS // tile_cols
+    programs = sum(ceil_div(rows, tile_rows) * ceil_div(cols, tile_cols) for rows, cols in shapes)
     return (Work("adapter_parts_kernel", programs=programs, dram_bytes=moved, l2_bytes=moved, steps=1),)
 
 
 def library_unavailable(gpu: Gpu) -> str | None:
-    """Why variants that call the library cannot run on ``gpu``, or None."""
+    """Why variants that call cuBLAS cannot run on ``gpu``, or None."""
     if gpu.backend != "cuda":
-        return f"{gpu.slug} is no CUDA GPU: fp32 results of 16-bit products are cuBLAS's"
+        return f"{gpu.slug} is not a CUDA GPU: only cuBLAS gives fp32 results of 16-bit products"
     return None
 
 
 def library_product(rows: int, cols: int, inner: int, dtype: str, shares: int = 1) -> LibraryCall:
-    """A [rows, inner] x [inner, cols] product by the library, its fp32 result in ``shares`` shares of the inner sum.
+    """A [rows, inner] x [inner, cols] product by cuBLAS with an fp32 result for each of ``shares`` shares of ``inner``.
 
-    fp32 operands are multiplied as they are, by plain multiply-adds.
+    fp32 operands are multiplied with plain multiply-adds, not on tensor cores.
     """
     width, written = dtype_bytes(dtype), shares * rows * cols * 4
     block_rows, block_cols = LIBRARY_TILE if rows >= cols else LIBRARY_TILE[::-1]
@@ -184,13 +206,13 @@ def library_product(rows: int, cols: int, inner: int, dtype: str, shares: int = 
 
 
 def library_products(rows: int, cols: int, inner: int, dtype: str) -> tuple[LibraryCall, ...]:
-    """The calls that make one such product: in fp32 it is added up from parts of :data:`LIBRARY_FP32_COLUMNS`."""
-    calls = ceil_div(inner, LIBRARY_FP32_COLUMNS) if dtype == "fp32" else 1
-    return (library_product(rows, cols, ceil_div(inner, calls), dtype),) * calls
+    """The calls for one such product: in fp32, one for each :data:`LIBRARY_FP32_COLUMNS` columns."""
+    longest = LIBRARY_FP32_COLUMNS if dtype == "fp32" else inner
+    return tuple(library_product(rows, cols, min(longest, inner - start), dtype) for start in range(0, inner, longest))
 
 
 def dot_passes(left: str, right: str) -> tuple[str, int]:
-    """The dtype in which a product of these operand dtypes runs, and how many products make one (see _macros.j2)."""
+    """The dtype of the products of these operand dtypes, and how many are needed for one (``dot`` in _macros.j2)."""
     if left == right:
         return left, FP32_PASSES if left == "fp32" else 1
     return (left if left != "fp32" else right), 2
@@ -199,31 +221,31 @@ def dot_passes(left: str, right: str) -> tuple[str, int]:
 def refuse_dot_tile(m: int, n: int, k: int, warps: int) -> str | None:
     """Why a ``tl.dot`` tile [m, k] x [k, n] on ``warps`` warps cannot work, or None."""
     if min(m, n, k) < MIN_DOT:
-        return f"a {m}x{n}x{k} product is below tl.dot's {MIN_DOT}x{MIN_DOT}x{MIN_DOT}"
+        return f"a {m}x{n}x{k} tile is smaller than tl.dot's minimum of {MIN_DOT}x{MIN_DOT}x{MIN_DOT}"
     per_thread = m * n // (warps * 32)
     if per_thread > MAX_ACCUMULATORS:
-        return f"{per_thread} accumulators a thread ({m}x{n} on {warps} warps) do not fit the registers"
+        return f"{per_thread} accumulators per thread ({m}x{n} on {warps} warps) do not fit the registers"
     return None
 
 
 def refuse_shared_memory(stages: int, bytes_per_stage: int, gpu: Gpu) -> str | None:
     """Why a pipeline of ``stages`` buffers of ``bytes_per_stage`` bytes does not fit ``gpu``, or None.
 
-    Triton makes do with one buffer less on some targets; counting them all means that what passes here does fit.
+    Triton needs one buffer less on some targets; counting all of them is safe on every target.
     """
     needed = stages * bytes_per_stage
     if needed > gpu.shared_bytes_per_block:
         limit = gpu.shared_bytes_per_block
-        return f"{needed} bytes of shared memory for {stages} stages exceed {gpu.slug}'s {limit} a block"
+        return f"{needed} bytes of shared memory for {stages} stages exceed {gpu.slug}'s {limit} per block"
     return None
 
 
 def warp_specialization_unavailable(spec: KernelSpec, gpu: Gpu) -> str | None:
-    """Why templates with specialised warps cannot run ``spec`` on ``gpu``, or None: they issue Hopper's products."""
+    """Why templates with specialised warps (Hopper only) cannot run ``spec`` on ``gpu``, or None."""
     if adapter_parts(spec) > 1:
-        return "fp32 adapters that are kept exact need two passes over the ranks, for which there is no such template"
+        return "exact fp32 adapters need two passes over the ranks, which no warp-specialised template makes"
     if gpu.architecture != "sm_90":
-        return f"{gpu.slug} ({gpu.architecture}) has no warp-group products (wgmma): they are sm_90's"
+        return f"{gpu.slug} ({gpu.architecture}) has no warp-group products (wgmma): only sm_90 has them"
     return None
 
 
@@ -232,11 +254,12 @@ def tma_unavailable(gpu: Gpu, dtypes: tuple[str, ...], row_lengths: tuple[int, .
     if not gpu.has_tma:
         return f"{gpu.slug} ({gpu.architecture}) has no tensor memory accelerator"
     if len(set(dtypes)) > 1 or dtypes[0] == "fp32":
-        return f"tensor descriptors feed products of one 16-bit dtype, not {' with '.join(dict.fromkeys(dtypes))}"
+        return f"tensor descriptors need one 16-bit dtype for all operands, not {' with '.join(dict.fromkeys(dtypes))}"
     for length in row_lengths:
         if length * dtype_bytes(dtypes[0]) % TMA_ROW_BYTES:
             return (
-                f"rows of {length} {dtypes[0]} are not a multiple of {TMA_ROW_BYTES} bytes, as tensor descriptors need"
+                f"rows of {length} {dtypes[0]} values are not a multiple of {TMA_ROW_BYTES} bytes, which tensor "
+                "descriptors need"
             )
     return None
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
 from .base import Variant, Work, ceil_div, dtype_bytes, fit, up_to
 
 MAX_ELEMENTS = 64
-"""Tile elements a thread holds of each operand; more leaves no registers for loads in flight."""
+"""Elements of a tile per thread for each operand; more leaves no registers for loads in flight."""
+
+REDUCE_WARPS = 4
+"""Warps of the kernel that adds the chunks."""
 
 
 def refuse_tile(rows: int, cols: int, warps: int) -> str | None:
     """Why an elementwise [rows, cols] tile on ``warps`` warps cannot work, or None."""
     per_thread = rows * cols // (warps * 32)
     if per_thread > MAX_ELEMENTS:
-        return f"{per_thread} elements a thread ({rows}x{cols} on {warps} warps) do not fit the registers"
+        return f"{per_thread} elements per thread ({rows}x{cols} on {warps} warps) do not fit the registers"
     if per_thread < 1:
         return f"a {rows}x{cols} tile leaves threads of {warps} warps idle"
     return None
@@ -65,10 +69,11 @@ class ForwardTile(Variant):
 
 
 class BackwardColumns(Variant):
-    """Each program walks ``chunk`` rows of a column tile and keeps its sums; a second kernel adds the chunks."""
+    """Each program sums ``chunk`` rows of a column tile; a second kernel adds the chunks."""
 
     op = "compose_backward"
     name = "columns"
+    constants: ClassVar[Mapping[str, object]] = {"reduce_warps": REDUCE_WARPS}
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
         return {
@@ -103,9 +108,9 @@ class BackwardColumns(Variant):
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         if config["block_t"] > config["chunk"]:
-            return f"block_t={config['block_t']} exceeds chunk={config['chunk']}"
+            return f"block_t must be at most chunk={config['chunk']}, got {config['block_t']}"
         return refuse_tile(config["block_t"], config["block_n"], config.num_warps) or refuse_tile(
-            config["reduce_c"], config["reduce_n"], 4
+            config["reduce_c"], config["reduce_n"], REDUCE_WARPS
         )
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:

@@ -1,4 +1,4 @@
-"""The variant of ``compose_backward_exact``: the product again, for the few columns that y says nothing about."""
+"""The variant of ``compose_backward_exact``: dg of the columns whose gain is too small to divide y by."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .base import Variant, Work, ceil_div, dtype_bytes, fit, refuse_dot_tile, re
 
 
 class BackwardExactTiles(Variant):
-    """Programs look at ``block_n`` gains and end at once where all can be divided by; the others redo the product.
+    """Each program reads ``block_n`` gains and ends if y can be divided by all of them; else it repeats the product.
 
-    Each does so for ``chunk`` tokens, in steps of ``block_t``; ``k_share`` values at a time are summed on the tensor
-    cores. Almost always there is nothing to do, so few programs are best: large chunks, wide tiles.
+    A program covers ``chunk`` tokens in steps of ``block_t`` and sums ``k_share`` values at a time on the tensor cores.
+    Columns with tiny gains are rare, so few programs are best: large chunks, wide tiles.
     """
 
     op = "compose_backward_exact"
@@ -55,9 +55,9 @@ class BackwardExactTiles(Variant):
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
         if block_t > config["chunk"]:
-            return f"block_t={block_t} exceeds chunk={config['chunk']}"
+            return f"block_t must be at most chunk={config['chunk']}, got {block_t}"
         if block_k > config["k_share"]:
-            return f"block_k={block_k} exceeds k_share={config['k_share']}"
+            return f"block_k must be at most k_share={config['k_share']}, got {block_k}"
         stage = (block_t * dtype_bytes(spec.activation) + block_n * dtype_bytes(spec.adapter)) * block_k
         return refuse_dot_tile(block_t, block_n, block_k, config.num_warps) or refuse_shared_memory(
             2 * config.num_stages, stage, gpu

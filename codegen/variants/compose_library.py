@@ -1,29 +1,42 @@
-"""The variants of ``lora_compose`` and ``dora_linear_forward`` whose products are the library's."""
+"""The variants of ``lora_compose`` and ``dora_linear_forward`` whose products are made by cuBLAS."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
-from .base import LibraryCall, Variant, Work, ceil_div, dtype_bytes, fit, library_products, library_unavailable, up_to
+from .base import (
+    LIBRARY_CONSTANTS,
+    LibraryCall,
+    Variant,
+    Work,
+    ceil_div,
+    dtype_bytes,
+    fit,
+    library_products,
+    library_unavailable,
+    up_to,
+)
 
 LIBRARY_ORDER = 4
-"""Behind all that is written out as a kernel: the library's products cost a pass over [T, d_out] more, or several."""
+"""The default rank, behind every emitted product: a cuBLAS product costs one more pass over [T, d_out], or several."""
 
 MAX_ELEMENTS = 64
-"""Elements of the composition's tile a thread may hold: three values and their addresses for each."""
+"""Elements of the composition's tile per thread: each takes registers for three values and their addresses."""
 
 
 class _ComposedProducts(Variant):
     """Products with fp32 results of [T, d_out], and one pass that composes them.
 
-    fp32 adapters beside 16-bit h are split in two, and the product runs over twice the ranks.
+    fp32 adapters beside 16-bit h are split into two 16-bit parts, and the product runs over twice the ranks.
     """
 
     name = "library"
     library = True
+    constants: ClassVar[Mapping[str, object]] = LIBRARY_CONSTANTS
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         return library_unavailable(gpu)
@@ -54,12 +67,12 @@ class _ComposedProducts(Variant):
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         each = config["block_t"] * config["block_n"] // (config.num_warps * 32)
         if each > MAX_ELEMENTS:
-            return f"{each} elements a thread ({config['block_t']}x{config['block_n']} on {config.num_warps} warps)"
+            return f"{each} elements per thread ({config['block_t']}x{config['block_n']} on {config.num_warps} warps)"
         return None
 
     @abstractmethod
     def _base_bytes(self, spec: KernelSpec) -> int:
-        """Bytes of an element of the base that is composed."""
+        """Bytes of one element of base as the composition reads it."""
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
         block_t, block_n = config["block_t"], config["block_n"]
@@ -84,15 +97,15 @@ class _ComposedProducts(Variant):
             return (rounding, *library_products(spec.tokens, spec.d_out, spec.rank, spec.activation))
         return (
             rounding,
-            LibraryCall(elements * 10),  # what rounding left out, in fp32,
-            rounding,  # and rounded in turn
-            LibraryCall(spec.tokens * spec.rank * 6),  # h twice
+            LibraryCall(elements * 10),  # the rounding error, in fp32
+            rounding,  # of the rounding error
+            LibraryCall(spec.tokens * spec.rank * 6),  # h, repeated
             *library_products(spec.tokens, spec.d_out, 2 * spec.rank, spec.activation),
         )
 
 
 class LoraComposeLibrary(_ComposedProducts):
-    """h @ B.T by the library, then one pass over base and the product."""
+    """h @ B.T by cuBLAS, then one pass over base and the product."""
 
     op = "lora_compose"
 
@@ -101,7 +114,7 @@ class LoraComposeLibrary(_ComposedProducts):
 
 
 class DoraLinearLibrary(_ComposedProducts):
-    """x @ W.T and h @ B.T by the library, then one pass over both, which are not rounded before their sum."""
+    """x @ W.T and h @ B.T by cuBLAS in fp32, then one pass that adds and composes them."""
 
     op = "dora_linear_forward"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
@@ -21,18 +22,18 @@ from .base import (
 )
 
 FEW_TOKENS = 128
-"""Up to this many tokens reading W takes longer than multiplying by it (H200: 745 TFLOP/s over 4.27 TB/s is 174)."""
+"""Up to this many tokens, reading W takes longer than multiplying by it (H200: 745 TFLOP/s over 4.27 TB/s is 174)."""
 
 EXACT_BLOCK_K = 32
-"""The deepest step of fp32 products: inside a step tensor cores drop low bits of the running sum, between steps the
-addition rounds. At 64 the loss alone would come near the bound of 1e-6."""
+"""The largest block_k of fp32 products: inside a step tensor cores truncate the running sum, between steps the addition
+rounds. At 64 the truncation alone comes near the error bound of 1e-6."""
 
 FINISH_COLUMNS = 256
-"""Columns a program of the finishing kernel adds; the template says the same."""
+"""Columns that a program of the finishing kernel adds."""
 
 
 def _narrow(spec: KernelSpec) -> bool:
-    """Whether each product is one tensor-core product."""
+    """Whether every product takes one tensor-core product: 16-bit operands of one dtype."""
     return dtype_bytes(spec.activation) == 2 and spec.adapter == spec.activation
 
 
@@ -51,7 +52,7 @@ def _written_bytes(spec: KernelSpec) -> int:
 
 
 def _tile_flops(spec: KernelSpec, block_t: int, block_n: int, block_k: int) -> int:
-    """Tensor core work of one output tile, padding and extra passes included."""
+    """Tensor-core operations of one output tile, padding and extra passes included."""
     base_passes = dot_passes(spec.activation, spec.weight)[1]
     lora_passes = dot_passes(spec.activation, spec.adapter)[1]
     steps = ceil_div(spec.d_in, block_k) * base_passes + ceil_div(spec.rank, block_k) * lora_passes
@@ -59,7 +60,7 @@ def _tile_flops(spec: KernelSpec, block_t: int, block_n: int, block_k: int) -> i
 
 
 class DoraLinearTile(Variant):
-    """One output tile per program with pointer loads, in an order that keeps rows of x and W in the L2."""
+    """One output tile per program, loaded by pointers, in an order that keeps rows of x and W in the L2 cache."""
 
     op = "dora_linear_forward"
     name = "tile"
@@ -85,7 +86,7 @@ class DoraLinearTile(Variant):
             shapes = ((64, 64, 64, 4, 4), (16, 32, 128, 4, 4), (128, 64, 64, 4, 4))
         elif narrow:
             shapes = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (256, 128, 64, 8, 3))
-        else:  # the parts of fp32 operands need registers too
+        else:  # the split parts of fp32 operands take registers
             shapes = ((64, 128, 32, 8, 2), (128, 128, 32, 8, 2))
         shapes = (*shapes, (64, 64, 32, 4, 2))
         return tuple(
@@ -116,7 +117,7 @@ class DoraLinearTile(Variant):
         return (self._product(spec, config, tiles, programs=tiles),)
 
     def _product(self, spec: KernelSpec, config: Config, tiles: int, programs: int) -> Work:
-        """The launch, where ``programs`` programs share ``tiles`` tiles and all wait for the one with the most."""
+        """The launch with ``tiles`` tiles on ``programs`` programs; the program with the most tiles sets the time."""
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
         walked = ceil_div(tiles, programs)
         return Work(
@@ -131,7 +132,7 @@ class DoraLinearTile(Variant):
 
 
 class DoraLinearTmaPersistent(DoraLinearTile):
-    """``programs`` programs walk over the tiles; tiles move by tensor descriptors, and y leaves in ``parts`` parts."""
+    """A persistent grid of ``programs`` programs, tiles loaded by tensor descriptors, y stored in ``parts`` parts."""
 
     name = "tma_persistent"
     counts = frozenset({"group_t", "programs", "parts"})
@@ -182,17 +183,17 @@ class DoraLinearTmaPersistent(DoraLinearTile):
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
         if max(block_t, block_n, block_k) > MAX_TMA_BOX:
-            return f"a tile side exceeds the tensor memory accelerator's {MAX_TMA_BOX}"
+            return f"a tile side must be at most {MAX_TMA_BOX} for the tensor memory accelerator"
         if config["parts"] > 2 or block_n // config["parts"] < 16:
-            return f"{config['parts']} parts of {block_n} columns: y leaves in 1 or 2 parts of at least 16 columns"
+            return f"y is stored in 1 or 2 parts of at least 16 columns, got {config['parts']} parts of {block_n}"
         width = dtype_bytes(spec.activation)
         stage = (block_t + block_n) * block_k * width
-        # The buffers of the pipeline, of y on its way out and of h and B where they are one step are never shared.
+        # Three buffers exist at once: the pipeline's, the stored part of y, and h and B where they are one step.
         apart = block_t * block_n // config["parts"] * width + (stage if spec.rank <= block_k else 0)
         needed = config.num_stages * stage + apart
         if needed > gpu.shared_bytes_per_block:
             limit = gpu.shared_bytes_per_block
-            return f"{needed} bytes of shared memory for tiles of x, W and y exceed {gpu.slug}'s {limit} a block"
+            return f"{needed} bytes of shared memory for tiles of x, W and y exceed {gpu.slug}'s {limit} per block"
         return super().refuse(spec, config, gpu)
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
@@ -201,9 +202,9 @@ class DoraLinearTmaPersistent(DoraLinearTile):
 
 
 class DoraLinearSplitK(Variant):
-    """For few tokens: ``split_k`` programs share each tile's sum so that the whole GPU reads W; a second kernel adds.
+    """For few tokens: ``split_k`` programs share each tile's sum, so that the whole GPU reads W; a second kernel adds.
 
-    The shares are interleaved blocks of columns of W, and of B: each share has its part of both products. With
+    The shares are interleaved blocks of columns of W and of B, so each share has its part of both products. With
     ``overlap`` 1 the second kernel starts while the first still runs (programmatic dependent launch).
     """
 
@@ -211,10 +212,11 @@ class DoraLinearSplitK(Variant):
     name = "split_k"
     counts = frozenset({"split_k"})
     switches = frozenset({"overlap"})
+    constants: ClassVar[Mapping[str, object]] = {"finish_n": FINISH_COLUMNS}
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         if spec.tokens > FEW_TOKENS:
-            return f"with more than {FEW_TOKENS} tokens there are tiles enough to fill a GPU without splitting the sum"
+            return f"for more than {FEW_TOKENS} tokens there are enough tiles to fill a GPU without splitting the sum"
         return None
 
     def default_order(self, spec: KernelSpec) -> int:
@@ -270,7 +272,7 @@ class DoraLinearSplitK(Variant):
             or refuse_dot_tile(block_n, block_t, block_k, config.num_warps)
             or refuse_shared_memory(config.num_stages, stage, gpu)
             or (
-                f"split_k={config['split_k']} leaves shares without work"
+                f"split_k={config['split_k']} leaves some shares without work"
                 if (config["split_k"] - 1) * block_k >= spec.d_in
                 else None
             )
@@ -303,5 +305,5 @@ class DoraLinearSplitK(Variant):
 
 def _refuse_depth(spec: KernelSpec, block_k: int) -> str | None:
     if spec.activation == "fp32" and block_k > EXACT_BLOCK_K:
-        return f"block_k={block_k} in fp32: steps beyond {EXACT_BLOCK_K} lose digits in the tensor cores"
+        return f"block_k must be at most {EXACT_BLOCK_K} in fp32, got {block_k}: longer steps lose digits"
     return None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from ..gpu import Gpu, find_gpu
 from ..spec import Config, KernelSpec
 from .base import (
+    ADAPTER_CONSTANTS,
     BARRIER_BYTES,
     MAX_TMA_BOX,
     MIN_DOT,
@@ -27,15 +29,14 @@ from .base import (
 )
 
 FEW_TOKENS = 128
-"""Up to this many tokens the time goes into reading B, and narrow tiles spread it over the GPU."""
-
+"""Up to this many tokens, reading B takes most of the time, and narrow tiles spread it over the GPU."""
 
 REGISTERS_OF_CONSUMERS = {2: 240, 3: 160}
-"""Registers a thread of the groups that multiply, by their number: what a multiprocessor has left beside the loader."""
+"""Registers per thread of the warp groups that multiply, by their number; the loading warp has the rest."""
 
 
 class LoraComposeTile(Variant):
-    """One output tile per program: the rank-r product with pointer loads, composed with base before it is stored."""
+    """One output tile per program: the rank-r product, loaded by pointers, composed with base before it is stored."""
 
     op = "lora_compose"
     name = "tile"
@@ -56,9 +57,9 @@ class LoraComposeTile(Variant):
             shapes = ((16, 32, 128, 4, 4), (16, 64, 64, 4, 4), (32, 32, 128, 4, 3), (64, 64, 64, 4, 3))
         elif narrow and gpu.has_tma:
             shapes = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3))
-        elif narrow:  # before Hopper the operands of a product pass through registers, which a deep tile exhausts
+        elif narrow:  # before Hopper the operands of a product pass through registers, which a deep tile fills
             shapes = ((128, 128, 32, 8, 4), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3))
-        else:  # the parts of fp32 operands need registers too
+        else:  # the split parts of fp32 operands take registers
             shapes = ((64, 128, 32, 8, 2), (128, 128, 32, 8, 2), (64, 64, 32, 4, 2))
         shapes = (*shapes, (64, 64, 32, 4, 2))
         return tuple(
@@ -87,7 +88,7 @@ class LoraComposeTile(Variant):
     def _work(
         self, spec: KernelSpec, config: Config, dtype: str, passes: int, adapter: int, rereads: int = 1
     ) -> tuple[Work, ...]:
-        """The main launch: ``passes`` products in ``dtype``, for which B has ``adapter`` bytes and h is read again."""
+        """The main launch: ``passes`` products in ``dtype``, ``adapter`` bytes per element of B, ``rereads`` of h."""
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
         tiles_t, tiles_n = ceil_div(spec.tokens, block_t), ceil_div(spec.d_out, block_n)
         width = dtype_bytes(spec.activation)
@@ -114,13 +115,14 @@ class LoraComposeTile(Variant):
 
 
 class LoraComposeTma(LoraComposeTile):
-    """The same tiling with tensor descriptors: on Hopper and later, tiles move without a thread computing addresses.
+    """The same tiling with tensor descriptors: from Hopper on, no thread computes addresses.
 
-    fp32 adapters are rounded (autocast) or split in two by a kernel before: the product then runs over twice the ranks.
+    A kernel before rounds fp32 adapters (autocast) or splits them in two; the product then runs over twice the ranks.
     """
 
     name = "tma"
     descriptors = True
+    constants: ClassVar[Mapping[str, object]] = ADAPTER_CONSTANTS
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         return tma_unavailable(gpu, (spec.activation,), (spec.d_out, spec.rank))
@@ -132,7 +134,7 @@ class LoraComposeTma(LoraComposeTile):
         if spec.tokens <= FEW_TOKENS:
             return super().seeds(spec, gpu)
         shapes: tuple[tuple[int, int, int], ...] = ((128, 128, 4), (128, 128, 8), (128, 64, 4), (64, 128, 4))
-        if gpu.architecture == "sm_100":  # the sum comes out of tensor memory at once: too much for four warps
+        if gpu.architecture == "sm_100":  # the sum leaves tensor memory at once: too much for four warps
             shapes = ((128, 128, 8), *shapes)
         return tuple(
             Config.create(
@@ -149,7 +151,7 @@ class LoraComposeTma(LoraComposeTile):
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         box = max(config["block_t"], config["block_n"])
         if box > MAX_TMA_BOX:
-            return f"a tile side of {box} exceeds the tensor memory accelerator's {MAX_TMA_BOX}"
+            return f"a tile side must be at most {MAX_TMA_BOX} for the tensor memory accelerator, got {box}"
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
         return refuse_dot_tile(block_t, block_n, block_k, config.num_warps) or refuse_shared_memory(
             config.num_stages, (block_t + block_n) * block_k * dtype_bytes(spec.activation), gpu
@@ -159,15 +161,15 @@ class LoraComposeTma(LoraComposeTile):
         parts = adapter_parts(spec)
         width = dtype_bytes(spec.activation)
         main = self._work(spec, config, spec.activation, parts, parts * width, rereads=parts)
-        return adapter_parts_work(spec, spec.d_out * spec.rank) + main
+        return adapter_parts_work(spec, (spec.d_out, spec.rank)) + main
 
 
 class LoraComposeWarpSpecialized(Variant):
-    """A persistent grid with specialised warps, for Hopper: one warp moves tiles, others multiply and compose in turn.
+    """A persistent grid with specialised warps, for Hopper: one warp loads tiles, others multiply and compose in turn.
 
-    What bounds the tiled variants at many tokens is the L2: a tile of 128x128 loads 192 KB of h and B at rank 384 for
-    64 KB of base and y. Here a program keeps its block of B in shared memory and goes through the token tiles, which
-    halves that traffic; and while one group of four warps composes and stores, another one multiplies.
+    At many tokens the L2 bounds the tiled variants: a tile of 128x128 loads 192 KB of h and B at rank 384 for 64 KB of
+    base and y. Here a program keeps its block of B in shared memory for all its token tiles, which halves that traffic;
+    and while one group of four warps composes and stores, another one multiplies.
     """
 
     op = "lora_compose"
@@ -175,6 +177,7 @@ class LoraComposeWarpSpecialized(Variant):
     descriptors = True
     interpreted = False
     counts = frozenset({"consumers"})
+    constants: ClassVar[Mapping[str, object]] = {**ADAPTER_CONSTANTS, "consumer_registers": REGISTERS_OF_CONSUMERS}
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         return warp_specialization_unavailable(spec, gpu) or tma_unavailable(
@@ -218,14 +221,14 @@ class LoraComposeWarpSpecialized(Variant):
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
         consumers = config["consumers"]
         if config.num_warps != WARPGROUP:
-            return f"num_warps={config.num_warps}: a group that multiplies has {WARPGROUP} warps"
+            return f"num_warps must be {WARPGROUP}, the warps of a group that multiplies, got {config.num_warps}"
         if consumers not in (2, 3):
-            return f"consumers={consumers}: two or three groups take turns"
+            return f"consumers must be 2 or 3, got {consumers}"
         if block_t not in (64, 128) or not MIN_DOT <= block_n <= MAX_TMA_BOX or block_k not in (32, 64):
-            return f"tiles of {block_t}x{block_n}x{block_k} are not made of 64-row products"
+            return f"tiles of {block_t}x{block_n}x{block_k} cannot be built from 64-row products"
         registers = REGISTERS_OF_CONSUMERS[consumers]
         if block_t * block_n // (WARPGROUP * 32) > registers - 64:
-            return f"{block_t}x{block_n} accumulators on {WARPGROUP} warps do not fit {registers} registers a thread"
+            return f"{block_t}x{block_n} accumulators on {WARPGROUP} warps do not fit {registers} registers per thread"
         resident = block_n * ceil_div(spec.rank, block_k) * block_k
         elements = resident + config.num_stages * block_t * block_k + consumers * block_t * block_n
         return refuse_shared_memory(1, elements * 2 + BARRIER_BYTES, gpu)
@@ -233,18 +236,19 @@ class LoraComposeWarpSpecialized(Variant):
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
         block_t, block_n = config["block_t"], config["block_n"]
         tiles_t, tiles_n = ceil_div(spec.tokens, block_t), ceil_div(spec.d_out, block_n)
-        programs = min(tiles_t * tiles_n, find_gpu(spec.gpu).multiprocessors)
+        share = ceil_div(tiles_t * tiles_n, find_gpu(spec.gpu).multiprocessors)
+        programs = ceil_div(tiles_t * tiles_n, share)
         streamed = spec.tokens * spec.d_out * 2 * (3 if spec.save else 2)
         ranks = ceil_div(spec.rank, config["block_k"]) * config["block_k"]
         factors = (spec.tokens * tiles_n + spec.d_out * ceil_div(programs, tiles_n)) * spec.rank * 2
         return (
-            *adapter_parts_work(spec, spec.d_out * spec.rank),
+            *adapter_parts_work(spec, (spec.d_out, spec.rank)),
             Work(
                 "lora_compose_kernel",
                 programs=programs,
                 dram_bytes=streamed + (spec.tokens + spec.d_out) * spec.rank * 2,
                 l2_bytes=streamed + factors,
-                steps=ceil_div(tiles_t * tiles_n, programs) * (ranks // config["block_k"]),
+                steps=share * (ranks // config["block_k"]),
                 matrix_flops=2 * tiles_t * block_t * tiles_n * block_n * ranks,
                 matrix_dtype=spec.activation,
             ),

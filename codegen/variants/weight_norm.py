@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
 from .base import (
+    ADAPTER_CONSTANTS,
     FP32_PASSES,
     MAX_TMA_BOX,
     Variant,
@@ -24,20 +26,43 @@ from .base import (
 )
 
 FP32_IN_16_BIT_PASSES = 18
-"""16-bit products that take as long as one of fp32 operands: three at half the rate, and their operands are split first
+"""16-bit products that take as long as one of fp32 operands: three at half the rate, after splitting the operands
 (in fp16 at rank 384 the ``fused`` variant took 2.7 times as long as bf16's best on one H200: 86.0 and 31.5 us at
 4096x4096, measured at commit 22cca23)."""
+
+GRAM_WARPS = 4
+"""Warps of the kernel that makes the shares of G = A @ A.T."""
+
+FUSED_GRAM_STAGES, TMA_GRAM_STAGES = 3, 4
+"""Pipeline stages of that kernel, with pointer loads and with tensor descriptors."""
+
+SUM_BLOCK = 512
+"""Elements of G that a program of the kernel that adds the shares writes."""
+
+SQUARE_COLS = 512
+"""Columns of W that a program squares at a time."""
+
+ADD_ROWS, SQUARE_ROWS = 128, 8
+"""Rows per program of the finishing kernel, where it only adds partial sums and where it also squares W."""
 
 
 class WeightNormFused(Variant):
     """G = A @ A.T in shares, one product over [W | B] with row dots as its epilogue, a sum over the partial row dots.
 
-    ``split_k`` shares the inner sum among programs: the row dots are linear in it, so a share costs one more row of
-    fp32 partials and no atomics.
+    ``split_k`` divides the inner sum among programs: the row dots are linear in it, so a share costs one more row of
+    fp32 partial sums and no atomics.
     """
 
     op = "weight_norm"
     name = "fused"
+    constants: ClassVar[Mapping[str, object]] = {
+        "gram_warps": GRAM_WARPS,
+        "gram_stages": FUSED_GRAM_STAGES,
+        "sum_block": SUM_BLOCK,
+        "square_cols": SQUARE_COLS,
+        "square_rows": SQUARE_ROWS,
+        "add_rows": ADD_ROWS,
+    }
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
         return {
@@ -55,13 +80,13 @@ class WeightNormFused(Variant):
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         block_n = fit(128, spec.rank)
         narrow = dtype_bytes(spec.weight) == 2 and spec.adapter == spec.weight
-        exact = spec.adapter == "fp32"  # several products for one: the operands' parts need registers too
+        exact = spec.adapter == "fp32"  # several products for one: the operands' split parts take registers
         gram = {
             "gram_block": fit(32 if exact else 64, spec.rank),
             "gram_block_k": 32 if exact else 64,
             "gram_share": 512,
         }
-        # Before Hopper the operands of a product pass through registers, which a deep tile exhausts.
+        # Before Hopper the operands of a product pass through registers, which a deep tile fills.
         deepest = 64 if narrow and gpu.has_tma else 32
         configs = []
         for block_m, split_rounds, block_k, warps, stages in (
@@ -99,14 +124,14 @@ class WeightNormFused(Variant):
             refuse_dot_tile(block_m, block_n, block_k, config.num_warps)
             or refuse_shared_memory(config.num_stages, (block_m * width + block_n * adapter) * block_k, gpu)
             or (
-                f"gram_share={config['gram_share']} is less than a step of {gram_k}"
+                f"gram_share must be at least gram_block_k={gram_k}, got {config['gram_share']}"
                 if config["gram_share"] < gram_k
                 else None
             )
-            or refuse_dot_tile(gram, gram, gram_k, 4)
-            or refuse_shared_memory(3, 2 * gram * gram_k * adapter, gpu)
+            or refuse_dot_tile(gram, gram, gram_k, GRAM_WARPS)
+            or refuse_shared_memory(FUSED_GRAM_STAGES, 2 * gram * gram_k * adapter, gpu)
             or (
-                f"split_k={config['split_k']} leaves shares without work"
+                f"split_k={config['split_k']} leaves some shares without work"
                 if config["split_k"] * block_k > max(spec.d_in, block_k)
                 else None
             )
@@ -130,9 +155,9 @@ class WeightNormFused(Variant):
         passes: tuple[int, int],
         parts: int = 0,
     ) -> tuple[Work, ...]:
-        """The launches, where a program covers ``block_n`` ranks and makes ``passes`` products of W and of G.
+        """The launches, where a program covers ``block_n`` ranks and makes ``passes`` (products of W, products of G).
 
-        ``parts`` are those of each adapter in the dtype of W, 0 where kernels take the adapters as they are.
+        ``parts`` is the number of parts of each adapter in W's dtype, 0 where kernels load the adapters as they are.
         """
         block_m, block_k = config["block_m"], config["block_k"]
         split_k, gram = config["split_k"], config["gram_block"]
@@ -159,7 +184,7 @@ class WeightNormFused(Variant):
             ),
             Work(
                 "half_gram_kernel",
-                programs=ceil_div(spec.rank * spec.rank, 512),
+                programs=ceil_div(spec.rank * spec.rank, SUM_BLOCK),
                 dram_bytes=0,
                 l2_bytes=share_bytes + spec.rank * spec.rank * 4,
                 steps=shares,
@@ -175,31 +200,36 @@ class WeightNormFused(Variant):
             ),
             Work(
                 "finish_kernel",
-                programs=ceil_div(spec.d_out, 8 if spec.save else 128),
+                programs=ceil_div(spec.d_out, SQUARE_ROWS if spec.save else ADD_ROWS),
                 dram_bytes=weight_bytes * spec.save + 2 * spec.d_out * 4,
                 l2_bytes=partials + weight_bytes * spec.save + 2 * spec.d_out * 4,
-                steps=ranks * split_k + (ceil_div(spec.d_in, 512) if spec.save else 0),
+                steps=ranks * split_k + (ceil_div(spec.d_in, SQUARE_COLS) if spec.save else 0),
             ),
         )
 
 
 class WeightNormTma(WeightNormFused):
-    """The same sums with tensor descriptors, and several rank tiles a program so that W is read once.
+    """The same sums with tensor descriptors, and several rank tiles per program, so that W is read once.
 
-    ``rank_tiles`` tiles of ``block_n`` ranks share every tile of W: at rank 384, three tiles of 128. G is kept as a
-    high and a low bf16 part, which leaves out less than 2**-17 of it. With ``overlap`` 1 a kernel starts while the one
-    before still runs (programmatic dependent launch), so that the product with W hides the making of G. fp32 adapters
-    are rounded (autocast) or split in two by a kernel before; W then meets both parts of A, tile by tile.
+    ``rank_tiles`` tiles of ``block_n`` ranks share every tile of W: at rank 384, three tiles of 128. G is stored as a
+    high and a low bf16 part, with a relative error below 2**-17. With ``overlap`` 1 a kernel starts while the one
+    before still runs (programmatic dependent launch), so that the product with W hides the time for G. A kernel before
+    rounds fp32 adapters (autocast) or splits them in two; each tile of W is then multiplied by both parts of A.
     """
 
     name = "tma"
     descriptors = True
     counts = frozenset({"rank_tiles", "split_k"})
     switches = frozenset({"overlap"})
+    constants: ClassVar[Mapping[str, object]] = {
+        **WeightNormFused.constants,
+        **ADAPTER_CONSTANTS,
+        "gram_stages": TMA_GRAM_STAGES,
+    }
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         if spec.weight != "bf16":
-            return f"half_gram in {spec.weight} would overflow or lose digits: the variant is for bf16"
+            return f"the variant is for bf16 weights only: half_gram in {spec.weight} would overflow or lose digits"
         return tma_unavailable(gpu, (spec.weight,), (spec.d_in, spec.rank))
 
     def default_order(self, spec: KernelSpec) -> int:
@@ -223,7 +253,7 @@ class WeightNormTma(WeightNormFused):
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         block_n = fit(128, spec.rank)
         tiles_n = ceil_div(spec.rank, block_n)
-        most = 3 if adapter_parts(spec) == 1 else 2  # exact rows of B take registers beside the sums
+        most = 3 if adapter_parts(spec) == 1 else 2  # fp32 rows of B take registers beside the sums
         configs = []
         for block_m, rank_tiles, block_k, rounds, warps, stages in (
             (128, min(most, tiles_n), 64, 1, 8, 3),
@@ -256,21 +286,21 @@ class WeightNormTma(WeightNormFused):
         block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
         rank_tiles, gram, gram_k = config["rank_tiles"], config["gram_block"], config["gram_block_k"]
         if max(block_m, block_n, block_k, gram, gram_k) > MAX_TMA_BOX:
-            return f"a tile side exceeds the tensor memory accelerator's {MAX_TMA_BOX}"
+            return f"a tile side must be at most {MAX_TMA_BOX} for the tensor memory accelerator"
         if (rank_tiles - 1) * block_n >= spec.rank:
-            return f"{rank_tiles} tiles of {block_n} ranks: the last one is beyond rank {spec.rank}"
+            return f"rank {spec.rank} needs fewer than rank_tiles={rank_tiles} tiles of {block_n}"
         return (
             refuse_dot_tile(block_m, block_n * rank_tiles, block_k, config.num_warps)
             or refuse_shared_memory(config.num_stages, (block_m + block_n * rank_tiles) * block_k * 2, gpu)
             or (
-                f"gram_share={config['gram_share']} is less than a step of {gram_k}"
+                f"gram_share must be at least gram_block_k={gram_k}, got {config['gram_share']}"
                 if config["gram_share"] < gram_k
                 else None
             )
-            or refuse_dot_tile(gram, gram, gram_k, 4)
-            or refuse_shared_memory(4, 2 * gram * gram_k * 2, gpu)
+            or refuse_dot_tile(gram, gram, gram_k, GRAM_WARPS)
+            or refuse_shared_memory(TMA_GRAM_STAGES, 2 * gram * gram_k * 2, gpu)
             or (
-                f"split_k={config['split_k']} leaves shares without work"
+                f"split_k={config['split_k']} leaves some shares without work"
                 if config["split_k"] * block_k > max(spec.d_in, block_k)
                 else None
             )
@@ -280,4 +310,4 @@ class WeightNormTma(WeightNormFused):
         parts = adapter_parts(spec)
         ranks = config["block_n"] * config["rank_tiles"]
         main = self._work(spec, config, ranks, spec.weight, spec.weight, (parts, parts + 1), parts)
-        return adapter_parts_work(spec, (spec.d_in + spec.d_out) * spec.rank) + main
+        return adapter_parts_work(spec, (spec.rank, spec.d_in), (spec.d_out, spec.rank)) + main

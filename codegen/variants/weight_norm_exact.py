@@ -1,41 +1,43 @@
-"""The variant of ``weight_norm_exact``: rows of W + sBA summed directly where the norm has lost its digits."""
+"""The variant of ``weight_norm_exact``: rows of W + sBA summed directly where cancellation made w inaccurate."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
 from .base import Variant, Work, ceil_div, dtype_bytes, fit, up_to
 
 RANKS = 8
-"""Ranks that a step of an exact row adds up at a time; the template says the same."""
+"""Ranks that one step of an exact row adds."""
 
-SQUARE_COLS = 256
-"""Columns of A that a program squares at a time where it does so itself; the template says the same."""
-
-APART_COLS = 1024
-"""The same in the launch of its own."""
+REPEATED_COLS, APART_COLS = 256, 1024
+"""Columns of A that a program squares at a time: where every program squares A, and in a launch of its own."""
 
 MAX_ELEMENTS = 64
-"""Elements of a tile that a thread may hold."""
+"""Elements of a tile per thread at most."""
 
 MOST_REPEATED_BYTES = 1 << 17
-"""Bytes of A up to which, by default, every program squares A's rows itself: a multiprocessor reads them from the L2 in
-about the time of the launch that this saves (64 bytes a clock)."""
+"""Bytes of A up to which, by default, every program squares A's rows: a multiprocessor reads them from the L2 in about
+the time of the launch that this saves (64 bytes per clock)."""
 
 
 class WeightNormExactRows(Variant):
-    """Programs look at ``block_m`` norms and their terms' size, and redo the rows where the terms nearly cancel.
+    """Each program compares ``block_m`` norms with the size of their terms and recomputes rows that nearly cancel.
 
-    For the size they need B, ``block_r`` ranks at a time, and rowsum(A*A), which with ``apart`` is a launch of its own
-    and otherwise made by every program. A row is redone in fp64, ``block_k`` columns at a time, one row after another:
-    there are almost never any.
+    The size needs B, ``block_r`` ranks at a time, and rowsum(A*A): a launch of its own with ``apart`` 1, else computed
+    by every program. Rows are recomputed in fp64, ``block_k`` columns at a time, one after another: they are very rare.
     """
 
     op = "weight_norm_exact"
     name = "rows"
     switches = frozenset({"apart"})
+    constants: ClassVar[Mapping[str, object]] = {
+        "ranks": RANKS,
+        "repeated_cols": REPEATED_COLS,
+        "apart_cols": APART_COLS,
+    }
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
         return {
@@ -64,12 +66,12 @@ class WeightNormExactRows(Variant):
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         threads = config.num_warps * gpu.warp_size
-        tiles = [(config["block_m"], config["block_r"]), (2 * RANKS, config["block_k"])]  # of fp64: two registers each
+        tiles = [(config["block_m"], config["block_r"]), (2 * RANKS, config["block_k"])]  # fp64: two registers each
         if not config["apart"]:
-            tiles.append((config["block_r"], SQUARE_COLS))
+            tiles.append((config["block_r"], REPEATED_COLS))
         for rows, cols in tiles:
             if rows * cols > MAX_ELEMENTS * threads:
-                return f"{rows * cols // threads} elements a thread ({rows}x{cols} on {config.num_warps} warps)"
+                return f"{rows * cols // threads} elements per thread ({rows}x{cols} on {config.num_warps} warps)"
         return None
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
@@ -89,6 +91,6 @@ class WeightNormExactRows(Variant):
             programs=programs,
             dram_bytes=vectors + (0 if config["apart"] else adapter),
             l2_bytes=vectors + (0 if config["apart"] else programs * adapter),
-            steps=steps if config["apart"] else steps * ceil_div(spec.d_in, SQUARE_COLS),
+            steps=steps if config["apart"] else steps * ceil_div(spec.d_in, REPEATED_COLS),
         )
         return (squares, rows) if config["apart"] else (rows,)

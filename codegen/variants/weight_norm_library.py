@@ -1,12 +1,15 @@
-"""The variant of ``weight_norm`` whose products are the library's."""
+"""The variant of ``weight_norm`` whose products are made by cuBLAS."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
 from .base import (
+    ADAPTER_CONSTANTS,
+    LIBRARY_CONSTANTS,
     LibraryCall,
     Variant,
     Work,
@@ -20,51 +23,55 @@ from .base import (
     library_unavailable,
     up_to,
 )
+from .weight_norm import SQUARE_COLS, SUM_BLOCK
 
 GRAM_SHARE = 1024
-"""Columns of A in one sum of G at most. Tensor cores drop low bits of a running sum: 14336 columns in one came out 5e-5
-too small on an H200, and the norm's bound is 1e-5."""
+"""Columns of A in one sum of G at most. Tensor cores truncate a running sum: over 14336 columns G came out 5e-5 too
+small on an H200, and the norm's error bound is 1e-5."""
 
 PRODUCT_SHARE, MOST_PRODUCT_SHARE = 4096, 8192
-"""Columns of W in one sum of W @ A.T, by default and at most: where W lies along A these sums lose as many digits, of
-which half a share of up to 0.5 shows in the norm."""
+"""Columns of W in one sum of W @ A.T, by default and at most. Where rows of W are parallel to those of A these sums
+lose as many digits; the norm's relative error is half of theirs times their share of w**2, which is up to 0.5."""
 
 MOST_SHARES = 64
-"""Shares of a product at most: each takes as much memory as its result."""
+"""Shares of a product at most: each takes as much memory as the result."""
 
 MAX_ELEMENTS = 32
-"""Elements of each of the assembly's four tiles that a thread may hold."""
-
-SUM_BLOCK = 512
-"""Elements of G a program of the kernel that adds its shares writes; the template says the same."""
+"""Elements per thread, at most, of each of the four tiles of the assembling kernel."""
 
 
 def equal_shares(extent: int, longest: int) -> int:
-    """The fewest equal shares of ``extent`` that are no longer than ``longest``."""
+    """The fewest equal shares of ``extent`` that are at most ``longest`` long."""
     return next(count for count in range(ceil_div(extent, longest), extent + 1) if extent % count == 0)
 
 
 class WeightNormLibrary(Variant):
-    """W @ A.T, G = A @ A.T and B @ G by the library with fp32 results, then one kernel that dots their rows with B's.
+    """W @ A.T, G = A @ A.T and B @ G by cuBLAS with fp32 results, then one kernel that dots their rows with those of B.
 
-    ``split_k`` shares the sums of W @ A.T, ``gram_split`` those of G; the library takes equal shares, so both divide
-    d_in. 16-bit adapters meet G as a high and a low part, in a unit that keeps fp16 from overflowing; fp32 ones meet G
-    in fp32. fp32 adapters beside a 16-bit W are rounded (autocast) or, in W @ A.T, split in two.
+    ``split_k`` divides the sums of W @ A.T, ``gram_split`` those of G; cuBLAS takes equal shares, so both must divide
+    d_in. For 16-bit adapters G is stored as a high and a low part, scaled so that fp16 does not overflow; for fp32
+    adapters in fp32. fp32 adapters beside a 16-bit W are rounded (autocast) or, for W @ A.T, split in two.
     """
 
     op = "weight_norm"
     name = "library"
     library = True
     counts = frozenset({"split_k", "gram_split"})
+    constants: ClassVar[Mapping[str, object]] = {
+        **LIBRARY_CONSTANTS,
+        **ADAPTER_CONSTANTS,
+        "sum_block": SUM_BLOCK,
+        "square_cols": SQUARE_COLS,
+    }
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         reason = library_unavailable(gpu)
         if reason is None and equal_shares(spec.d_in, GRAM_SHARE) > MOST_SHARES:
-            return f"d_in={spec.d_in} has no equal shares of {GRAM_SHARE} columns at most, as sums of G need"
+            return f"d_in={spec.d_in} has no {MOST_SHARES} or fewer equal shares of at most {GRAM_SHARE} columns for G"
         return reason
 
     def default_order(self, spec: KernelSpec) -> int:
-        # No variant for fp16 has tensor descriptors: at 4096x4096, r=384 this takes 45 us on an H200, the fused one 85.
+        # No other variant for fp16 has tensor descriptors: at 4096x4096, r=384 this takes 45 us on an H200, fused 85.
         return -1 if spec.weight == "fp16" else 3
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
@@ -96,16 +103,16 @@ class WeightNormLibrary(Variant):
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         for name in ("split_k", "gram_split"):
             if spec.d_in % config[name]:
-                return f"{name}={config[name]} does not divide d_in={spec.d_in}: the library takes equal shares"
+                return f"{name} must divide d_in={spec.d_in}, got {config[name]}: cuBLAS takes equal shares"
             if config[name] > MOST_SHARES:
-                return f"{name}={config[name]}: more than {MOST_SHARES} shares of a product"
+                return f"{name} must be at most {MOST_SHARES}, got {config[name]}"
         if spec.d_in // config["split_k"] > MOST_PRODUCT_SHARE:
-            return f"split_k={config['split_k']} leaves sums over more than {MOST_PRODUCT_SHARE} columns of W"
+            return f"split_k={config['split_k']} makes sums over more than {MOST_PRODUCT_SHARE} columns of W"
         if spec.d_in // config["gram_split"] > 2 * GRAM_SHARE:
-            return f"gram_split={config['gram_split']} leaves sums over more than {2 * GRAM_SHARE} columns of A"
+            return f"gram_split={config['gram_split']} makes sums over more than {2 * GRAM_SHARE} columns of A"
         each = config["block_m"] * config["block_n"] // (config.num_warps * 32)
         if each > MAX_ELEMENTS:
-            return f"{each} elements a thread ({config['block_m']}x{config['block_n']} on {config.num_warps} warps)"
+            return f"{each} elements per thread ({config['block_m']}x{config['block_n']} on {config.num_warps} warps)"
         return None
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
@@ -116,7 +123,8 @@ class WeightNormLibrary(Variant):
         factors = spec.d_out * spec.rank * dtype_bytes(spec.adapter) + 2 * spec.d_out * 4
         cast: tuple[Work, ...] = ()
         if spec.adapter != spec.weight:
-            cast = adapter_parts_work(spec, spec.rank * (spec.d_in + (spec.d_out if spec.autocast else 0)))
+            factors_of_b = ((spec.d_out, spec.rank),) if spec.autocast else ()
+            cast = adapter_parts_work(spec, (spec.rank, spec.d_in), *factors_of_b)
         return (
             *cast,
             Work(
@@ -132,7 +140,7 @@ class WeightNormLibrary(Variant):
                 dram_bytes=weight + factors,
                 l2_bytes=weight + factors + products,
                 steps=ceil_div(spec.rank, config["block_n"]) * config["split_k"]
-                + (ceil_div(spec.d_in, 512) if spec.save else 0),
+                + (ceil_div(spec.d_in, SQUARE_COLS) if spec.save else 0),
             ),
         )
 
@@ -152,10 +160,10 @@ class WeightNormLibrary(Variant):
 
     @staticmethod
     def _adapter_parts(spec: KernelSpec) -> int:
-        """The parts in which A meets W."""
+        """The number of parts of A in W @ A.T."""
         return 1 if spec.adapter == spec.weight else adapter_parts(spec)
 
     @staticmethod
     def _gram_parts(spec: KernelSpec) -> int:
-        """The parts in which G is multiplied."""
+        """The number of parts of G in B @ G."""
         return 1 if spec.adapter == "fp32" and not spec.autocast else 2

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
 from .base import (
+    ADAPTER_CONSTANTS,
     BARRIER_BYTES,
     WARPGROUP,
     Variant,
     Work,
     adapter_parts_work,
     ceil_div,
+    power_of_two,
     refuse_shared_memory,
     tma_unavailable,
     up_to,
     warp_specialization_unavailable,
 )
+from .weight_norm import SUM_BLOCK
+
+ROWS, STEP = 128, 64
+"""Rows of W per program, and columns of W per pipeline stage."""
+
+LONG_SUM_BLOCK = 4096
+"""Elements of G that a program adds at a time where there are few programs; else :data:`SUM_BLOCK`."""
 
 
 class WeightNormWarpSpecialized(Variant):
     """The sums of the ``tma`` variant on specialised warps, for Hopper: one warp loads while eight multiply.
 
-    Where nW is not given, two more warps square W's tiles as they pass through shared memory: W is read once.
-    G is symmetric, so B @ G @ B.T is summed over the blocks on and below the diagonal only: at rank 384 a third of
-    those products and of the making of G falls away. ``gram_programs`` programs add the shares of G while
-    ``row_dots_kernel`` is already multiplying on the other multiprocessors.
+    Where nW is not given, two more warps square W's tiles in shared memory, so W is read once. G is symmetric, so
+    B @ G @ B.T is summed over the blocks on and below the diagonal only: at rank 384 this saves a third of those
+    products and of the work for G. ``gram_programs`` programs add the shares of G while ``row_dots_kernel`` already
+    multiplies on the other multiprocessors.
     """
 
     op = "weight_norm"
@@ -35,18 +45,23 @@ class WeightNormWarpSpecialized(Variant):
     interpreted = False
     counts = frozenset({"rank_tiles", "split_k", "gram_share", "gram_programs", "gram_stages"})
 
-    ROWS = 128
-    STEP = 64
+    constants: ClassVar[Mapping[str, object]] = {
+        **ADAPTER_CONSTANTS,
+        "block_m": ROWS,
+        "block_k": STEP,
+        "sum_block": SUM_BLOCK,
+        "long_sum_block": LONG_SUM_BLOCK,
+    }
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         if spec.weight != "bf16":
-            return f"the parts of G in {spec.weight} would overflow or lose digits: the variant is for bf16"
+            return f"the variant is for bf16 weights only: parts of G in {spec.weight} would overflow or lose digits"
         return warp_specialization_unavailable(spec, gpu) or tma_unavailable(
             gpu, (spec.weight,), (spec.d_in, spec.rank)
         )
 
     def default_order(self, spec: KernelSpec) -> int:
-        return -1  # wherever it was offered on an H200 the search chose it, but for 14336x4096 at rank 64
+        return -1  # every search on an H200 chose it, except for 14336x4096 at rank 64
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
         return {
@@ -57,20 +72,20 @@ class WeightNormWarpSpecialized(Variant):
             "gram_block_k": (64, 128),
             "gram_share": tuple({**dict.fromkeys(up_to((256, 512, 1024), spec.d_in)), self._one_wave(spec, gpu): None}),
             "gram_stages": (3, 4, 5, 6),
-            "gram_programs": (4, 8, 16, ceil_div(spec.rank * spec.rank, 512)),
+            "gram_programs": (4, 8, 16, ceil_div(spec.rank * spec.rank, SUM_BLOCK)),
             "num_warps": (8,),
             "num_stages": (2, 3, 4, 5, 6),
         }
 
     def _one_wave(self, spec: KernelSpec, gpu: Gpu) -> int:
-        """The share of the columns with which the tiles of G, 64 by 64, fill the GPU once."""
+        """The number of columns in a share with which the tiles of G, 64 by 64, fill the GPU once."""
         tiles = ceil_div(spec.rank, 64) * (ceil_div(spec.rank, 64) + 1) // 2
         return ceil_div(ceil_div(spec.d_in, max(1, gpu.multiprocessors // tiles)), 128) * 128
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         rank_block = 64 if spec.rank <= 64 else 128
         rank_tiles = min(3, ceil_div(spec.rank, rank_block))
-        programs = ceil_div(spec.d_out, self.ROWS) * ceil_div(spec.rank, rank_block * rank_tiles)
+        programs = ceil_div(spec.d_out, ROWS) * ceil_div(spec.rank, rank_block * rank_tiles)
         few = max(1, min(gpu.multiprocessors // programs, 8, spec.d_in // 256))
         splits = dict.fromkeys((few, min(2 * few, max(1, spec.d_in // 256), 8)))
         return tuple(
@@ -89,9 +104,9 @@ class WeightNormWarpSpecialized(Variant):
             )
             for split_k in splits
             for gram_share, gram_programs in (
-                (1024, ceil_div(spec.rank * spec.rank, 512)),
+                (1024, ceil_div(spec.rank * spec.rank, SUM_BLOCK)),
                 (1024, 4),
-                (self._one_wave(spec, gpu), ceil_div(spec.rank * spec.rank, 512)),
+                (self._one_wave(spec, gpu), ceil_div(spec.rank * spec.rank, SUM_BLOCK)),
             )
         )
 
@@ -99,22 +114,23 @@ class WeightNormWarpSpecialized(Variant):
         rank_block, rank_tiles = config["rank_block"], config["rank_tiles"]
         gram, gram_k = config["gram_block"], config["gram_block_k"]
         if config.num_warps != 2 * WARPGROUP:
-            return f"num_warps={config.num_warps}: {self.ROWS} rows are two groups of {WARPGROUP} warps"
+            return f"num_warps must be {2 * WARPGROUP} for {ROWS} rows, got {config.num_warps}"
         if rank_block not in (64, 128) or gram not in (64, 128) or gram_k not in (64, 128) or rank_tiles > 3:
-            return f"{rank_tiles} rank tiles of {rank_block}, tiles of G of {gram}x{gram_k}: not 64-row products"
+            tiles = f"{rank_tiles} rank tiles of {rank_block} and tiles of G of {gram}x{gram_k}"
+            return f"{tiles} cannot be built from 64-row products"
         if (rank_tiles - 1) * rank_block >= spec.rank:
-            return f"{rank_tiles} tiles of {rank_block} ranks: the last one is beyond rank {spec.rank}"
-        stage_rows = 256 if self.ROWS + rank_block * rank_tiles <= 256 else 512
+            return f"rank {spec.rank} needs fewer than rank_tiles={rank_tiles} tiles of {rank_block}"
+        stage_rows = power_of_two(ROWS + rank_block * rank_tiles)
         return (
-            refuse_shared_memory(config.num_stages, stage_rows * self.STEP * 2 + BARRIER_BYTES // 2, gpu)
+            refuse_shared_memory(config.num_stages, stage_rows * STEP * 2 + BARRIER_BYTES // 2, gpu)
             or refuse_shared_memory(config["gram_stages"], 2 * gram * gram_k * 2, gpu)
             or (
-                f"gram_share={config['gram_share']} is no multiple of a step of {gram_k}"
+                f"gram_share must be a multiple of gram_block_k={gram_k}, got {config['gram_share']}"
                 if config["gram_share"] % gram_k
                 else None
             )
             or (
-                f"gram_share={config['gram_share']}, split_k={config['split_k']}: the partial sums need 64-bit offsets"
+                f"gram_share={config['gram_share']}, split_k={config['split_k']}: partial sums need 64-bit offsets"
                 if max(
                     ceil_div(spec.d_in, config["gram_share"]) * spec.rank * spec.rank,
                     ceil_div(spec.rank, rank_block * rank_tiles) * config["split_k"] * spec.d_out,
@@ -123,8 +139,8 @@ class WeightNormWarpSpecialized(Variant):
                 else None
             )
             or (
-                f"split_k={config['split_k']} leaves shares without work"
-                if config["split_k"] * self.STEP > max(spec.d_in, self.STEP)
+                f"split_k={config['split_k']} leaves some shares without work"
+                if config["split_k"] * STEP > max(spec.d_in, STEP)
                 else None
             )
         )
@@ -132,18 +148,20 @@ class WeightNormWarpSpecialized(Variant):
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
         rank_block, split_k = config["rank_block"], config["split_k"]
         ranks = rank_block * config["rank_tiles"]
-        rows, groups = ceil_div(spec.d_out, self.ROWS), ceil_div(spec.rank, ranks)
+        rows, groups = ceil_div(spec.d_out, ROWS), ceil_div(spec.rank, ranks)
         gram = config["gram_block"]
         gram_rows = ceil_div(spec.rank, gram)
         gram_tiles = gram_rows * (gram_rows + 1) // 2
         shares = ceil_div(spec.d_in, config["gram_share"])
         blocks = ceil_div(spec.rank, rank_block)
         lower = blocks * (blocks + 1) // 2 * rank_block * rank_block
+        sum_programs, elements = config["gram_programs"], spec.rank * spec.rank
+        sum_block = LONG_SUM_BLOCK if sum_programs * LONG_SUM_BLOCK <= elements else SUM_BLOCK
         partials = (groups + spec.save) * split_k * spec.d_out * 4
         vectors = 2 * spec.d_out * 4
         weight_bytes = spec.d_out * spec.d_in * 2
         return (
-            *adapter_parts_work(spec, (spec.d_in + spec.d_out) * spec.rank),
+            *adapter_parts_work(spec, (spec.rank, spec.d_in), (spec.d_out, spec.rank)),
             Work(
                 "gram_shares_kernel",
                 programs=gram_tiles * shares,
@@ -155,18 +173,18 @@ class WeightNormWarpSpecialized(Variant):
             ),
             Work(
                 "lower_gram_kernel",
-                programs=config["gram_programs"],
+                programs=sum_programs,
                 dram_bytes=0,
                 l2_bytes=lower * (shares * 4 + 4),
-                steps=shares * ceil_div(spec.rank * spec.rank, 4096 * config["gram_programs"]),
+                steps=shares * ceil_div(elements, sum_block * sum_programs),
             ),
             Work(
                 "row_dots_kernel",
                 programs=rows * groups * split_k,
                 dram_bytes=weight_bytes + (spec.rank * spec.d_in + spec.d_out * spec.rank) * 2 + vectors,
-                l2_bytes=rows * groups * (self.ROWS + ranks) * (spec.d_in + spec.rank) * 2 + 2 * partials + vectors,
-                steps=ceil_div(spec.d_in, self.STEP * split_k) + ceil_div(2 * spec.rank, self.STEP * split_k),
-                matrix_flops=2 * rows * self.ROWS * (groups * ranks * spec.d_in + 2 * lower),
+                l2_bytes=rows * groups * (ROWS + ranks) * (spec.d_in + spec.rank) * 2 + 2 * partials + vectors,
+                steps=ceil_div(spec.d_in, STEP * split_k) + ceil_div(2 * spec.rank, STEP * split_k),
+                matrix_flops=2 * rows * ROWS * (groups * ranks * spec.d_in + 2 * lower),
                 matrix_dtype=spec.weight,
             ),
         )

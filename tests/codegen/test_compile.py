@@ -264,12 +264,18 @@ def test_a_judged_failure_reaches_the_search_whole() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("tile:block_k=64,block_n=128,block_t=100,num_warps=8,num_stages=3", "block_t=100 is not a power of two"),
+        ("tile:block_k=64,block_n=128,block_t=100,num_warps=8,num_stages=3", "block_t must be a power of two, got 100"),
         ("tile:block_k=64,block_n=128,num_warps=8,num_stages=3", "takes block_k, block_n, block_t"),
-        ("tile:block_k=64,block_n=128,block_t=128,num_warps=3,num_stages=3", "num_warps=3"),
-        ("tile:block_k=64,block_n=128,block_t=128,num_warps=8,num_stages=9", "num_stages=9"),
+        (
+            "tile:block_k=64,block_n=128,block_t=128,num_warps=3,num_stages=3",
+            "num_warps must be one of 1, 2, 4, 8, 16, got 3",
+        ),
+        (
+            "tile:block_k=64,block_n=128,block_t=128,num_warps=8,num_stages=9",
+            "num_stages must be between 1 and 8, got 9",
+        ),
         ("tile:block_k=64,block_n=256,block_t=256,num_warps=4,num_stages=2", "do not fit the registers"),
-        ("tile:block_k=8,block_n=128,block_t=128,num_warps=4,num_stages=2", "below tl.dot's"),
+        ("tile:block_k=8,block_n=128,block_t=128,num_warps=4,num_stages=2", "smaller than tl.dot's"),
         ("tiel:block_k=64,num_warps=4,num_stages=2", "did you mean tile"),
     ],
 )

@@ -202,7 +202,7 @@ def test_an_architecture_without_facts_is_refused_by_name(architecture: str) -> 
     with pytest.raises(UnknownGpuError) as caught:
         gpu_of_device("Some GPU", architecture)
     message = str(caught.value)
-    assert message.startswith(f"Some GPU has the architecture {architecture}, for which no facts are listed")
+    assert message.startswith(f"Some GPU has the architecture {architecture}, which is not listed")
     assert f"(supported: {', '.join(ARCHITECTURES)})" in message
 
 

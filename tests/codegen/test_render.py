@@ -1,23 +1,50 @@
 """Emitted text is specialised: no masks where the shape divides, no bias code without bias, widths written out; and it
-changes only when someone means it to (goldens)."""
+changes only when someone means it to: two goldens for each variant to read, and digests for all its other forms."""
 
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
-from doratune.codegen.render import render, template_digest
+from doratune.codegen.render import TEMPLATES, render, template_digest, template_files
 from doratune.codegen.spec import Config, KernelSpec, SpecError
 from doratune.codegen.variants import VARIANTS, Variant, find_variant
 
+from ..specs import EVEN, RAGGED, every_variant
+
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
+DIGESTS = GOLDENS / "digests.json"
 H200 = find_gpu("h200")
-EVEN = {"d_out": 4096, "d_in": 4096, "rank": 384, "tokens": 4096, "dtype": "bf16", "adapter": "bf16", "gpu": "h200"}
-RAGGED = {**EVEN, "d_out": 4304, "d_in": 1152, "rank": 24}
+MEANT = "if the change is meant, run pytest tests/codegen/test_render.py --update-goldens"
+
+RICH = {
+    "weight_norm": {"magnitude": "fp32", "save": True},
+    "weight_norm_exact": {"magnitude": "fp32", "autocast": True},
+    "lora_compose": {"bias": True, "save": True},
+    "compose_forward": {"bias": True, "save": True},
+    "compose_backward": {"bias": True},
+    "compose_backward_exact": {"magnitude": "fp32", "autocast": True},
+    "adapter_backward": {"magnitude": "fp32"},
+    "dora_linear_forward": {"bias": True, "save": True},
+}
+"""The flags that show most of an operation's code together."""
+
+DTYPES = [
+    {"dtype": "bf16", "adapter": "bf16"},
+    {"dtype": "bf16", "adapter": "fp32"},
+    {"dtype": "bf16", "adapter": "fp32", "autocast": True},
+    {"dtype": "fp16", "adapter": "fp16"},
+    {"dtype": "fp16", "adapter": "fp32"},
+    {"dtype": "fp32", "adapter": "fp32"},
+]
 
 
 def text_of(variant: Variant, values: dict[str, object], **flags: object) -> str:
@@ -29,27 +56,27 @@ def biased(variant: Variant) -> dict[str, bool]:
     return {"bias": True} if "bias" in OPS[variant.op].flags else {}
 
 
+def serves(variant: Variant, values: dict[str, object]) -> bool:
+    """Whether there is such a spec, which the variant runs for many tokens or for few."""
+    contract = OPS[variant.op]
+    if values.get("autocast") and "autocast" not in contract.flags:
+        return False
+    return any(
+        variant.unavailable(KernelSpec.create(variant.op, **{**values, "tokens": tokens}), H200) is None
+        for tokens in (4096, 16)
+    )
+
+
 def golden_cases() -> dict[str, tuple[Variant, dict[str, object]]]:
-    """One plain even-shaped and one ragged, flag-rich text for each variant."""
+    """For each variant a plain text of even sizes, and one of ragged sizes that shows most of its flags and dtypes."""
     cases: dict[str, tuple[Variant, dict[str, object]]] = {}
     for variant in VARIANTS:
-        rich: dict[str, object] = {
-            "weight_norm": {"magnitude": "fp32", "save": True},
-            "weight_norm_exact": {"magnitude": "fp32"},
-        }.get(variant.op, biased(variant))
-        cases[f"{variant.op}_{variant.name}"] = (variant, EVEN)
-        cases[f"{variant.op}_{variant.name}_ragged"] = (variant, {**RAGGED, **rich})
-        if variant.descriptors:  # where fp32 adapters take a kernel of their own
-            exact = {**EVEN, "adapter": "fp32"}
-            if variant.unavailable(KernelSpec.create(variant.op, **exact), H200) is None:
-                cases[f"{variant.op}_{variant.name}_fp32_adapters"] = (variant, exact)
-            if "autocast" in OPS[variant.op].flags:
-                rounded = {**RAGGED, "adapter": "fp32", "autocast": True}
-                cases[f"{variant.op}_{variant.name}_autocast"] = (variant, rounded)
-        if variant.library:  # where a setting of PyTorch's could cost the library digits
-            cases[f"{variant.op}_{variant.name}_fp32"] = (variant, {**EVEN, "dtype": "fp32", "adapter": "fp32"})
-            mixed = {**RAGGED, **rich, "dtype": "fp16", "adapter": "fp32"}
-            cases[f"{variant.op}_{variant.name}_fp16_fp32_adapters"] = (variant, mixed)
+        name = f"{variant.op}_{variant.name}"
+        cases[name] = (variant, EVEN)
+        rich = {**RAGGED, **RICH[variant.op], "adapter": "fp32"}
+        mixed = {"dtype": "fp16"} if variant.library else {}  # both products of cuBLAS that depend on settings
+        wanted = [{**rich, **mixed}, {**rich, "autocast": True}, {**RAGGED, **RICH[variant.op]}]
+        cases[f"{name}_rich"] = (variant, next(values for values in wanted if serves(variant, values)))
     return cases
 
 
@@ -59,16 +86,37 @@ def test_emitted_text_is_the_golden_one(name: str, request: pytest.FixtureReques
     text, golden = text_of(variant, values), GOLDENS / f"{name}.py"
     if request.config.getoption("--update-goldens"):
         golden.write_text(text)
-    assert golden.read_text() == text, (
-        "if the change is meant, run pytest tests/codegen/test_render.py --update-goldens"
-    )
+    assert golden.read_text() == text, MEANT
 
 
 def test_there_is_no_golden_without_a_case() -> None:
     assert {path.stem for path in GOLDENS.glob("*.py")} == set(golden_cases())
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op}-{v.name}")
+def forms(variant: Variant) -> Iterator[tuple[str, list[dict[str, object]]]]:
+    """Each form of a variant, by the flag or optional dtype that it has: in all dtypes, of even and of ragged sizes."""
+    contract = OPS[variant.op]
+    singles = [{flag: True} for flag in contract.flags if flag != "autocast"]
+    for added in [{}, *singles, *({role: "fp32"} for role in contract.optional_dtypes)]:
+        given = [{**sizes, **dtypes, **added} for dtypes in DTYPES for sizes in (EVEN, RAGGED)]
+        yield "-".join([variant.op, variant.name, *added]), [values for values in given if serves(variant, values)]
+
+
+def test_the_text_of_every_other_form_is_as_it_was(request: pytest.FixtureRequest) -> None:
+    """Goldens that nobody reads: their digests name the form whose text has changed."""
+    digests = {
+        name: hashlib.sha256("".join(text_of(variant, values) for values in given).encode()).hexdigest()
+        for variant in VARIANTS
+        for name, given in forms(variant)
+    }
+    if request.config.getoption("--update-goldens"):
+        DIGESTS.write_text(json.dumps(digests, indent=1) + "\n")
+    kept = json.loads(DIGESTS.read_text())
+    assert digests.keys() == kept.keys(), MEANT
+    assert [name for name in digests if digests[name] != kept[name]] == [], MEANT
+
+
+@every_variant
 def test_where_the_shape_divides_only_the_token_edge_is_masked(variant: Variant) -> None:
     text = text_of(variant, EVEN)
     masked = [line for line in text.splitlines() if "mask=" in line]
@@ -84,7 +132,7 @@ def test_without_bias_there_is_no_trace_of_it(variant: Variant) -> None:
     assert "bias_ptr" in text_of(variant, EVEN, bias=True) or "dbias" in text_of(variant, EVEN, bias=True)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op}-{v.name}")
+@every_variant
 def test_emitted_text_reads_like_a_kernel_someone_wrote(variant: Variant) -> None:
     forms = [EVEN, RAGGED]
     if "autocast" in OPS[variant.op].flags:
@@ -141,6 +189,20 @@ def test_a_template_digest_covers_what_the_template_brings_in(monkeypatch: pytes
         assert (template_digest("weight_norm", "fused") == before) is same, changed
         path.write_text(original)
     template_digest.cache_clear()
+
+
+def test_a_template_digest_covers_the_constants_of_the_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = template_digest("dora_linear_forward", "split_k")
+    template_digest.cache_clear()
+    monkeypatch.setitem(find_variant("dora_linear_forward", "split_k").constants, "finish_n", 512)
+    assert template_digest("dora_linear_forward", "split_k") != before
+    template_digest.cache_clear()
+
+
+@every_variant
+def test_every_constant_of_a_variant_is_used_by_its_template(variant: Variant) -> None:
+    text = "".join((TEMPLATES / name).read_text() for name in template_files(variant))
+    assert [name for name in variant.constants if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_an_unknown_variant_is_named_with_the_known_ones() -> None:

@@ -13,17 +13,15 @@ import doratune.codegen.spec as spec_module
 from doratune.codegen.ops import DTYPE_BYTES, OPS
 from doratune.codegen.spec import FLAGS, TOKEN_BUCKETS, Config, KernelSpec, SpecError, bucket_tokens
 
+from ..strategies import flags_of
+
 
 @st.composite
 def specs(draw: st.DrawFn) -> KernelSpec:
     op = draw(st.sampled_from(sorted(OPS)))
     dtype = draw(st.sampled_from(sorted(DTYPE_BYTES)))
-    flags = {flag: draw(st.booleans()) for flag in OPS[op].flags}
-    if flags.get("bias"):
-        flags |= {flag: False for flag in ("delta", "output") if flag in flags}
     adapter = draw(st.sampled_from([dtype, "fp32"]))
-    if "autocast" in flags:
-        flags["autocast"] &= adapter == "fp32" != dtype
+    rounds = "autocast" in OPS[op].flags and adapter == "fp32" != dtype
     return KernelSpec.create(
         op,
         d_out=draw(st.integers(1, 1 << 20)),
@@ -34,7 +32,8 @@ def specs(draw: st.DrawFn) -> KernelSpec:
         adapter=adapter,
         magnitude=draw(st.sampled_from([None, "fp32", "bf16"])),
         gpu=draw(st.sampled_from(["h200", "rtx4090", "sm_90", "gfx942", "cpu"])),
-        **flags,
+        autocast=rounds and draw(st.booleans()),
+        **draw(flags_of(op)),
     )
 
 
@@ -89,7 +88,7 @@ GOOD = "lora_compose/d_out=64/rank=8/tokens=16/activation=bf16/adapter=bf16"
     [
         (GOOD, "names no GPU"),
         (GOOD + "@", "names no GPU"),
-        (GOOD + "@H 200!", "a GPU is named like h200"),
+        (GOOD + "@H 200!", "gpu must be a name such as h200"),
         (GOOD.replace("lora_compose", "lora_compse") + "@h200", "did you mean lora_compose"),
         (GOOD.replace("rank", "rnk") + "@h200", "unknown field 'rnk'; did you mean rank"),
         (GOOD.replace("rank=8", "rank=8.5") + "@h200", "rank='8.5' is not a whole number"),
@@ -105,8 +104,8 @@ GOOD = "lora_compose/d_out=64/rank=8/tokens=16/activation=bf16/adapter=bf16"
         (GOOD + "/biass@h200", "unknown flag 'biass'; did you mean bias"),
         (GOOD + "/bias/delta@h200", "bias and delta exclude each other"),
         ("compose_backward/d_out=4/tokens=1/activation=bf16/bias/output@h200", "y - b has no digits left"),
-        (GOOD + "/autocast@h200", "autocast with bf16 adapters and bf16 tensors"),
-        (GOOD.replace("bf16", "fp32") + "/autocast@h200", "autocast with fp32 adapters and fp32 tensors"),
+        (GOOD + "/autocast@h200", "got bf16 adapters and bf16 tensors"),
+        (GOOD.replace("bf16", "fp32") + "/autocast@h200", "got fp32 adapters and fp32 tensors"),
         ("compose_forward/d_out=4/tokens=1/activation=bf16/autocast@h200", "compose_forward has no flag 'autocast'"),
         (
             "compose_backward_exact/d_out=4/d_in=4/rank=4/tokens=1/weight=bf16/activation=fp16/adapter=bf16@h200",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from doratune.codegen.gpu import find_gpu
+from doratune.codegen.module import kernel_names
 from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
@@ -135,6 +136,24 @@ def test_where_nothing_can_be_compiled_ahead_the_jit_functions_stay(
     assert not any(isinstance(kernel, internals.Launcher) for kernel in kernels)
 
 
+def test_what_jit_functions_start_is_not_recorded(gpus: Gpus, allocations: Allocations) -> None:  # noqa: F811
+    """A recording sees launchers alone: repeated, it would start nothing."""
+    world = world_of(next(v for v in STARTED if v.op == "compose_backward"), gpus, allocations)
+    started: list[Any] = []
+
+    class Jit:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *arguments, **options: started.append(grid)
+
+    for name in kernel_names(world.module):
+        setattr(world.module, name, Jit())
+    world.start(world.operands())
+    once = len(started)
+    for times in range(2, 4):
+        world.start(world.operands())
+        assert len(started) == times * once > 0
+
+
 class Changed(Compiled):
     """A compiled kernel whose C launcher takes other arguments than the known ones."""
 
@@ -179,9 +198,8 @@ def test_a_kernel_that_fails_both_ways_is_at_fault_itself(gpus: Gpus) -> None:  
 
 def test_no_other_file_names_an_internal_of_triton() -> None:
     """Elsewhere stands what is public: ``triton``, its languages, and the GPUTarget that ``triton.compile`` takes."""
-    private = re.compile(
-        r"(from|import) triton\.(?!backends\.compiler import GPUTarget|experimental\.gluon import language)|triton\.(knobs|_C|runtime)"
-    )
+    public = r"backends\.compiler import GPUTarget|experimental\.gluon import language"
+    private = re.compile(rf"(from|import) triton\.(?!{public})|triton\.(knobs|_C|runtime)")
     for path in sorted(ROOT.rglob("*.py")):
         part = path.relative_to(ROOT).parts[0]
         if part.startswith(".") or part in ("tests", "internals", "docs", "build"):

@@ -91,6 +91,6 @@ def test_a_config_for_many_tokens_is_not_taken_for_few() -> None:
     few, _ = resolve(KernelSpec.create("lora_compose", tokens=16, **sizes))  # type: ignore[arg-type]
     assert few.step == "default"
     assert few.config["block_t"] == 16
-    assert "block_t=128 where no tile of 16 tokens needs more than 16" in few.explain()
+    assert "block_t must be at most 16 for 16 tokens, got 128" in few.explain()
     many, _ = resolve(KernelSpec.create("lora_compose", tokens=1024, **sizes))  # type: ignore[arg-type]
     assert many.step == "nearest"

@@ -11,26 +11,24 @@ from doratune.codegen.gpu import ARCHITECTURES, find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
-from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config, find_variant
+from doratune.codegen.variants import Variant, check_config, default_config, find_variant
 
-from .interpreter import complaint_of
-from .test_accuracy import GPU, IDS, INTERPRETED, interpretable, spec_of
-
-interpreted = pytest.mark.skipif(
-    "os.environ.get('TRITON_INTERPRET') != '1'", reason="a GPU is here: tests/gpu runs the kernels on it"
-)
+from ..specs import EVEN, every_variant
+from .interpreter import GPU, IDS, INTERPRETED, complaint_of, interpretable, spec_of
 
 SHAPES = [(151, 89, 1), (1, 1, 1), (271, 115, 100), (40, 96, 384), (48, 72, 1024), (136, 1160, 24)]
 """(d_out, d_in, rank); the last three also suit tensor descriptors."""
 
 
-@interpreted
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(("d_out", "d_in", "rank"), SHAPES)
 @pytest.mark.parametrize(("dtype", "adapter"), [("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32")])
 @pytest.mark.parametrize("variant", INTERPRETED, ids=IDS.get)
 def test_odd_shapes_are_right_with_the_variants_first_config(
     variant: Variant, dtype: str, adapter: str, d_out: int, d_in: int, rank: int
 ) -> None:
+    if variant.op == "weight_norm_exact":
+        d_out = min(d_out, 40)  # the rows are redone one after another
     spec = spec_of(variant.op, dtype, adapter, d_out=d_out, d_in=d_in, rank=rank, tokens=16)
     if adapter != dtype and "adapter" not in OPS[spec.op].dtypes:
         pytest.skip("the operation has no adapter")
@@ -61,12 +59,10 @@ def test_every_gpu_has_a_config_for_every_shape_and_dtype(architecture: str) -> 
                         assert check_config(spec, default_config(spec, gpu), gpu) is None
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op}-{v.name}")
+@every_variant
 def test_what_is_multiplied_by_a_size_is_64_bits_wide(variant: Variant) -> None:
     """Of program numbers and rows; inside a tile, and times RANK, nothing reaches 2**31."""
-    spec = KernelSpec.create(
-        variant.op, d_out=4096, d_in=4096, rank=384, tokens=4096, dtype="bf16", adapter="bf16", gpu="h200"
-    )
+    spec = KernelSpec.create(variant.op, **EVEN)
     text = render(spec, variant.seeds(spec, GPU)[0]).text
     wide = {"part", *re.findall(r"^ *(\w+) = .*int64", text, flags=re.MULTILINE)}
     if variant.name == "warp_specialized":

@@ -18,17 +18,14 @@ from doratune.codegen.module import load_module
 from doratune.codegen.ops import ALIGNMENT, OPS
 from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
-from doratune.codegen.variants import VARIANTS, Variant
+from doratune.codegen.variants import Variant
 from doratune.runtime.arguments import alignment_of, as_rows
 from doratune.runtime.reference import definition
 from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import make_inputs, make_outputs
 
-from .test_accuracy import GPU, IDS, INTERPRETED, forms, served_spec, small_config
-
-interpreted = pytest.mark.skipif(
-    "os.environ.get('TRITON_INTERPRET') != '1'", reason="a GPU is here: tests/gpu runs the kernels on it"
-)
+from ..specs import EVEN, every_variant
+from .interpreter import GPU, IDS, INTERPRETED, forms, served_spec, small_config
 
 PADDING = 8
 """Elements between two rows: 16 bytes of fp16, so that tensor descriptors can say it too."""
@@ -50,7 +47,7 @@ def around(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([wide[:, :PADDING], wide[:, -PADDING:]], dim=1)
 
 
-@interpreted
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     ("variant", "form"),
     [pytest.param(v, form, id=f"{IDS[v]}-{'-'.join(form) or 'plain'}") for v in INTERPRETED for form in forms(v.op)],
@@ -72,10 +69,10 @@ def test_rows_may_lie_apart(variant: Variant, form: dict[str, object], adapter: 
         assert tensor.ndim < 2 or bool(around(tensor).isnan().all()), f"wrote beside the rows of {name}"
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op}-{v.name}")
+@every_variant
 def test_every_matrix_is_addressed_by_its_row_stride_or_by_a_descriptor(variant: Variant) -> None:
     for form in forms(variant.op):
-        spec = KernelSpec.create(variant.op, **{**PLAIN, **form} | ({"adapter": "fp32"} if "autocast" in form else {}))
+        spec = KernelSpec.create(variant.op, **{**EVEN, **form} | ({"adapter": "fp32"} if "autocast" in form else {}))
         text = render(spec, variant.seeds(spec, find_gpu("h200"))[0]).text
         operands = spec.contract.inputs_of(spec) + spec.contract.outputs_of(spec)
         matrices = {operand.name.lower() for operand in operands if len(operand.shape) == 2}
@@ -89,12 +86,9 @@ def test_every_matrix_is_addressed_by_its_row_stride_or_by_a_descriptor(variant:
         assert ("TensorDescriptor" in text) == variant.descriptors
 
 
-PLAIN = {"d_out": 4096, "d_in": 4096, "rank": 384, "tokens": 4096, "dtype": "bf16", "adapter": "bf16", "gpu": "h200"}
-
-
 @pytest.mark.parametrize(("d_out", "bytes_"), [(4096, 16), (4304, 16), (1160, 16), (2706, 4), (1028, 8), (37, 2)])
 def test_the_compiler_is_told_what_divides_contiguous_rows(d_out: int, bytes_: int) -> None:
-    spec = KernelSpec.create("compose_forward", **{**PLAIN, "d_out": d_out})
+    spec = KernelSpec.create("compose_forward", **{**EVEN, "d_out": d_out})
     alignments = contiguous_alignments(spec)
     assert alignments == {"base": bytes_, "lora": bytes_, "g": ALIGNMENT, "y": bytes_}
     base = torch.empty(3, d_out, dtype=torch.bfloat16)
@@ -146,7 +140,7 @@ from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import default_config
 for d_out in (4096, 1160, 2706):
-    spec = KernelSpec.create("compose_forward", **{PLAIN | {"gpu": "sm_90"}} | {{"d_out": d_out}})
+    spec = KernelSpec.create("compose_forward", **{EVEN | {"gpu": "sm_90"}} | {{"d_out": d_out}})
     source = render(spec, default_config(spec, find_gpu("sm_90")))
     ptx = build(source, load_module(source).compose_forward_kernel, find_gpu("sm_90").triton_target()).asm["ptx"]
     print(d_out, *(f"{{op}}.global.v4.b32" in ptx for op in ("ld", "st")))

@@ -1,4 +1,4 @@
-"""A search without compiler and GPU: candidates "compile" at once and cost what a formula says.
+"""A search without a compiler or a GPU: candidates "compile" at once and cost what a formula says.
 
 Run as a script, it is a tuning run for the tests to kill; it logs every evaluation, a line each, in the folder given.
 """

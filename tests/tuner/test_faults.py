@@ -118,7 +118,7 @@ def test_a_broken_machine_ends_the_run_at_once_with_its_reason_and_the_next_run_
     told = getattr(error, "strerror", None) or str(error).split(".")[0]
     assert result.stopped == "fault"
     assert told in result.fault
-    assert result.fault.endswith("The same command goes on from here")
+    assert result.fault.endswith("The same command continues from here")
     assert [row.outcome for row in result.rows] == [FAILED, UNFINISHED, UNFINISHED]
     assert told in result.failed[0].note
     assert len(evaluator.evaluated) <= 1, "the run ends at the first one"
@@ -292,7 +292,7 @@ def test_binaries_that_a_broken_machine_cannot_make_end_the_run_with_its_reason(
 
 def test_a_context_that_a_config_broke_is_recorded_before_the_run_ends(tune: Tune, tmp_path: Path) -> None:
     result = tune(ONE, failing(ContextLostError("broke the GPU context: an illegal memory access")))
-    assert "goes on from here without that config" in result.fault
+    assert "continues from here without that config" in result.fault
     assert [trial.user_attrs["config"] for trial in trials(tmp_path)] == [str(SEEDS[0])]
 
 

@@ -190,7 +190,7 @@ def test_a_candidate_that_takes_the_gpu_along_ends_the_run_and_is_not_tried_agai
         faults.append(result.fault)
     assert faults
     assert "illegal memory access" in faults[0]
-    assert "goes on from here without that config" in faults[0]
+    assert "continues from here without that config" in faults[0]
     tried = [config for evaluator in evaluators for _, config in evaluator.evaluated]
     assert max(Counter(tried).values()) == 1
     assert all(evaluator.closed for evaluator in evaluators)

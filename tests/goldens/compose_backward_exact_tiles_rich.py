@@ -2,7 +2,7 @@
 
     dg = sum_t dY*(x@W.T + s*(h@B.T)) in the columns whose g is too small to divide y by, dg elsewhere
 
-spec    compose_backward_exact/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=bf16/activation=bf16/adapter=bf16@h200
+spec    compose_backward_exact/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=bf16/activation=bf16/adapter=fp32/magnitude=fp32/autocast@h200
 config  tiles:block_k=32,block_n=64,block_t=32,chunk=256,finish_n=256,k_share=128,num_warps=4,num_stages=2
 
 Emitted by doratune from templates/compose_backward_exact_tiles.py.j2; edit the template, not this text.
@@ -23,7 +23,7 @@ def column_sums_kernel(
     weight_stride: "i64",
     h_ptr: "*bf16",
     h_stride: "i64",
-    lora_b_ptr: "*bf16",
+    lora_b_ptr: "*fp32",
     lora_b_stride: "i64",
     g_ptr: "*fp32",
     dg_chunks_ptr: "*fp32",
@@ -63,7 +63,7 @@ def column_sums_kernel(
                 share = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
                 for step in range(first, first + K_SHARE, BLOCK_K):
                     h = tl.load(h_ptr + (row + start) * h_stride + (step + k)[None, :], mask=in_t & (k < RANK - step)[None, :], other=0.0)
-                    b = tl.load(lora_b_ptr + column * lora_b_stride + (step + k)[:, None], mask=in_n[None, :] & (k < RANK - step)[:, None], other=0.0)
+                    b = tl.load(lora_b_ptr + column * lora_b_stride + (step + k)[:, None], mask=in_n[None, :] & (k < RANK - step)[:, None], other=0.0).to(tl.bfloat16)
                     share = tl.dot(h, b, share)
                 inner += scaling * share
             for first in range(0, IN_SHARES * K_SHARE, K_SHARE):
@@ -83,13 +83,15 @@ def choose_columns_kernel(
     dg_chunks_ptr: "*fp32",
     g_ptr: "*fp32",
     dg_ptr: "*fp32",
-    dg_exact_ptr: "*fp32",
+    norm_ptr: "*fp32",
+    dmagnitude_ptr: "*fp32",
     chunks: "i32",
 ):
-    """Copy dg, and add the chunks' sums in a fixed order where g cannot be divided by; dg_exact may be dg."""
+    """Take dg, or the chunks' sums in a fixed order where g cannot be divided by, to the gradient of m."""
     D_OUT: tl.constexpr = 4304
     BLOCK_N: tl.constexpr = 256
     SMALLEST_GAIN: tl.constexpr = 2.3283064365386963e-10
+    EPS: tl.constexpr = 1e-12
 
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < D_OUT
@@ -103,11 +105,13 @@ def choose_columns_kernel(
             sums += tl.load(chunk_ptrs, mask=tiny, other=0.0)
             chunk_ptrs += D_OUT
         dg = tl.where(tiny, sums, dg)
-    tl.store(dg_exact_ptr + n, dg, mask=in_n)
+    norm = tl.load(norm_ptr + n, mask=in_n, other=1.0)
+    dmagnitude = dg / tl.maximum(norm, EPS)
+    tl.store(dmagnitude_ptr + n, dmagnitude.to(tl.float32), mask=in_n)
 
 
-def launch(dy, x, weight, h, lora_b, g, dg, dg_exact, scaling):
-    """Fill dg_exact [4304] from dy [T, 4304], x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g and dg [4304]."""
+def launch(dy, x, weight, h, lora_b, g, dg, norm, dmagnitude, scaling):
+    """Fill dmagnitude [4304] from dy [T, 4304], x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g, dg and norm [4304]."""
     tokens = dy.shape[0]
     chunks = triton.cdiv(tokens, 256)
     dg_chunks = torch.empty((chunks, 4304), dtype=torch.float32, device=dy.device)
@@ -116,4 +120,4 @@ def launch(dy, x, weight, h, lora_b, g, dg, dg_exact, scaling):
         g, dg_chunks, tokens, scaling,
         num_warps=4, num_stages=2,
     )
-    choose_columns_kernel[(17,)](dg_chunks, g, dg, dg_exact, chunks, num_warps=4, num_stages=2)
+    choose_columns_kernel[(17,)](dg_chunks, g, dg, norm, dmagnitude, chunks, num_warps=4, num_stages=2)

@@ -2,8 +2,8 @@
 
     y = g*(x@W.T + s*(h@B.T)) + b, one sum over d_in + rank
 
-spec    dora_linear_forward/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=bf16/activation=bf16/adapter=bf16/bias@h200
-config  split_k:block_k=128,block_n=64,block_t=128,overlap=1,split_k=3,num_warps=4,num_stages=4
+spec    dora_linear_forward/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=bf16/activation=bf16/adapter=fp32/bias/save@h200
+config  split_k:block_k=32,block_n=64,block_t=128,overlap=1,split_k=3,num_warps=4,num_stages=2
 
 Emitted by doratune from templates/dora_linear_forward_split_k.py.j2; edit the template, not this text.
 """
@@ -21,7 +21,7 @@ def shares_kernel(
     weight_stride: "i64",
     h_ptr: "*bf16",
     h_stride: "i64",
-    lora_b_ptr: "*bf16",
+    lora_b_ptr: "*fp32",
     lora_b_stride: "i64",
     partials_ptr: "*fp32",
     tokens: "i32",
@@ -37,7 +37,7 @@ def shares_kernel(
     RANK: tl.constexpr = 24
     BLOCK_T: tl.constexpr = 128
     BLOCK_N: tl.constexpr = 64
-    BLOCK_K: tl.constexpr = 128
+    BLOCK_K: tl.constexpr = 32
     N_TILES: tl.constexpr = 68
     SPLIT_K: tl.constexpr = 3
 
@@ -56,7 +56,10 @@ def shares_kernel(
         in_r = k < RANK - start
         b = tl.load(b_ptrs + start, mask=in_n[:, None] & in_r[None, :], other=0.0)
         h = tl.load(h_ptrs + start, mask=in_t & in_r[:, None], other=0.0)
-        acc = tl.dot(b, h, acc)
+        b_high = b.to(tl.bfloat16)
+        b_low = (b - b_high.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(b_high, h, acc)
+        acc = tl.dot(b_low, h, acc)
     acc *= scaling  # in fp32, before W's part comes on top
 
     w_ptrs = weight_ptr + n[:, None] * weight_stride + k[None, :]
@@ -77,6 +80,8 @@ def finish_kernel(
     bias_ptr: "*bf16",
     y_ptr: "*bf16",
     y_stride: "i64",
+    inner_ptr: "*bf16",
+    inner_stride: "i64",
     tokens: "i64",
 ):
     """Add the shares of BLOCK_N columns of one token in a fixed order and write y."""
@@ -94,17 +99,18 @@ def finish_kernel(
     y = tl.load(g_ptr + n, mask=in_n, other=0.0) * inner
     y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * y_stride + n, y.to(tl.bfloat16), mask=in_n)
+    tl.store(inner_ptr + token * inner_stride + n, inner.to(tl.bfloat16), mask=in_n)
 
 
-def launch(x, weight, h, lora_b, g, bias, y, scaling):
-    """Fill y from x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
+def launch(x, weight, h, lora_b, g, bias, y, inner, scaling):
+    """Fill y and inner from x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
     tokens = x.shape[0]
     partials = torch.empty((3, tokens, 4304), dtype=torch.float32, device=x.device)
     shares_kernel[(triton.cdiv(tokens, 128) * 68, 3)](
         x, x.stride(0), weight, weight.stride(0), h, h.stride(0), lora_b, lora_b.stride(0), partials, tokens, scaling,
-        num_warps=4, num_stages=4,
+        num_warps=4, num_stages=2,
     )
     finish_kernel[(tokens, 17)](
-        partials, g, bias, y, y.stride(0), tokens,
+        partials, g, bias, y, y.stride(0), inner, inner.stride(0), tokens,
         num_warps=4, num_stages=2, launch_pdl=True,
     )

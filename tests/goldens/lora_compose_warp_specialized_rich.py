@@ -2,7 +2,7 @@
 
     y = g*(base + s*(h@B.T)) + b; delta form: (g-1)*base + g*s*(h@B.T)
 
-spec    lora_compose/d_out=4304/rank=24/tokens=4096/activation=bf16/adapter=fp32/autocast@h200
+spec    lora_compose/d_out=4304/rank=24/tokens=4096/activation=bf16/adapter=fp32/bias/save/autocast@h200
 config  warp_specialized:block_k=32,block_n=128,block_t=64,consumers=2,num_warps=4,num_stages=6
 
 Emitted by doratune from templates/lora_compose_warp_specialized.py.j2; edit the template, not this text.
@@ -73,7 +73,7 @@ def load_tiles(base_desc, h_desc, lora_b_desc, b_smem, h_smem, io_smem, b_full, 
 
 
 @gluon.jit
-def compose_tiles(me: gl.constexpr, y_desc, g_ptr, b_smem, h_smem, io_smem, b_full, b_empty, h_full, h_empty, io_full, io_empty, product_turn, first, last, t_tiles, scaling):
+def compose_tiles(me: gl.constexpr, inner_desc, y_desc, g_ptr, bias_ptr, b_smem, h_smem, io_smem, b_full, b_empty, h_full, h_empty, io_full, io_empty, product_turn, first, last, t_tiles, scaling):
     """Four warps compose every 2nd tile: while they are in their epilogue, others use the tensor cores."""
     BLOCK_T: gl.constexpr = 64
     BLOCK_N: gl.constexpr = 128
@@ -89,6 +89,7 @@ def compose_tiles(me: gl.constexpr, y_desc, g_ptr, b_smem, h_smem, io_smem, b_fu
         n = first_n + segment
         columns = n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, TILE))
         g = gl.load(g_ptr + columns, mask=columns < D_OUT, other=0.0)[None, :]
+        bias = gl.load(bias_ptr + columns, mask=columns < D_OUT, other=0.0).to(gl.float32)[None, :]
         mbarrier.wait(b_full, segment & 1)
         begin = gl.maximum(first, n * t_tiles)
         mine = begin + (me + CONSUMERS - (begin - first) % CONSUMERS) % CONSUMERS
@@ -111,8 +112,12 @@ def compose_tiles(me: gl.constexpr, y_desc, g_ptr, b_smem, h_smem, io_smem, b_fu
             mbarrier.wait(io_full.index(me), turn & 1)
             base = io.load(TILE).to(gl.float32)
             inner = base + scaling * lora
-            y = g * inner
+            y = g * inner + bias
             row = (tile - n * t_tiles) * BLOCK_T
+            io.store(inner.to(io.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(inner_desc, [row, n * BLOCK_N], io)
+            tma.store_wait(0)
             io.store(y.to(io.dtype))  # y takes base's place, in shared memory too
             fence_async_shared()
             tma.async_copy_shared_to_global(y_desc, [row, n * BLOCK_N], io)
@@ -127,7 +132,9 @@ def lora_compose_kernel(
     h_desc: "tensordesc<bf16[64, 32]>",
     lora_b_desc: "tensordesc<bf16[128, 32]>",
     g_ptr: "*fp32",
+    bias_ptr: "*bf16",
     y_desc: "tensordesc<bf16[64, 128]>",
+    inner_desc: "tensordesc<bf16[64, 128]>",
     scaling: "fp32",
     t_tiles: "i32",
     share: "i32",
@@ -167,8 +174,8 @@ def lora_compose_kernel(
     last = gl.minimum(first + share, t_tiles * N_TILES)
     gl.warp_specialize(
         [
-            (compose_tiles, (0, y_desc, g_ptr, b_smem, h_smem, io_smem, b_full, b_empty, h_full, h_empty, io_full, io_empty, product_turn, first, last, t_tiles, scaling)),
-            (compose_tiles, (1, y_desc, g_ptr, b_smem, h_smem, io_smem, b_full, b_empty, h_full, h_empty, io_full, io_empty, product_turn, first, last, t_tiles, scaling)),
+            (compose_tiles, (0, inner_desc, y_desc, g_ptr, bias_ptr, b_smem, h_smem, io_smem, b_full, b_empty, h_full, h_empty, io_full, io_empty, product_turn, first, last, t_tiles, scaling)),
+            (compose_tiles, (1, inner_desc, y_desc, g_ptr, bias_ptr, b_smem, h_smem, io_smem, b_full, b_empty, h_full, h_empty, io_full, io_empty, product_turn, first, last, t_tiles, scaling)),
             (load_tiles, (base_desc, h_desc, lora_b_desc, b_smem, h_smem, io_smem, b_full, b_empty, h_full, h_empty, io_full, io_empty, first, last, t_tiles)),
         ],
         [4, 1],
@@ -176,8 +183,8 @@ def lora_compose_kernel(
     )
 
 
-def launch(base, h, lora_b, g, y, scaling):
-    """Fill y from base [T, 4304], h [T, 24], lora_b [4304, 24], g [4304]."""
+def launch(base, h, lora_b, g, bias, y, inner, scaling):
+    """Fill y and inner from base [T, 4304], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
     io_layout = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)
     factor_layout = gl.NVMMASharedLayout.get_default_for([64, 32], gl.bfloat16)
     lora_b_parts = torch.empty((4304, 24), dtype=h.dtype, device=h.device)
@@ -191,7 +198,9 @@ def launch(base, h, lora_b, g, y, scaling):
         TensorDescriptor.from_tensor(h, [64, 32], factor_layout),
         TensorDescriptor.from_tensor(lora_b_parts, [128, 32], factor_layout),
         g,
+        bias,
         TensorDescriptor.from_tensor(y, [64, 128], io_layout),
+        TensorDescriptor.from_tensor(inner, [64, 128], io_layout),
         scaling,
         t_tiles,
         share,

@@ -2,7 +2,7 @@
 
     y = g*(x@W.T + s*(h@B.T)) + b, one sum over d_in + rank
 
-spec    dora_linear_forward/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=bf16/activation=bf16/adapter=bf16/bias@h200
+spec    dora_linear_forward/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=bf16/activation=bf16/adapter=bf16/bias/save@h200
 config  tma_persistent:block_k=64,block_n=256,block_t=128,group_t=8,parts=2,programs=132,num_warps=8,num_stages=4
 
 Emitted by doratune from templates/dora_linear_forward_tma_persistent.py.j2; edit the template, not this text.
@@ -23,6 +23,7 @@ def dora_linear_kernel(
     g_ptr: "*fp32",
     bias_ptr: "*bf16",
     y_desc: "tensordesc<bf16[128, 128]>",
+    inner_desc: "tensordesc<bf16[128, 128]>",
     tokens: "i32",
     scaling: "fp32",
 ):
@@ -65,10 +66,11 @@ def dora_linear_kernel(
             y = tl.load(g_ptr + n, mask=n < D_OUT, other=0.0)[None, :] * halves[half]
             y += tl.load(bias_ptr + n, mask=n < D_OUT, other=0.0).to(tl.float32)[None, :]
             y_desc.store([first_t, first_n + half * PART_N], y.to(tl.bfloat16))
+            inner_desc.store([first_t, first_n + half * PART_N], halves[half].to(tl.bfloat16))
 
 
-def launch(x, weight, h, lora_b, g, bias, y, scaling):
-    """Fill y from x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
+def launch(x, weight, h, lora_b, g, bias, y, inner, scaling):
+    """Fill y and inner from x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
     tokens = x.shape[0]
     tiles = triton.cdiv(tokens, 128) * 17
     dora_linear_kernel[(min(tiles, 132),)](
@@ -79,6 +81,7 @@ def launch(x, weight, h, lora_b, g, bias, y, scaling):
         g,
         bias,
         TensorDescriptor.from_tensor(y, [128, 128]),
+        TensorDescriptor.from_tensor(inner, [128, 128]),
         tokens,
         scaling,
         num_warps=8, num_stages=4,

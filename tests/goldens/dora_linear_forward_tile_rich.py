@@ -2,8 +2,8 @@
 
     y = g*(x@W.T + s*(h@B.T)) + b, one sum over d_in + rank
 
-spec    dora_linear_forward/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=bf16/activation=bf16/adapter=bf16/bias@h200
-config  tile:block_k=64,block_n=256,block_t=128,group_t=8,num_warps=8,num_stages=3
+spec    dora_linear_forward/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=bf16/activation=bf16/adapter=fp32/bias/save@h200
+config  tile:block_k=32,block_n=128,block_t=64,group_t=8,num_warps=8,num_stages=2
 
 Emitted by doratune from templates/dora_linear_forward_tile.py.j2; edit the template, not this text.
 """
@@ -21,12 +21,14 @@ def dora_linear_kernel(
     weight_stride: "i64",
     h_ptr: "*bf16",
     h_stride: "i64",
-    lora_b_ptr: "*bf16",
+    lora_b_ptr: "*fp32",
     lora_b_stride: "i64",
     g_ptr: "*fp32",
     bias_ptr: "*bf16",
     y_ptr: "*bf16",
     y_stride: "i64",
+    inner_ptr: "*bf16",
+    inner_stride: "i64",
     tokens: "i32",
     scaling: "fp32",
 ):
@@ -34,11 +36,11 @@ def dora_linear_kernel(
     D_OUT: tl.constexpr = 4304
     D_IN: tl.constexpr = 1152
     RANK: tl.constexpr = 24
-    BLOCK_T: tl.constexpr = 128
-    BLOCK_N: tl.constexpr = 256
-    BLOCK_K: tl.constexpr = 64
+    BLOCK_T: tl.constexpr = 64
+    BLOCK_N: tl.constexpr = 128
+    BLOCK_K: tl.constexpr = 32
     GROUP_T: tl.constexpr = 8
-    N_TILES: tl.constexpr = 17
+    N_TILES: tl.constexpr = 34
 
     tile = tl.program_id(0)
     t_tiles = tl.cdiv(tokens, BLOCK_T)
@@ -60,7 +62,10 @@ def dora_linear_kernel(
         in_r = k < RANK - start
         h = tl.load(h_ptrs + start, mask=in_t & in_r[None, :], other=0.0)
         b = tl.load(b_ptrs + start, mask=in_n[None, :] & in_r[:, None], other=0.0)
-        acc = tl.dot(h, b, acc)
+        b_high = b.to(tl.bfloat16)
+        b_low = (b - b_high.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(h, b_high, acc)
+        acc = tl.dot(h, b_low, acc)
     acc *= scaling  # in fp32, before W's part comes on top
 
     x_ptrs = x_ptr + t[:, None] * x_stride + k[None, :]
@@ -73,13 +78,14 @@ def dora_linear_kernel(
     y = tl.load(g_ptr + n, mask=in_n, other=0.0)[None, :] * acc
     y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + t[:, None] * y_stride + n[None, :], y.to(tl.bfloat16), mask=in_t & in_n[None, :])
+    tl.store(inner_ptr + t[:, None] * inner_stride + n[None, :], acc.to(tl.bfloat16), mask=in_t & in_n[None, :])
 
 
-def launch(x, weight, h, lora_b, g, bias, y, scaling):
-    """Fill y from x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
+def launch(x, weight, h, lora_b, g, bias, y, inner, scaling):
+    """Fill y and inner from x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
     tokens = x.shape[0]
-    dora_linear_kernel[(triton.cdiv(tokens, 128) * 17,)](
+    dora_linear_kernel[(triton.cdiv(tokens, 64) * 34,)](
         x, x.stride(0), weight, weight.stride(0), h, h.stride(0), lora_b, lora_b.stride(0),
-        g, bias, y, y.stride(0), tokens, scaling,
-        num_warps=8, num_stages=3,
+        g, bias, y, y.stride(0), inner, inner.stride(0), tokens, scaling,
+        num_warps=8, num_stages=2,
     )

@@ -2,7 +2,7 @@
 
     y = g*(base + s*(h@B.T)) + b; delta form: (g-1)*base + g*s*(h@B.T)
 
-spec    lora_compose/d_out=4096/rank=384/tokens=4096/activation=fp32/adapter=fp32@h200
+spec    lora_compose/d_out=4304/rank=24/tokens=4096/activation=fp16/adapter=fp32/bias/save@h200
 config  library:block_n=512,block_t=4,num_warps=4,num_stages=2
 
 Emitted by doratune from templates/lora_compose_library.py.j2; edit the template, not this text.
@@ -14,10 +14,10 @@ import triton.language as tl
 
 
 @triton.jit
-def fp32_product_kernel(
-    left_ptr: "*fp32",
+def fp16_product_kernel(
+    left_ptr: "*fp16",
     left_stride: "i64",
-    right_ptr: "*fp32",
+    right_ptr: "*fp16",
     right_stride: "i64",
     result_ptr: "*fp32",
     left_rows: "i32",
@@ -42,45 +42,49 @@ def fp32_product_kernel(
         in_k = k < cols - start
         left = tl.load(left_ptrs + start, mask=in_i & in_k[None, :], other=0.0)
         right = tl.load(right_ptrs + start, mask=in_j & in_k[:, None], other=0.0)
-        acc = tl.dot(left, right, acc, input_precision="tf32x3")
+        acc = tl.dot(left, right, acc)
     tl.store(result_ptr + (share * left_rows + i)[:, None] * right_rows + j[None, :], acc, mask=in_i & in_j)
 
 
-def fp32_product(left, right, result):
+def fp16_product(left, right, result):
     """Fill result with left @ right.T in fp32; a result of three axes has equal shares of the columns apart."""
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":  # the library would keep 11 bits of each operand
+    if torch.backends.cuda.matmul.allow_fp16_accumulation:  # the library would add in fp16
         left_rows, right_rows = result.shape[-2:]
         shares = result.numel() // (left_rows * right_rows)
-        fp32_product_kernel[(triton.cdiv(left_rows, 64) * triton.cdiv(right_rows, 64), shares)](
+        fp16_product_kernel[(triton.cdiv(left_rows, 64) * triton.cdiv(right_rows, 64), shares)](
             left, left.stride(0), right, right.stride(0), result, left_rows, right_rows, left.shape[1] // shares,
             num_warps=8, num_stages=2,
         )
         return
+    multiply = torch.mm
     if result.ndim == 3:
         left, right = (matrix.unflatten(1, (len(result), -1)).transpose(0, 1) for matrix in (left, right))
-        torch.bmm(left, right.mT, out=result)
-        return
-    torch.mm(left[:, :1024], right[:, :1024].T, out=result)
-    for start in range(1024, left.shape[1], 1024):  # rounded one after another, 4096 terms would be off by 1e-6
-        result.addmm_(left[:, start : start + 1024], right[:, start : start + 1024].T)
+        multiply = torch.bmm
+    if left.is_cuda:
+        multiply(left, right.mT, out_dtype=torch.float32, out=result)
+    else:  # on a CPU there is no out_dtype
+        multiply(left.float(), right.mT.float(), out=result)
 
 
 @triton.jit
 def compose_kernel(
-    base_ptr: "*fp32",
+    base_ptr: "*fp16",
     base_stride: "i64",
     lora_ptr: "*fp32",
     g_ptr: "*fp32",
-    y_ptr: "*fp32",
+    bias_ptr: "*fp16",
+    y_ptr: "*fp16",
     y_stride: "i64",
+    inner_ptr: "*fp16",
+    inner_stride: "i64",
     tokens: "i32",
     scaling: "fp32",
 ):
     """Write one [BLOCK_T, BLOCK_N] tile of y; base and y may be the same memory."""
-    D_OUT: tl.constexpr = 4096
+    D_OUT: tl.constexpr = 4304
     BLOCK_T: tl.constexpr = 4
     BLOCK_N: tl.constexpr = 512
-    N_TILES: tl.constexpr = 8
+    N_TILES: tl.constexpr = 9
 
     tile_t = tl.program_id(0) // N_TILES
     tile_n = tl.program_id(0) % N_TILES
@@ -88,22 +92,29 @@ def compose_kernel(
     row = t.to(tl.int64)[:, None]  # times a row's length it may pass 2**31
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_t = (t < tokens)[:, None]
+    in_n = n < D_OUT
 
-    base = tl.load(base_ptr + row * base_stride + n[None, :], mask=in_t, other=0.0).to(tl.float32)
-    lora = tl.load(lora_ptr + row * D_OUT + n[None, :], mask=in_t, other=0.0)
-    g = tl.load(g_ptr + n)[None, :]
+    base = tl.load(base_ptr + row * base_stride + n[None, :], mask=in_t & in_n[None, :], other=0.0).to(tl.float32)
+    lora = tl.load(lora_ptr + row * D_OUT + n[None, :], mask=in_t & in_n[None, :], other=0.0)
+    g = tl.load(g_ptr + n, mask=in_n, other=0.0)[None, :]
     inner = base + scaling * lora
     y = g * inner
-    tl.store(y_ptr + row * y_stride + n[None, :], y.to(tl.float32), mask=in_t)
+    y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + row * y_stride + n[None, :], y.to(tl.float16), mask=in_t & in_n[None, :])
+    tl.store(inner_ptr + row * inner_stride + n[None, :], inner.to(tl.float16), mask=in_t & in_n[None, :])
 
 
 @torch.no_grad()
-def launch(base, h, lora_b, g, y, scaling):
-    """Fill y from base [T, 4096], h [T, 384], lora_b [4096, 384], g [4096]."""
+def launch(base, h, lora_b, g, bias, y, inner, scaling):
+    """Fill y and inner from base [T, 4304], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
     tokens = base.shape[0]
-    lora = torch.empty((tokens, 4096), dtype=torch.float32, device=base.device)
-    fp32_product(h, lora_b, lora)
-    compose_kernel[(triton.cdiv(tokens, 4) * 8,)](
-        base, base.stride(0), lora, g, y, y.stride(0), tokens, scaling,
+    lora = torch.empty((tokens, 4304), dtype=torch.float32, device=base.device)
+    parts = torch.empty((4304, 48), dtype=h.dtype, device=h.device)
+    high, low = parts.chunk(2, dim=1)
+    high.copy_(lora_b)
+    low.copy_(lora_b - high)
+    fp16_product(h.repeat(1, 2), parts, lora)
+    compose_kernel[(triton.cdiv(tokens, 4) * 9,)](
+        base, base.stride(0), lora, g, bias, y, y.stride(0), inner, inner.stride(0), tokens, scaling,
         num_warps=4, num_stages=2,
     )

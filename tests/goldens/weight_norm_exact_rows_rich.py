@@ -2,7 +2,7 @@
 
     w = ||W + s*B@A|| in rows where w*w < (nW + s*s*rowsum(B*B*rowsum(A*A)))/2, else w; g = m / max(w, eps)
 
-spec    weight_norm_exact/d_out=4304/d_in=1152/rank=24/weight=bf16/adapter=bf16/magnitude=fp32@h200
+spec    weight_norm_exact/d_out=4304/d_in=1152/rank=24/weight=bf16/adapter=fp32/magnitude=fp32/autocast@h200
 config  rows:apart=0,block_k=256,block_m=32,block_r=32,num_warps=4,num_stages=2
 
 Emitted by doratune from templates/weight_norm_exact_rows.py.j2; edit the template, not this text.
@@ -17,9 +17,9 @@ import triton.language as tl
 def exact_rows_kernel(
     weight_ptr: "*bf16",
     weight_stride: "i64",
-    lora_a_ptr: "*bf16",
+    lora_a_ptr: "*fp32",
     lora_a_stride: "i64",
-    lora_b_ptr: "*bf16",
+    lora_b_ptr: "*fp32",
     lora_b_stride: "i64",
     weight_sq_ptr: "*fp32",
     norm_ptr: "*fp32",
@@ -53,10 +53,10 @@ def exact_rows_kernel(
         cols = tl.arange(0, COLS)
         squares = tl.full((BLOCK_R, COLS), 0.0, tl.float32)
         for start in range(0, D_IN, COLS):
-            a_part = tl.load(lora_a_ptr + r.to(tl.int64)[:, None] * lora_a_stride + start + cols[None, :], mask=in_r[:, None] & (cols < D_IN - start)[None, :], other=0.0).to(tl.float32)
+            a_part = tl.load(lora_a_ptr + r.to(tl.int64)[:, None] * lora_a_stride + start + cols[None, :], mask=in_r[:, None] & (cols < D_IN - start)[None, :], other=0.0).to(tl.bfloat16).to(tl.float32)
             squares += a_part * a_part
         adapter_squares = tl.sum(squares, axis=1)
-        b_part = tl.load(lora_b_ptr + rows.to(tl.int64)[:, None] * lora_b_stride + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0).to(tl.float32)
+        b_part = tl.load(lora_b_ptr + rows.to(tl.int64)[:, None] * lora_b_stride + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0).to(tl.bfloat16).to(tl.float32)
         summands += tl.sum(b_part * b_part * adapter_squares[None, :], axis=1)
     s = tl.full((BLOCK_M,), scaling, tl.float32)
     cancels = (norm * norm < LEAST_SHARE * (weight_sq + s * s * summands)).to(tl.int32)
@@ -72,8 +72,8 @@ def exact_rows_kernel(
                     in_k = k < D_IN - start
                     ba = tl.full((BLOCK_K,), 0.0, tl.float64)
                     for first in range(0, RANK, RANKS):
-                        b = tl.load(lora_b_ptr + row * lora_b_stride + first + j).to(tl.float64)
-                        a = tl.load(lora_a_ptr + (first + j).to(tl.int64)[:, None] * lora_a_stride + start + k[None, :], mask=in_k[None, :], other=0.0).to(tl.float64)
+                        b = tl.load(lora_b_ptr + row * lora_b_stride + first + j).to(tl.bfloat16).to(tl.float64)
+                        a = tl.load(lora_a_ptr + (first + j).to(tl.int64)[:, None] * lora_a_stride + start + k[None, :], mask=in_k[None, :], other=0.0).to(tl.bfloat16).to(tl.float64)
                         ba += tl.sum(b[:, None] * a, axis=0)
                     w = tl.load(weight_ptr + row * weight_stride + start + k, mask=in_k, other=0.0).to(tl.float64)
                     entry = w + s_wide * ba

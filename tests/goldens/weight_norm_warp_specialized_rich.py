@@ -1,8 +1,8 @@
-"""Row norm of W + sBA without BA: one warp loads, eight multiply, and G enters below its diagonal only.
+"""Row norm of W + sBA without BA: one warp loads, eight multiply, two square, and G enters below its diagonal only.
 
     w = sqrt(nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T)))), nW = rowsum(W*W); g = m / max(w, eps)
 
-spec    weight_norm/d_out=4304/d_in=1152/rank=24/weight=bf16/adapter=fp32/autocast@h200
+spec    weight_norm/d_out=4304/d_in=1152/rank=24/weight=bf16/adapter=fp32/magnitude=fp32/save/autocast@h200
 config  warp_specialized:gram_block=64,gram_block_k=128,gram_programs=2,gram_share=1024,gram_stages=6,rank_block=64,rank_tiles=1,split_k=3,num_warps=8,num_stages=3
 
 Emitted by doratune from templates/weight_norm_warp_specialized.py.j2; edit the template, not this text.
@@ -182,7 +182,7 @@ def load_tiles(weight_desc, lora_a_desc, lora_b_desc, high_desc, low_desc, b_til
 
 @gluon.jit
 def sum_row_dots(
-    weight_sq_ptr, partials_ptr, arrivals_ptr, norm_ptr, b_tile_desc, ring, full, empty, first_m, group, share, scaling
+    squares_ptr, partials_ptr, arrivals_ptr, magnitude_ptr, norm_ptr, g_ptr, weight_sq_ptr, b_tile_desc, ring, full, empty, squared, first_m, group, share, scaling
 ):
     """Eight warps: acc = W @ A.T + B @ (s/2)G over this program's share of the inner sums, then sum_n B[:, n] * acc[:, n].
 
@@ -196,6 +196,7 @@ def sum_row_dots(
     STAGES: gl.constexpr = 3
     PARTIALS: gl.constexpr = 3
     D_OUT: gl.constexpr = 4304
+    EPS: gl.constexpr = 1e-12
 
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
     acc_0 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
@@ -228,6 +229,7 @@ def sum_row_dots(
     dots = gl.sum(acc_0 * b.to(gl.float32), axis=1)
     step += 1
     rows = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TILE))
+    mbarrier.wait(squared, 0)  # the two warps have stored theirs
     partial = share
     gl.store(partials_ptr + partial * D_OUT + rows, dots, mask=rows < D_OUT)
     tl.debug_barrier()  # all eight warps have stored before one of them says so
@@ -236,9 +238,60 @@ def sum_row_dots(
         dots = gl.load(partials_ptr + rows, mask=rows < D_OUT, other=0.0)
         for i in gl.static_range(1, PARTIALS):
             dots += gl.load(partials_ptr + i * D_OUT + rows, mask=rows < D_OUT, other=0.0)
-        weight_sq = gl.load(weight_sq_ptr + rows, mask=rows < D_OUT, other=0.0)
+        weight_sq = gl.load(squares_ptr + rows, mask=rows < D_OUT, other=0.0)
+        for i in gl.static_range(1, SPLIT_K):
+            weight_sq += gl.load(squares_ptr + i * D_OUT + rows, mask=rows < D_OUT, other=0.0)
+        gl.store(weight_sq_ptr + rows, weight_sq, mask=rows < D_OUT)
         norm = gl.sqrt(gl.maximum(weight_sq + (2.0 * scaling) * dots, 0.0))
         gl.store(norm_ptr + rows, norm, mask=rows < D_OUT)
+        magnitude = gl.load(magnitude_ptr + rows, mask=rows < D_OUT, other=0.0).to(gl.float32)
+        gl.store(g_ptr + rows, magnitude / gl.maximum(norm, EPS), mask=rows < D_OUT)
+
+
+@gluon.jit
+def sum_squares(squares_ptr, ring, full, empty, squared, first_m, group, share):
+    """Two warps: rowsum(W*W) over this program's share of the columns, from the tiles that are being multiplied."""
+    HALF: gl.constexpr = 64
+    TILES: gl.constexpr = 1
+    BLOCK_K: gl.constexpr = 64
+    K_STEPS: gl.constexpr = 6
+    LANES: gl.constexpr = 2
+    SPLIT_K: gl.constexpr = 3
+    STAGES: gl.constexpr = 3
+    D_OUT: gl.constexpr = 4304
+
+    ROWS: gl.constexpr = gl.BlockedLayout([1, BLOCK_K], [32, 1], [2, 1], [1, 0])
+    upper_squares = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, ROWS))
+    lower_squares = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, ROWS))
+    for step in range(0, K_STEPS):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        # Only now: loads of the step before may still be on their way when the instructions after them start.
+        fence_async_shared()
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+        upper = ring.index(stage).slice(0, HALF).load(ROWS).to(gl.float32)
+        upper_squares += gl.sum(upper * upper, axis=1)
+        lower = ring.index(stage).slice(HALF, HALF).load(ROWS).to(gl.float32)
+        lower_squares += gl.sum(lower * lower, axis=1)
+    fence_async_shared()
+    mbarrier.arrive(empty.index((K_STEPS - 1) % STAGES), count=1)
+    rows = first_m + gl.arange(0, HALF, gl.SliceLayout(1, ROWS))
+    gl.store(squares_ptr + share * D_OUT + rows, upper_squares, mask=(rows < D_OUT))
+    rows += HALF
+    gl.store(squares_ptr + share * D_OUT + rows, lower_squares, mask=(rows < D_OUT))
+    tl.debug_barrier()  # both warps have stored before one of them says so
+    mbarrier.arrive(squared, count=1)
+
+    step = K_STEPS
+    for _ in range(share, LANES, SPLIT_K):  # what follows W in the ring needs no squares, but its stages are shared
+        for _ in range(0, TILES):
+            mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+            step += 1
+    for _ in range(0, TILES):
+        mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+        mbarrier.arrive(empty.index(step % STAGES), count=1)
+        step += 1
 
 
 @gluon.jit
@@ -249,10 +302,13 @@ def row_dots_kernel(
     high_desc: "tensordesc<bf16[64, 64]>",
     low_desc: "tensordesc<bf16[64, 64]>",
     lora_b_tile_desc: "tensordesc<bf16[128, 64]>",
-    weight_sq_ptr: "*fp32",
+    squares_ptr: "*fp32",
     partials_ptr: "*fp32",
     arrivals_ptr: "*i32",
+    magnitude_ptr: "*fp32",
     norm_ptr: "*fp32",
+    g_ptr: "*fp32",
+    weight_sq_ptr: "*fp32",
     scaling: "fp32",
 ):
     """Sum n over B[:, n] * (W @ A.T + B @ (s/2)G)[:, n] for BLOCK_M rows, 1 x BLOCK_N ranks and one share of the inner sums.
@@ -269,7 +325,9 @@ def row_dots_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    squared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(squared, count=1)
     fence_async_shared()
 
     first_m = gl.program_id(0) * BLOCK_M
@@ -277,20 +335,22 @@ def row_dots_kernel(
     share = gl.program_id(1)
     gl.warp_specialize(
         [
-            (sum_row_dots, (weight_sq_ptr, partials_ptr, arrivals_ptr, norm_ptr, lora_b_tile_desc, ring, full, empty, first_m, group, share, scaling)),
+            (sum_row_dots, (squares_ptr, partials_ptr, arrivals_ptr, magnitude_ptr, norm_ptr, g_ptr, weight_sq_ptr, lora_b_tile_desc, ring, full, empty, squared, first_m, group, share, scaling)),
             (load_tiles, (weight_desc, lora_a_desc, lora_b_desc, high_desc, low_desc, lora_b_tile_desc, ring, full, empty, first_m, group, share)),
+            (sum_squares, (squares_ptr, ring, full, empty, squared, first_m, group, share)),
         ],
-        [1],
-        [24],
+        [1, 2],
+        [40, 40],
     )
 
 
-def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
-    """Fill norm [4304] from weight [4304, 1152], lora_a [24, 1152], lora_b [4304, 24]."""
+def launch(weight, lora_a, lora_b, magnitude, norm, g, weight_sq, scaling):
+    """Fill norm, g, weight_sq [4304] from weight [4304, 1152], lora_a [24, 1152], lora_b [4304, 24]."""
     gram_shares = torch.empty((2, 24, 24), dtype=torch.float32, device=weight.device)
     lower_gram = torch.empty((2, 24, 24), dtype=weight.dtype, device=weight.device)
     partials = torch.empty((3, 4304), dtype=torch.float32, device=weight.device)
     arrivals = torch.empty(34, dtype=torch.int32, device=weight.device)
+    squares = torch.empty((3, 4304), dtype=torch.float32, device=weight.device)
     lora_a_parts = torch.empty((24, 1152), dtype=weight.dtype, device=weight.device)
     lora_b_parts = torch.empty((4304, 24), dtype=weight.dtype, device=weight.device)
     adapter_parts_kernel[(104,)](
@@ -311,6 +371,6 @@ def launch(weight, lora_a, lora_b, weight_sq, norm, scaling):
         TensorDescriptor.from_tensor(lower_gram[0], [64, 64], step_layout),
         TensorDescriptor.from_tensor(lower_gram[1], [64, 64], step_layout),
         TensorDescriptor.from_tensor(lora_b_parts, [128, 64], tile_layout),
-        weight_sq, partials, arrivals, norm, scaling,
+        squares, partials, arrivals, magnitude, norm, g, weight_sq, scaling,
         num_warps=8, num_stages=3, launch_pdl=True,
     )

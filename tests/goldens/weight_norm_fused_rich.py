@@ -2,8 +2,8 @@
 
     w = sqrt(nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T)))), nW = rowsum(W*W); g = m / max(w, eps)
 
-spec    weight_norm/d_out=4304/d_in=1152/rank=24/weight=bf16/adapter=bf16/magnitude=fp32/save@h200
-config  fused:block_k=64,block_m=128,block_n=32,gram_block=32,gram_block_k=64,gram_share=512,split_k=4,num_warps=8,num_stages=4
+spec    weight_norm/d_out=4304/d_in=1152/rank=24/weight=bf16/adapter=fp32/magnitude=fp32/save@h200
+config  fused:block_k=32,block_m=128,block_n=32,gram_block=32,gram_block_k=32,gram_share=512,split_k=4,num_warps=8,num_stages=2
 
 Emitted by doratune from templates/weight_norm_fused.py.j2; edit the template, not this text.
 """
@@ -14,12 +14,12 @@ import triton.language as tl
 
 
 @triton.jit
-def gram_shares_kernel(lora_a_ptr: "*bf16", lora_a_stride: "i64", gram_shares_ptr: "*fp32"):
+def gram_shares_kernel(lora_a_ptr: "*fp32", lora_a_stride: "i64", gram_shares_ptr: "*fp32"):
     """Write one [BLOCK, BLOCK] tile of A @ A.T over one share of the columns of A."""
     D_IN: tl.constexpr = 1152
     RANK: tl.constexpr = 24
     BLOCK: tl.constexpr = 32
-    BLOCK_K: tl.constexpr = 64
+    BLOCK_K: tl.constexpr = 32
     SHARE: tl.constexpr = 512
 
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -32,7 +32,7 @@ def gram_shares_kernel(lora_a_ptr: "*bf16", lora_a_stride: "i64", gram_shares_pt
     for start in range(0, SHARE, BLOCK_K):
         left = tl.load(row_ptrs + start, mask=(rows < RANK)[:, None] & (k < D_IN - start)[None, :], other=0.0)
         right = tl.load(col_ptrs + start, mask=(cols < RANK)[None, :] & (k < D_IN - start)[:, None], other=0.0)
-        gram = tl.dot(left, right, gram)
+        gram = tl.dot(left, right, gram, input_precision="tf32x3")
     out = share.to(tl.int64) * (RANK * RANK) + rows[:, None] * RANK + cols[None, :]
     tl.store(gram_shares_ptr + out, gram, mask=(rows < RANK)[:, None] & (cols < RANK)[None, :])
 
@@ -59,22 +59,21 @@ def half_gram_kernel(gram_shares_ptr: "*fp32", half_gram_ptr: "*fp32", scaling: 
 def row_dots_kernel(
     weight_ptr: "*bf16",
     weight_stride: "i64",
-    lora_a_ptr: "*bf16",
+    lora_a_ptr: "*fp32",
     lora_a_stride: "i64",
-    lora_b_ptr: "*bf16",
+    lora_b_ptr: "*fp32",
     lora_b_stride: "i64",
     half_gram_ptr: "*fp32",
     partials_ptr: "*fp32",
 ):
     """Write sum_n B[:, n] * (W @ A.T + B @ (s/2)G)[:, n] for BLOCK_M rows, BLOCK_N ranks and one share of the inner sums."""
     D_OUT: tl.constexpr = 4304
-    D_IN: tl.constexpr = 1152
     RANK: tl.constexpr = 24
     BLOCK_M: tl.constexpr = 128
     BLOCK_N: tl.constexpr = 32
-    BLOCK_K: tl.constexpr = 64
+    BLOCK_K: tl.constexpr = 32
     RANK_TILES: tl.constexpr = 1
-    K_STEPS: tl.constexpr = 5
+    K_STEPS: tl.constexpr = 9
     GRAM_STEPS: tl.constexpr = 1
     SPLIT_K: tl.constexpr = 4
 
@@ -92,10 +91,12 @@ def row_dots_kernel(
     a_ptrs = lora_a_ptr + n.to(tl.int64)[None, :] * lora_a_stride + k[:, None]
     acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for step in range(0, K_STEPS):
-        in_k = k < D_IN - step * BLOCK_K
-        w = tl.load(w_ptrs + step * BLOCK_K, mask=in_m & in_k[None, :], other=0.0)
-        a = tl.load(a_ptrs + step * BLOCK_K, mask=in_n[None, :] & in_k[:, None], other=0.0)
-        acc = tl.dot(w, a, acc)
+        w = tl.load(w_ptrs + step * BLOCK_K, mask=in_m, other=0.0)
+        a = tl.load(a_ptrs + step * BLOCK_K, mask=in_n[None, :], other=0.0)
+        a_high = a.to(tl.bfloat16)
+        a_low = (a - a_high.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(w, a_high, acc)
+        acc = tl.dot(w, a_low, acc)
 
     b_rows = lora_b_ptr + rows.to(tl.int64)[:, None] * lora_b_stride
     b_ptrs = b_rows + j[None, :]
@@ -104,10 +105,8 @@ def row_dots_kernel(
         in_j = j < RANK - step * BLOCK_K
         b_part = tl.load(b_ptrs + step * BLOCK_K, mask=in_m & in_j[None, :], other=0.0)
         half_gram = tl.load(gram_ptrs + step * (BLOCK_K * RANK), mask=in_n[None, :] & in_j[:, None], other=0.0)
-        half_gram_high = half_gram.to(tl.bfloat16)
-        half_gram_low = (half_gram - half_gram_high.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(b_part, half_gram_high, acc)
-        acc = tl.dot(b_part, half_gram_low, acc)
+        b_wide = b_part.to(tl.float32)
+        acc = tl.dot(b_wide, half_gram, acc, input_precision="tf32x3")
 
     b = tl.load(b_rows + n[None, :], mask=in_m & in_n[None, :], other=0.0)
     dots = tl.sum(acc * b.to(tl.float32), axis=1)
@@ -163,7 +162,7 @@ def launch(weight, lora_a, lora_b, magnitude, norm, g, weight_sq, scaling):
     half_gram_kernel[(2,)](gram_shares, half_gram, scaling, num_warps=4, num_stages=2)
     row_dots_kernel[(34 * 1, 4)](
         weight, weight.stride(0), lora_a, lora_a.stride(0), lora_b, lora_b.stride(0), half_gram, partials,
-        num_warps=8, num_stages=4,
+        num_warps=8, num_stages=2,
     )
     finish_kernel[(538,)](
         weight, weight.stride(0), partials, magnitude, norm, g, weight_sq, scaling,

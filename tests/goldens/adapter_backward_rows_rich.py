@@ -2,7 +2,7 @@
 
     dB = g*s*P; dg = sum_t dY*base + s*rowsum(B*P) with P = dY.T@h; dm = dg / max(w, eps)
 
-spec    adapter_backward/d_out=4304/rank=24/activation=bf16/adapter=bf16@h200
+spec    adapter_backward/d_out=4304/rank=24/activation=bf16/adapter=fp32/magnitude=fp32@h200
 config  rows:block_n=16,block_r=32,num_warps=4,num_stages=2
 
 Emitted by doratune from templates/adapter_backward_rows.py.j2; edit the template, not this text.
@@ -21,15 +21,17 @@ def adapter_backward_kernel(
     lora_b_stride: "i64",
     g_ptr: "*fp32",
     dg_base_ptr: "*fp32",
-    dlora_b_ptr: "*bf16",
+    norm_ptr: "*fp32",
+    dlora_b_ptr: "*fp32",
     dlora_b_stride: "i64",
-    dg_ptr: "*fp32",
+    dmagnitude_ptr: "*fp32",
     scaling: "fp32",
 ):
-    """Write BLOCK_N rows of dB, and of dg with the rank-r term added to dg_base; dlora_b may be the memory of product."""
+    """Write BLOCK_N rows of dB, and of dmagnitude with the rank-r term added to dg_base; dlora_b may be the memory of product."""
     RANK: tl.constexpr = 24
     BLOCK_N: tl.constexpr = 16
     BLOCK_R: tl.constexpr = 32
+    EPS: tl.constexpr = 1e-12
 
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = n.to(tl.int64)[:, None]
@@ -40,16 +42,18 @@ def adapter_backward_kernel(
         column = (start + r)[None, :]
         product = scaling * tl.load(product_ptr + row * product_stride + column, mask=(r < RANK - start)[None, :], other=0.0)
         b = tl.load(lora_b_ptr + row * lora_b_stride + column, mask=(r < RANK - start)[None, :], other=0.0).to(tl.float32)
-        tl.store(dlora_b_ptr + row * dlora_b_stride + column, (g * product).to(tl.bfloat16), mask=(r < RANK - start)[None, :])
+        tl.store(dlora_b_ptr + row * dlora_b_stride + column, (g * product).to(tl.float32), mask=(r < RANK - start)[None, :])
         sums += b * product
 
     dg = tl.load(dg_base_ptr + n) + tl.sum(sums, axis=1)
-    tl.store(dg_ptr + n, dg)
+    norm = tl.load(norm_ptr + n)
+    dmagnitude = dg / tl.maximum(norm, EPS)
+    tl.store(dmagnitude_ptr + n, dmagnitude.to(tl.float32))
 
 
-def launch(product, lora_b, g, dg_base, dlora_b, dg, scaling):
-    """Fill dlora_b [4304, 24] and dg [4304] from product and lora_b [4304, 24], g and dg_base [4304]."""
+def launch(product, lora_b, g, dg_base, norm, dlora_b, dmagnitude, scaling):
+    """Fill dlora_b [4304, 24] and dmagnitude [4304] from product and lora_b [4304, 24], g, dg_base and norm [4304]."""
     adapter_backward_kernel[(269,)](
-        product, product.stride(0), lora_b, lora_b.stride(0), g, dg_base, dlora_b, dlora_b.stride(0),
-        dg, scaling, num_warps=4, num_stages=2,
+        product, product.stride(0), lora_b, lora_b.stride(0), g, dg_base, norm, dlora_b, dlora_b.stride(0),
+        dmagnitude, scaling, num_warps=4, num_stages=2,
     )

@@ -2,7 +2,7 @@
 
     y = g*(base + s*lora) + b; delta form: (g-1)*base + g*s*lora
 
-spec    compose_forward/d_out=4304/tokens=4096/activation=bf16/bias@h200
+spec    compose_forward/d_out=4304/tokens=4096/activation=bf16/bias/save@h200
 config  tile:block_n=1024,block_t=4,num_warps=4,num_stages=2
 
 Emitted by doratune from templates/compose_forward_tile.py.j2; edit the template, not this text.
@@ -23,6 +23,8 @@ def compose_forward_kernel(
     bias_ptr: "*bf16",
     y_ptr: "*bf16",
     y_stride: "i64",
+    inner_ptr: "*bf16",
+    inner_stride: "i64",
     tokens: "i32",
     scaling: "fp32",
 ):
@@ -47,12 +49,13 @@ def compose_forward_kernel(
     y = g * inner
     y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + row * y_stride + n[None, :], y.to(tl.bfloat16), mask=in_t & in_n[None, :])
+    tl.store(inner_ptr + row * inner_stride + n[None, :], inner.to(tl.bfloat16), mask=in_t & in_n[None, :])
 
 
-def launch(base, lora, g, bias, y, scaling):
-    """Fill y from base and lora [T, 4304], g [4304], bias [4304]."""
+def launch(base, lora, g, bias, y, inner, scaling):
+    """Fill y and inner from base and lora [T, 4304], g [4304], bias [4304]."""
     tokens = base.shape[0]
     compose_forward_kernel[(triton.cdiv(tokens, 4) * 5,)](
-        base, base.stride(0), lora, lora.stride(0), g, bias, y, y.stride(0), tokens, scaling,
+        base, base.stride(0), lora, lora.stride(0), g, bias, y, y.stride(0), inner, inner.stride(0), tokens, scaling,
         num_warps=4, num_stages=2,
     )

@@ -2,7 +2,7 @@
 
     y = g*(x@W.T + s*(h@B.T)) + b, one sum over d_in + rank
 
-spec    dora_linear_forward/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=fp16/activation=fp16/adapter=fp32/bias@h200
+spec    dora_linear_forward/d_out=4304/d_in=1152/rank=24/tokens=4096/weight=fp16/activation=fp16/adapter=fp32/bias/save@h200
 config  library:block_n=512,block_t=4,num_warps=4,num_stages=2
 
 Emitted by doratune from templates/dora_linear_forward_library.py.j2; edit the template, not this text.
@@ -74,6 +74,8 @@ def compose_kernel(
     bias_ptr: "*fp16",
     y_ptr: "*fp16",
     y_stride: "i64",
+    inner_ptr: "*fp16",
+    inner_stride: "i64",
     tokens: "i32",
     scaling: "fp32",
 ):
@@ -98,11 +100,12 @@ def compose_kernel(
     y = g * inner
     y += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + row * y_stride + n[None, :], y.to(tl.float16), mask=in_t & in_n[None, :])
+    tl.store(inner_ptr + row * inner_stride + n[None, :], inner.to(tl.float16), mask=in_t & in_n[None, :])
 
 
 @torch.no_grad()
-def launch(x, weight, h, lora_b, g, bias, y, scaling):
-    """Fill y from x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
+def launch(x, weight, h, lora_b, g, bias, y, inner, scaling):
+    """Fill y and inner from x [T, 1152], weight [4304, 1152], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
     tokens = x.shape[0]
     base = torch.empty((tokens, 4304), dtype=torch.float32, device=x.device)
     lora = torch.empty_like(base)
@@ -113,6 +116,6 @@ def launch(x, weight, h, lora_b, g, bias, y, scaling):
     low.copy_(lora_b - high)
     fp16_product(h.repeat(1, 2), parts, lora)
     compose_kernel[(triton.cdiv(tokens, 4) * 9,)](
-        base, lora, g, bias, y, y.stride(0), tokens, scaling,
+        base, lora, g, bias, y, y.stride(0), inner, inner.stride(0), tokens, scaling,
         num_warps=4, num_stages=2,
     )

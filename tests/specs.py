@@ -1,0 +1,15 @@
+"""Plain specs and the list of variants that several test files take."""
+
+from __future__ import annotations
+
+import pytest
+
+from doratune.codegen.variants import VARIANTS
+
+EVEN = {"d_out": 4096, "d_in": 4096, "rank": 384, "tokens": 4096, "dtype": "bf16", "adapter": "bf16", "gpu": "h200"}
+"""Sizes that every tile divides."""
+
+RAGGED = {**EVEN, "d_out": 4304, "d_in": 1152, "rank": 24}
+"""Sizes that hardly a tile divides, with rows of a multiple of 16 bytes as tensor descriptors need."""
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.op}-{variant.name}")
