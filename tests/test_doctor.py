@@ -1,4 +1,4 @@
-"""``doctor`` finds what is installed, says whether that is tested, and names what is broken."""
+"""``doctor`` lists what is installed, whether it is tested, and what is broken."""
 
 from __future__ import annotations
 

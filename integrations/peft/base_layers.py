@@ -103,7 +103,7 @@ def _subclassed(base: nn.Module, weight: torch.Tensor, shape: tuple[int, int]) -
     if module.startswith("torchao."):
         inexact = [attribute for attribute in _ACTIVATION_QUANTISED if getattr(weight, attribute, None) is not None]
         if name not in _WEIGHT_ONLY or inexact:
-            return f"torchao's {name} does not quantise weights only{f' ({inexact[0]} is set)' if inexact else ''}"
+            return f"torchao's {name} is not weight-only quantisation{f' ({inexact[0]} is set)' if inexact else ''}"
         return _quantised(TORCHAO, base, weight, "torch")
     if name == "DTensor":
         return NotNow("its weight is a DTensor: sharded")

@@ -153,7 +153,7 @@ def test_dropout_is_pefts_while_training_and_none_in_evaluation() -> None:
     torch.testing.assert_close(layer(x).double(), formula(layer, x), rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_is_refused_with_the_remedy() -> None:
+def test_invalid_arguments_are_refused_with_the_remedy() -> None:
     with pytest.raises(LayerError, match=r"linear must be a torch\.nn\.Linear, got Conv1d"):
         DoRALinear.from_linear(nn.Conv1d(1, 1, 1), 4, 8.0)  # type: ignore[arg-type]
     with pytest.raises(LayerError, match="the rank r must be an integer of at least 1, got 0"):
@@ -171,7 +171,7 @@ def test_a_layer_on_the_meta_device_takes_a_state_dict() -> None:
     assert torch.equal(layer(x), trained(x))
 
 
-def test_its_text_says_what_it_is() -> None:
+def test_its_text_names_its_settings() -> None:
     assert "r=4, lora_alpha=6.0, lora_dropout=0.0, merged=False" in repr(doratune.nn.DoRALinear(16, 24, 4, 6.0))
 
 

@@ -1,5 +1,5 @@
-"""A kernel refuses every tensor it cannot use, with a message that names the argument, what is wrong with it and what
-would be right; and it takes leading dimensions, names or positions, and memory to write over.
+"""A kernel refuses every tensor that it cannot use; the message names the argument, the fault and the requirement. It
+accepts leading dimensions, positional and named tensors, and an ``out`` to write to.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def test_a_whole_number_is_a_scaling() -> None:
         (lambda y: y.numpy(), "out must be a torch.Tensor, got ndarray"),
     ],
 )
-def test_memory_to_write_over_must_suit_the_output(out: Callable[[torch.Tensor], object], said: str) -> None:
+def test_out_must_suit_the_output(out: Callable[[torch.Tensor], object], said: str) -> None:
     kernel = kernel_of("compose_forward")
     inputs, _ = make_inputs(kernel.spec, TOKENS)
     assert said in refusal(kernel, inputs, out=out(torch.empty(TOKENS, D_OUT)))
@@ -166,7 +166,7 @@ def test_rows_of_an_output_must_not_share_memory() -> None:
 
 
 @pytest.mark.parametrize("op", ["weight_norm", "lora_compose", "compose_forward", "compose_backward"])
-def test_rows_may_lie_apart(op: str) -> None:
+def test_rows_need_not_be_adjacent(op: str) -> None:
     kernel = kernel_of(op)
     inputs, _ = make_inputs(kernel.spec, TOKENS)
     apart = {n: t.repeat(1, 2)[:, : t.shape[1]] if t.ndim == 2 else t for n, t in inputs.items()}

@@ -1,4 +1,4 @@
-"""What PEFT does with a model, it does with an accelerated one; and the report, the refusals and the way back."""
+"""PEFT's features work on an accelerated model: merging, saving, copies, adapters. Also the report and the errors."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def test_untested_versions_of_peft_are_refused(version: str, monkeypatch: pytest
     assert [set(vars(module)) for module in model.modules()] == before
 
 
-def test_what_is_no_model_and_no_policy_is_refused() -> None:
+def test_a_wrong_model_and_an_unknown_policy_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"model must be a torch\.nn\.Module, got dict"):
         doratune.accelerate({})  # type: ignore[arg-type]
     model = with_dora(Pair())

@@ -1,6 +1,7 @@
 """Recording an accelerated model gives the graph that stock PEFT gives; doratune's own functions record the formula.
 
-Recorded are an eval and a training step at one number of tokens; the graph is run at another, against the model itself.
+A forward pass or a training step is recorded at one number of tokens, and its graph is compared with the model at
+another.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def traced(model: Any, x: torch.Tensor) -> Any:
 
 
 def exported(model: Any, x: torch.Tensor, strict: bool = False) -> Any:
-    program = torch.export.export(model, (x,), strict=strict, dynamic_shapes=[{0: TOKENS}])
-    assert not any("doratune" in str(node.target) for node in program.graph.nodes)
-    return program.module()
+    exported = torch.export.export(model, (x,), strict=strict, dynamic_shapes=[{0: TOKENS}])
+    assert not any("doratune" in str(node.target) for node in exported.graph.nodes)
+    return exported.module()
 
 
 def proxied(model: Any, x: torch.Tensor) -> Any:
@@ -60,7 +61,7 @@ def parameters_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def pair() -> tuple[Any, Any]:
-    """Two equal layers with DoRA, the first accelerated; inside of what PEFT puts around a model."""
+    """Two equal layers with DoRA, without PEFT's wrappers; the first is accelerated."""
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     from .peft_models import Pair, twin, with_dora
