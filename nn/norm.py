@@ -18,7 +18,9 @@ def norm_of(
 ) -> torch.Tensor:
     """The norm [d_out] of checked tensors. Ignores autocast: the caller rounds A and B if needed."""
     with torch.no_grad():
-        return operators.row_norm(weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, float(scaling))
+        return operators.row_norm(
+            weight, _for_norm(weight, lora_A), _for_norm(weight, lora_B), weight_sq, float(scaling)
+        )
 
 
 def norm_and_gain_of(
@@ -35,7 +37,7 @@ def norm_and_gain_of(
         return norm, magnitude.detach() / safe_norm(norm)
     with torch.no_grad():
         return operators.row_norm_and_gain(
-            weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, magnitude, float(scaling)
+            weight, _for_norm(weight, lora_A), _for_norm(weight, lora_B), weight_sq, magnitude, float(scaling)
         )
 
 
@@ -72,7 +74,7 @@ def norm_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
-def _beside(weight: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
+def _for_norm(weight: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
     """The adapter in a dtype that the norm operators accept with W: W's own, or fp32."""
     if adapter.dtype in (weight.dtype, torch.float32) and weight.dtype is not torch.float64:
         return adapter

@@ -184,7 +184,7 @@ class Kernel:
         if functools.reduce(operator.or_, addresses) % ALIGNMENT:
             return False
         if rows == 1 and any(tensor.ndim > 1 and tensor.stride(-2) != tensor.shape[-1] for tensor in tensors):
-            return False  # PyTorch calls a single row contiguous with any row stride, but descriptors do not take any
+            return False  # a single row is contiguous with any row stride, but a descriptor needs a valid one
         bound.start(tensors, addresses, rows, scaling)
         return True
 

@@ -47,7 +47,7 @@ class DoraVariant(MergingVariant):
         self.squares = RowSquares()
         self.cancellation = CancellationWatch(layer)
         self.glance = Glance()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def __reduce__(self) -> tuple[type[DoraVariant], tuple[str, str]]:
         return DoraVariant, (self.layer, self.norms.reuse)  # a copied layer has other weights: no caches
@@ -126,8 +126,8 @@ class DoraVariant(MergingVariant):
         result: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        if reason not in self._told and not torch.compiler.is_compiling():
-            self._told.add(reason)
+        if reason not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(reason)
             warnings.warn(
                 f"doratune leaves {self.layer} (adapter {adapter}) to PEFT in calls like this one: {reason}",
                 stacklevel=2,
