@@ -1,7 +1,8 @@
 # make tune   tune a model's kernels (without a GPU: predicted for GPU), in an environment it builds first
 # make test   lint, type-check and test, likewise
-# make test-versions   test with the oldest and the newest versions of the libraries, in environments of their own
-# make test-internals  run the core suite without each private name of PyTorch
+# make test-versions   test the core with the oldest and the newest versions of the libraries, in environments of their own
+# make test-dist   build the sdist and the wheel in dist, and test the wheel in an environment of its own
+# make test-internals   test the core without each private name of PyTorch
 #
 # Standard output holds what doratune prints and nothing else: make tune TUNE_ARGS=--json gives one JSON object.
 MODEL ?= llama-8b
@@ -14,11 +15,15 @@ TEST_ARGS ?= -n auto --dist worksteal
 
 BIN = $(VENV)/bin
 VERSIONS = $(VENV)/versions
-VERSION_TESTS = tests/test_versions.py tests/integrations/peft/test_accelerate.py tests/integrations/peft/test_quantised.py \
-	tests/integrations/peft/test_glance.py tests/integrations/peft/test_lifecycle.py tests/nn/test_module.py tests/test_cli.py \
-	tests/cache tests/codegen/test_render.py tests/tuner/test_search.py tests/tuner/test_tune_model.py
+CORE_TESTS = tests/test_versions.py tests/test_import.py tests/test_cli.py tests/internals tests/runtime tests/nn \
+	tests/integrations tests/cache tests/codegen/test_render.py tests/tuner/test_search.py tests/tuner/test_tune_model.py
+TYPED = -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -m doratune.console -m doratune.doctor \
+	-p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn \
+	-p doratune.integrations -p doratune.benchmarks
+# The newest Python that starts here: a command of that name may be a version manager's stub.
+NEWEST_PYTHON ?= $(firstword $(foreach python,python3.14 python3.13 python3.12,$(shell $(python) -c 'print("$(python)")' 2>/dev/null)) $(PYTHON))
 
-.PHONY: tune test test-versions test-internals lint clean
+.PHONY: tune test test-versions test-internals test-dist lint lint-versions clean
 
 tune: $(VENV)/installed
 	@$(BIN)/doratune tune --model $(MODEL) --rank $(RANK) \
@@ -27,12 +32,23 @@ tune: $(VENV)/installed
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-# One column of tests/versions after the other; the last one adds another bitsandbytes to the newest.
-test-versions: $(VERSIONS)/oldest/installed $(VERSIONS)/newest/installed $(VERSIONS)/bitsandbytes-0.49/installed
-	$(VERSIONS)/oldest/bin/python -m pytest $(TEST_ARGS) --versions oldest $(VERSION_TESTS)
-	$(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) --versions newest $(VERSION_TESTS)
+# The newest column has the newest Python. The last one adds another bitsandbytes to it.
+test-versions: lint-versions $(VERSIONS)/oldest/installed $(VERSIONS)/newest/installed $(VERSIONS)/bitsandbytes-0.49/installed
+	$(VERSIONS)/oldest/bin/python -m pytest $(TEST_ARGS) --versions oldest $(CORE_TESTS)
+	$(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) --versions newest $(CORE_TESTS)
 	PYTHONPATH=$(abspath $(VERSIONS)/bitsandbytes-0.49) $(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) \
 		--versions bitsandbytes-0.49 tests/test_versions.py tests/integrations/peft/test_quantised.py
+
+# What an earlier build left would be built in again. The wheel's environment borrows the dependencies of $(VENV).
+test-dist: $(VENV)/installed-test
+	rm -rf dist build doratune.egg-info $(VENV)/dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m venv $(VENV)/dist
+	$(VENV)/dist/bin/pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)/dist/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(BIN)/python -m pytest --installed $(VENV)/dist/bin/python tests/test_dist.py
 
 # The core suite once for each private name of PyTorch that doratune uses, as if PyTorch did not have it.
 test-internals: $(VENV)/installed-test
@@ -42,7 +58,12 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
-	MYPYPATH=.mypy $(BIN)/mypy -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -m doratune.console -m doratune.doctor -p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations -p doratune.benchmarks
+	MYPYPATH=.mypy $(BIN)/mypy $(TYPED)
+
+# What the type checker knows of each later Python, whichever are installed here.
+lint-versions: $(VENV)/installed-test
+	@mkdir -p .mypy && ln -sfn "$(CURDIR)" .mypy/doratune
+	set -e; for version in 3.12 3.13 3.14; do MYPYPATH=.mypy $(BIN)/mypy --python-version $$version $(TYPED); done
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "building the environment in $(VENV)" >&2
@@ -58,16 +79,20 @@ $(VENV)/installed-test: pyproject.toml constraints.txt
 
 $(VERSIONS)/bitsandbytes-0.49/installed: tests/versions/bitsandbytes-0.49.txt $(VERSIONS)/newest/installed
 	@echo "adding $(<F) in $(@D)" >&2
-	@mkdir -p $(VERSIONS) && rm -rf $(@D)
+	@rm -rf $(@D)
 	@$(VERSIONS)/newest/bin/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --requirement $< >&2
 	@touch $@
 
-$(VERSIONS)/%/installed: tests/versions/%.txt pyproject.toml constraints.txt
+$(VERSIONS)/newest/installed: PYTHON := $(NEWEST_PYTHON)
+
+# PIP_CONSTRAINT takes the place of constraints that pip may be configured with here: a column says all of its versions.
+$(VERSIONS)/%/installed: constraints-%.txt pyproject.toml
 	@echo "building the environment in $(@D)" >&2
+	@rm -rf $(@D)
 	@$(PYTHON) -m venv $(@D)
-	@$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $< \
+	@PIP_CONSTRAINT=$(abspath $<) $(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $< \
 		--editable . 'pytest>=8.2' 'pytest-xdist>=3.6' 'pytest-timeout>=2.3' 'hypothesis>=6.100' >&2
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist build doratune.egg-info .mypy .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The base classes of doratune's errors.
+"""The errors that a user can cause or meet, as types.
 
 Each message says what was wrong, where, and what to do. The command line prints only the message, without a traceback,
 and exits with the class's ``exit_code``.
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class DoratuneError(Exception):
-    """A failure that the message explains; exit code 1."""
+    """A failure, explained by the message; exit code 1."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Connections to a store's database, and the database's failures in the user's terms.
+"""Connect to a store's database, and turn the database's errors into messages for the user.
 
 Every operation opens its own connection (``NullPool``): a store may then be used from any thread and across a fork,
 where a SQLite connection that came along would break its locks.
@@ -40,10 +40,10 @@ _WRITE = "doratune_write"
 
 
 def connect(location: Location, *, readonly: bool) -> Engine:
-    """Return the engine for ``location``; nothing is opened yet, except that a SQLite file is looked at.
+    """Return the engine for ``location``. A SQLite file is checked; no connection is opened.
 
     Raises:
-        StoreError: the file is missing, no SQLite database or not accessible; the driver is not installed.
+        StoreError: the file is missing, is not a SQLite database or cannot be accessed; the driver is not installed.
         LocationError: the URL is malformed.
     """
     if location.path is not None:
@@ -55,8 +55,8 @@ def connect(location: Location, *, readonly: bool) -> Engine:
 def for_writing(engine: Engine) -> Engine:
     """Return ``engine`` with transactions that take the write lock at their start.
 
-    A SQLite transaction that reads first and writes later fails at once when another writer was faster; one that
-    begins as a writer waits its turn.
+    A SQLite transaction that reads first and writes later fails at once if another writer came between; one that
+    starts as a writer waits for the lock.
     """
     return engine.execution_options(**{_WRITE: True})
 
@@ -69,7 +69,7 @@ def sqlite_engine(path: Path, *, readonly: bool = False) -> Engine:
     uri = f"{path.as_uri()}?{mode}"
 
     def open_connection() -> sqlite3.Connection:
-        # isolation_level None hands the transactions to the listener below: Python's own would not begin before a
+        # With isolation_level None the listener below begins the transactions. Python's own do not begin before a
         # SELECT or a CREATE TABLE, so neither a read snapshot nor a migration would be one transaction.
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False, isolation_level=None)
         connection.execute("PRAGMA foreign_keys = ON")
@@ -86,9 +86,9 @@ def _begin(connection: Connection) -> None:
 
 
 def _is_still(path: Path) -> bool:
-    """Whether nobody can be writing the file: packaged, or in a folder we cannot write and without a pending log.
+    """Whether the file cannot be changing: it is packaged, or its folder is read-only and it has no pending log.
 
-    Reading a WAL file needs a writable folder for its index, unless SQLite is told that the file never changes.
+    Reading a WAL file needs a writable folder for its index, unless SQLite opens the file as immutable.
     """
     if path.parent == PACKAGED:
         return True
@@ -116,7 +116,7 @@ def _postgresql_engine(location: Location, *, readonly: bool) -> Engine:
 
 
 def check_file(location: Location, path: Path, *, readonly: bool) -> None:
-    """Raise the :class:`StoreError` that says why ``path`` is no usable SQLite file, if it is none."""
+    """Raise the :class:`StoreError` that says why ``path`` is not a usable SQLite file; return if it is one."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -134,7 +134,9 @@ def check_file(location: Location, path: Path, *, readonly: bool) -> None:
         reason = f"cannot be read ({error.strerror}); check the path and its permissions"
         raise StoreAccessError(f"store {location}: {reason}") from None
     if not head:
-        raise NotAStoreError(f"store {location}: the file is empty; delete it to have a store made, or name another")
+        raise NotAStoreError(
+            f"store {location}: the file is empty; delete it so that a store can be made there, or name another"
+        )
     if head != _SQLITE_MAGIC:
         raise NotAStoreError(f"store {location}: the file is not a SQLite database and is left as it is; name another")
     if not readonly and not os.access(path, os.W_OK):
@@ -151,7 +153,7 @@ def read_only(location: Location) -> ReadOnlyStoreError:
 
 @contextmanager
 def explained(location: Location) -> Iterator[None]:
-    """Turn the database's errors inside the block into the :class:`StoreError` that tells the user what to do."""
+    """Raise a database error inside the block as the :class:`StoreError` that tells the user what to do."""
     try:
         yield
     except DBAPIError as error:
@@ -159,7 +161,7 @@ def explained(location: Location) -> Iterator[None]:
 
 
 def _explain(location: Location, error: DBAPIError) -> StoreError:
-    # By text, because Python 3.10 gives no SQLite error codes. SQLite's texts are stable.
+    # By text: several of these causes share one SQLite error code. SQLite's texts are stable.
     text = without_password(" ".join(str(error.orig).split()))
     lower = text.lower()
     if location.path is not None:

@@ -1,8 +1,8 @@
-"""Making a new store, and bringing an older one to the present schema.
+"""Create a store, and migrate an older one to the current schema.
 
-A SQLite file appears at its place complete or not at all: it is written beside it under another name and linked into
-place. Processes that start together on a new path therefore never see a half-made store nor race to switch a file to
-WAL, which fails now and then however long they wait.
+A SQLite file appears complete or not at all: it is written under another name in the same folder and linked into place.
+Processes that start together on a new path therefore never see an incomplete store, and never race to switch a file to
+WAL, which sometimes fails however long they wait.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .connect import BUSY_SECONDS, explained, for_writing, sqlite_engine
 from .errors import NewerStoreError, NotAStoreError, OlderStoreError, StoreAccessError
 from .location import Location
 
-_ADVISORY_LOCK = 0x646F7261  # "dora": any fixed number that other users of the database are unlikely to pick
+_ADVISORY_LOCK = 0x646F7261  # "dora": a fixed number that other users of the database are unlikely to choose
 _CLAIM_SECONDS = 5
 
 
 def create_file(location: Location, path: Path) -> None:
-    """Make a new, empty store at ``path``, unless a file appears there first.
+    """Create an empty store at ``path``, unless another process creates one first.
 
     Raises:
         StoreAccessError: the folder cannot be made or written.
@@ -39,7 +39,7 @@ def create_file(location: Location, path: Path) -> None:
 
 @contextmanager
 def new_file(location: Location, path: Path) -> Iterator[Path]:
-    """Yield an empty file of ours beside ``path``, removed at the end (when not moved away).
+    """Yield a new empty file in the folder of ``path``, and delete it at the end unless it was moved.
 
     Raises:
         StoreAccessError: the folder cannot be made or written.
@@ -47,7 +47,7 @@ def new_file(location: Location, path: Path) -> Iterator[Path]:
     fresh = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Mode 666 leaves the umask to decide, as for any file: a team's store may be writable by its group.
+        # With mode 666 the umask decides, as for any file: a team's store may be writable by its group.
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
     except OSError as error:
         raise StoreAccessError(
@@ -66,7 +66,7 @@ def new_file(location: Location, path: Path) -> Iterator[Path]:
 
 
 def place(fresh: Path, path: Path) -> bool:
-    """Give ``fresh`` the name ``path`` without ever overwriting; return whether the name was free."""
+    """Rename ``fresh`` to ``path`` without overwriting; return whether the name was free."""
     try:
         os.link(fresh, path)
     except FileExistsError:
@@ -82,16 +82,16 @@ def place(fresh: Path, path: Path) -> bool:
 
 
 def wait_for_claim(path: Path) -> None:
-    """Give another process that claimed ``path`` (see :func:`place`) the moment it needs to fill it."""
+    """Wait while another process that claimed ``path`` (see :func:`place`) fills it."""
     deadline = time.monotonic() + _CLAIM_SECONDS
     while path.is_file() and path.stat().st_size == 0 and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
 def write_schema(engine: Engine, *, journal: str = "") -> None:
-    """Make the tables in a database that has none of them. Concurrent callers on PostgreSQL take turns."""
+    """Create the tables in a database that has none of them. Concurrent callers on PostgreSQL run one at a time."""
     if journal:
-        with closing(engine.raw_connection()) as connection:  # a journal cannot be changed inside a transaction
+        with closing(engine.raw_connection()) as connection:  # the journal mode cannot be changed inside a transaction
             connection.cursor().execute(f"PRAGMA journal_mode = {journal}")
     with for_writing(engine).begin() as connection:
         _take_turns(connection)
@@ -102,19 +102,20 @@ def write_schema(engine: Engine, *, journal: str = "") -> None:
 
 
 def read_revision(connection: Connection) -> str | None:
-    """Return the schema revision the database says it has, None when it holds no store."""
+    """Return the database's schema revision, or None when it holds no store."""
     if not inspect(connection).has_table(schema.VERSION_TABLE):
         return None
     return connection.execute(select(schema.version_table.c.version_num)).scalar()
 
 
 def settle_schema(location: Location, engine: Engine, *, create: bool, readonly: bool) -> None:
-    """Check the schema of an existing database; migrate an older one, and make the tables where asked to.
+    """Check the schema of an existing database; migrate an older one; with ``create``, create missing tables.
 
-    A foreign SQLite file is never written to; in a PostgreSQL database the tables may join others.
+    Tables are created in a PostgreSQL database beside other tables, but never in a SQLite file of another program.
 
     Raises:
-        NotAStoreError: no store here. NewerStoreError: an unknown schema. OlderStoreError: older, and read-only.
+        NotAStoreError: there is no store. NewerStoreError: the schema is unknown. OlderStoreError: it is older and the
+            store is read-only.
     """
     with engine.connect() as connection:
         revision = read_revision(connection)
@@ -123,7 +124,7 @@ def settle_schema(location: Location, engine: Engine, *, create: bool, readonly:
         return
     if revision is None:
         hint = "name another" if location.path else "make the tables with: doratune tune --store URL"
-        raise NotAStoreError(f"store {location}: a database, but not of doratune, and left as it is; {hint}")
+        raise NotAStoreError(f"store {location}: this database holds no doratune store and is left as it is; {hint}")
     if revision == schema.REVISIONS[-1]:
         return
     if revision not in schema.REVISIONS:
@@ -138,20 +139,20 @@ def settle_schema(location: Location, engine: Engine, *, create: bool, readonly:
         )
     with for_writing(engine).begin() as connection:
         _take_turns(connection)
-        if read_revision(connection) != schema.REVISIONS[-1]:  # no other process migrated it meanwhile
-            from .migrations import upgrade  # imports Alembic, which reading a store must not cost
+        if read_revision(connection) != schema.REVISIONS[-1]:  # another process may have migrated it
+            from .migrations import upgrade  # here, so that reading a store does not import Alembic
 
             upgrade(connection)
 
 
 def _take_turns(connection: Connection) -> None:
-    """On PostgreSQL wait for other makers and migrators; SQLite's write lock does it by itself."""
+    """Wait until no other process creates or migrates on PostgreSQL; SQLite's write lock does that already."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
 
 
 def compact(path: Path) -> None:
-    """Make the SQLite file at ``path`` one small file that can be read in a folder that nobody may write."""
+    """Compact the SQLite file at ``path`` into one file that can be read in a read-only folder."""
     with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("VACUUM")

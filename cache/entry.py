@@ -1,6 +1,6 @@
 """What a store keeps: an :class:`Entry`, the winner for a spec, with its :class:`Evaluation` and :class:`Environment`.
 
-These are plain values: no database code, so the tuner and the runtime share them freely.
+These are plain values: no database code, so the tuner and the runtime can share them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a kernel did, and how that is known.
+    """The time, error and resources of a kernel, and how they were obtained.
 
     ``provenance`` is ``measured`` (timed on ``Environment.gpu_name``), ``predicted`` (compiled and modelled) or
-    ``default`` (nobody looked). Times are microseconds of GPU time; ``samples_us`` are the single replays behind the
-    median ``us``. ``error`` is the worst relative error against fp64 seen by the accuracy gate, None when not measured.
-    ``registers`` are per thread, ``spills`` and ``shared_bytes`` in bytes, each the largest over the variant's kernels.
-    ``trials`` counts the configurations the search looked at. ``unfused_us`` is of a kernel that fuses what may as well
-    be done one after another: the time of that, measured in turn with the kernel; None where nobody did.
+    ``default`` (never tuned). Times are microseconds of GPU time; ``us`` is the median of the replays ``samples_us``.
+    ``error`` is the worst relative error against fp64 seen by the accuracy gate, None when not measured. ``registers``
+    are per thread, ``spills`` and ``shared_bytes`` in bytes, each the largest over the variant's kernels. ``trials``
+    counts the configurations that the search evaluated. ``unfused_us`` is the time of a fused kernel's unfused
+    sequence, measured in turn with the kernel; None if not measured or not fused.
     """
 
     provenance: str
@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def fusion_pays(self) -> bool:
-        """Whether the kernel was measured to be faster than what it fuses, one after another."""
+        """Whether the kernel was measured to be faster than its unfused sequence."""
         return self.us is not None and self.unfused_us is not None and self.us < self.unfused_us
 
 
@@ -77,7 +77,7 @@ class Entry:
 
     @property
     def code_digest(self) -> str:
-        """The digest that the binaries of this entry are kept under."""
+        """The digest that is the key of this entry's binaries."""
         return code_digest(self.source)
 
 
@@ -87,8 +87,8 @@ class Binary:
 
     ``code_digest`` is that of the emitted code (:func:`~doratune.codegen.digest.code_digest`), not of the whole text:
     the token buckets of one shape share their code, and so their binaries. ``metadata`` is Triton's own JSON metadata
-    of the kernel with what doratune adds to it (:mod:`doratune.codegen.binary`); ``image`` the cubin or hsaco. It is
-    machine code for the GPU, and in no case Python.
+    of the kernel with what doratune adds to it (:mod:`doratune.codegen.binary`). ``image`` is the cubin or hsaco:
+    machine code for the GPU, never Python.
     """
 
     code_digest: str
@@ -100,7 +100,7 @@ class Binary:
 
 
 class BinaryKey(NamedTuple):
-    """What a binary is found by."""
+    """The key of a binary in a store."""
 
     code_digest: str
     kernel: str

@@ -1,4 +1,4 @@
-"""The ways a store can fail a user, as types. Each message says what is wrong, where, and what to do."""
+"""The errors of a store, as types. Each message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class LocationError(UsageError):
 
 
 class NoHomeError(DoratuneError):
-    """This user has no folder for a store of their own, or ``DORATUNE_HOME`` names none."""
+    """This user has no folder for a store, or ``DORATUNE_HOME`` is not a folder path."""
 
 
 class StoreError(DoratuneError):
@@ -22,7 +22,7 @@ class MissingStoreError(StoreError):
 
 
 class NotAStoreError(StoreError):
-    """Something is at the location, but it is no doratune store. It is left as it is."""
+    """What is at the location is not a doratune store. It is left as it is."""
 
 
 class CorruptStoreError(StoreError):
@@ -30,7 +30,7 @@ class CorruptStoreError(StoreError):
 
 
 class CorruptRowError(StoreError):
-    """One row does not hold what its column promises; the message names the row and the store."""
+    """A row holds an invalid value; the message names the row and the store."""
 
 
 class InvalidEntryError(StoreError):
@@ -38,7 +38,7 @@ class InvalidEntryError(StoreError):
 
 
 class NewerStoreError(StoreError):
-    """The store has a schema this doratune does not know."""
+    """The store has a schema that this version of doratune does not know."""
 
 
 class OlderStoreError(StoreError):
@@ -46,11 +46,11 @@ class OlderStoreError(StoreError):
 
 
 class ReadOnlyStoreError(StoreError):
-    """The store cannot be written: it was opened read-only, or the disk, file or database refuses."""
+    """The store cannot be written: it was opened read-only, or the disk, file or database is read-only."""
 
 
 class StoreAccessError(StoreError):
-    """The system refused: no permission, a disk error, a full disk, or a lock that others held too long."""
+    """The system denied access: no permission, a disk error, a full disk, or another process held a lock too long."""
 
 
 class UnreachableStoreError(StoreError):

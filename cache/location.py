@@ -41,20 +41,20 @@ class Location:
         if scheme in _POSTGRESQL:
             return cls(text=without_password(f"postgresql://{rest}"), url=f"postgresql+psycopg://{rest}")
         if scheme not in _SQLITE:
-            raise LocationError(f"store {without_password(match[0])!r}: no stores of scheme {scheme!r}; {_VALID}")
+            raise LocationError(f"store {without_password(match[0])!r}: unknown scheme {scheme!r}; {_VALID}")
         if not rest.startswith("/") or len(rest) == 1 or "?" in rest or rest.startswith(("/:memory:", "/file:")):
-            raise LocationError(f"store {match[0]!r}: names no plain file (a store must outlive its process); {_VALID}")
+            raise LocationError(f"store {match[0]!r}: not a plain file (a store must outlive its process); {_VALID}")
         return cls._of_path(rest[1:])
 
     @classmethod
     def _of_path(cls, location: str | Path) -> Location:
         if not str(location) or str(location) == ":memory:":
-            raise LocationError(f"store {str(location)!r}: names no file; {_VALID}")
+            raise LocationError(f"store {str(location)!r}: not a file; {_VALID}")
         try:
             # Resolved, so that the file is created where a symbolic link points and two names are one store.
             path = Path(location).expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:
-            raise LocationError(f"store {str(location)!r}: no valid path ({error}); {_VALID}") from None
+            raise LocationError(f"store {str(location)!r}: not a valid path ({error}); {_VALID}") from None
         return cls(text=str(path), path=path)
 
     def __str__(self) -> str:

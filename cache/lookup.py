@@ -1,9 +1,9 @@
-"""Which config a spec gets, from the stores at hand, and why.
+"""Choose the config for a spec from a stack of stores, and say why.
 
 The steps, tried in order; the first that has an acceptable entry decides:
 
-1. ``exact``: an entry of this very spec. A measured one in any store goes before a predicted one in any store, and a
-   predicted one before a stored default; among equals the earlier store.
+1. ``exact``: an entry of exactly this spec. A measured one in any store goes before a predicted one in any store, and a
+   predicted one before a stored default; among equals the earlier store wins.
 2. ``nearest``: an entry of the same op and dtypes on the same GPU, with other dims, flags or magnitude.
 3. ``architecture``: the same on another GPU of the same architecture: first the same dims and flags, then the nearest.
 4. ``default``: the built-in default config.
@@ -11,8 +11,9 @@ The steps, tried in order; the first that has an acceptable entry decides:
 Within steps 2 and 3 measured goes before predicted before default, then the smaller :func:`distance`, then the earlier
 store, then the spec's text: the same stores always give the same answer.
 
-An entry is refused when its template is not the installed one or when its config does not suit the spec. Another
-Triton version refuses nothing, because a config is rendered and compiled anew: it is only told.
+An entry is refused when its template is not the installed one or when its config does not suit the spec. An entry that
+was tuned under another Triton version is used, because its config is rendered and compiled again; ``explain`` names the
+version.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ DIM_WEIGHTS = {"d_out": 1.0, "d_in": 1.0, "rank": 2.0, "tokens": 1.0}
 FLAG_PENALTY = 0.25
 """What each differing flag adds: it adds or drops one operand, which matters less than any halving of a dim."""
 REFUSALS_KEPT = 5
-"""Refusals listed for each step; beyond these they are counted."""
+"""Refusals listed for each step; any further ones are only counted."""
 
 _PROVENANCE_ORDER = {MEASURED: 0, PREDICTED: 1, DEFAULT: 2}
 
 Accepts = Callable[[KernelSpec, Config], "str | None"]
-"""Gives the reason why a config does not suit a spec, or None when it does."""
+"""Return why a config does not suit a spec, or None when it does."""
 Reproduces = Callable[[Entry], "str | None"]
-"""Gives the reason why an entry is not what its config renders to here, or None when it is."""
+"""Return why an entry's source is not what its config renders to here, or None when it is."""
 TemplateDigest = Callable[[str, str], "str | None"]
-"""Gives the digest of the installed template for an op and a variant, or None when there is no such variant."""
+"""Return the digest of the installed template for an op and a variant, or None when there is no such variant."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Resolution:
 
     ``step`` is one of :data:`STEPS`. ``entry`` and ``store`` (its location) are None for the built-in default.
     ``distance`` is 0 for an exact entry and None for the default. ``trace`` holds at most :data:`REFUSALS_KEPT`
-    refusals for each step, in the order they were met; ``refused`` their full number by step. ``stack`` are the
+    refusals for each step, in the order of the search; ``refused`` is their full number by step. ``stack`` lists the
     locations searched.
     """
 
@@ -79,13 +80,13 @@ class Resolution:
 
     @property
     def fusion_pays(self) -> bool:
-        """Whether an entry of this very spec says that the kernel is faster than what it fuses."""
+        """Whether an entry of exactly this spec says that the kernel is faster than its unfused sequence."""
         return self.step == "exact" and self.entry is not None and self.entry.evaluation.fusion_pays
 
     def explain(self, binary: str | None = None) -> str:
-        """Return the choice, why the earlier steps gave nothing, and what is known of the loss, as lines of text.
+        """Return lines of text: the choice, why the earlier steps gave nothing, and what is known of the loss.
 
-        ``binary`` says where its binary comes from; without it nothing is said of that.
+        ``binary`` says where the binary comes from; None leaves that line out.
         """
         lines = [f"spec      {self.spec}", f"step      {self.step}: {self._choice()}", f"config    {self.config}"]
         if self.entry is not None:
@@ -93,7 +94,7 @@ class Resolution:
         lines.append(f"loss      {self._loss()}")
         if self.step == "exact" and self.entry is not None and self.entry.evaluation.unfused_us is not None:
             pays = "pays" if self.fusion_pays else "does not pay"
-            lines.append(f"fusion    {pays}: {self.entry.evaluation.unfused_us:.4g} us one after another")
+            lines.append(f"fusion    {pays}: {self.entry.evaluation.unfused_us:.4g} us unfused")
         if binary is not None:
             lines.append(f"binary    {binary}")
         lines += self._refusal_lines()
@@ -103,7 +104,7 @@ class Resolution:
         if self.entry is None:
             return "the built-in default"
         if self.step == "exact":
-            return "an entry of this very spec"
+            return "an entry of exactly this spec"
         where = "the same GPU" if self.step == "nearest" else f"another {self.entry.environment.architecture} GPU"
         return f"{self.entry.spec} on {where}, distance {self.distance:.2f}"
 
@@ -137,9 +138,9 @@ class Resolution:
 
 
 def distance(wanted: KernelSpec, other: KernelSpec) -> float:
-    """Return how far two specs of one op are apart: ``sum(weight * |log2(ratio)|)`` over the dims, plus flag penalties.
+    """Return the distance of two specs of one op: ``sum(weight * |log2(ratio)|)`` over the dims, plus flag penalties.
 
-    A magnitude that only one of them has, or of another dtype, counts as a flag. Dims the op does not depend on, and
+    A different or missing magnitude dtype counts as a flag. Dims the op does not depend on, and
     the GPU, add nothing.
     """
     pairs = ((DIM_WEIGHTS[dim], getattr(wanted, dim), getattr(other, dim)) for dim in DIMS)
@@ -161,8 +162,8 @@ def lookup(
     """Choose the config for ``spec`` from the stores of a ``stack``, searched in that order; see the module's text.
 
     ``default`` is the built-in config. ``architecture`` is that of the spec's GPU (``sm_90``). ``accepts`` and
-    ``template_digest`` say what the installed templates can do. ``reproduces`` may refuse an exact entry, the only kind
-    whose source text must come out as recorded.
+    ``template_digest`` describe the installed templates. ``reproduces`` may refuse an exact entry, the only kind whose
+    source must be rendered as recorded.
 
     Raises:
         StoreError: a store cannot be read, or holds a damaged row.
@@ -183,7 +184,7 @@ class _Found:
 
 
 class _Search:
-    """One lookup under way, and the refusals it met."""
+    """One lookup, with the refusals so far."""
 
     def __init__(
         self,
@@ -233,7 +234,7 @@ class _Search:
                 continue
             usable.append(_Found(entry, store.location, 0.0))
             if entry.evaluation.provenance == MEASURED:
-                break  # nothing in a later store can go before it
+                break  # no entry of a later store goes before it
         if not usable:
             return None
         best = min(usable, key=lambda found: _PROVENANCE_ORDER[found.entry.evaluation.provenance])

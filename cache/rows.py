@@ -1,7 +1,7 @@
-"""Between the values of :mod:`.entry` and the rows of :mod:`.schema`, checked in both directions.
+"""Convert the values of :mod:`.entry` to the rows of :mod:`.schema` and back, with checks in both directions.
 
-A store may come from anybody, so nothing in a row is trusted: a spec is parsed, a config is validated, numbers are
-numbers. What cannot be checked here (does this config suit this GPU?) is the business of :mod:`.lookup`.
+A store may come from anybody, so no row is trusted: specs are parsed, configs validated, numbers checked. Whether a
+config suits a GPU is checked in :mod:`.lookup`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ PROVENANCES = (MEASURED, PREDICTED, DEFAULT)
 """Best first."""
 
 _SPEC_COLUMNS = tuple(name for name in SPEC_FIELDS if hasattr(EntryRow, name))
-"""The fields of a spec with a column of their own. Flags that nobody searches by are in the spec's text only."""
+"""The fields of a spec with a column of their own. The other flags are in the spec's text only: no query needs them."""
 
 _ENVIRONMENT_TEXTS = ("triton", "torch", "driver", "gpu_name", "doratune", "architecture")
 _COUNTS = ("registers", "spills", "shared_bytes")
 _FIGURES = ("us", "floor_us", "error", "unfused_us")
 
 _SEAL = b"doratune-1\0"
-"""What a sealed image begins with. A cubin shrinks to a fifth as xz, which unpacks in 2 ms; to a quarter with zlib."""
+"""The start of a sealed image. xz compresses a cubin to a fifth (zlib: to a quarter) and unpacks it in 2 ms."""
 _SEAL_BYTES = len(_SEAL) + hashlib.sha256().digest_size
 _MOST_IMAGE_BYTES = 1 << 26
-"""A few kilobytes of xz can unpack to any size; the cubins of this package have up to 150 kB."""
+"""A limit, because a few kilobytes of xz can unpack to any size. This package's cubins have up to 150 kB."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What lookup needs to rank an entry, without its source text and samples."""
+    """The part of an entry that lookup ranks it by, without source text and samples."""
 
     spec: KernelSpec
     config: Config
@@ -47,7 +47,7 @@ class Candidate:
 
 
 class _BadValue(ValueError):
-    """A field does not hold what it should; turned into a public error by the callers below."""
+    """A field holds an invalid value. The callers below raise it as a public error."""
 
 
 def entry_values(entry: Entry) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def binary_values(binary: Binary) -> dict[str, Any]:
     """Return the column values of ``binary``, its image compressed and sealed.
 
     Raises:
-        InvalidEntryError: the metadata is no JSON object, the image is empty or not bytes, or a key is empty.
+        InvalidEntryError: the metadata is not a JSON object, the image is empty or not bytes, or a key is empty.
     """
     for name in BinaryKey._fields:
         if not getattr(binary, name):
@@ -142,7 +142,7 @@ def binary_values(binary: Binary) -> dict[str, Any]:
     try:
         _check_metadata(binary.metadata)
         if not isinstance(binary.image, bytes) or not binary.image:
-            raise _BadValue("the image is empty or no bytes")
+            raise _BadValue("the image is empty or not bytes")
     except _BadValue as problem:
         raise InvalidEntryError(f"binary of kernel {binary.kernel!r}: {problem}; nothing was stored") from None
     return {
@@ -164,11 +164,11 @@ def binary_of(row: BinaryRow, store: str) -> Binary:
     try:
         _check_metadata(row.metadata_json)
         if not isinstance(row.image, bytes) or not row.image.startswith(_SEAL):
-            raise _BadValue("the image is not one that a store has sealed")
+            raise _BadValue("the image has no seal of a store")
         image = _unpacked(row.image[_SEAL_BYTES:])
         binary = Binary(row.code_digest, row.kernel, row.triton, row.architecture, row.metadata_json, image)
         if _seal_of(binary) != row.image[:_SEAL_BYTES]:
-            raise _BadValue("its parts are not those that were stored together")
+            raise _BadValue("its key, metadata and image do not belong together")
     except _BadValue as problem:
         raise CorruptRowError(
             f"{store}: binary {row.id} (kernel {row.kernel!r}, Triton {row.triton}): {problem}. "
@@ -178,10 +178,10 @@ def binary_of(row: BinaryRow, store: str) -> Binary:
 
 
 def _seal_of(binary: Binary) -> bytes:
-    """What stands before the compressed image: a digest that ties key, metadata and image to one another.
+    """The bytes before the compressed image: a digest over key, metadata and image.
 
-    One wrong digit in the metadata's shared memory, or a row under another's key, would make a kernel that writes where
-    it should not. Neither SQLite nor the image itself would tell.
+    A wrong digit in the metadata's shared memory, or a row under another key, would make a kernel write where it must
+    not, and neither SQLite nor the image would show it.
     """
     parts = (*(str(getattr(binary, name)) for name in BinaryKey._fields), binary.metadata)
     digest = hashlib.sha256("\0".join(parts).encode() + b"\0" + binary.image)
@@ -193,9 +193,9 @@ def _unpacked(compressed: bytes) -> bytes:
     try:
         image = unpacking.decompress(compressed, _MOST_IMAGE_BYTES)
     except lzma.LZMAError as problem:
-        raise _BadValue(f"the image does not unpack: {problem}") from None
+        raise _BadValue(f"the image cannot be unpacked: {problem}") from None
     if not unpacking.eof:
-        raise _BadValue("the image is cut off, or of no kernel's size")
+        raise _BadValue("the image is truncated, or larger than any kernel")
     return image
 
 
@@ -207,7 +207,7 @@ def _corrupt(store: str, row_id: int, spec: object, problem: Exception) -> Corru
 
 
 def _check(values: dict[str, Any]) -> None:
-    """Check the fields that have no type of their own to check them."""
+    """Check the fields whose types do not check themselves."""
     _check_provenance(values)
     for name in _FIGURES:
         if values[name] is not None:
@@ -216,10 +216,10 @@ def _check(values: dict[str, Any]) -> None:
         value = values[name]
         optional = value is None and name != "trials"
         if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise _BadValue(f"{name}={value!r} is not a whole number of at least 0")
+            raise _BadValue(f"{name} must be a whole number of at least 0, got {value!r}")
     for name in (*_ENVIRONMENT_TEXTS, "tuned_gpu", "created_at", "source", "source_digest", "template_digest"):
         if not isinstance(values[name], str):
-            raise _BadValue(f"{name}={values[name]!r} is not a text")
+            raise _BadValue(f"{name} must be text, got {values[name]!r}")
     for name in ("template_digest", "source_digest", "architecture"):
         if not values[name]:
             raise _BadValue(f"{name} is empty")
@@ -227,17 +227,17 @@ def _check(values: dict[str, Any]) -> None:
 
 def _check_provenance(values: dict[str, Any]) -> None:
     if values["provenance"] not in PROVENANCES:
-        raise _BadValue(f"provenance={values['provenance']!r} is none of {', '.join(PROVENANCES)}")
+        raise _BadValue(f"provenance must be one of {', '.join(PROVENANCES)}, got {values['provenance']!r}")
 
 
 def _check_figure(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise _BadValue(f"{name}={value!r} is not a finite number of at least 0")
+        raise _BadValue(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
 def _spec(values: dict[str, Any]) -> KernelSpec:
     if not isinstance(values["spec"], str):
-        raise _BadValue(f"spec={values['spec']!r} is not a text")
+        raise _BadValue(f"spec must be text, got {values['spec']!r}")
     spec = KernelSpec.parse(values["spec"])
     if str(spec) != values["spec"]:
         raise _BadValue(f"the spec is not in its canonical form {str(spec)!r}")
@@ -258,7 +258,7 @@ def _config(text: object) -> Config:
 def _samples(text: object) -> tuple[float, ...]:
     data = _json(text, "samples_us")
     if not isinstance(data, list):
-        raise _BadValue(f"samples_us={text!r} is not a list")
+        raise _BadValue(f"samples_us must be a list, got {text!r}")
     for value in data:
         _check_figure("a sample", value)
     return tuple(data)
@@ -266,13 +266,13 @@ def _samples(text: object) -> tuple[float, ...]:
 
 def _json(text: object, name: str) -> Any:
     if not isinstance(text, str):
-        raise _BadValue(f"{name}={text!r} is not a text")
+        raise _BadValue(f"{name} must be text, got {text!r}")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise _BadValue(f"{name}={text[:80]!r} is not JSON") from None
+        raise _BadValue(f"{name} must be JSON, got {text[:80]!r}") from None
 
 
 def _check_metadata(metadata: object) -> None:
     if not isinstance(_json(metadata, "metadata"), dict):
-        raise _BadValue("the metadata is not a JSON object")
+        raise _BadValue("the metadata must be a JSON object")

@@ -1,10 +1,10 @@
 """The tables of a store.
 
-The names carry the prefix ``doratune_`` so that a team can keep the store in a PostgreSQL database that holds other
-things too, such as Optuna's studies (whose own ``alembic_version`` table is why ours has a name of its own).
+The names start with ``doratune_`` so that a team can keep the store in a PostgreSQL database beside other tables, such
+as Optuna's studies. Optuna has a table ``alembic_version`` there, so ours has another name.
 
-JSON is kept as text and parsed by :mod:`.rows`: one damaged row is then reported by name, where a JSON column would
-fail the whole query. A change here needs a new revision in ``migrations/versions`` and its name in :data:`REVISIONS`.
+JSON is stored as text and parsed by :mod:`.rows`, so that a damaged row is reported by name; with a JSON column the
+whole query would fail. A change here needs a new revision in ``migrations/versions``, added to :data:`REVISIONS`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 REVISIONS = ("0001", "0002")
-"""Every schema so far, oldest first; the last is the one this doratune reads and writes."""
+"""All schemas, oldest first. This version of doratune reads and writes the last one."""
 
 VERSION_TABLE = "doratune_schema"
 
 version_table = Table(
     VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True, nullable=False, quote=False)
 )
-"""The table Alembic keeps the revision in, declared here so that opening a store does not import Alembic."""
+"""Alembic's table of the revision, declared here so that opening a store does not import Alembic."""
 
 
 class Base(DeclarativeBase):
@@ -32,7 +32,7 @@ class Base(DeclarativeBase):
 
 
 class EntryRow(Base):
-    """One winner. ``spec`` is the authority; the columns taken out of it exist to be searched by."""
+    """One winner. ``spec`` is authoritative; the columns copied from it are for queries."""
 
     __tablename__ = "doratune_entries"
     __table_args__ = (
@@ -85,7 +85,7 @@ class EntryRow(Base):
 
 
 class BinaryRow(Base):
-    """One compiled kernel. Apart from the entries, because it is valid for one Triton version only.
+    """One compiled kernel, in a table of its own because it is valid for one Triton version only.
 
     The column ``source_digest`` holds the digest of the code alone. ``image`` is sealed, see :mod:`.rows`.
     """

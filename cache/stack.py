@@ -27,8 +27,8 @@ _PREBUILT_FOLDER = Path(__file__).resolve().parent / "prebuilt"
 class Place:
     """A store of the stack.
 
-    ``origin`` says who named it: ``store``, ``DORATUNE_CACHE_PATH``, ``user`` or ``prebuilt``. ``location`` is as given
-    and may hold a password; ``str()`` of it does not.
+    ``origin`` tells who named it: ``store``, ``DORATUNE_CACHE_PATH``, ``user`` or ``prebuilt``. ``location``
+    is as given and may contain a password; ``str()`` of the place does not.
     """
 
     location: str
@@ -39,11 +39,11 @@ class Place:
 
 
 def home() -> Path:
-    """The user's doratune folder: ``DORATUNE_HOME``, else the platform's place for user data. It may not exist yet.
+    """The user's doratune folder: ``DORATUNE_HOME``, else in the platform's folder for user data. It may not exist yet.
 
     Raises:
-        NoHomeError: the system knows no home directory for this user, as in a container with a user id of its own, or
-            none for the ``~`` in ``DORATUNE_HOME``.
+        NoHomeError: this user has no home directory, as in a container with an arbitrary user id, or the ``~`` in
+            ``DORATUNE_HOME`` cannot be resolved.
     """
     named = os.environ.get(HOME_VARIABLE, "").strip()
     try:
@@ -53,7 +53,7 @@ def home() -> Path:
     except (RuntimeError, OSError):
         if named:
             raise NoHomeError(
-                f"{HOME_VARIABLE}={named} names no folder (where it leads to is not known); set it to an absolute path"
+                f"{HOME_VARIABLE}={named} cannot be resolved to a folder; set it to an absolute path"
             ) from None
         raise _homeless() from None
     if not found.is_absolute():  # an unresolved ~, or an XDG_DATA_HOME that XDG says to ignore
@@ -63,7 +63,7 @@ def home() -> Path:
 
 def _homeless() -> NoHomeError:
     return NoHomeError(
-        "this user has no home directory for a store of their own (HOME and XDG_DATA_HOME give no absolute path); "
+        "this user has no home directory for a store (HOME and XDG_DATA_HOME give no absolute path); "
         f"set {HOME_VARIABLE} to a folder that can be written, or name the files themselves (doratune tune: both "
         "--store FILE and --study-storage FILE)"
     )
@@ -79,12 +79,12 @@ def user_store_path() -> Path:
 
 
 def _own_place() -> list[Place]:
-    """The user's own store, where there is one: a user without a home, or who may not enter it, has none.
+    """The user's own store if it exists; none for a user without a home directory or without access to it.
 
     Raises:
-        NoHomeError: ``DORATUNE_HOME`` names no folder.
+        NoHomeError: ``DORATUNE_HOME`` cannot be resolved.
     """
-    named = bool(os.environ.get(HOME_VARIABLE, "").strip())  # then it is never passed over
+    named = bool(os.environ.get(HOME_VARIABLE, "").strip())  # then an error is raised
     try:
         path = user_store_path()
     except NoHomeError:
@@ -93,13 +93,13 @@ def _own_place() -> list[Place]:
         return []
     try:
         there = path.exists()
-    except OSError:  # a folder on the way refuses: opening the store says which
+    except OSError:  # a parent folder denies access: opening the store says which
         there = named
     return [Place(str(path), USER)] if there else []
 
 
 def prebuilt_paths() -> list[Path]:
-    """The stores that come with the package, sorted by name."""
+    """The stores in the package, sorted by name."""
     return sorted(_PREBUILT_FOLDER.glob("*.sqlite"))
 
 
@@ -110,7 +110,7 @@ def stack_places(store: str | None = None) -> list[Place]:
     :func:`~doratune.cache.location.split_locations`), then the user's store where it exists, then the prebuilt ones.
 
     Raises:
-        LocationError: a named location is not a path or a known URL. NoHomeError: ``DORATUNE_HOME`` names no folder.
+        LocationError: a named location is not a path or a known URL. NoHomeError: ``DORATUNE_HOME`` cannot be resolved.
     """
     if store is not None:
         named = [Place(str(store), "store")]
@@ -123,7 +123,7 @@ def stack_places(store: str | None = None) -> list[Place]:
 
 
 def trusted_locations() -> frozenset[str]:
-    """The user's own store and the prebuilt ones, each as its ``Store.location``: what nobody else writes."""
+    """The ``Store.location`` of the user's own store and of the prebuilt ones: nobody else writes these."""
     return frozenset(str(Location.parse(place.location)) for place in _own_and_prebuilt())
 
 
@@ -134,12 +134,12 @@ def _own_and_prebuilt() -> list[Place]:
 def open_stack(store: str | None = None) -> list[Store]:
     """Open the stack of :func:`stack_places` read-only. The caller closes the stores.
 
-    The user's own store is migrated first where an older doratune wrote it.
+    If the user's own store has an older schema, it is migrated first.
 
     Raises:
-        StoreError: a store cannot be opened. A broken store is never passed over: the kernels chosen would silently be
-            others than the ones it holds.
-        LocationError: a named location is not a path or a known URL. NoHomeError: ``DORATUNE_HOME`` names no folder.
+        StoreError: a store cannot be opened. A broken store is not skipped, because then other kernels than its own
+            would be chosen silently.
+        LocationError: a named location is not a path or a known URL. NoHomeError: ``DORATUNE_HOME`` cannot be resolved.
     """
     stores: list[Store] = []
     try:
@@ -153,12 +153,12 @@ def open_stack(store: str | None = None) -> list[Store]:
 
 
 def open_place(place: Place) -> Store:
-    """Open one store of the stack read-only, the user's own migrated first where an older doratune wrote it.
+    """Open one store of the stack read-only. If the user's own store has an older schema, it is migrated first.
 
     Raises:
         StoreError: it cannot be opened.
     """
-    from .store import Store  # here, so that the paths above can be asked for without SQLAlchemy
+    from .store import Store  # here, so that the functions above do not import SQLAlchemy
 
     try:
         return Store.open(place.location, readonly=True)

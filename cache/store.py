@@ -1,6 +1,6 @@
 """The store: entries and binaries in a SQLite file or a PostgreSQL database, with the same code.
 
-What runs is never code from a store: a config is a validated value, and source text is for reading.
+Source text in a store is for reading and is never run; a config is a validated value.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -44,9 +44,9 @@ _BINARY_COLUMNS = ("source_digest", "kernel", "triton", "architecture")
 class Store:
     """An open store. Safe to use from several threads and processes, and across a fork.
 
-    Make one with :meth:`open`; use it as a context manager or :meth:`close` it. Every method raises a
-    :class:`~doratune.cache.errors.StoreError` when the database fails, and every writing one a
-    :class:`~doratune.cache.errors.ReadOnlyStoreError` on a store opened read-only.
+    Open one with :meth:`open`; use it as a context manager or :meth:`close` it. Every method raises a
+    :class:`~doratune.cache.errors.StoreError` when the database fails; one that writes raises a
+    :class:`~doratune.cache.errors.ReadOnlyStoreError` on a store that was opened read-only.
     """
 
     def __init__(self, location: Location, engine: Engine, *, readonly: bool) -> None:
@@ -59,16 +59,16 @@ class Store:
     def open(cls, location: str | Path, *, create: bool = False, readonly: bool = False) -> Store:
         """Open the store at a path or URL (``sqlite:///…``, ``postgresql://user@host:port/database``).
 
-        ``create`` makes a missing store; without it a missing one is an error. A store of an older schema is migrated,
-        unless ``readonly``.
+        ``create`` creates a missing store; without it a missing one is an error. A store with an older schema is
+        migrated, unless ``readonly``.
 
         Raises:
-            LocationError: the text names no store, or ``create`` and ``readonly`` are both asked for.
+            LocationError: the text is not a location, or ``create`` and ``readonly`` are both given.
             MissingStoreError, NotAStoreError, CorruptStoreError, NewerStoreError, OlderStoreError,
             ReadOnlyStoreError, StoreAccessError, UnreachableStoreError, MissingDriverError: see their docstrings.
         """
         if create and readonly:
-            raise LocationError(f"store {location}: a store cannot be made read-only; open it for writing once")
+            raise LocationError(f"store {location}: a new store cannot be read-only; open it for writing once")
         where = Location.parse(location)
         if create and where.path is not None:
             if not where.path.exists():
@@ -112,7 +112,7 @@ class Store:
 
     def put_all(self, entries: Iterable[Entry]) -> int:
         """Store the entries as :meth:`put` does, in one transaction: all or none. Return how many were stored."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [entry_values(entry) for entry in entries]
         stored = 0
         with explained(self._where), self._writing() as session:
@@ -122,7 +122,7 @@ class Store:
                 changed = {name: new.excluded[name] for name in values if name != "spec"}
                 other_template = EntryRow.template_digest != new.excluded.template_digest
                 no_worse = _provenance_order(new.excluded.provenance) <= _provenance_order(EntryRow.provenance)
-                # One statement, so that two writers of one spec cannot both decide on what they read before.
+                # One statement, so that two writers of one spec cannot both decide by what they read before.
                 upsert = new.on_conflict_do_update(
                     index_elements=["spec"], set_=changed, where=or_(other_template, no_worse)
                 )
@@ -154,11 +154,11 @@ class Store:
         return sorted(found, key=lambda entry: str(entry.spec))  # here, because databases differ in their collation
 
     def candidates(self, spec: KernelSpec, *, architecture: str | None = None) -> list[Candidate]:
-        """Return what could stand in for ``spec``: the same op and dtypes, other dims or flags, sorted by spec text.
+        """Return the entries that could substitute for ``spec``, sorted by spec text.
 
-        The magnitude's dtype may differ or be absent: it is one vector more, where the other dtypes make the tiles.
-
-        On the same GPU; or, given an ``architecture``, on the other GPUs of it (there the same dims are included).
+        They have the same op and dtypes, and other dims or flags. The magnitude's dtype may differ: it is one more
+        vector, whereas the other dtypes determine the tiles. They are for the same GPU; with ``architecture``, for the
+        other GPUs of it, where the dims may be equal too.
 
         Raises:
             CorruptRowError: a row is damaged.
@@ -180,10 +180,10 @@ class Store:
             return _changed_rows(session, delete(EntryRow).where(EntryRow.spec == str(spec))) == 1
 
     def put_binary(self, binary: Binary) -> None:
-        """Store a compiled kernel, in place of an earlier one for the same code, Triton and architecture.
+        """Store a compiled kernel; replace an earlier one for the same code, Triton and architecture.
 
         Raises:
-            InvalidEntryError: its metadata is no JSON object, its image empty, or a part of its key empty.
+            InvalidEntryError: its metadata is not a JSON object, its image is empty, or a part of its key is empty.
         """
         values = binary_values(binary)
         with explained(self._where), self._writing() as session:
@@ -218,16 +218,16 @@ class Store:
     def binary_keys(
         self, code_digest: str | None = None, triton: str | None = None, architecture: str | None = None
     ) -> list[BinaryKey]:
-        """Return the keys of the same compiled kernels, without reading the images, sorted."""
+        """Return the keys of these compiled kernels, sorted, without reading the images."""
         columns = (BinaryRow.code_digest, BinaryRow.kernel, BinaryRow.triton, BinaryRow.architecture)
         query = select(*columns).where(*_matching(code_digest, triton, architecture))
         with explained(self._where), self._reading() as session:
             return sorted(BinaryKey(*row) for row in session.execute(query))
 
     def prune_binaries(self, *, triton: str | None = None) -> int:
-        """Delete the compiled kernels whose code no entry has any more; return how many.
+        """Delete the compiled kernels whose code no entry has; return how many.
 
-        Given the version of a ``triton``, also those that other versions made.
+        With ``triton``, a version, also delete those of other versions.
         """
         with explained(self._where), self._writing() as session:
             used = {code_digest(str(source)) for source in session.scalars(select(EntryRow.source))}
@@ -243,7 +243,7 @@ class Store:
             return len(stale)
 
     def verify(self) -> list[str]:
-        """Check the file and every row; return the problems found, none for a sound store."""
+        """Check the file and every row; return the problems found."""
         problems: list[str] = []
         with explained(self._where), self._reading() as session:
             if self._engine.dialect.name == "sqlite":
@@ -258,22 +258,22 @@ class Store:
         return problems
 
     def export(self, path: str | Path, *, replace: bool = False, binaries: bool = True) -> None:
-        """Write a compact single-file copy that can be shipped and read in a read-only folder.
+        """Write a compact copy: one file that can be shipped and read in a read-only folder.
 
-        The same entries give the same bytes. The file appears complete or not at all. An existing file is left alone,
-        unless ``replace`` is given and it is a store.
+        Equal entries give equal bytes. The file appears complete or not at all. An existing file is only replaced with
+        ``replace``, and only if it is a store.
 
         Raises:
             StoreAccessError: the file exists, or its folder cannot be written.
-            NotAStoreError: ``replace`` is given, but the existing file is no store.
-            CorruptRowError: a row is damaged, so there is nothing sound to ship.
+            NotAStoreError: ``replace`` is given, but the existing file is not a store.
+            CorruptRowError: a row is damaged; nothing is exported.
         """
         target = Location.parse(path)
         if target.path is None:
             raise LocationError(f"export to {target}: an export is a file; name a path")
         if target.path.exists() and replace:
-            with contextlib.suppress(OlderStoreError):  # which is ours too
-                Store.open(target.path, readonly=True).close()  # raises for a file that is not ours to replace
+            with contextlib.suppress(OlderStoreError):  # an older store may be replaced too
+                Store.open(target.path, readonly=True).close()  # raises for a file that is not a store
         elif target.path.exists():
             raise _exists(target)
         with making.new_file(target, target.path) as fresh:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import linecache
 import re
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..internals.triton import bring_back_names
-from .render import Source
+
+if TYPE_CHECKING:
+    from .render import Source
 
 
 def load_module(source: Source) -> ModuleType:

@@ -20,7 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--peft-tests", metavar="PATH", help="A PEFT checkout whose DoRA tests to run accelerated.")
     parser.addoption("--without", metavar="NAME", help="Run as if PyTorch did not have this private name.")
     parser.addoption("--internals", action="store_true", help="Run the core suite without each private name.")
-    parser.addoption("--versions", metavar="COLUMN", help="The column of tests/versions that this environment is.")
+    parser.addoption("--versions", metavar="COLUMN", help="The column of versions that this environment has.")
+    parser.addoption("--installed", metavar="PYTHON", help="The Python of an environment that has the wheel in dist.")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -299,7 +299,7 @@ def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
     assert data["store"] == str(tuned.home / "store.sqlite")
     said = done(run("explain", SPEC, home=tuned.home))
     assert data["config"] in said
-    assert "exact: an entry of this very spec" in said
+    assert "exact: an entry of exactly this spec" in said
     assert "predicted, never timed" in said
 
 
@@ -463,7 +463,7 @@ MISTAKES = [
     (["tune", "--config", "TINY", "--gpu", "h200", "--jobs", "0"], ["'--jobs': 0 is not in the range"]),
     (
         ["tune", "--config", "TINY", "--gpu", "h200", "--store", "redis://x"],
-        ["no stores of scheme 'redis'", "use a file"],
+        ["unknown scheme 'redis'", "use a file"],
     ),
     (["tune", "--config", "TINY", "--gpu", "auto"], ["no GPU is visible to PyTorch", "--gpu h200"]),
     (["tune", "--config", "TINY", "--evaluator", "measure"], ["needs a GPU", "use --evaluator predict"]),
@@ -476,8 +476,8 @@ MISTAKES = [
     ),
     (["cache", "ls", "--op", "compose_forwards"], ["'compose_forwards'; did you mean compose_forward"]),
     (["cache", "ls", "--gpu", "h20"], ["unknown GPU 'h20'; did you mean h200"]),
-    (["cache", "ls", "--store", ""], ["names no file; use a file path"]),
-    (["cache", "path", "--store", "sqlite://"], ["names no plain file", "use a file path, sqlite:////absolute/path"]),
+    (["cache", "ls", "--store", ""], ["not a file; use a file path"]),
+    (["cache", "path", "--store", "sqlite://"], ["not a plain file", "use a file path, sqlite:////absolute/path"]),
     (["cache", "frobnicate"], ["No such command 'frobnicate'"]),
     (["tunes"], ["No such command 'tunes'"]),
     (["explain"], ["Missing argument 'SPEC'"]),
@@ -603,11 +603,11 @@ def copy(store: Path, path: Path) -> None:
 
 BROKEN: list[tuple[Callable[[Path, Path], None], list[str]]] = [
     (text_file, ["not a SQLite database and is left as it is", "name another"]),
-    (empty_file, ["the file is empty", "delete it to have a store made, or name another"]),
+    (empty_file, ["the file is empty", "delete it so that a store can be made there, or name another"]),
     (folder, ["this is a folder", "name a file, such as"]),
     (truncated, ["the file is damaged", "Restore it from a copy"]),
     (header_alone, ["the file is ", "name another|Restore it from a copy"]),
-    (foreign_database, ["not of doratune, and left as it is", "name another"]),
+    (foreign_database, ["holds no doratune store and is left as it is", "name another"]),
     (newer_schema, ["written by a newer doratune (schema 9999", "upgrade doratune or use another store"]),
 ]
 

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from types import FrameType
 
 import optuna
@@ -405,7 +405,7 @@ class _Run:
                 source=source.text,
                 evaluation=replace(evaluation, trials=len(search.study.evaluated)),
                 environment=self._environment,
-                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             self.store.put(entry)
             undecided = search.study.undecided

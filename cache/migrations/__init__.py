@@ -1,4 +1,4 @@
-"""The store's schema over time: Alembic revisions, run on a connection that is already inside a transaction.
+"""Migrate a store's schema by Alembic revisions, on a connection that is already inside a transaction.
 
 Configured here in code, so that it works from an installed wheel without an ``alembic.ini``. To add a revision, copy
 the newest file of ``versions/``, set its ``revision`` and ``down_revision``, and append it to ``schema.REVISIONS``.
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 def configuration(connection: Connection, versions: Path = HERE / "versions") -> Config:
     """Return Alembic's configuration for ``connection``."""
     config = Config()
-    # A percent sign in a path would be read as an interpolation.
+    # Alembic interpolates percent signs.
     config.set_main_option("script_location", str(HERE).replace("%", "%%"))
     config.set_main_option("version_locations", str(versions).replace("%", "%%"))
     config.set_main_option("path_separator", "newline")

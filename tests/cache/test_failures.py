@@ -55,7 +55,7 @@ def _other_database(path: Path) -> None:
         (_bytes(b""), "empty"),
         (_bytes(b"SQLite"), "not a SQLite database"),
         (_bytes(b"my thesis\n" * 1000), "not a SQLite database"),
-        (_other_database, "not of doratune"),
+        (_other_database, "holds no doratune store"),
         (Path.mkdir, "folder"),
         (os.mkfifo, "not a regular file"),
     ],

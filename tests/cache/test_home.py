@@ -113,7 +113,7 @@ def test_a_named_home_that_is_none_is_never_passed_over(named: str, monkeypatch:
     for args in [["cache", "path"], ["explain", SPEC], TUNE]:
         result = RUNNER.invoke(main, args)
         assert result.exit_code == 1
-        assert result.stderr.startswith(f"Error: DORATUNE_HOME={named} names no folder")
+        assert result.stderr.startswith(f"Error: DORATUNE_HOME={named} cannot be resolved to a folder")
         assert "absolute path" in result.stderr
 
 

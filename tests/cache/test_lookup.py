@@ -74,7 +74,7 @@ SAME_ON_H100, NEAR_ON_H100 = a_spec("h100"), a_spec("h100", rank=256)
 
 ORDER = [
     # (what it shows, entries of each store, step, the spec that wins, the number of the store that wins)
-    ("the very spec goes before all",
+    ("the exact spec goes before all",
      [[an_entry(), an_entry(NEAR)]], "exact", WANTED, 0),
     ("an earlier store goes before a later one",
      [[an_entry(warps=2)], [an_entry(warps=8)]], "exact", WANTED, 0),
@@ -207,7 +207,7 @@ def test_the_explanation_of_a_measured_spec() -> None:
     found = Resolution(WANTED, "exact", an_entry().config, an_entry(), "/team.sqlite", 0.0, (), (), ("/team.sqlite",))
     assert found.explain().splitlines() == [
         f"spec      {WANTED}",
-        "step      exact: an entry of this very spec",
+        "step      exact: an entry of exactly this spec",
         "config    tile:block_n=128,block_t=64,num_warps=4,num_stages=3",
         "store     /team.sqlite",
         "tuned     measured on NVIDIA H200 under Triton 3.7.1 at 2026-11-23T10:00:00+00:00",
@@ -218,9 +218,9 @@ def test_the_explanation_of_a_measured_spec() -> None:
 @pytest.mark.parametrize(
     ("us", "unfused_us", "says"),
     [
-        (20.0, 25.5, "fusion    pays: 25.5 us one after another"),
-        (20.0, 20.0, "fusion    does not pay: 20 us one after another"),
-        (None, 25.5, "fusion    does not pay: 25.5 us one after another"),
+        (20.0, 25.5, "fusion    pays: 25.5 us unfused"),
+        (20.0, 20.0, "fusion    does not pay: 20 us unfused"),
+        (None, 25.5, "fusion    does not pay: 25.5 us unfused"),
     ],
 )
 def test_fusion_pays_where_the_very_spec_was_measured_to_be_faster_fused(

@@ -185,7 +185,10 @@ def test_a_binary_compiled_again_replaces_the_earlier_one(store: Store) -> None:
     ("wrong", "named"),
     [
         (replace(an_entry(), template_digest=""), "template_digest"),
-        (replace(an_entry(), evaluation=replace(an_entry().evaluation, us=float("nan"))), "us=nan"),
+        (
+            replace(an_entry(), evaluation=replace(an_entry().evaluation, us=float("nan"))),
+            "us must be a finite number of at least 0, got nan",
+        ),
         (replace(an_entry(), evaluation=replace(an_entry().evaluation, provenance="guessed")), "guessed"),
         (replace(an_entry(), evaluation=replace(an_entry().evaluation, samples_us=(1.0, -1.0))), "sample"),
     ],
@@ -232,7 +235,7 @@ def test_a_store_cannot_be_made_read_only(place: str) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "complaint"),
     [
-        ("config", "{not json", "not JSON"),
+        ("config", "{not json", "config must be JSON"),
         ("config", '{"variant": "tile"}', "num_warps"),
         ("config", '{"variant": 3, "num_warps": 4, "num_stages": 2}', "config"),
         ("config", '{"variant": "tile", "num_warps": "__import__", "num_stages": 2}', "num_warps"),

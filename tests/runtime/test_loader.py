@@ -288,7 +288,7 @@ def test_an_exact_entry_is_used(store: Callable[..., str]) -> None:
     assert (resolution.store, source) == (path, render(SPEC, TILE))
     said = doratune.explain(str(SPEC), path)
     for part in (
-        "exact: an entry of this very spec",
+        "exact: an entry of exactly this spec",
         path,
         str(TILE),
         "measured on NVIDIA H200",

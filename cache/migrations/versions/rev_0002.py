@@ -1,4 +1,4 @@
-"""Entries say what the work of a fusing kernel takes one after another."""
+"""Entries have the time of a fused kernel's unfused sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the time, unknown of every entry so far."""
+    """Add the column; the time is unknown for existing entries."""
     op.add_column("doratune_entries", sa.Column("unfused_us", sa.Double(), nullable=True))
 
 

@@ -142,3 +142,18 @@ def assert_same_gradients(model: nn.Module, exact: nn.Module, bound: float) -> N
     for name, gradient in gradients(model).items():
         assert gradient.dtype == wanted[name].dtype
         assert relative(gradient, wanted[name]) <= bound, name
+
+
+def variants(model: nn.Module) -> list[Any]:
+    """PEFT's variant objects of all layers and adapters."""
+    return [variant for module in model.modules() for variant in getattr(module, "lora_variant", {}).values()]
+
+
+def tokens(count: int = 9) -> torch.Tensor:
+    """Input of a language model: 2 rows of ``count`` token ids."""
+    return torch.randint(0, VOCABULARY, (2, count))
+
+
+def inputs(count: int = 7) -> torch.Tensor:
+    """Input of a :class:`Pair`: ``count`` rows."""
+    return torch.randn(count, 24)

@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import doratune
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-
-from .peft_models import (  # noqa: E402
+from .peft_models import (
     VOCABULARY,
     Pair,
     assert_same_gradients,
     error_ratios,
     gpt2,
     gradients,
+    inputs,
     llama,
     relative,
     shake,
+    tokens,
     twin,
+    variants,
     with_dora,
 )
 
-
-@pytest.fixture(autouse=True)
-def seed_and_no_silent_fallback() -> Iterator[None]:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="doratune leaves")
-        yield
-
-
-def variants(model: nn.Module) -> list[Any]:
-    return [variant for module in model.modules() for variant in getattr(module, "lora_variant", {}).values()]
-
-
-def tokens(count: int = 9) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (2, count))
-
-
-def inputs(count: int = 7) -> torch.Tensor:
-    return torch.randn(count, 24)
+pytestmark = pytest.mark.filterwarnings("error:doratune leaves")
+"""PEFT's code runs no layer unnoticed."""
 
 
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["linear", "conv1d"])

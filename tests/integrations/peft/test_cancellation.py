@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,14 +10,10 @@ import torch
 from torch import nn
 
 import doratune
-from doratune.nn.norm import norm_from_products
-from doratune.runtime.reference import cancels
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 from doratune.integrations.peft import base_layers, cancellation
 from doratune.integrations.peft.cancellation import CancellationWatch, summed_norm
+from doratune.nn.norm import norm_from_products
+from doratune.runtime.reference import cancels
 
 from .peft_models import Pair, relative, twin, with_dora
 from .test_quantised import KINDS, heal, quantised
@@ -27,12 +22,8 @@ S = 0.5
 SHARES = (0.9, 0.999, 0.9999)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="doratune leaves")
-        yield
+pytestmark = pytest.mark.filterwarnings("error:doratune leaves")
+"""PEFT's code runs no layer unnoticed."""
 
 
 def entries(layer: Any) -> torch.Tensor:

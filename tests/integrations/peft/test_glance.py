@@ -7,14 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 
-peft = pytest.importorskip("peft")
-
-from doratune.integrations.peft import examine as module_under_test  # noqa: E402
-from doratune.integrations.peft.examine import Glance, examine  # noqa: E402
+from doratune.integrations.peft import examine as module_under_test
+from doratune.integrations.peft.examine import Glance, examine
 
 D_OUT, D_IN, RANK = 12, 8, 4
 

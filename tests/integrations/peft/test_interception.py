@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -19,18 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import doratune
 from doratune.internals.torch import knows_backward
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from ...nn.layers import kernels_on_paper  # noqa: E402
-from .peft_models import Pair, assert_same_gradients, relative, twin, with_dora  # noqa: E402
+from ...nn.layers import kernels_on_paper
+from .peft_models import Pair, assert_same_gradients, relative, twin, with_dora
 
 __all__ = ["kernels_on_paper"]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def inputs(*lead: int) -> torch.Tensor:
@@ -273,9 +266,10 @@ def test_four_bit_layers_with_a_bias_behind_what_is_trained(
     fast = twin(stock)
     doratune.accelerate(fast, quiet=True)
     results = []
-    for model in (stock, fast):
+    # The gradient of x that bitsandbytes 0.48 gives under autocast is 17 % off: stock PEFT runs without.
+    for model, rounded in ((stock, False), (fast, autocast)):
         x = inputs(*lead)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
             y = model(x)
         y.float().square().sum().backward()
         assert x.grad is not None

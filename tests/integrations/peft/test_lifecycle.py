@@ -4,58 +4,36 @@ from __future__ import annotations
 
 import io
 import pickle
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 import doratune
 from doratune.integrations.peft import PeftVersionError
+from doratune.integrations.peft.variant import DoraVariant
 from doratune.nn.norm_cache import NormReuseError
 from doratune.runtime.arguments import ArgumentError
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
-
-from doratune.integrations.peft.variant import DoraVariant  # noqa: E402
-
-from .peft_models import (  # noqa: E402
-    VOCABULARY,
+from .peft_models import (
     Pair,
     assert_same_gradients,
     gradients,
+    inputs,
     llama,
     relative,
     shake,
+    tokens,
     twin,
+    variants,
     with_dora,
 )
 
-
-@pytest.fixture(autouse=True)
-def seed_and_no_silent_fallback() -> Iterator[None]:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="doratune leaves")
-        yield
-
-
-def variants(model: nn.Module) -> list[Any]:
-    return [variant for module in model.modules() for variant in getattr(module, "lora_variant", {}).values()]
-
-
-def tokens(count: int = 9) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (2, count))
-
-
-def inputs(count: int = 7) -> torch.Tensor:
-    return torch.randn(count, 24)
+pytestmark = pytest.mark.filterwarnings("error:doratune leaves")
+"""PEFT's code runs no layer unnoticed."""
 
 
 # ---- what PEFT does with a model -----------------------------------------------------------------------------------

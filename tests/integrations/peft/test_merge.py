@@ -8,35 +8,29 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import doratune
+from doratune.integrations.peft.zero_rows import ZeroRowsWarning
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from doratune.integrations.peft.zero_rows import ZeroRowsWarning  # noqa: E402
-
-from .peft_models import Pair, relative, shake, twin, with_dora  # noqa: E402
-from .test_quantised import KINDS, quantised  # noqa: E402
+from .peft_models import Pair, relative, shake, twin, with_dora
+from .test_quantised import KINDS, quantised
 
 ZERO, NEAR, NO_MAGNITUDE, LORA_ONLY = 3, 4, 5, 6
 """Rows of :func:`degenerate`: W and BA zero; W + sBA tiny; m zero; W zero and BA not."""
 
 
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="doratune leaves")
-        warnings.filterwarnings("ignore", category=ZeroRowsWarning)
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("error:doratune leaves"),
+    pytest.mark.filterwarnings("ignore::doratune.integrations.peft.zero_rows.ZeroRowsWarning"),
+]
 
 
 class Conv1DPair(nn.Module):

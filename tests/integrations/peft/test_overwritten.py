@@ -19,11 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import doratune
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from ...nn.layers import kernels_on_paper  # noqa: E402
-from .peft_models import Pair, assert_same_gradients, twin, with_dora  # noqa: E402
+from ...nn.layers import kernels_on_paper
+from .peft_models import Pair, assert_same_gradients, twin, with_dora
 
 __all__ = ["kernels_on_paper"]
 

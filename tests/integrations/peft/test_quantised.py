@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 import doratune
-
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from peft.utils.integrations import dequantize_module_weight
-
 from doratune.integrations.peft import base_layers
 
 from .peft_models import Pair, assert_same_gradients, by_torchao, dense, relative, shake, twin, with_dora
@@ -34,12 +28,8 @@ SQUARE, OBLONG = (64, 64, 64), (64, 128, 64)
 """d_in, d_mid, d_out. In a square W, W.T is silently taken for it."""
 
 
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="doratune leaves")
-        yield
+pytestmark = pytest.mark.filterwarnings("error:doratune leaves")
+"""PEFT's code runs no layer unnoticed."""
 
 
 def quantised(

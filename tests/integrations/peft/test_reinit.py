@@ -6,35 +6,26 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 import doratune
+from doratune.integrations.peft.variant import DoraVariant
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
-
-from doratune.integrations.peft.variant import DoraVariant  # noqa: E402
-
-from .peft_models import Pair, assert_same_gradients, relative, shake, twin, with_dora  # noqa: E402
-from .test_quantised import quantised  # noqa: E402
+from .peft_models import Pair, assert_same_gradients, relative, shake, twin, with_dora
+from .test_quantised import quantised
 
 SETTINGS: dict[str, Any] = {"target_modules": ["first", "second"], "init_lora_weights": False}
 
 
-@pytest.fixture(autouse=True)
-def seed_and_no_silent_fallback() -> Iterator[None]:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="doratune leaves")
-        yield
+pytestmark = pytest.mark.filterwarnings("error:doratune leaves")
+"""PEFT's code runs no layer unnoticed."""
 
 
 def layers(model: nn.Module) -> list[Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -19,11 +20,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import doratune
 from doratune.internals import torch as internals
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-from ...nn.layers import kernels_on_paper  # noqa: E402
-from .peft_models import assert_same_gradients, relative, twin, with_dora  # noqa: E402
+from ...nn.layers import kernels_on_paper
+from .peft_models import assert_same_gradients, relative, twin, with_dora
 
 __all__ = ["kernels_on_paper"]
 
@@ -71,11 +69,8 @@ POLICIES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_silent_fallback() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="doratune leaves")
-        yield
+pytestmark = pytest.mark.filterwarnings("error:doratune leaves")
+"""PEFT's code runs no layer unnoticed."""
 
 
 def inputs() -> torch.Tensor:

@@ -15,9 +15,6 @@ from torch import nn
 
 import doratune
 
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 from .peft_models import Pair, with_dora
 
 

@@ -7,8 +7,7 @@ another.
 from __future__ import annotations
 
 import importlib.util
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,9 @@ from doratune.runtime.arguments import ArgumentError
 TOKENS = torch.export.Dim("tokens", min=2)
 
 
-@pytest.fixture(autouse=True)
-def seed_and_no_warning_of_doratune() -> Iterator[None]:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="doratune")
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        yield
+pytestmark = pytest.mark.filterwarnings(
+    "error:doratune", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+)
 
 
 def traced(model: Any, x: torch.Tensor) -> Any:
@@ -62,8 +56,6 @@ def parameters_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def pair() -> tuple[Any, Any]:
     """Two equal layers with DoRA, without PEFT's wrappers; the first is accelerated."""
-    pytest.importorskip("peft")
-    pytest.importorskip("transformers")
     from .peft_models import Pair, twin, with_dora
 
     stock = with_dora(Pair())
@@ -90,8 +82,6 @@ def test_a_recorded_model_computes_what_stock_peft_records(recorder: str, train:
 
 
 def test_a_traced_training_step_drops_what_peft_drops() -> None:
-    pytest.importorskip("peft")
-    pytest.importorskip("transformers")
     from .peft_models import Pair, twin, with_dora
 
     stock = with_dora(Pair(), lora_dropout=0.4).base_model.model
@@ -108,8 +98,6 @@ def test_a_traced_training_step_drops_what_peft_drops() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_sixteen_bit_model_with_fp32_adapters_is_traced_as_in_peft(dtype: torch.dtype) -> None:
-    pytest.importorskip("peft")
-    pytest.importorskip("transformers")
     from .peft_models import Pair, twin, with_dora
 
     stock = with_dora(Pair().to(dtype)).base_model.model
