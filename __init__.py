@@ -1,6 +1,6 @@
-"""doratune: tuned Triton kernels for DoRA, generated from templates and dispatched from a store.
+"""doratune: tuned Triton kernels for DoRA, generated from templates and looked up in a store.
 
-The public names load lazily, so ``import doratune`` costs nothing beyond Python's own work.
+The public names are loaded at first use, so ``import doratune`` loads no other package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HOMES = {
     "restore": "integrations.peft",
     "weight_norm": "nn.functional",
 }
-"""The module that each public name is loaded from."""
+"""The module of each public name."""
 
 __all__ = [
     "Kernel",

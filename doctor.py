@@ -1,4 +1,4 @@
-"""What doratune finds on this machine, and whether it is tested: versions, GPUs, the C compiler, stores."""
+"""Examine this machine for doratune: versions and whether they are tested, GPUs, the C compiler, stores."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OK, UNTESTED, MISSING, BROKEN = "ok", "untested", "missing", "broken"
-"""Verdicts. Only ``broken`` stops doratune from working here."""
+"""Verdicts. doratune works here unless a finding is ``broken``."""
 
 _OPTIONAL = ("transformers", "bitsandbytes", "torchao", "hqq")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what it is, what was found, the verdict, and what to do or know."""
+    """One finding: what was examined, what was found, the verdict, and a remark or remedy."""
 
     what: str
     found: str
@@ -32,12 +32,12 @@ class Finding:
 
 
 def examine(store: str | None = None) -> list[Finding]:
-    """Look at everything; ``store`` is searched first, as by ``load_kernel``. Nothing is changed."""
+    """Examine everything without changing anything; ``store`` is the first store, as for ``load_kernel``."""
     return [*_versions(), *_private_names(), *_gpus(), _c_compiler(), *_stores(store)]
 
 
 def findings_table(findings: Iterable[Finding]) -> Table:
-    """The findings for people."""
+    """The findings as a table for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -49,33 +49,33 @@ def findings_table(findings: Iterable[Finding]) -> Table:
 
 def _versions() -> list[Finding]:
     found = [Finding("Python", platform.python_version(), OK)]
-    for library in TESTED:
-        version, tested = installed(library), f"tested with {tested_range(library)}"
+    for package in TESTED:
+        version, tested = installed(package), f"tested with {tested_range(package)}"
         if version is None:
-            needed = library == "torch"
-            found.append(Finding(library, "not installed", BROKEN if needed else MISSING, tested))
+            needed = package == "torch"
+            found.append(Finding(package, "not installed", BROKEN if needed else MISSING, tested))
         else:
-            found.append(Finding(library, version, OK if is_tested(library, version) else UNTESTED, tested))
-    for library in _OPTIONAL:
-        version = installed(library)
+            found.append(Finding(package, version, OK if is_tested(package, version) else UNTESTED, tested))
+    for package in _OPTIONAL:
+        version = installed(package)
         if version is not None:
-            found.append(Finding(library, version, OK, "optional"))
+            found.append(Finding(package, version, OK, "optional"))
     return found
 
 
 def _private_names() -> list[Finding]:
-    """The private names of PyTorch and Triton that are gone: there a slower public way runs."""
+    """The private names that PyTorch and Triton lack; slower public APIs replace them."""
     found = []
-    for library in ("torch", "triton"):
-        if installed(library) is None:
+    for package in ("torch", "triton"):
+        if installed(package) is None:
             continue
-        if library == "torch":
+        if package == "torch":
             from .internals.torch import missing
         else:
             from .internals.triton import missing
         names = missing()
-        remark = "a slower public way is taken for: " + ", ".join(names) if names else ""
-        found.append(Finding(f"{library} internals", f"{len(names)} missing", UNTESTED if names else OK, remark))
+        remark = "slower public APIs replace: " + ", ".join(names) if names else ""
+        found.append(Finding(f"{package} internals", f"{len(names)} missing", UNTESTED if names else OK, remark))
     return found
 
 
@@ -87,7 +87,7 @@ def _gpus() -> list[Finding]:
     from .runtime.device import gpu_of
 
     if not torch.cuda.is_available():
-        return [Finding("GPU", "none that PyTorch sees", MISSING, "CPU tensors run the eager reference")]
+        return [Finding("GPU", "PyTorch sees none", MISSING, "CPU tensors run the eager reference")]
     found = []
     for index in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(index)
@@ -106,7 +106,9 @@ def _c_compiler() -> Finding:
         path = shutil.which(compiler)
         if path is not None:
             return Finding("C compiler", path, OK)
-    return Finding("C compiler", named or "none", MISSING, "Triton needs one for a kernel's first start; set CC")
+    return Finding(
+        "C compiler", named or "none", MISSING, "Triton needs one to start a kernel for the first time; set CC"
+    )
 
 
 def _stores(store: str | None) -> list[Finding]:
@@ -116,7 +118,7 @@ def _stores(store: str | None) -> list[Finding]:
     try:
         places = stack_places(store)
     except DoratuneError as error:
-        return [Finding("stores", "none can be named", BROKEN, str(error))]
+        return [Finding("stores", "cannot be located", BROKEN, str(error))]
     for place in places:
         try:
             opened = open_place(place)

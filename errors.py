@@ -1,6 +1,6 @@
 """The errors that a user can cause or meet, as types.
 
-Each message says what was wrong, where, and what to do. The command line prints the message alone, without a traceback,
+Each message says what was wrong, where, and what to do. The command line prints only the message, without a traceback,
 and exits with the class's ``exit_code``.
 """
 
@@ -17,7 +17,7 @@ class DoratuneError(Exception):
 
 
 class UsageError(DoratuneError):
-    """The request itself is wrong: a bad argument, an unknown name; exit code 2."""
+    """The request is wrong, for example an unknown name; exit code 2."""
 
     exit_code = 2
 

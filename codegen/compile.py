@@ -1,7 +1,7 @@
-"""From emitted text to binaries for a named GPU, which need not be present.
+"""Compile emitted text to binaries for a named GPU, which need not be present.
 
-Triton takes an explicit target, so a cubin or hsaco can be made anywhere; what it used (registers, spills, shared
-memory) is read back from the binary and held against the GPU's limits, which Triton itself does not do.
+Triton accepts an explicit target, so any machine can make a cubin or hsaco. The resources that it uses (registers,
+spills, shared memory) are read from the binary and checked against the GPU's limits, which Triton does not do.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .render import Source
 from .spec import KernelSpec
 
 DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[(\d+), (\d+)\](?:,.*)?>", re.DOTALL)
-"""The type of a tensor descriptor: its dtype, rows and columns; in Gluon a layout follows."""
+"""The type of a tensor descriptor: dtype, rows and columns; in Gluon also a layout."""
 
 SPARE_REGISTERS = 16
-"""A kernel that leaves this many registers of a thread unused did not spill: its stack frame has another cause."""
+"""If a kernel leaves this many registers per thread unused, its stack frame does not come from spilling."""
 
 _REFUSED_BY_PASSES = "PassManager::run failed"
-"""The text of the RuntimeError with which MLIR's passes refuse a kernel."""
+"""The text of the RuntimeError that MLIR's passes raise when they refuse a kernel."""
 
 _ASSEMBLER_ERROR = re.compile(r"\berror\s*:(.*)")
-"""How ptxas complains of a kernel. Of unreadable files, unknown options and the like it says ``fatal`` alone."""
+"""How ptxas reports an error in a kernel. For unreadable files, unknown options and the like it prints ``fatal``."""
 
 _MISSING_TOOL = ("Cannot find ", "Failed to find C compiler", "Could not create or locate cache dir")
-"""How the RuntimeErrors begin with which Triton misses a tool or its cache."""
+"""The first words of the RuntimeErrors that Triton raises if a tool or its cache is missing."""
 
 
 class CompileError(DoratuneError):
-    """Triton or its assembler refused the emitted text; the message carries a line of its reason."""
+    """Triton or its assembler refused the emitted text; the message contains a line of the reason."""
 
 
 class OverLimitError(CompileError):
@@ -49,11 +49,11 @@ class OverLimitError(CompileError):
 
 
 class ToolchainError(DoratuneError):
-    """A compile failed, and nothing shows that the emitted text is to blame: on another day it may compile."""
+    """A compile failed, but not demonstrably because of the emitted text, so it may succeed later."""
 
 
 class BrokenToolchainError(ToolchainError):
-    """No text compiles on this machine: a folder or disk refuses, a tool is missing, or Triton cannot be imported."""
+    """Nothing compiles on this machine: a folder or disk cannot be written, a tool is missing, or Triton is broken."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _calls(text: str) -> tuple[ast.Call, ...]:
 def launch_options(source: Source, kernel: str) -> dict[str, int | bool]:
     """The ``num_warps``, ``num_stages`` and ``launch_pdl`` with which the emitted text starts ``kernel``.
 
-    The place is in ``launch``, or in a function that it calls.
+    The call is in ``launch`` or in a function that it calls.
     """
     for call in _calls(source.text):
         started = call.func.value if isinstance(call.func, ast.Subscript) else None
@@ -96,7 +96,7 @@ def launch_options(source: Source, kernel: str) -> dict[str, int | bool]:
 
 
 def extra_warps(source: Source, kernel: str) -> tuple[int, ...]:
-    """The warps that ``kernel`` starts beside its first ones, for each of its other tasks; none in most kernels."""
+    """The additional warps of a warp-specialised ``kernel``, for each of its other tasks; empty for most kernels."""
     for call in (node for node in ast.walk(_definition(source, kernel)) if isinstance(node, ast.Call)):
         if isinstance(call.func, ast.Attribute) and call.func.attr == "warp_specialize":
             return tuple(ast.literal_eval(call.args[1]))
@@ -116,9 +116,9 @@ def _is_gluon(definition: ast.FunctionDef) -> bool:
 
 
 def contiguous_alignments(spec: KernelSpec) -> dict[str, int]:
-    """The bytes (up to :data:`ALIGNMENT`) that divide the row stride of each operand when its rows follow each other.
+    """The bytes (up to :data:`ALIGNMENT`) that divide the row stride of each operand if it is contiguous.
 
-    Addresses are taken to be multiples of :data:`ALIGNMENT`, as those of memory that PyTorch allocates are.
+    It assumes that addresses are multiples of :data:`ALIGNMENT`, as in memory that PyTorch allocates.
     """
     return {
         operand.name: math.gcd(ALIGNMENT, getattr(spec, operand.shape[1]) * DTYPE_BYTES[operand.dtype_of(spec)])
@@ -131,11 +131,11 @@ def contiguous_alignments(spec: KernelSpec) -> dict[str, int]:
 def divisibility(
     signature: Mapping[str, str], alignments: Mapping[str, int]
 ) -> dict[tuple[int, ...], list[list[str | int]]]:
-    """What the compiler may assume of a kernel's parameters, in the form of Triton's attributes.
+    """The divisibility that the compiler may assume for a kernel's parameters, in the form of Triton's attributes.
 
     Parameters ``x_ptr`` and ``x_stride`` belong to the operand x, whose address and row stride are multiples of
-    ``alignments[x]`` bytes. Other pointers are to a launch's own workspace, which is fully aligned; but where such a
-    pointer has a stride, a kernel takes whichever operand it is given, and nothing is known.
+    ``alignments[x]`` bytes. Other pointers point into the launch's workspace, which is fully aligned. The exception is
+    a pointer with a stride that names no operand: the kernel is called with several operands, so nothing is assumed.
     """
     by_name = {name.lower(): value for name, value in alignments.items()}
     attrs: dict[tuple[int, ...], list[list[str | int]]] = {}
@@ -158,10 +158,10 @@ def build(source: Source, kernel: Any, target: Any, alignments: Mapping[str, int
 
 
 def triton_source(source: Source, kernel: Any, alignments: Mapping[str, int] | None = None) -> Any:
-    """What Triton's compiler is given for one jit function of an emitted module.
+    """The input of Triton's compiler for one jit function of an emitted module.
 
-    The parameter annotations of the emitted text (``"*bf16"``, ``"i32"``) are the signature. ``alignments`` are the
-    bytes that divide the address and the row stride of each operand, by name; None means contiguous operands.
+    The signature is read from the parameter annotations of the emitted text (``"*bf16"``, ``"i32"``). ``alignments``
+    are the bytes that divide the address and the row stride of each operand, by name; None means contiguous operands.
     """
     signature = signature_of(source, kernel.__name__)
     attrs = divisibility(signature, contiguous_alignments(source.spec) if alignments is None else alignments)
@@ -169,7 +169,7 @@ def triton_source(source: Source, kernel: Any, alignments: Mapping[str, int] | N
 
 
 def signature_of(source: Source, kernel: str) -> dict[str, str]:
-    """The types of a kernel's parameters by name, from the text alone; in Gluon, descriptors name their layout."""
+    """The types of a kernel's parameters by name, read from the text; in Gluon, with the layouts of descriptors."""
     definition = _definition(source, kernel)
     signature = {
         parameter.arg: ast.literal_eval(parameter.annotation)
@@ -194,8 +194,8 @@ def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
     Raises:
         OverLimitError: a kernel needs more shared memory or registers than the GPU has.
         CompileError: Triton or the assembler refused the text.
-        BrokenToolchainError: nothing compiles here now.
-        ToolchainError: it failed for another reason, which need not lie in the text.
+        BrokenToolchainError: nothing compiles on this machine.
+        ToolchainError: the compile failed for another reason, which may not be the text.
     """
     try:
         target = gpu.triton_target()
@@ -221,25 +221,25 @@ def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
 
 
 def judge_failure(error: Exception, what: str) -> CompileError | ToolchainError:
-    """Return a failed compile as the exception to raise; ``what`` begins its message.
+    """Classify the error of a failed compile and return the exception to raise; ``what`` begins its message.
 
-    A list of known complaints decides that the text is at fault (:class:`CompileError`): Triton's frontend, its passes,
-    or ptxas refused it. Anything else, a full disk or a crash in Triton, says nothing of the text.
+    Only known errors count as errors of the text (:class:`CompileError`): Triton's frontend, its passes or ptxas
+    refused it. All other errors, such as a full disk or a crash in Triton, do not.
     """
     if isinstance(error, CompileError | ToolchainError):
         return error
-    causes = _causes(error)  # the frontend wraps whatever it meets in its own error
+    causes = _causes(error)  # the frontend wraps every exception in its own error
     broken = next((cause for cause in causes if _is_broken(cause)), None)
     if broken is not None:
         return BrokenToolchainError(f"no kernel can be compiled here: {_reason(broken)}; {_remedy(broken)}")
     complaint = next((text for cause in causes if (text := _complaint(cause)) is not None), None)
     if complaint is not None:
         return CompileError(f"{what}: {complaint}")
-    return ToolchainError(f"{what}: {_reason(error)} (which need not be the config's fault)")
+    return ToolchainError(f"{what}: {_reason(error)} (the config may not be the cause)")
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from, the innermost first."""
+    """The error and the chain of its causes, the innermost first."""
     found: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in found:
@@ -254,7 +254,7 @@ def _is_broken(error: BaseException) -> bool:
 
 
 def _complaint(error: BaseException) -> str | None:
-    """What Triton or ptxas says against the text, in a line; None where this is no such complaint."""
+    """The line in which Triton or ptxas reports an error of the text; None for other errors."""
     printed = assembler_output(error)
     if printed is not None:
         complaint = _ASSEMBLER_ERROR.search(printed)
@@ -274,14 +274,14 @@ def _reason(error: BaseException) -> str:
 def _remedy(error: BaseException) -> str:
     if isinstance(error, OSError):
         return (
-            f"make Triton's cache{_cache_folder()} and the folder for temporary files writable and leave space on "
-            "their disks, or name others with TRITON_CACHE_DIR and TMPDIR"
+            f"make Triton's cache{_cache_folder()} and the folder for temporary files writable and free space on "
+            "their disks, or set TRITON_CACHE_DIR and TMPDIR to other folders"
         )
     if "C compiler" in str(error):
-        return "install a C compiler such as gcc, or name one in CC"
+        return "install a C compiler such as gcc, or set CC to one"
     if "cache dir" in str(error):
-        return "name a folder that can be written with TRITON_CACHE_DIR"
-    return "reinstall Triton, in the version that PyTorch asks for"
+        return "set TRITON_CACHE_DIR to a writable folder"
+    return "reinstall Triton in the version that PyTorch requires"
 
 
 def _cache_folder() -> str:
@@ -300,7 +300,7 @@ def _inspect(name: str, handle: Any, gpu: Gpu) -> CompiledKernel:
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of local memory per thread, as ``cuobjdump`` (shipped with Triton) reads them."""
+    """Registers per thread and bytes of local memory per thread, from ``cuobjdump`` (shipped with Triton)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -312,7 +312,9 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
         ).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
     if usage is None:
-        raise ToolchainError(f"cuobjdump gave no resource usage for a cubin of {len(cubin)} bytes: {report.strip()!r}")
+        raise ToolchainError(
+            f"cuobjdump printed no resource usage of a cubin of {len(cubin)} bytes: {report.strip()!r}"
+        )
     return int(usage[1]), int(usage[2])
 
 

@@ -1,9 +1,9 @@
-"""What a compiled image says of itself, read from its bytes: before a GPU's driver sees one that came out of a store.
+"""Read the description of its kernel from a compiled image, before a GPU's driver loads an image from a store.
 
-Triton's compiler makes 64-bit ELF files for one architecture, each with one kernel. A cubin describes that kernel in a
-section of attributes of its own, an hsaco in a note of AMD's code object format. Nothing here is executed, and every
-offset is held against the file before it is followed, and the file ends where the last of its tables and parts does.
-What the machine code does cannot be told from it, nor, for a cubin, how much shared memory a launch must ask for.
+Triton's compiler makes 64-bit ELF files for one architecture, each with one kernel. A cubin describes its kernel in a
+section of attributes, an hsaco in a note of AMD's code object format. Nothing here is executed. Every offset is checked
+against the file before it is followed, and no bytes may follow the last table or section. The description does not say
+what the machine code does, nor, in a cubin, how much shared memory a launch must request.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ _CUDA, _AMDGPU = 190, 224
 _AMDGPU_ARCHITECTURES = {0x3F: "gfx90a", 0x4C: "gfx942"}
 """``EF_AMDGPU_MACH`` in ``e_flags`` (LLVM, User Guide for AMDGPU Backend)."""
 _NEWER_CUDA_ABI = 8
-"""From this ``EI_ABIVERSION`` on, a cubin's flags have the architecture in their second byte instead of the first."""
+"""From this ``EI_ABIVERSION`` on, the second byte of a cubin's flags has the architecture, before it the first."""
 
 _NO_BITS, _SYMBOLS, _DYNAMIC_SYMBOLS, _NOTE = 8, 2, 11, 7
 _OBJECT, _FUNCTION = 1, 2
 _CUDA_ENTRY = 0x10
-"""In ``st_other``: a function that can be launched, unlike one that a kernel calls."""
+"""The bit in ``st_other`` of a function that can be launched; functions that a kernel calls lack it."""
 
 _PARAMETER, _THREADS, _CLUSTER = 0x17, 0x10, 0x3D
 """Attributes of a cubin's kernel: one parameter; the threads of a block; the blocks of a cluster."""
 _SIZED = 4
-"""The format of an attribute whose value has the length that is given; values of the other formats are two bytes."""
+"""The format of attributes that state the length of their value. Values of other formats have two bytes."""
 
 _AMDGPU_METADATA = 32
 """The type of the note that describes an hsaco's kernels, in MessagePack."""
 
 _MOST_SECTIONS, _MOST_SYMBOLS, _MOST_DESCRIPTION = 1 << 10, 1 << 12, 1 << 18
-"""More than any kernel of this package has by far: up to 40 sections, 80 symbols and 10 kB that describe it."""
+"""Limits, far above the kernels of this package: these have up to 40 sections, 80 symbols and a 10 kB description."""
 _DEEPEST = 8
 
 _NUMBERS = {0xCC: "B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: "b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
 _LENGTHS = {0xD9: "B", 0xDA: ">H", 0xDB: ">I", 0xDC: ">H", 0xDD: ">I", 0xDE: ">H", 0xDF: ">I"}
-"""The forms of MessagePack's numbers, and of the lengths of its texts, lists and maps, by the byte before them."""
+"""The ``struct`` formats of MessagePack's numbers, and of the lengths of its strings, lists and maps, by type byte."""
 
 
 class ImageError(DoratuneError):
-    """The image is no file that Triton's compiler makes, or not one for this kernel; the message says what differs."""
+    """The image is not a file that Triton's compiler makes; the message says what differs."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """The architecture of an image and the one kernel in it.
+    """The architecture of an image and the description of its kernel.
 
-    ``parameters`` are the sizes in bytes of what a launch must hand over, ``threads`` those of a block, ``blocks`` of a
-    cluster, ``shared`` the bytes of shared memory beside those that a launch asks for.
+    ``parameters`` are the sizes in bytes of the kernel's parameters, ``threads`` the threads of a block, ``blocks`` the
+    blocks of a cluster, ``shared`` the bytes of static shared memory, which a launch does not request.
     """
 
     architecture: str
@@ -68,12 +68,12 @@ def read_image(image: bytes) -> Image:
     """Read a cubin or hsaco.
 
     Raises:
-        ImageError: it is no whole ELF file of a GPU's, has not exactly one kernel, or does not describe it.
+        ImageError: it is not a complete ELF file for a GPU, does not have exactly one kernel, or does not describe it.
     """
     try:
         elf = _Elf(image)
         return _cubin(elf) if elf.machine == _CUDA else _hsaco(elf)
-    except (struct.error, IndexError, UnicodeDecodeError) as problem:  # an offset that leads out of its table
+    except (struct.error, IndexError, UnicodeDecodeError) as problem:  # an offset outside its table
         raise ImageError(f"it is damaged ({problem})") from None
 
 
@@ -96,35 +96,35 @@ class _Symbol(NamedTuple):
 
 
 class _Elf:
-    """The tables of a 64-bit little-endian ELF file: all of them lie within it, and nothing lies after them."""
+    """The tables of a 64-bit little-endian ELF file. All lie within the file, and no bytes follow them."""
 
     def __init__(self, data: bytes) -> None:
         if data[:6] != b"\x7fELF\x02\x01":
-            raise ImageError("it is no 64-bit ELF file")
+            raise ImageError("it is not a 64-bit ELF file")
         header = struct.unpack_from("<HHIQQQIHHHHHH", data, 16)
-        _, self.machine, _, _, programs, sections, self.flags, _, program_bytes, program_count, each, count, names = (
+        _, self.machine, _, _, segments, sections, self.flags, _, segment_bytes, segment_count, each, count, names = (
             header
         )
         if self.machine not in (_CUDA, _AMDGPU):
-            raise ImageError(f"it is for machine {self.machine}, not for a GPU ({_CUDA} or {_AMDGPU})")
+            raise ImageError(f"it is for machine {self.machine}, expected a GPU ({_CUDA} or {_AMDGPU})")
         self.abi = data[8]
         self.data = data
         self._end = 0
         if not 0 < count <= _MOST_SECTIONS or each != 64 or names >= count:
-            raise ImageError(f"it has {count} sections of {each} bytes, their names in number {names}")
+            raise ImageError(f"it has {count} sections of {each} bytes, with their names in section {names}")
         self._within("the table of sections", sections, count * each)
-        if program_count > _MOST_SECTIONS or (program_count and program_bytes != 56):
-            raise ImageError(f"it has {program_count} segments of {program_bytes} bytes")
-        self._within("the table of segments", programs, program_count * program_bytes)
-        for index in range(program_count):
-            _, _, offset, _, _, size = struct.unpack_from("<IIQQQQ", data, programs + index * program_bytes)
+        if segment_count > _MOST_SECTIONS or (segment_count and segment_bytes != 56):
+            raise ImageError(f"it has {segment_count} segments of {segment_bytes} bytes")
+        self._within("the table of segments", segments, segment_count * segment_bytes)
+        for index in range(segment_count):
+            _, _, offset, _, _, size = struct.unpack_from("<IIQQQQ", data, segments + index * segment_bytes)
             self._within(f"segment {index}", offset, size)
         raw = [struct.unpack_from("<IIQQQQII", data, sections + index * each) for index in range(count)]
         for index, (_, kind, _, _, offset, size, _, _) in enumerate(raw):
             if kind != _NO_BITS:
                 self._within(f"section {index}", offset, size)
         if self._end < len(data):
-            raise ImageError(f"it ends at byte {self._end}, and {len(data) - self._end} more bytes follow")
+            raise ImageError(f"its last part ends at byte {self._end}, but {len(data) - self._end} more bytes follow")
         table = self._bytes(raw[names][4], raw[names][5])
         self.sections = tuple(_Section(_text(table, name), *rest) for name, *rest in raw)
 
@@ -137,20 +137,20 @@ class _Elf:
         return self.data[offset : offset + size]
 
     def content(self, section: _Section, most: int) -> bytes:
-        """The bytes of a section that may be up to ``most`` long."""
+        """The bytes of a section, which may be at most ``most``."""
         if section.kind == _NO_BITS or section.size > most:
             raise ImageError(f"section {section.name[:80]!r} has {section.size} bytes")
         return self._bytes(section.offset, section.size)
 
     def one(self, name: str) -> _Section:
-        """The section of this name, of which there must be one."""
+        """The only section with this name."""
         found = [section for section in self.sections if section.name == name]
         if len(found) != 1:
-            raise ImageError(f"it has {len(found)} sections {name!r}")
+            raise ImageError(f"it must have one section {name!r}, got {len(found)}")
         return found[0]
 
     def symbols(self, kind: int) -> Iterator[_Symbol]:
-        """The symbols in the tables of a kind."""
+        """The symbols in all tables of a kind."""
         for section in self.sections:
             if section.kind != kind:
                 continue
@@ -170,7 +170,9 @@ def _text(table: bytes, start: int) -> str:
 
 def _only(kernels: Sequence[str]) -> str:
     if len(kernels) != 1:
-        raise ImageError(f"it has {len(kernels)} kernels{': ' + ', '.join(kernels)[:80] if kernels else ''}")
+        raise ImageError(
+            f"it must have one kernel, got {len(kernels)}{': ' + ', '.join(kernels)[:80] if kernels else ''}"
+        )
     return kernels[0]
 
 
@@ -193,17 +195,17 @@ def _cubin(elf: _Elf) -> Image:
     if [*sorted(parameters)] != [*range(len(parameters))]:
         raise ImageError("it does not describe each of its parameters")
     if len(threads) != 1 or len(blocks) > 1:
-        raise ImageError("it does not fix the threads of a block once")
+        raise ImageError("it must state the threads of a block once, and the blocks of a cluster at most once")
     (across, *others), cluster = threads[0], blocks[0] if blocks else (1, 1, 1)
     if others != [1, 1] or cluster[1:] != (1, 1):
-        raise ImageError(f"its blocks have {threads[0]} threads and its clusters {cluster} blocks")
+        raise ImageError(f"blocks and clusters must have one dimension, got {threads[0]} threads and {cluster} blocks")
     shared = sum(section.size for section in elf.sections if section.name == f".nv.shared.{kernel}")
     sizes = tuple(parameters[place] for place in range(len(parameters)))
     return Image(f"sm_{number}", kernel, sizes, across, cluster[0], shared)
 
 
 def _attributes(table: bytes) -> Iterator[tuple[int, bytes]]:
-    """The attributes of a kernel, as their number and value."""
+    """The attributes of a kernel as pairs of number and value."""
     at = 0
     while at < len(table):
         form, attribute, value = struct.unpack_from("<BBH", table, at)
@@ -223,12 +225,12 @@ def _hsaco(elf: _Elf) -> Image:
     kernel = _only([name.removesuffix(".kd") for name in described])
     (about,) = _fields(_note(elf), ("amdhsa.kernels", list))
     if len(about) != 1:
-        raise ImageError(f"it describes {len(about)} kernels")
+        raise ImageError(f"it must describe one kernel, got {len(about)}")
     name, arguments, threads, shared = _fields(
         about[0], (".name", str), (".args", list), (".max_flat_workgroup_size", int), (".group_segment_fixed_size", int)
     )
     if name != kernel:
-        raise ImageError(f"it has kernel {kernel[:80]!r} and describes {name[:80]!r}")
+        raise ImageError(f"it must describe its kernel {kernel[:80]!r}, got {name[:80]!r}")
     sizes = tuple(_fields(argument, (".size", int))[0] for argument in arguments)
     return Image(architecture, kernel, sizes, threads, 1, shared)
 
@@ -247,22 +249,24 @@ def _note(elf: _Elf) -> Any:
             if kind == _AMDGPU_METADATA and name == b"AMDGPU\0":
                 found.append(notes[start : start + value_bytes])
     if len(found) != 1:
-        raise ImageError(f"it has {len(found)} descriptions of its kernels")
+        raise ImageError(f"it must have one description of its kernels, got {len(found)}")
     return _MessagePack(found[0]).value(0)
 
 
 def _fields(record: Any, *wanted: tuple[str, type]) -> list[Any]:
-    """The values of a record by name, of the types that they should have."""
+    """The values of a record by name, checked for their types."""
     if not isinstance(record, dict):
-        raise ImageError("its description is none")
+        raise ImageError(f"expected a map in its description, found {type(record).__name__}")
     for name, type_ in wanted:
         if type(record.get(name)) is not type_:
-            raise ImageError(f"its description has no {name}, or none of type {type_.__name__}")
+            raise ImageError(
+                f"{name} in its description must be {type_.__name__}, got {type(record.get(name)).__name__}"
+            )
     return [record[name] for name, _ in wanted]
 
 
 class _MessagePack:
-    """The part of MessagePack in which hsaco files are described: integers, truth values, texts, lists, maps."""
+    """The part of MessagePack that hsaco files use: integers, booleans, strings, lists, maps."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -270,7 +274,7 @@ class _MessagePack:
 
     def value(self, depth: int) -> Any:
         if depth > _DEEPEST:
-            raise ImageError("its description is nested too deep")
+            raise ImageError(f"its description is nested more than {_DEEPEST} levels deep")
         kind: int = self._number("B")
         if kind < 0x80:
             return kind
@@ -292,12 +296,12 @@ class _MessagePack:
             if self._at > len(self._data):
                 raise ImageError("its description is cut off")
             return self._data[self._at - count : self._at].decode("utf-8")
-        raise ImageError(f"its description has a value of kind {kind:#x}")
+        raise ImageError(f"its description has a value of the unknown type {kind:#x}")
 
     def _key(self, depth: int) -> str:
         key = self.value(depth + 1)
         if not isinstance(key, str):
-            raise ImageError("its description has a name that is no text")
+            raise ImageError(f"names in its description must be strings, got {type(key).__name__}")
         return key
 
     def _number(self, form: str) -> Any:

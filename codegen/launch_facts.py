@@ -1,10 +1,10 @@
-"""What the launch metadata of a kernel must say, from its emitted text alone: nothing is compiled for it.
+"""Derive the launch metadata of a kernel from its emitted text, without compiling it.
 
-Triton's host code believes the metadata of a compiled kernel: it makes tensor maps of the block sizes that it finds
-there, in arrays of five places, allocates scratch memory of the sizes, and starts as many threads as it is told. So
-for a binary that comes out of a store all that the host code computes with is derived here, exactly. What only the
-compiler's later stages know has bounds: the dynamic shared memory, and the tensor memory of sm_100. The driver sets
-them aside for the kernel. With too little shared memory a kernel fails or errs on the GPU; no host code runs into it.
+Triton's host code trusts the metadata of a compiled kernel: the block sizes of tensor maps (written into arrays of five
+elements), the sizes of scratch memory and the number of threads. So for a binary from a store, every fact that the host
+code uses is derived here exactly. Facts that only the compiler's later stages know have bounds: the dynamic shared
+memory, and the tensor memory of sm_100. The driver reserves both for the kernel. With too little shared memory a kernel
+fails or miscomputes on the GPU, but no host code is affected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .render import Source
 from .variants.base import MAX_TMA_BOX
 
 _SWIZZLES = {128: 3, 64: 2, 32: 1, 0: 0}
-"""Triton's number of a swizzle by the bytes of a line: the widest one that divides a row of the tile."""
+"""Triton's number of a swizzle by the bytes of its line. A tile has the widest line that divides its row."""
 _SWIZZLED_ROWS = 8
 """A tile of fewer rows has no swizzle."""
 _TMA_DTYPES = {"bf16": 10, "fp16": 6}
@@ -38,9 +38,10 @@ _SCRATCH_POINTERS = 2
 
 @dataclass(frozen=True)
 class LaunchFacts:
-    """The facts of one kernel beside Triton's options: those known, and the whole numbers that the others may be.
+    """The launch facts of one kernel that are not Triton's options.
 
-    ``parameters`` are the bytes of each parameter of the machine code, ``threads`` those of a block.
+    ``exact`` has the derived values, ``bounds`` the allowed integers of the others. ``parameters`` are the bytes of
+    each parameter of the machine code, and ``threads`` is the number of threads of a block.
     """
 
     exact: Mapping[str, object]
@@ -67,15 +68,15 @@ def launch_facts(source: Source, kernel: str, target: Any, options: Mapping[str,
 
 
 def total_warps(first: int, extra: tuple[int, ...]) -> int:
-    """The warps that a kernel is started with, of which ``first`` begin and ``extra`` do the other tasks."""
+    """The warps of a kernel: ``first`` for its main task and ``extra`` for other tasks; with others, rounded up."""
     return -(-(first + sum(extra)) // _WARP_GROUP) * _WARP_GROUP if extra else first
 
 
 def tensor_maps(signature: Mapping[str, str]) -> list[dict[str, object]]:
-    """What Triton's driver is told of each descriptor among a kernel's parameters, to make its tensor maps.
+    """The facts from which Triton's driver makes the tensor map of each descriptor among a kernel's parameters.
 
-    A row of a tile is loaded in swizzled lines of up to 128 bytes, and the box of a map is one line wide: so do the
-    compilers of Triton 3.6 and 3.7 lay out what a descriptor loads.
+    The compilers of Triton 3.6 and 3.7 load a row of a tile in swizzled lines of up to 128 bytes, and the box of a map
+    is one line wide.
     """
     maps: list[dict[str, object]] = []
     for dtype, rows, columns in _tiles(signature):
@@ -88,9 +89,9 @@ def tensor_maps(signature: Mapping[str, str]) -> list[dict[str, object]]:
 
 
 def least_shared_bytes(signature: Mapping[str, str]) -> int:
-    """The bytes of the largest tile of a descriptor: the tensor memory accelerator moves tiles through shared memory.
+    """A lower bound of the shared memory: the bytes of the largest tile of a descriptor.
 
-    The compiler takes more, for stages and barriers.
+    The tensor memory accelerator moves tiles through shared memory. Stages and barriers need more.
     """
     return max((rows * columns * DTYPE_BYTES[dtype] for dtype, rows, columns in _tiles(signature)), default=0)
 
@@ -102,7 +103,7 @@ def _tiles(signature: Mapping[str, str]) -> Iterator[tuple[str, int, int]]:
 
 
 def parameter_bytes(signature: Mapping[str, str]) -> tuple[int, ...]:
-    """The bytes of each parameter of the machine code: a descriptor is its map, its shape and its strides."""
+    """The bytes of each parameter of the machine code. A descriptor is passed as its map, shape and strides."""
     sizes: list[int] = []
     for type_ in signature.values():
         if DESCRIPTOR.fullmatch(type_):

@@ -1,1 +1,1 @@
-"""The drop-ins for other people's frameworks."""
+"""Drop-ins for frameworks that implement DoRA themselves."""

@@ -1,4 +1,4 @@
-"""What belongs to others: the private names of PyTorch (:mod:`.torch`) and Triton (:mod:`.triton`), guarded."""
+"""Guarded access to the private names of PyTorch (:mod:`.torch`) and Triton (:mod:`.triton`)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def find(name: str) -> Any:
-    """The object with a dotted name; None where the installed version has none."""
+    """Return the object with a dotted name; None if the installed version does not have it."""
     path, _, attribute = name.rpartition(".")
     owner: Any
     try:
         owner = importlib.import_module(path)
-    except ImportError:  # the path may go on in attributes
+    except ImportError:  # the rest of the path may be attributes
         owner = find(path) if "." in path else None
     return getattr(owner, attribute, None)

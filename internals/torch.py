@@ -1,8 +1,8 @@
-"""PyTorch's private names that doratune uses, each in one function here.
+"""The private names of PyTorch that doratune uses, each in one function here.
 
-A name that a PyTorch does not have is replaced by a public way to the same answer, or by the answer with which results
-stay right: a mode that cannot be seen may be on, a backward pass that cannot be told apart reuses nothing. Each name is
-looked up once, when this module is loaded.
+If the installed PyTorch lacks a name, a public API replaces it, or an answer that keeps results correct: a mode that
+cannot be detected counts as on, and a backward pass that cannot be identified reuses nothing. Each name is looked up
+once, when this module is imported.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ NAMES = (
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._python_dispatch._disable_current_modes",
 )
-"""Every private name; a test removes each in turn."""
+"""Every private name. A test removes each in turn."""
 
 
 _found = {name: find(name) for name in NAMES}
 
 
 def missing() -> list[str]:
-    """The names that this PyTorch does not have."""
+    """The names that the installed PyTorch lacks."""
     on_gpus = torch.version.cuda is not None or torch.version.hip is not None
     return [name for name, value in _found.items() if value is None and (on_gpus or "_cuda_" not in name)]
 
@@ -53,7 +53,7 @@ def missing() -> list[str]:
 # The current GPU.
 
 current_device: Callable[[], int] = _found["torch._C._cuda_getDevice"] or torch.cuda.current_device
-"""The index of the current GPU; CUDA is initialised."""
+"""The index of the current GPU. CUDA must be initialised."""
 
 
 def _public_stream(index: int) -> int:
@@ -65,7 +65,7 @@ current_stream: Callable[[int], int] = _found["torch._C._cuda_getCurrentRawStrea
 
 
 TensorGuards: Any = _found["torch._C._dynamo.guards.TensorGuards"]
-"""Recognises tensors like those it was made of; None where this PyTorch has none."""
+"""A guard that recognises tensors like those it was made from; None if this PyTorch lacks it."""
 
 
 # Differentiation.
@@ -76,15 +76,15 @@ def _unknown_backward() -> int:
 
 
 knows_backward: bool = _found["torch._C._current_graph_task_id"] is not None
-"""Whether :func:`current_backward` tells one backward pass from another."""
+"""Whether :func:`current_backward` identifies backward passes."""
 
 current_backward: Callable[[], int] = _found["torch._C._current_graph_task_id"] or _unknown_backward
-"""A number for the backward pass that runs now; -1 outside of one, and where PyTorch cannot be asked."""
+"""An id of the running backward pass; -1 outside of one, or if this PyTorch lacks the name."""
 
 
 def _transforms_by_trial() -> bool:
     try:
-        torch.empty(0).requires_grad_()  # refused inside a transform
+        torch.empty(0).requires_grad_()  # raises inside a transform
     except RuntimeError:
         return True
     return False
@@ -103,7 +103,7 @@ def has_tangents(tensors: Sequence[torch.Tensor | None]) -> bool:
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-# Graphs that are recorded.
+# Recording of graphs.
 
 _tracing_state = _found["torch._C._get_tracing_state"]
 _dispatch_mode = _found["torch._C._get_dispatch_mode"]
@@ -120,7 +120,7 @@ def _proxy_mode() -> object:
 
 
 def is_traced() -> bool:
-    """Whether this very Python is run by ``torch.jit.trace`` or ``make_fx`` to see which operators it calls."""
+    """Whether ``torch.jit.trace`` or ``make_fx`` now runs this code to record its operators."""
     if torch.compiler.is_compiling():
         return False
     is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
@@ -129,13 +129,13 @@ def is_traced() -> bool:
 
 
 def is_recording() -> bool:
-    """Whether PyTorch now records a graph that is to run elsewhere; not so under ``torch.compile``."""
-    if torch.compiler.is_compiling():  # PyTorch 2.11 says is_exporting() under torch.compile, too
+    """Whether PyTorch now records a graph that is to run elsewhere; False under ``torch.compile``."""
+    if torch.compiler.is_compiling():  # in PyTorch 2.11 is_exporting() is also true under torch.compile
         return bool(torch.compiler._is_exporting_flag if _has_export_flag else torch.compiler.is_exporting())
     return is_traced()
 
 
-# Who sees the operations that run.
+# Modes and hooks, which see the operations that run.
 
 _dispatch_modes: Callable[[], int] | None = _found["torch._C._len_torch_dispatch_stack"]
 _function_modes: Callable[[], int] | None = _found["torch._C._len_torch_function_stack"]
@@ -151,11 +151,11 @@ _linear_forward = nn.Linear.forward if nn.Linear.forward.__module__ == _OWN_MODU
 _linear = _found["torch._C._nn.linear"] or nn.functional.linear
 
 DispatchMode: type[Any] | None = _found["torch.utils._python_dispatch.TorchDispatchMode"]
-"""The base class of modes that see each operation."""
+"""The base class of modes that see each operation; None if this PyTorch lacks it."""
 
 
 def dispatch_mode_is_on() -> bool:
-    """Whether a dispatch mode sees what runs now; where PyTorch cannot be asked, one may."""
+    """Whether a dispatch mode sees the operations that run now; True if PyTorch offers no way to find out."""
     if _dispatch_modes is not None:
         return _dispatch_modes() > 0
     try:
@@ -166,7 +166,7 @@ def dispatch_mode_is_on() -> bool:
 
 
 def function_mode_is_on() -> bool:
-    """Whether a function mode may change what operations return; the one of ``torch.set_default_device`` does not."""
+    """Whether a function mode may change what operations return; ignores the mode of ``torch.set_default_device``."""
     on = _function_modes() > 0 if _function_modes is not None else torch.overrides.has_torch_function((_PLAIN,))
     if not on or _mode_stack is None or _device_mode is None:
         return on
@@ -174,7 +174,7 @@ def function_mode_is_on() -> bool:
 
 
 def global_hook_is_on() -> bool:
-    """Whether a global module hook is registered; where PyTorch cannot be asked, one may be."""
+    """Whether a global module hook is registered; True if PyTorch offers no way to find out."""
     if _global_hooks is not None:
         return bool(_global_hooks())
     tables = [getattr(nn.modules.module, f"_global_{kind}_hooks", True) for kind in _HOOKS]
@@ -182,12 +182,12 @@ def global_hook_is_on() -> bool:
 
 
 def linear_is_replaced() -> bool:
-    """Whether others (fake quantisation, profilers) have put their own in the place of PyTorch's ``linear``."""
+    """Whether other code (fake quantisation, a profiler) has replaced PyTorch's ``linear``."""
     return nn.functional.linear is not _linear or nn.Linear.forward is not _linear_forward
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """A context in which no mode sees what runs, as far as this PyTorch can hide it."""
+    """A context that hides operations from all modes, as far as this PyTorch can."""
     stack = ExitStack()
     for hide in (_hide, _without_functions):
         if hide is not None:

@@ -1,9 +1,8 @@
-"""Triton's internals that doratune uses, each in one function or class here.
+"""The internals of Triton that doratune uses, each in one function or class here.
 
-A private way that fails, because this Triton has changed, is left with one warning, and Triton's public way does the
-work: ``kernel[grid](…)`` starts a kernel, a compile replaces a stored binary, the emitted ``launch`` runs in place of
-its recording. Only making
-binaries for a GPU that is not there has no other way than :func:`compile_for`.
+If an internal fails because Triton has changed, doratune warns once and uses Triton's public API from then on:
+``kernel[grid](…)`` starts the kernel, a compile replaces a stored binary, and the emitted ``launch`` runs instead of
+its recording. Only :func:`compile_for`, which compiles for a GPU that is not present, has no alternative.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ NAMES = (
     "triton.experimental.gluon._runtime.GluonASTSource",
     "triton._C.libtriton.get_cache_invalidating_env_vars",
 )
-"""Every private name of a module; a test removes each in turn."""
+"""Every private name in Triton's modules. A test removes each in turn."""
 
 ATTRIBUTES = (
     "CompiledKernel.run",
@@ -48,53 +47,53 @@ ATTRIBUTES = (
     "driver.active.launcher_cls",
     "driver.active.utils",
 )
-"""Every private attribute of Triton's objects; a test removes each in turn."""
+"""Every private attribute of Triton's objects. A test removes each in turn."""
 
 
 _FP_FUSION = "TRITON_DEFAULT_FP_FUSION"
 
 
 class InternalsError(DoratuneError):
-    """This Triton lacks something that a private way needs; the caller takes the public one."""
+    """The installed Triton lacks an internal; the caller uses the public API instead."""
 
 
 def need(name: str) -> Any:
-    """The object with one of :data:`NAMES`.
+    """Return the object with a name of :data:`NAMES`.
 
     Raises:
-        InternalsError: this Triton has none.
+        InternalsError: this Triton does not have it.
     """
     found = find(name)
     if found is None:
-        raise InternalsError(f"{name} is not there")
+        raise InternalsError(f"{name} is missing")
     return found
 
 
 def missing() -> list[str]:
-    """The names that this Triton does not have."""
+    """The names that the installed Triton lacks."""
     return [name for name in NAMES if find(name) is None]
 
 
 @functools.cache
 def warn_once(way: str, instead: str) -> None:
-    """Say that a private ``way`` is left for good, and what is done ``instead``."""
+    """Warn that a ``way`` that uses internals is disabled in this process, and what happens ``instead``."""
     warnings.warn(
-        f"this version of Triton has changed where doratune looks into it, so {way} is off; {instead}. "
-        "`doratune doctor` lists the versions that are tested",
+        f"an internal of Triton that doratune uses has changed, so {way} is disabled: {instead}. "
+        "`doratune doctor` lists the tested versions",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
-# Starting a compiled kernel.
+# Start a compiled kernel.
 
 
 class Launcher:
-    """Stands in for a jit function inside an emitted module, so that ``kernel[grid](…)`` starts a compiled binary.
+    """Replaces a jit function in an emitted module, so that ``kernel[grid](…)`` starts a compiled kernel.
 
-    It calls the binary's own C launcher, past what Triton's runner does before each launch: asking the driver for the
-    device, and making a closure and metadata for hooks. Where hooks are set (a profiler), or the C launcher cannot be
-    had, the runner serves.
+    It calls the kernel's C launcher directly. That skips the work of Triton's runner before each launch: asking the
+    driver for the device, and making a closure and metadata for hooks. If hooks are set (a profiler), or the C launcher
+    is not available, it calls Triton's runner.
     """
 
     def __init__(self, compiled: Any) -> None:
@@ -123,30 +122,30 @@ class Launcher:
         run(grid[0], grid[1], grid[2], self._stream(self._device), function, metadata, None, None, None, *args)
 
     def _start_first(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """The first start: what fails here and not in Triton's runner is a changed launcher."""
+        """Start for the first time. If this fails and Triton's runner does not, the launcher has changed."""
         try:
             run, function, metadata = binary = self._load()
             run(grid[0], grid[1], grid[2], self._stream(self._device), function, metadata, None, None, None, *args)
         except Exception as problem:
-            self._compiled[grid](*args)  # fails as well where the kernel or the GPU is at fault
+            self._compiled[grid](*args)  # raises too if the kernel or the GPU is at fault
             self._leave(problem)
         else:
             self._binary = binary
 
     def _leave(self, problem: Exception) -> None:
         self._is_public = True
-        warn_once("starting kernels by their own launchers", f"Triton's runner starts them ({_short(problem)})")
+        warn_once("starting kernels through their C launchers", f"Triton's runner starts them ({_short(problem)})")
 
     @functools.cached_property
     def flat(self) -> FlatBinary:
-        """The binary with a launcher that takes tensor maps for descriptors.
+        """The binary with a launcher that takes tensor maps instead of descriptors.
 
         Raises:
-            LookupError: Triton makes no maps of this kernel's descriptors.
-            InternalsError: Triton starts it in a way that is not known.
+            LookupError: Triton makes no tensor maps for this kernel's descriptors.
+            InternalsError: the launcher is unknown.
         """
         if self._is_public:
-            raise InternalsError("the launcher is not known")
+            raise InternalsError("the launcher is unknown")
         run, function, metadata = self._binary or self._load()
         types = tuple(self._compiled.src.signature.values())
         described = sum(type_.startswith("tensordesc") for type_ in types)
@@ -165,12 +164,12 @@ class Launcher:
         return FlatBinary.of(launcher(source, SimpleNamespace(**fields)), function, metadata, maps)
 
     def _load(self) -> _Binary:
-        run = self._compiled.run  # loads the binary on the current device, after which its handle is there
+        run = self._compiled.run  # loads the binary on the current device, which sets ``function``
         return _Binary(run, self._compiled.function, self._compiled.packed_metadata)
 
 
 class _Binary(NamedTuple):
-    """The C launcher of a binary, its handle, and what Triton packs for its launcher."""
+    """A binary's C launcher, its handle, and the metadata that Triton packs for the launcher."""
 
     run: Callable[..., None]
     function: int
@@ -178,12 +177,12 @@ class _Binary(NamedTuple):
 
 
 def launch_hooks() -> Any:
-    """What :func:`is_hooked` asks; None where this Triton has none of it."""
+    """The argument of :func:`is_hooked`; None if this Triton does not have it."""
     return find("triton.knobs.runtime")
 
 
 def is_hooked(hooks: Any) -> bool:
-    """Whether a profiler wants to see each launch; where Triton cannot be asked, it may."""
+    """Whether a profiler's launch hooks are set; True if Triton offers no way to find out."""
     try:
         return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
     except AttributeError:
@@ -191,11 +190,11 @@ def is_hooked(hooks: Any) -> bool:
 
 
 class FlatBinary(NamedTuple):
-    """A binary, and what starts it without making tensor maps: Triton's C function where its Python only leads there.
+    """How to start a binary with ready tensor maps: Triton's C function, or its Python launcher if that does more.
 
-    ``start`` takes ``head``, with the grid from ``grid_at`` on and the stream at ``stream_at``, then the kernel's
-    arguments, ``in_one`` sequence or each on its own: the map, the shape and the strides of a matrix for each
-    descriptor. ``descriptors`` is what Triton's driver needs to know to make the maps.
+    ``start`` takes ``head``, with the grid from index ``grid_at`` on and the stream at ``stream_at``, then the kernel's
+    arguments, as one sequence if ``in_one``. Each descriptor is passed as its matrix's tensor map, shape and strides.
+    ``descriptors`` is the metadata from which Triton's driver makes the maps.
     """
 
     start: Callable[..., None]
@@ -233,22 +232,22 @@ class FlatBinary(NamedTuple):
 class MapMaker:
     """Makes the tensor maps of one descriptor argument, for a matrix at any address.
 
-    Triton's way to a map goes through a descriptor and the driver; from the second map on, the driver's function that
-    it ends in is called itself.
+    The first map is made by Triton's Python, which ends in a function of the driver. Further maps call that function
+    directly.
     """
 
     def __init__(self, descriptor: Any, metadata: Any) -> None:
         self._descriptor = copy.copy(descriptor)
-        self._descriptor.base = None  # keeps no tensor alive
+        self._descriptor.base = None  # so that no tensor is kept alive
         self._metadata = metadata
         self._fill: Callable[..., Any] | None = None
         self._settings: tuple[Any, ...] = ()
 
     def expand(self, address: int) -> list[Any]:
-        """The arguments that stand for the descriptor of a matrix at ``address``: its map, its shape, its strides.
+        """The arguments that replace the descriptor of a matrix at ``address``: its map, its shape, its strides.
 
         Raises:
-            InternalsError: Triton makes none.
+            InternalsError: this Triton has no function for it.
         """
         listened = need("triton.backends.nvidia.driver.make_tensordesc_arg")
         descriptor = copy.copy(self._descriptor)
@@ -259,7 +258,7 @@ class MapMaker:
         if isinstance(listened, FunctionType):
             inside = {**listened.__globals__, "triton": triton}
             listened = FunctionType(listened.__code__, inside, None, listened.__defaults__, listened.__closure__)
-        unused = [None] * (len(inspect.signature(listened).parameters) - 2)  # one since Triton 3.8
+        unused = [None] * (len(inspect.signature(listened).parameters) - 2)  # one parameter since Triton 3.8
         expanded: list[Any] = listened(descriptor, self._metadata, *unused)
         if len(calls) == 1 and calls[0].arguments[0] == address and calls[0].result is expanded[0]:
             self._fill, self._settings = calls[0].function, calls[0].arguments[1:]
@@ -277,7 +276,7 @@ class _Call(NamedTuple):
 
 
 class _Listener:
-    """The driver's functions, each noting that it is called."""
+    """The driver's functions; each call is recorded."""
 
     def __init__(self, utils: Any, calls: list[_Call]) -> None:
         self._utils = utils
@@ -294,25 +293,25 @@ class _Listener:
         return call
 
 
-# Compiling, and compiled kernels as data.
+# Compile; make compiled kernels from stored data.
 
 
 def compile_for(source: Any, target: Any, options: Mapping[str, int | bool]) -> Any:
-    """Compile what :func:`source_for` gave for a ``GPUTarget``; returns Triton's compiled kernel."""
+    """Compile a result of :func:`source_for` for a ``GPUTarget``; returns Triton's compiled kernel."""
     import triton
 
     return triton.compile(source, target=target, options=_with_fusion(options))
 
 
 def _with_fusion(options: Mapping[str, int | bool]) -> dict[str, int | bool]:
-    """The options, and products fused with sums: Triton's default, which 3.9 warns of and 3.10 is to change."""
+    """The options with fused multiply-add on: Triton's default, which 3.9 warns about and 3.10 is to change."""
     return {**options} if _FP_FUSION in os.environ else {**options, "enable_fp_fusion": True}
 
 
 def bring_back_names() -> None:
-    """Put back the names of Gluon that Triton 3.9 has renamed: an emitted text is one for all versions.
+    """Restore old names in Gluon, so that one emitted text runs with all tested versions of Triton.
 
-    ``async_copy_…`` are ``async_load`` and ``async_store`` since 3.8, ``_reinterpret`` is ``reinterpret`` since 3.9.
+    ``async_copy_…`` became ``async_load`` and ``async_store`` in 3.8, ``_reinterpret`` became ``reinterpret`` in 3.9.
     """
     tma = find("triton.experimental.gluon.language.nvidia.hopper.tma")
     for old, new in (("async_copy_global_to_shared", "async_load"), ("async_copy_shared_to_global", "async_store")):
@@ -324,7 +323,7 @@ def bring_back_names() -> None:
 
 
 def source_for(kernel: Any, signature: Mapping[str, str], attributes: Mapping[tuple[int, ...], object]) -> Any:
-    """What Triton's compiler is given for a jit function whose parameters have the types of ``signature``."""
+    """The input of Triton's compiler for a jit function whose parameters have the types of ``signature``."""
     from triton.compiler import ASTSource
 
     source = need("triton.experimental.gluon._runtime.GluonASTSource") if kernel.is_gluon() else ASTSource
@@ -335,7 +334,7 @@ def current_target() -> Any:
     """The ``GPUTarget`` of the current GPU.
 
     Raises:
-        InternalsError: Triton cannot be asked.
+        InternalsError: this Triton offers no way to find out.
     """
     try:
         return need("triton.runtime.driver").active.get_current_target()
@@ -344,10 +343,10 @@ def current_target() -> Any:
 
 
 def parsed_options(target: Any, options: Mapping[str, int | bool]) -> dict[str, Any]:
-    """The compiler's options for a target, with those that are left to it.
+    """All options of the compiler for a target, with defaults for those not given.
 
     Raises:
-        InternalsError: Triton cannot be asked.
+        InternalsError: this Triton offers no way to find out.
     """
     try:
         return dict(vars(need("triton.compiler.compiler.make_backend")(target).parse_options(_with_fusion(options))))
@@ -356,10 +355,10 @@ def parsed_options(target: Any, options: Mapping[str, int | bool]) -> dict[str, 
 
 
 def cache_environment() -> dict[str, str]:
-    """The environment variables that are part of the key of Triton's own cache, where they are set.
+    """The environment variables that are set and part of the key of Triton's own cache.
 
     Raises:
-        InternalsError: Triton cannot be asked.
+        InternalsError: this Triton offers no way to find out.
     """
     return dict(need("triton._C.libtriton.get_cache_invalidating_env_vars")())
 
@@ -373,15 +372,15 @@ def version() -> tuple[int, int]:
 
 
 def descriptor_flags() -> dict[str, object]:
-    """What Triton's metadata say of each descriptor beside its tile: doratune's are tiled, not ``im2col``."""
+    """The facts in Triton's metadata of each descriptor that do not depend on its tile: doratune never uses im2col."""
     return {"is_im2col": False} if version() >= (3, 8) else {}
 
 
 def restored(name: str, source: Any, target: Any, metadata: Mapping[str, Any], image: bytes, digest: str) -> Any:
-    """Triton's compiled kernel of what :func:`source_for` gave, from its metadata and image, without a compiler.
+    """Make Triton's compiled kernel from a result of :func:`source_for`, metadata and an image, without compiling.
 
     Raises:
-        InternalsError: Triton offers no way.
+        InternalsError: this Triton offers no way to do it.
     """
     make = need("triton.compiler.CompiledKernel")
     try:
@@ -408,35 +407,35 @@ def why_compile() -> str | None:
         if getattr(knobs, knob, os.environ.get(variable, "0") not in ("", "0")):
             return f"{variable} is set"
     if getattr(find("triton.knobs.runtime"), "add_stages_inspection_hook", None) is not None:
-        return "a hook changes Triton's stages"
+        return "a hook changes the stages of Triton's compiler"
     return None
 
 
 def cuobjdump() -> str:
-    """The path of the ``cuobjdump`` that Triton ships, or the one on the PATH."""
+    """The path of Triton's ``cuobjdump``, or the name, to be found on the PATH."""
     path = getattr(getattr(find("triton.knobs.nvidia"), "cuobjdump", None), "path", None)
     return "cuobjdump" if path is None else str(path)
 
 
 def cache_folder() -> str | None:
-    """The folder of Triton's own cache; None where Triton cannot be asked."""
+    """The folder of Triton's own cache; None if Triton offers no way to find out."""
     try:
         return str(need("triton.knobs.cache").dir)
-    except Exception:  # it is Triton that may be broken
+    except Exception:  # this runs when Triton may be broken
         return None
 
 
 def frontend_complaint(error: BaseException) -> str | None:
-    """What Triton's frontend says against a text; None for another error."""
+    """The message of Triton's frontend about an emitted text; None for another error."""
     if not _is_tritons(error, "CompilationError"):
         return None
-    # Its str() begins with the kernel.
+    # Not str(error): that begins with the kernel's text.
     said = getattr(error, "error_message", None) or repr(error.__cause__ or error.__context__)
     return str(said)
 
 
 def assembler_output(error: BaseException) -> str | None:
-    """What ptxas printed; None for another error."""
+    """The output of ptxas; None for another error."""
     if not _is_tritons(error, "PTXASError"):
         return None
     return str(getattr(error, "error_message", None) or "")

@@ -1,19 +1,19 @@
-"""DoRA's forward and hand-written backward: one autograd function for both public forms.
+"""DoRA's forward and hand-written backward pass: one autograd function for both public forms.
 
     forward    y = g*(base + s*h@B.T) + b, h = x@A.T, g = m / max(w, eps); delta form: (g-1)*base + g*s*h@B.T
     backward   dYg = g*dY and dg_base = sum_t dY*base (one pass), P = dY.T@h, t = s*dYg@B
                dX = dYg@W + t@A, dB = g*s*P, dA = t.T@x, dm = (dg_base + s*rowsum(B*P)) / max(w, eps), db = sum_t dY
 
-Either the function owns the base product (``weight`` is given: dX has both terms, one GEMM accumulated into the other,
-and the graph of ``base`` gets no gradient), or ``base`` is somebody else's and its whole gradient is dYg. w carries no
-gradient (DoRA, arXiv 2402.09353, section 4.3). s is folded into the products of rank r, so that no pass over
-[T, d_out] is spent on it.
+If ``weight`` is given, the function owns the base product: dX has both terms (one GEMM accumulates into the other), and
+the graph of ``base`` gets no gradient. Otherwise the caller owns ``base``, and its gradient is dYg. w carries no
+gradient (DoRA, arXiv 2402.09353, section 4.3). s is folded into the products of rank r, which saves a pass over
+[T, d_out].
 
-What dg needs is kept in memory that nobody else can write to, because kernels that PyTorch does not see (fused
-activations, rotary embeddings) overwrite the y that they are given: the base product where its memory is the function's
-own, at no cost, else a copy of it. It is the base product in every pass, whoever watches: a checkpoint hands the
-backward of its forward pass what its recompute kept. Only where one kernel computes all of y (``dora_linear_forward``)
-is there no base product; that kernel writes inner = base + s*h@B.T instead.
+The backward pass computes dg from the saved base product. It must be in memory that no other code writes to: kernels
+that PyTorch does not see (fused activations, rotary embeddings) may overwrite y. So the function saves ``base`` itself
+if it owns that memory, and otherwise a copy. Every pass saves the same tensor, with or without dispatch modes, because
+a checkpoint gives what its recompute saved to the backward pass of the original forward pass. The exception: if one
+kernel computes all of y (``dora_linear_forward``), there is no base product, and it saves inner = base + s*h@B.T.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from .watching import hidden
 
 
 class Form(NamedTuple):
-    """What is computed, besides the tensors.
+    """The settings of a call, other than its tensors.
 
-    ``function`` is the public name, for messages. ``dtype`` is what products run in. ``exact`` keeps fp32 adapters
-    beside 16-bit activations as they are, where autocast would round them. ``base_has_bias``: ``base`` already
-    contains the bias. ``owns_memory``: nobody else has the memory of ``base``. ``train``: save for a backward pass.
+    ``function`` is the public name, for messages. ``dtype`` is the dtype of the products. ``exact`` keeps fp32 adapters
+    exact with 16-bit activations, where autocast would round them. ``base_has_bias``: ``base`` already contains the
+    bias. ``owns_memory``: no other code holds the memory of ``base``. ``train``: save tensors for a backward pass.
     """
 
     function: str
@@ -53,10 +53,10 @@ class Form(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs of the forward pass; None where no gradient asks for it.
+    """The forward pass's values for the backward pass.
 
-    ``norm`` is w itself, before it is kept away from zero. ``kept`` is what dg comes from: the base product without
-    bias, or base + s*h@B.T where ``is_inner``.
+    ``norm`` is w before clamping. ``kept`` is the tensor from which dg is computed: the base product without bias, or
+    base + s*h@B.T if ``is_inner``; None if no gradient needs it.
     """
 
     lora_A: torch.Tensor
@@ -79,11 +79,12 @@ def dora(
     bias: torch.Tensor | None,
     norm: torch.Tensor | NormCache | None,
 ) -> torch.Tensor:
-    """Run ``form`` on checked tensors with any leading dimensions; differentiable where something asks for a gradient.
+    """Run ``form`` on checked tensors with any leading dimensions; differentiable if ``form.train``.
 
-    ``norm`` is w, or a cache to take it from, or None to compute it from ``weight``. Autocast may be on: what enters a
-    product here has its dtype already, so there is nothing to switch off. No mode sees what happens here: a recompute
-    that reuses the norm does less than its forward pass did, and selective checkpointing counts operations in both.
+    ``norm`` is w, a cache that provides it, or None to compute it from ``weight``. Autocast may stay on, because all
+    factors already have the dtype of the product. Dispatch modes are hidden from these operations: selective
+    checkpointing matches the operations of the recompute to those of the forward pass, and a recompute that reuses the
+    norm runs fewer.
     """
     if is_recording():
         a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, form.dtype), _as(lora_B, form.dtype))
@@ -139,10 +140,10 @@ def _forward(
             assert weight is not None
             base = rows @ _as(weight, dtype).T
         else:
-            base = _rows(base.detach())  # what is written to it, and kept of it, is no business of its graph
+            base = _rows(base.detach())  # writing to it or saving it must not involve its graph
         if extra is not None and form.base_has_bias:
-            # A pass of its own: folded into the composition as (1-g)*b it would cancel to nothing where g is large, and
-            # a zero row (base = b, g = m/eps) must give y = b.
+            # A separate pass. Folded into the composition as (1-g)*b, the bias would cancel where g is large, but a
+            # zero row (base = b, g = m/eps) must give y = b.
             base = base.sub_(extra) if owned and not torch.compiler.is_compiling() else base - extra
             owned = True
         kept = None if not needs_dg else base if owned else base.clone()
@@ -150,14 +151,14 @@ def _forward(
             extra = None
         compose = operators.lora_compose_ if owned and not needs_dg else operators.lora_compose
         y = compose(base, left, right, g, extra, scaling, form.delta)
-    # Detached, y is no view in autograd's eyes: to change it in place is the caller's right.
+    # Without detach() autograd treats y as a view, and the caller could not change it in place.
     return y.view(*x.shape[:-1], y.shape[-1]).detach(), _Saved(a, b, g, norm, h, kept, fused)
 
 
 def _fuses(
     rows: torch.Tensor, weight: torch.Tensor | None, lora_B: torch.Tensor, bias: torch.Tensor | None, *, save: bool
 ) -> bool:
-    """Whether one operator makes the base product too: under a compiler always, it decides when it runs."""
+    """Whether one operator computes the base product too. Under a compiler always: the operator decides at run time."""
     assert weight is not None
     if torch.compiler.is_compiling():
         return True
@@ -170,12 +171,12 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in ``dtype``; PyTorch is not asked where it is so already, as it is most often."""
+    """The tensor in ``dtype``, without a call of PyTorch in the common case that it has this dtype."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _split(h: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """An fp32 h as the sum of two of ``dtype`` side by side, and B twice: the same product over twice the rank."""
+    """Split an fp32 h into a high and a low part in ``dtype`` and repeat B: the same product with twice the rank."""
     high = h.to(dtype)
     low = (h - high).to(dtype)
     return torch.cat((high, low), dim=1), torch.cat((b, b), dim=1)
@@ -184,10 +185,10 @@ def _split(h: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
 def _product(
     left: torch.Tensor, right: torch.Tensor, scaling: float, like: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """``s * left @ right`` in ``dtype``; ``like`` is any tensor of the factors' dtype that expands to the result."""
+    """``s * left @ right`` in ``dtype``; ``like`` is any tensor of the factors' dtype that broadcasts to the result."""
     wide = dtype is torch.float32 and left.dtype is not torch.float32
     if wide and left.is_cuda and not torch.compiler.is_compiling():
-        product = operators.wide_product(left, right)  # the accumulator as it is: no rounding, no cast
+        product = operators.wide_product(left, right)  # returns the fp32 accumulator: no rounding, no cast
         return product if scaling == 1.0 else product.mul_(scaling)
     if scaling == 1.0:
         return _as(left @ right, dtype)
@@ -195,18 +196,18 @@ def _product(
 
 
 def _parameters(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Those of ``tensors`` that are parameters, None in place of the others.
+    """The parameters among ``tensors``, with None in place of the others.
 
-    A parameter lives as long as its module, so autograd need not keep it for the backward pass, and to be kept has its
-    price: under gradient checkpointing three calls of Python for each tensor.
+    A parameter lives as long as its module, so autograd does not have to save it. Saving costs time: under gradient
+    checkpointing, three Python calls for each tensor.
     """
-    if torch.compiler.is_compiling() or not knows_backward:  # then autograd follows what it keeps itself
+    if torch.compiler.is_compiling() or not knows_backward:  # then autograd saves all and tracks their versions
         return [None] * len(tensors)
     return [tensor if type(tensor) is nn.Parameter else None for tensor in tensors]
 
 
 _recomputed: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
-"""Of parameters, by their id, in which backward pass a checkpoint last computed with them, and their version then."""
+"""For a parameter's id: the parameter, the backward pass of the last recompute that used it, and its version then."""
 
 
 def _versions(parameters: Sequence[torch.Tensor | None]) -> list[int]:
@@ -223,11 +224,11 @@ def _versions(parameters: Sequence[torch.Tensor | None]) -> list[int]:
 
 
 def _check_unwritten(parameters: Sequence[torch.Tensor | None], versions: Sequence[int]) -> None:
-    """Raise a RuntimeError, as autograd does for what it keeps, if one was written to since it had these versions.
+    """Raise a RuntimeError, as autograd does for saved tensors, if a parameter was written to since these versions.
 
-    Of a checkpointed layer autograd keeps what the recompute saw, so there the version is that of the recompute.
+    For a checkpointed layer autograd saves the tensors of the recompute, so the recompute's version counts.
     """
-    for parameter, version in zip(parameters, versions, strict=False):  # a compiler keeps all itself
+    for parameter, version in zip(parameters, versions, strict=False):  # under a compiler there are no versions
         if parameter is None or parameter._version == version:
             continue
         known, task, again = _recomputed.get(id(parameter), (None, -1, -1))
@@ -239,7 +240,7 @@ def _check_unwritten(parameters: Sequence[torch.Tensor | None], versions: Sequen
 
 
 class _Dora(torch.autograd.Function):
-    """The function of this module's head. Inputs: x, base, weight, A, B, m, bias, w, form."""
+    """The autograd function described in the module's docstring."""
 
     @staticmethod
     def forward(
@@ -287,7 +288,7 @@ class _Dora(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of :class:`_Dora`; ``release`` lets go of saved tensors early, unless the graph is retained."""
+    """The gradients of :class:`_Dora`; ``release`` frees saved tensors early, unless the graph is retained."""
     x, g, norm, h, kept, *saved = ctx.saved_tensors
     _check_unwritten(ctx.held, ctx.versions)
     weight, a, b = [other if held is None else held for held, other in zip(ctx.held, saved, strict=True)]
@@ -296,8 +297,8 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
     need_x, need_base, _, need_a, need_b, need_m, need_bias, *_ = ctx.needs_input_grad
     form: Form = ctx.form
     rows = _rows(dy)
-    # The gradient of the base. In the delta form it has lost g's digits where g is near 1, so there g goes into the
-    # products of rank r instead, which take dY itself.
+    # The factor of the base's gradient. In the delta form g - 1 loses the digits of g near 1, so there the products of
+    # rank r use dY and g themselves.
     gain = g - 1.0 if form.delta else g
     dx = da = db = dmagnitude = dbias = total = None
     if need_m:
@@ -309,7 +310,7 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
             db, dmagnitude = operators.adapter_backward(
                 _as(rows, b.dtype), h, b, g, dg, norm, form.scaling, ctx.adapter_dtype, ctx.magnitude_dtype
             )
-        kept = None  # its memory is there for what comes now
+        kept = None  # frees memory for the products below
     else:
         dbase = _as(rows * gain, rows.dtype)
         if need_bias:
@@ -320,7 +321,7 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
 
     if need_x or need_a or need_b:
         low, down = (rows, _as(b * g[:, None], b.dtype)) if form.delta else (dbase, b)
-        low = _as(low, b.dtype)  # wider when adapters are exact, else the same
+        low = _as(low, b.dtype)  # fp32 with exact adapters, else no change
         if need_x or need_a:
             t = _product(low, down, form.scaling, b[:1], low.dtype)
         if need_b and db is None:
@@ -339,7 +340,7 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
 
 
 def _bias_gradient(form: Form, owns_base: bool, g: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """db from ``total`` = sum_t dY: what the graph of a foreign base with b in it delivers itself is left out."""
+    """db from ``total`` = sum_t dY, without the part that flows through the graph of a ``base`` that contains b."""
     if form.base_has_bias and not owns_base:
         return (1.0 - g) * total
     return torch.zeros_like(total) if form.delta else total

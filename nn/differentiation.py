@@ -1,4 +1,4 @@
-"""What the gradients of doratune's functions refuse, and how: a clear error instead of a wrong second derivative."""
+"""Refuse the kinds of differentiation that DoRA's hand-written gradients do not support; switch autocast off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..internals.torch import has_tangents, transforms_active
 
 
 class DifferentiationError(UsageError, RuntimeError):
-    """A kind of differentiation was asked for that DoRA's hand-written gradients do not have."""
+    """DoRA's hand-written gradients do not support this kind of differentiation."""
 
 
 def refuse_transforms(function: str, *tensors: torch.Tensor | None) -> None:
@@ -22,7 +22,7 @@ def refuse_transforms(function: str, *tensors: torch.Tensor | None) -> None:
     if transforms_active():
         raise DifferentiationError(
             f"{function} does not work under torch.func transforms (grad, vmap, jvp, functional_call inside them): "
-            "use loss.backward() or torch.autograd.grad, or write the layer out in PyTorch there"
+            "use loss.backward() or torch.autograd.grad, or write the layer in plain PyTorch there"
         )
     if has_tangents(tensors):
         raise DifferentiationError(
@@ -31,7 +31,7 @@ def refuse_transforms(function: str, *tensors: torch.Tensor | None) -> None:
 
 
 class _OnceOnly(torch.autograd.Function):
-    """Passes gradients on, and refuses to be differentiated itself."""
+    """The identity on gradients; its own backward pass raises an error."""
 
     @staticmethod
     def forward(ctx: Any, function: str, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -42,7 +42,7 @@ class _OnceOnly(torch.autograd.Function):
     def backward(ctx: Any, *_: torch.Tensor | None) -> tuple[None, ...]:
         raise DifferentiationError(
             f"the gradient of {ctx.function} cannot be differentiated again (double backward, e.g. a gradient penalty "
-            "or a Hessian): call backward without create_graph=True, or write the layer out in PyTorch for this"
+            "or a Hessian): call backward without create_graph=True, or write the layer in plain PyTorch for this"
         )
 
 
@@ -51,7 +51,7 @@ def once_only(
 ) -> tuple[torch.Tensor | None, ...]:
     """Return ``grads`` such that differentiating them with respect to ``sources`` raises a DifferentiationError.
 
-    Costs nothing unless the backward pass runs with ``create_graph=True``.
+    It changes nothing unless the backward pass runs with ``create_graph=True``.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return grads
@@ -64,7 +64,7 @@ def once_only(
 
 
 class _AutocastOff:
-    """Switches autocast off on one kind of device for a block: the switch alone of what ``torch.autocast`` does."""
+    """Switches autocast off on one device type. Unlike ``torch.autocast`` it sets only that flag."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
@@ -80,7 +80,7 @@ _NOTHING = nullcontext()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch autocast off on ``device``; free of charge where it is off."""
+    """Switch autocast off on ``device``; does nothing if it is off already."""
     if not torch.is_autocast_enabled(device.type):
         return _NOTHING
     if torch.compiler.is_compiling():

@@ -35,23 +35,24 @@ def dora_linear(
 ) -> torch.Tensor:
     """Return ``y = g*(x@W.T + s*(x@A.T)@B.T) + b`` with ``g = m / max(||W + sBA||_row, 1e-12)``.
 
-    Gradients go to x, A, B, m and b, whichever require them; the norm carries none (DoRA, section 4.3), and W is
-    frozen. fp32 adapters beside a 16-bit W are rounded to it under ``torch.autocast``, as autocast does, and kept exact
-    otherwise; their gradients come out fp32. Right under gradient checkpointing, AMP and ``torch.compile``.
+    x, A, B, m and b get gradients if they require them. The norm carries no gradient (DoRA, arXiv 2402.09353, section
+    4.3), and W is frozen. With a 16-bit W, fp32 adapters are rounded to 16 bits under ``torch.autocast``, as autocast
+    does, and kept exact otherwise; their gradients are fp32. Supports gradient checkpointing, AMP and
+    ``torch.compile``.
 
     Args:
         x: [..., d_in]. weight: W [d_out, d_in]. lora_A: A [r, d_in]. lora_B: B [d_out, r]. magnitude: m [d_out].
         scaling: s, PEFT's ``lora_alpha / r``. bias: b [d_out].
-        base: the value ``x@W.T + b`` [..., d_out], where the caller has it already. The gradient to x is still made
-            here, so nothing flows into the graph of ``base``.
-        norm: the row norm w [d_out] (:func:`doratune.weight_norm`), or a cache to take it from; computed when None.
-        delta: return ``(g-1)*(x@W.T) + g*s*(x@A.T)@B.T`` instead, what DoRA adds to the base output (for PEFT's
-            dropout, where x is the dropped input); b only says what ``base`` contains.
-        own_base: the memory of ``base`` is the function's from here on: y may take it, or the backward pass keeps it.
-            Only right where nobody else has it.
+        base: the value ``x@W.T + b`` [..., d_out], if the caller has computed it. This function still computes the
+            whole gradient of x, so no gradient flows into the graph of ``base``.
+        norm: the row norm w [d_out] (:func:`doratune.weight_norm`), or a cache that provides it; None computes it.
+        delta: return ``(g-1)*(x@W.T) + g*s*(x@A.T)@B.T`` instead, which DoRA adds to the base output (for PEFT's
+            dropout, where x is the dropped input). ``bias`` is then not added; it is given if ``base`` contains it.
+        own_base: give the memory of ``base`` to this function: y may overwrite it, or the backward pass keeps it.
+            Correct only if no other code holds it.
 
     Raises:
-        ArgumentError: shapes, dtypes or devices that do not fit each other.
+        ArgumentError: shapes, dtypes or devices do not match, or W requires a gradient.
         DifferentiationError: under ``torch.func`` transforms, and when a gradient is differentiated again.
     """
     refuse_transforms("dora_linear", x, lora_A, lora_B, magnitude, bias)
@@ -60,12 +61,14 @@ def dora_linear(
     d_out, d_in = weight.shape
     check_layer(x, d_in, d_out, magnitude, bias, base, norm, weight.device)
     if weight.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError("weight requires a gradient: DoRA's W is frozen; call weight.requires_grad_(False)")
+        raise ArgumentError("weight must not require a gradient, because DoRA freezes W: call requires_grad_(False)")
     if delta and base is None and bias is not None:
-        raise ArgumentError("the delta form has no bias of its own: leave bias out, or give the base that contains it")
+        raise ArgumentError("the delta form adds no bias: leave bias out, or pass the base that contains it")
     autocast = torch.is_autocast_enabled(x.device.type)
     if base is None and x.dtype != weight.dtype and not autocast:
-        raise ArgumentError(f"x is {x.dtype} and weight {weight.dtype}: convert x, or run under torch.autocast")
+        raise ArgumentError(
+            f"x must have the dtype of weight, {weight.dtype}, got {x.dtype}: convert x, or run under torch.autocast"
+        )
     return checked_linear(
         x,
         weight,
@@ -95,7 +98,7 @@ def checked_linear(
     delta: bool = False,
     own_base: bool = False,
 ) -> torch.Tensor:
-    """:func:`dora_linear` on tensors that are known to fit each other; where it is, that is not looked at again."""
+    """:func:`dora_linear` without its checks, for tensors that are known to fit each other."""
     dtype = _product_dtype(x.device, weight.dtype)
     if base is not None:
         base = base.detach() if base.dtype is dtype else base.detach().to(dtype)
@@ -129,28 +132,31 @@ def dora_compose(
 ) -> torch.Tensor:
     """Return ``y = g*(base - b + s*(x@A.T)@B.T) + b`` with ``g = m / max(norm, 1e-12)``.
 
-    ``base`` is the base layer's output with its bias; its gradient, g*dY, flows on into its graph, from where the base
-    layer makes its share of the gradient to x. The gradients to x of the LoRA path, to A, B and m are made here.
+    ``base`` is the base layer's output with its bias. Its gradient, g*dY, flows into its graph, where the base layer
+    computes its part of the gradient of x. This function computes the LoRA path's part of the gradient of x, and the
+    gradients of A, B and m.
 
-    With dropout PEFT computes ``W@x + b + (g-1)*(W@x_d) + g*s*B@A@x_d`` for a dropped input x_d: that is the base
-    layer's output plus the delta form of this function, with ``base`` and ``x`` made from x_d.
+    With dropout PEFT computes ``W@x + b + (g-1)*(W@x_d) + g*s*B@A@x_d`` for a dropped input x_d. That is the base
+    layer's output plus the delta form of this function, with ``base`` and ``x`` computed from x_d.
 
     Args:
         base: [..., d_out]. x: [..., d_in]. lora_A: A [r, d_in]. lora_B: B [d_out, r]. magnitude: m [d_out].
-        scaling: s. bias: b [d_out], when ``base`` contains it.
+        scaling: s. bias: b [d_out], if ``base`` contains it.
         norm: the row norm w [d_out] (:func:`doratune.nn.norm.norm_from_products`).
-        delta: return ``(g-1)*(base - b) + g*s*(x@A.T)@B.T``, what DoRA adds to the base output.
-        own_base: the memory of ``base`` is the function's from here on: y may take it, or the backward pass keeps it.
-            Only right where nobody else has it, and the base layer's own gradient does not need its values (linear
-            layers do not).
+        delta: return ``(g-1)*(base - b) + g*s*(x@A.T)@B.T``, which DoRA adds to the base output.
+        own_base: give the memory of ``base`` to this function: y may overwrite it, or the backward pass keeps it.
+            Correct only if no other code holds it and the base layer's own backward pass does not need its values
+            (that of a linear layer does not).
 
     Raises:
-        ArgumentError: shapes, dtypes or devices that do not fit each other.
+        ArgumentError: shapes, dtypes or devices do not match.
         DifferentiationError: under ``torch.func`` transforms, and when a gradient is differentiated again.
     """
     refuse_transforms("dora_compose", base, x, lora_A, lora_B, magnitude, bias)
     if base.ndim < 1 or x.ndim < 1:
-        raise ArgumentError(f"base is {list(base.shape)} and x {list(x.shape)}; expected [..., d_out] and [..., d_in]")
+        raise ArgumentError(
+            f"base and x must have shapes [..., d_out] and [..., d_in], got {list(base.shape)} and {list(x.shape)}"
+        )
     d_out, d_in = base.shape[-1], x.shape[-1]
     check_adapters((d_out, d_in), lora_A, lora_B, base.device)
     check_layer(x, d_in, d_out, magnitude, bias, base, norm, base.device)
@@ -176,24 +182,24 @@ def weight_norm(
     *,
     weight_sq: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``||W + sBA||`` by rows, [d_out] fp32, without a gradient.
+    """Return the row norms ``||W + sBA||``, [d_out] fp32 (fp64 from fp64), without a gradient (DoRA, section 4.3).
 
-    Under ``torch.autocast`` A and B are rounded to its dtype first, as the layer's products see them.
+    Under ``torch.autocast`` A and B are first rounded to its dtype, as in the layer's products.
 
     Args:
         weight: W [d_out, d_in]. lora_A: A [r, d_in]. lora_B: B [d_out, r]. All on one device.
         scaling: s, PEFT's ``lora_alpha / r``.
-        weight_sq: ``rowsum(W*W)`` [d_out] fp32, if it is known; computed on the way otherwise.
+        weight_sq: ``rowsum(W*W)`` [d_out] fp32 if known; None computes it.
 
     Raises:
-        ArgumentError: shapes, dtypes or devices that do not fit each other.
+        ArgumentError: shapes, dtypes or devices do not match.
     """
     check_plain(weight=weight)
     check_adapters(weight.shape, lora_A, lora_B, weight.device)
     wide = norm_dtype(weight)
     if weight_sq is not None and (weight_sq.shape != weight.shape[:1] or weight_sq.dtype != wide):
         raise ArgumentError(
-            f"weight_sq is {list(weight_sq.shape)} {weight_sq.dtype}; expected [{weight.shape[0]}] {wide}"
+            f"weight_sq must be [{weight.shape[0]}] {wide}, got {list(weight_sq.shape)} {weight_sq.dtype}"
         )
     device = weight.device.type
     if torch.is_autocast_enabled(device) and lora_A.dtype is not torch.float64:
@@ -205,7 +211,7 @@ def weight_norm(
 
 
 def _product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that products with a tensor of ``dtype`` run in: autocast's where it is on (it leaves fp64 alone)."""
+    """The dtype of products with a tensor of ``dtype``: autocast's dtype if it is on, except for fp64."""
     kind = device.type
     if dtype is not torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -213,10 +219,10 @@ def _product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def _keeps_adapters(lora_A: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether fp32 adapters stay as they are beside 16-bit activations: where autocast would not round them."""
+    """Whether A and B are fp32 with 16-bit activations and stay exact, because autocast is off."""
     return lora_A.dtype is torch.float32 and dtype in _HALVES and not torch.is_autocast_enabled(lora_A.device.type)
 
 
 def _trains(*tensors: torch.Tensor | None) -> bool:
-    """Whether some tensor asks for a gradient now."""
+    """Whether gradients are on and a tensor requires one."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

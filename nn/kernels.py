@@ -1,7 +1,7 @@
-"""Which kernel computes an operation on given tensors, and the eager reference where there is none.
+"""Choose the kernel of an operation on given tensors, or the eager reference.
 
-This is the one place that chooses. Tensors on a GPU that doratune knows run what ``load_kernel`` finds; CPU tensors,
-fp64 and unknown GPUs run :mod:`doratune.runtime.reference` on the tensors' own device.
+No other module chooses. Tensors on a supported GPU run the kernel that ``load_kernel`` finds. CPU tensors, fp64 tensors
+and tensors on other GPUs run :mod:`doratune.runtime.reference` on their own device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..runtime.reference import TORCH_DTYPES, Tensors, definition, reference
 from .differentiation import without_autocast
 
 _SPEC_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float64: "fp32"}
-"""fp64 tensors are computed by the fp64 definition, whose spec has no name for their dtype."""
+"""Specs have no name for fp64. The fp64 definition, which computes fp64 tensors, ignores the dtype of its spec."""
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def kernel_for(
     magnitude: torch.dtype | None,
     device: torch.device,
 ) -> Kernel | None:
-    """The kernel for these tensors; None where the eager reference runs. No text is made once it is cached."""
+    """The kernel for these tensors; None where the eager reference runs."""
     from ..codegen.gpu import UnknownGpuError
 
     if device.type != "cuda" or dtype not in _SPEC_DTYPES or dtype is torch.float64:
@@ -78,7 +78,7 @@ def spec_for(
     flags: tuple[str, ...],
     magnitude: torch.dtype | None,
 ) -> KernelSpec:
-    """The spec by which the eager reference knows what to compute."""
+    """The spec that tells the eager reference what to compute."""
     return KernelSpec.create(
         op,
         d_out=d_out,
@@ -107,5 +107,5 @@ def flags_of(**flags: bool) -> tuple[str, ...]:
 
 
 def token_bucket(tokens: int) -> int:
-    """The bucket of a number of tokens; 1 for none, where nothing is launched."""
+    """The bucket of a number of tokens; 1 for zero tokens, for which no kernel is launched."""
     return bucket_tokens(tokens) if tokens else 1

@@ -17,11 +17,11 @@ from .watching import is_untouched
 __all__ = ["DoRALinear"]
 
 _MERGED_ELEMENTS = 1 << 24
-"""Elements of W + sBA that merging makes in fp32 at a time."""
+"""Elements of W + sBA that merging holds in fp32 at a time."""
 
 
 class LayerError(UsageError, ValueError):
-    """A DoRA layer was asked for something that it cannot be or do."""
+    """An argument or a call that a DoRA layer does not support."""
 
 
 def _refuse_proxy(x: object) -> None:
@@ -32,7 +32,7 @@ def _refuse_proxy(x: object) -> None:
 
 
 def _save_unmerged(layer: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
-    """A state dict has W itself beside the adapter, also while the layer is merged: loaded, it would be added twice."""
+    """Save the unmerged W even while the layer is merged: otherwise loading would apply the adapter twice."""
     assert isinstance(layer, DoRALinear)
     if layer._unmerged is not None:
         state[f"{prefix}base_layer.weight"] = layer._unmerged
@@ -45,7 +45,7 @@ def _unmerge_to_load(layer: nn.Module, *_: object) -> None:
 
 
 class _Magnitude(nn.Module):
-    """Holds m under the name that PEFT's state dicts have for it."""
+    """Holds m under its name in PEFT's state dicts."""
 
     def __init__(self, d_out: int, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
@@ -55,19 +55,22 @@ class _Magnitude(nn.Module):
 class DoRALinear(nn.Module):
     """``y = m/||W + sBA||_row * (Wx + sBAx) + b`` with W and b frozen, A, B and m trained.
 
-    The names in its state dict are those of PEFT's DoRA layer (``base_layer.weight``, ``base_layer.bias``,
-    ``lora_A.<adapter>.weight``, ``lora_B.<adapter>.weight``, ``lora_magnitude_vector.<adapter>.weight``), so a state
-    dict moves between the two. Under ``torch.autocast`` fp32 adapters are rounded as autocast does.
+    Its state dict has the names of PEFT's DoRA layer (``base_layer.weight``, ``base_layer.bias``,
+    ``lora_A.<adapter>.weight``, ``lora_B.<adapter>.weight``, ``lora_magnitude_vector.<adapter>.weight``), so each can
+    load the other's. Under ``torch.autocast`` fp32 adapters are rounded as autocast does.
 
     Args:
         in_features: d_in. out_features: d_out. r: the rank. lora_alpha: s = lora_alpha / r.
-        bias: whether the base layer has one. adapter_name: the adapter's part of the names above.
-        lora_dropout: PEFT's dropout: while training, A and the norm's correction see a dropped input.
-        dtype: of W and b. adapter_dtype: of A, B and m; fp32 when None, as PEFT keeps them beside 16-bit weights.
-        norm_reuse: when the row norm may be taken again, see :class:`doratune.nn.norm_cache.NormCache`.
+        bias: whether the base layer has one. adapter_name: ``<adapter>`` in the names above.
+        lora_dropout: PEFT's dropout probability: in training y is the base layer's output for x plus DoRA's delta form
+            for the dropped input.
+        dtype: of W and b. adapter_dtype: of A, B and m. None means fp32, as PEFT keeps adapters of 16-bit weights (fp64
+            for an fp64 W).
+        norm_reuse: when the row norm is reused, see :class:`doratune.nn.norm_cache.NormCache`.
 
     Raises:
         LayerError: a rank below 1 or a dropout outside [0, 1).
+        NormReuseError: an unknown ``norm_reuse``.
     """
 
     def __init__(
@@ -101,22 +104,23 @@ class DoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         norm_reuse: str = "auto",
     ) -> DoRALinear:
-        """Put an adapter on ``linear``, which becomes the base layer, is frozen, and computes what it did at first.
+        """Put an adapter on ``linear``, which is frozen and becomes the base layer. At first the output is unchanged.
 
         Raises:
-            LayerError: not an ``nn.Linear`` that computes x·Wᵀ + b of a dense W, a rank below 1 or a dropout outside
-                [0, 1).
+            LayerError: ``linear`` is not an ``nn.Linear`` that computes x·Wᵀ + b with a dense W; a rank below 1 or a
+                dropout outside [0, 1).
+            NormReuseError: an unknown ``norm_reuse``.
         """
         if not isinstance(linear, nn.Linear):
-            raise LayerError(f"from_linear takes a torch.nn.Linear, not a {type(linear).__name__}")
+            raise LayerError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
             raise LayerError(
-                f"from_linear takes a layer that runs torch.nn.Linear's forward; that of this {type(linear).__name__} "
-                "is another. For quantised layers use PEFT's DoRA and doratune.accelerate"
+                f"linear must use torch.nn.Linear's forward, got a {type(linear).__name__} with another one. "
+                "For quantised layers use PEFT's DoRA and doratune.accelerate"
             )
         if type(linear.weight) not in (torch.Tensor, nn.Parameter) or not linear.weight.is_floating_point():
             raise LayerError(
-                f"from_linear takes a dense weight, not a {type(linear.weight).__name__} of {linear.weight.dtype}"
+                f"linear must have a dense weight, got a {type(linear.weight).__name__} of {linear.weight.dtype}"
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -134,9 +138,9 @@ class DoRALinear(nn.Module):
         norm_reuse: str,
     ) -> None:
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise LayerError(f"r={r!r}: the rank must be an integer of at least 1")
+            raise LayerError(f"the rank r must be an integer of at least 1, got {r!r}")
         if not 0.0 <= lora_dropout < 1.0:
-            raise LayerError(f"lora_dropout={lora_dropout!r}: must be at least 0 and below 1")
+            raise LayerError(f"lora_dropout must be at least 0 and below 1, got {lora_dropout!r}")
         weight = linear.weight
         dtype = adapter_dtype or (weight.dtype if weight.dtype is torch.float64 else torch.float32)
         d_out, d_in, device = linear.out_features, linear.in_features, weight.device
@@ -154,7 +158,7 @@ class DoRALinear(nn.Module):
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """Set A to random values, B to zero and m to the norms of W: the layer computes what its base layer does."""
+        """Set A to random values, B to zero and m to the norms of W, so that the layer's output is its base layer's."""
         lora_A, lora_B, magnitude = self.adapter
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         nn.init.zeros_(lora_B)
@@ -197,7 +201,7 @@ class DoRALinear(nn.Module):
             return base + dora_linear(
                 dropped, base_layer.weight, lora_A, lora_B, magnitude, self.scaling, norm=self._norms, delta=True
             )
-        if not is_untouched(base_layer):  # its hooks run, and may change what it returns
+        if not is_untouched(base_layer):  # call it, so that its hooks run and may change its output
             given: torch.Tensor = base_layer(x)
             trains = torch.is_grad_enabled()
             norm = self._norms.of_weight(base_layer.weight, lora_A, lora_B, self.scaling, trains=trains)
@@ -208,32 +212,32 @@ class DoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Write ``g*(W + sBA)`` into the base layer's weight, for inference. W is kept aside for :meth:`unmerge`.
+        """Write ``g*(W + sBA)`` into the base layer's weight, for inference. A copy of W is kept for :meth:`unmerge`.
 
         Raises:
-            LayerError: it is merged already.
+            LayerError: the layer is merged already.
         """
         if self._unmerged is not None:
-            raise LayerError("this layer is merged already: call unmerge() first")
+            raise LayerError("the layer is merged already: call unmerge() first")
         merged = self._merged_weight()
         self._unmerged = self.base_layer.weight.detach().clone()
         self.base_layer.weight.copy_(merged)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put W back, bit by bit.
+        """Restore W, bit for bit.
 
         Raises:
-            LayerError: it is not merged.
+            LayerError: the layer is not merged.
         """
         if self._unmerged is None:
-            raise LayerError("this layer is not merged: there is nothing to undo")
+            raise LayerError("the layer is not merged: call merge() first")
         self.base_layer.weight.copy_(self._unmerged)
         self._unmerged = None
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """Return a new ``nn.Linear`` with the adapter merged into its weight; this layer stays as it is."""
+        """Return a new ``nn.Linear`` with the adapter merged into its weight; this layer is not changed."""
         weight = self.base_layer.weight
         linear = nn.Linear(
             self.base_layer.in_features, self.base_layer.out_features, self.base_layer.bias is not None, device="meta"
@@ -257,10 +261,10 @@ class DoRALinear(nn.Module):
         return merged
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` asks for.
+        """Called by ``torch.jit.script``.
 
         Raises:
-            LayerError: always.
+            LayerError: always, because scripting is not supported.
         """
         raise LayerError("torch.jit.script cannot compile a DoRA layer: use torch.jit.trace, or script to_linear()")
 

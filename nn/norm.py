@@ -1,4 +1,4 @@
-"""The row norm of ``W + sBA`` on tensors, as DoRA divides by it: detached, fp32, without ever making BA."""
+"""The row norm of ``W + sBA``, by which DoRA divides: detached, in fp32, computed without materialising BA."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def norm_of(
     scaling: float,
     weight_sq: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The norm of checked tensors, with A and B as they are (a caller under autocast has rounded them)."""
+    """The norm [d_out] of checked tensors. Ignores autocast: the caller rounds A and B if needed."""
     with torch.no_grad():
-        return operators.row_norm(weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, float(scaling))
+        return operators.row_norm(
+            weight, _for_norm(weight, lora_A), _for_norm(weight, lora_B), weight_sq, float(scaling)
+        )
 
 
 def norm_and_gain_of(
@@ -29,13 +31,13 @@ def norm_and_gain_of(
     scaling: float,
     weight_sq: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm as :func:`norm_of` gives it, and ``g = m / max(w, eps)`` [d_out] fp32."""
+    """The norm of :func:`norm_of`, and ``g = m / max(w, eps)`` [d_out] fp32 (fp64 if W or m is)."""
     if magnitude.dtype is torch.float64 and weight.dtype is not torch.float64:
         norm = norm_of(weight, lora_A, lora_B, scaling, weight_sq)
         return norm, magnitude.detach() / safe_norm(norm)
     with torch.no_grad():
         return operators.row_norm_and_gain(
-            weight, _beside(weight, lora_A), _beside(weight, lora_B), weight_sq, magnitude, float(scaling)
+            weight, _for_norm(weight, lora_A), _for_norm(weight, lora_B), weight_sq, magnitude, float(scaling)
         )
 
 
@@ -49,11 +51,11 @@ def row_squares(weight: torch.Tensor) -> torch.Tensor:
 def norm_from_products(
     weight_sq: torch.Tensor, products: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Return ``||W + sBA||`` by rows, [d_out] fp32, of a W that cannot be read as a matrix (quantised base layers).
+    """Return the row norms ``||W + sBA||``, [d_out] fp32, for a W that cannot be read as a matrix (quantised layers).
 
     Args:
         weight_sq: ``rowsum(W*W)`` [d_out] fp32.
-        products: ``W @ A.T`` [d_out, r] fp32: A sent through the base layer as r extra tokens, transposed.
+        products: ``W @ A.T`` [d_out, r] fp32: the base layer's output for the rows of A as r tokens, transposed.
         lora_A: A [r, d_in]. lora_B: B [d_out, r]. scaling: s.
     """
     with torch.no_grad(), without_autocast(lora_A.device):
@@ -64,7 +66,7 @@ def norm_from_products(
 
 
 def safe_norm(norm: torch.Tensor) -> torch.Tensor:
-    """``max(w, eps)``, by which magnitudes are divided: a zero row gives g*0 = 0, never NaN."""
+    """``max(w, eps)``, the divisor of m: a zero row gives g*0 = 0 and not NaN."""
     return norm.clamp_min(EPS)
 
 
@@ -72,8 +74,8 @@ def norm_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
-def _beside(weight: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
-    """The adapter in a dtype that the norm takes beside W: W's own, or fp32."""
+def _for_norm(weight: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
+    """The adapter in a dtype that the norm operators accept with W: W's own, or fp32."""
     if adapter.dtype in (weight.dtype, torch.float32) and weight.dtype is not torch.float64:
         return adapter
     return adapter.to(norm_dtype(weight))

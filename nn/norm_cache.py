@@ -1,12 +1,12 @@
-"""Reusing a row norm while it cannot have changed.
+"""Reuse a row norm while its inputs are unchanged.
 
-The norm depends on W, A, B and s alone, yet a checkpointed layer computes it twice a step: in the forward pass and in
-the recompute during the backward pass. What makes reuse safe is knowing that nothing was written in between, and
-PyTorch does not see every write: ``tensor.data.copy_()``, fused optimizers, replayed CUDA graphs and FSDP's gathering
-of shards all leave a tensor's version as it was. So by default only a recompute takes the
-norm of its own forward pass: that is the norm it has to reproduce, whatever was written since. It is its own where the
-layer ran forward exactly once since the last recompute or optimizer step; otherwise (several micro-batches under way, a
-reference pass in between) the norm is computed.
+The norm depends only on W, A, B and s, but a checkpointed layer computes it twice a step: in the forward pass and in
+the recompute during the backward pass. Reuse is safe only if nothing was written in between, and tensor versions do not
+show every write: ``tensor.data.copy_()``, fused optimizers, replayed CUDA graphs and FSDP's gathering of shards leave
+them unchanged. So by default only a recompute reuses a norm, and only that of its own forward pass, which is the value
+that it must reproduce after any write. The norm belongs to the recompute's own forward pass if the layer ran forward
+exactly once since the last recompute or optimizer step. Otherwise (several micro-batches in flight, a reference pass in
+between) the norm is computed again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Entry(NamedTuple):
     value: Any
 
     def serves(self, key: tuple[Hashable, ...]) -> bool:
-        # A storage that is gone may have left its address to another one.
+        # The address of a freed storage may belong to another one now.
         return self.key == key and all(storage() is not None for storage in self.storages)
 
 
@@ -47,20 +47,20 @@ class NormCache:
     """The norm of one layer and adapter, reused while its inputs are unchanged.
 
     Args:
-        reuse: ``auto`` reuses only in a recompute during a backward pass, while neither an optimizer has stepped nor
-            PyTorch seen a write. ``tracked`` also reuses from one forward pass to the next, which is right only if
-            every write to W, A and B is one that PyTorch sees: optimizers of ``torch.optim`` and what derives from
-            them, in-place operations, ``load_state_dict``, assigning to ``.data`` or to the parameter. Not so:
-            in-place writes to ``.data``, replayed CUDA graphs, sharded parameters. After an optimizer's step it
-            still has W's own part of the norm. ``off`` computes every time.
+        reuse: ``auto`` reuses only in a recompute during a backward pass, and only if no optimizer has stepped and
+            PyTorch has seen no write since the forward pass. ``tracked`` also reuses from one forward pass to the next.
+            That is correct only if PyTorch sees every write to W, A and B. It sees optimizers of ``torch.optim`` and
+            their subclasses, in-place operations, ``load_state_dict``, and assignments to ``.data`` or to the
+            parameter. It does not see in-place writes to ``.data``, replayed CUDA graphs and the gathering of sharded
+            parameters. After an optimizer's step ``tracked`` still reuses W's part of the norm. ``off`` never reuses.
 
     Raises:
-        NormReuseError: another policy.
+        NormReuseError: an unknown policy.
     """
 
     def __init__(self, reuse: str = "auto") -> None:
         if reuse not in REUSE:
-            raise NormReuseError(f"norm_reuse={reuse!r}: use one of {', '.join(REUSE)}")
+            raise NormReuseError(f"norm_reuse must be one of {', '.join(REUSE)}, got {reuse!r}")
         self.reuse = reuse
         self._entry: _Entry | None = None
         self._squares: _Entry | None = None
@@ -68,13 +68,13 @@ class NormCache:
         self._forwards_at = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(NormCache(self.reuse))  # a copy has weights of its own
+        return vars(NormCache(self.reuse))  # a copied layer has other weights
 
     def get(self, tensors: Sequence[torch.Tensor], settings: Hashable, compute: Callable[[], T], *, trains: bool) -> T:
-        """Return ``compute()``, or what it returned before if it is safe to say that this is still its value.
+        """Return ``compute()``, or its last result if the policy allows reuse and the inputs are unchanged.
 
         Args:
-            tensors: what the norm depends on. settings: whatever else it depends on.
+            tensors: the tensors that the norm depends on. settings: all other values that it depends on.
             trains: whether the call is differentiated, as every recompute is.
         """
         if self.reuse == "off" or torch.compiler.is_compiling() or seen():
@@ -93,7 +93,7 @@ class NormCache:
         if (own or (self.reuse == "tracked" and not capturing)) and entry is not None and entry.serves(key):
             known: T = entry.value
             if self.reuse == "auto":
-                self._entry = None  # one recompute for a forward pass: from here on it would only hold memory
+                self._entry = None  # each forward pass has one recompute: free the memory
             return known
         value = compute()
         if not recomputing or self.reuse == "tracked":
@@ -101,10 +101,10 @@ class NormCache:
         return value
 
     def _is_of_own_forward(self, recomputing: bool) -> bool:
-        """Count the forward passes; whether a call is the recompute of the only one there is."""
+        """Count the forward passes; return whether this call is the recompute of the only one."""
         if recomputing:
             own = self._forwards == 1
-            self._forwards_at = -1  # the next forward pass is counted anew
+            self._forwards_at = -1  # the next forward pass counts as the first
             return own
         self._forwards = self._forwards + 1 if self._forwards_at == _steps else 1
         self._forwards_at = _steps
@@ -120,7 +120,7 @@ class NormCache:
         rounded: tuple[torch.Tensor, torch.Tensor] | None = None,
         trains: bool = False,
     ) -> torch.Tensor:
-        """The norm of ``W + sBA``; ``rounded`` are A and B as the layer's products see them, the given ones if None."""
+        """The norm of ``W + sBA``; ``rounded`` are A and B in the dtype of the layer's products, if that is another."""
         a, b = rounded or (lora_A, lora_B)
         return self.get(
             (weight, lora_A, lora_B),
@@ -140,7 +140,7 @@ class NormCache:
         rounded: tuple[torch.Tensor, torch.Tensor],
         trains: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm w of ``W + sBA`` and ``g = m / max(w, eps)``; ``rounded`` as :meth:`of_weight` takes it."""
+        """The norm w of ``W + sBA`` and ``g = m / max(w, eps)``; ``rounded`` as in :meth:`of_weight`."""
         a, b = rounded
         return self.get(
             (weight, lora_A, lora_B, magnitude),
@@ -150,7 +150,7 @@ class NormCache:
         )
 
     def _weight_squares(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """``rowsum(W*W)`` from before, if writes to W are tracked: no optimizer's step changes a frozen W."""
+        """``rowsum(W*W)``, cached if writes to W are tracked; None otherwise. An optimizer's step keeps it valid."""
         if self.reuse != "tracked" or torch.compiler.is_compiling() or seen():
             return None
         if weight.is_inference() or _capturing(weight):
@@ -163,17 +163,17 @@ class NormCache:
 
 
 def _capturing(tensor: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being captured: its replays must compute what may have changed by then."""
+    """Whether a CUDA graph is being captured: its replays must compute the norm, because weights may change."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Hashable, ...]:
-    """What changes with every write or move of ``tensor`` that PyTorch sees."""
+    """A key that changes with every write to ``tensor`` or move of it that PyTorch sees."""
     return (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _stream(tensor: torch.Tensor) -> int:
-    """The stream that values computed from ``tensor`` are on."""
+    """The current stream of the tensor's GPU; -1 for the CPU."""
     return current_stream(tensor.get_device()) if tensor.is_cuda else -1
 
 
@@ -182,7 +182,7 @@ _counting = False
 
 
 def _count_steps() -> None:
-    """Have every ``torch.optim`` optimizer's step counted: what fused ones write, no version shows."""
+    """Count every step of ``torch.optim`` optimizers, because writes of fused ones do not change versions."""
     global _counting
     _counting = True
     register_optimizer_step_post_hook(_stepped)

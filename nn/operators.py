@@ -1,9 +1,9 @@
-"""The operations of the contract on plain tensors, each also a ``torch.library`` operator ``doratune::…``.
+"""The operations of the contract on plain tensors, each also a PyTorch operator ``doratune::…``.
 
-Called eagerly, a function runs the kernel of :mod:`.kernels`, or the reference. While ``torch.compile`` traces, the
-same call puts the operator into the graph, which keeps it whole. Nothing here is differentiable and nothing is checked:
-the callers (:mod:`.autograd`, :mod:`.norm`) have done both. An operator returns fresh tensors, and a list where their
-number depends on a flag. It is defined in a ``Library``, without what a ``custom_op`` does around each call.
+Called eagerly, a function runs the kernel of :mod:`.kernels` or the reference. While ``torch.compile`` traces, the same
+call puts the operator into the graph, without a graph break. The functions neither check their arguments nor record
+gradients; the callers (:mod:`.autograd`, :mod:`.norm`) do. An operator returns new tensors, in a list if their number
+depends on a flag. Operators are defined with ``torch.library.Library``, which costs less per call than ``custom_op``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DORATUNE = torch.library.Library("doratune", "DEF")
 
 
 def _operator(fake: Callable[..., Any]) -> Callable[[F], F]:
-    """Define ``doratune::<name of the function>``; ``fake`` returns what it does, without the values."""
+    """Define the operator ``doratune::<name of the function>``; ``fake`` returns its outputs without values."""
 
     def define(function: F) -> F:
         name = function.__name__
@@ -53,10 +53,10 @@ def _like_norm(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
 def row_norm(
     weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Return ``||W + sBA||`` by rows, [d_out] fp32 (fp64 from fp64); op ``weight_norm``.
+    """Return the row norms ``||W + sBA||``, [d_out] fp32 (fp64 from fp64); op ``weight_norm``.
 
     weight [d_out, d_in], lora_A [r, d_in], lora_B [d_out, r]; A and B in W's dtype or fp32. ``weight_sq`` is
-    ``rowsum(W*W)`` if it is known. Rows whose terms nearly cancel are summed directly.
+    ``rowsum(W*W)`` [d_out] fp32 if known. Rows whose terms nearly cancel are computed from the entries of W + sBA.
     """
     return _row_norm(weight, lora_A, lora_B, weight_sq, None, scaling)[0]
 
@@ -70,7 +70,7 @@ def row_norm_and_gain(
     magnitude: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return w as :func:`row_norm` does and ``g = m / max(w, eps)``, both [d_out] fp32 (fp64 from fp64)."""
+    """Return w of :func:`row_norm` and ``g = m / max(w, eps)``, both [d_out] fp32 (fp64 from fp64)."""
     norm, g = _row_norm(weight, lora_A, lora_B, weight_sq, magnitude, scaling)
     assert g is not None
     return norm, g
@@ -84,7 +84,7 @@ def _row_norm(
     magnitude: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """w and, where a magnitude is given, g: the factored norm, then the rows in which that has lost its digits."""
+    """w and, with a magnitude, g: computes the factored norm, then recomputes the rows where it has lost digits."""
     d_out, d_in = weight.shape
     inputs = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if weight_sq is not None:
@@ -103,7 +103,7 @@ def _row_norm(
         results = run_reference(spec_for(*exact), inputs, scaling)
         return results["norm_exact"], results.get("g")
     if weight.stride(1) != 1:
-        weight = weight.contiguous()  # once: each of the two kernels would copy it
+        weight = weight.contiguous()  # here, because each of the two kernels would copy it
     norm = torch.empty(d_out, dtype=torch.float32, device=weight.device)
     if weight_sq is None:
         weight_sq = torch.empty_like(norm)
@@ -147,7 +147,7 @@ def lora_compose_(
     scaling: float,
     delta: bool,
 ) -> torch.Tensor:
-    """As :func:`lora_compose`, but y may take the memory of ``base``. Not under a compiler, which plans memory."""
+    """As :func:`lora_compose`, but y may overwrite ``base``, except under a compiler, which plans memory itself."""
     if torch.compiler.is_compiling():
         return lora_compose(base, h, lora_B, g, bias, scaling, delta)
     return _lora_compose(base, h, lora_B, g, bias, scaling, delta=delta, overwrite=True)[0]
@@ -165,7 +165,7 @@ def _lora_compose(
     save: bool = False,
     overwrite: bool = False,
 ) -> list[torch.Tensor]:
-    """y, and inner = base + s*h@B.T when ``save``."""
+    """y, and inner = base + s*h@B.T if ``save``; y is ``base`` if ``overwrite`` and a kernel runs."""
     tokens, d_out = base.shape
     inputs = {"base": base, "h": h, "lora_B": lora_B, "g": g}
     if bias is not None:
@@ -178,7 +178,7 @@ def _lora_compose(
         return [results["y"], results["inner"]] if save else [results["y"]]
     if overwrite and base.stride(-1) == 1:
         y = base
-        torch.autograd.graph.increment_version(base)  # a launch does not show in it, and autograd must see the write
+        torch.autograd.graph.increment_version(base)  # a launch does not, and autograd must see the write
     else:
         y = torch.empty_like(base, memory_format=torch.contiguous_format)
     outputs = [y, torch.empty_like(base, memory_format=torch.contiguous_format)] if save else [y]
@@ -201,11 +201,11 @@ def dora_linear_forward(
     scaling: float,
     save: bool,
 ) -> list[torch.Tensor]:
-    """Return y = g*(x@W.T + s*h@B.T) + b, and inner = x@W.T + s*h@B.T when ``save``.
+    """Return y = g*(x@W.T + s*h@B.T) + b, and inner = x@W.T + s*h@B.T if ``save``.
 
-    Where a store says that it is faster, one kernel computes all of it (op ``dora_linear_forward``) and its base
-    product is not rounded on the way; elsewhere it is :func:`lora_compose` of the product. x [T, d_in] and
-    weight [d_out, d_in] in one dtype.
+    If a store says that it is faster, one kernel computes all of it (op ``dora_linear_forward``), without rounding the
+    base product. Otherwise this is :func:`lora_compose` of the product. x [T, d_in] and weight [d_out, d_in] in one
+    dtype.
     """
     kernel = _fused_kernel(x, weight, lora_B, bias is not None, save)
     if kernel is None:
@@ -220,14 +220,14 @@ def dora_linear_forward(
 def fusion_pays(
     x: torch.Tensor, weight: torch.Tensor, lora_B: torch.Tensor, *, bias: bool = False, save: bool = False
 ) -> bool:
-    """Whether :func:`dora_linear_forward` computes these operands in one kernel, with no base product in memory."""
+    """Whether :func:`dora_linear_forward` runs as one kernel on these operands, with no base product in memory."""
     return _fused_kernel(x, weight, lora_B, bias, save) is not None
 
 
 def _fused_kernel(x: torch.Tensor, weight: torch.Tensor, lora_B: torch.Tensor, bias: bool, save: bool) -> Kernel | None:
-    """The kernel of ``dora_linear_forward`` for these operands, if a store says that it is faster."""
+    """The kernel of ``dora_linear_forward`` for these operands if a store says that it is faster, else None."""
     tokens, d_in = x.shape
-    if not tokens or weight.stride(1) != 1:  # a kernel would have a W that lies by columns copied, at every call
+    if not tokens or weight.stride(1) != 1:  # the launch would copy a column-major W in every call
         return None
     d_out, rank = lora_B.shape
     flags = flags_of(bias=bias, save=save)
@@ -272,13 +272,15 @@ def adapter_backward(
     """Return dB = g*s*P [d_out, r] with P = dY.T@h, and dm = (dg_base + s*rowsum(B*P)) / max(w, eps) [d_out].
 
     dy [T, d_out], h [T, r] and lora_B [d_out, r] in one dtype; ``dg_base`` = sum_t dY*base and norm [d_out] fp32.
-    ``adapter`` and ``magnitude`` are the dtypes of dB and dm. The rank-r term of dg needs no pass over [T, d_out], and
-    nothing is divided by g.
+    ``adapter`` and ``magnitude`` are the dtypes of dB and dm. The rank-r term of dg needs no pass over [T, d_out] and
+    no division by g.
     """
     product = wide_product(dy.T, h)
     d_out, rank = product.shape
     wide = product.dtype
-    stored = adapter if adapter in (lora_B.dtype, wide) else wide  # dtypes that a kernel has; else converted at the end
+    stored = (
+        adapter if adapter in (lora_B.dtype, wide) else wide
+    )  # dtypes with a kernel; others are converted at the end
     divided = wide if magnitude is torch.float64 else magnitude
     inputs = {"product": product, "lora_B": lora_B, "g": g, "dg_base": dg_base, "norm": norm}
     key = ("adapter_backward", d_out, 1, rank, 1, lora_B.dtype, stored, (), divided)
@@ -294,7 +296,7 @@ def adapter_backward(
 
 
 def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` in fp32 (fp64 from fp64), as it was accumulated: not rounded to 16 bits on the way."""
+    """``left @ right`` in fp32 (fp64 from fp64), without rounding the sums to 16 bits where PyTorch allows that."""
     if left.dtype in (torch.float32, torch.float64):
         return left @ right
     if left.is_cuda and not torch.compiler.is_compiling():
@@ -304,8 +306,8 @@ def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 @_operator(lambda left, right, *_: left.new_empty(left.shape[0], right.shape[1]))
 def sum_of_products(left: torch.Tensor, right: torch.Tensor, low: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Return ``left@right + low@down``, [T, n] in the factors' dtype: one product accumulated into the other.
+    """Return ``left@right + low@down``, [T, n] in the factors' dtype: the second product accumulates into the first.
 
-    An operator, because a compiler would copy the first product before it adds to it.
+    It is an operator because a compiler would copy the first product before adding to it.
     """
     return (left @ right).addmm_(low, down)

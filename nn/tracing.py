@@ -2,9 +2,9 @@
 
 The recorders are ``torch.jit.trace``, ``make_fx`` and ``torch.export``; ``torch.onnx.export`` goes through one of them.
 
-They follow operators. They do not see a kernel that is launched, nor the backward of an autograd function, and under
-``torch.jit.trace`` sizes are tensors. So what they get is the formula. Its graph runs without doratune, for any number
-of tokens, and PyTorch differentiates it. It makes W + sBA, as PEFT does.
+They record operators. They see neither kernel launches nor the backward pass of an autograd function, and under
+``torch.jit.trace`` sizes are tensors. So they record the plain formula instead. Its graph runs without doratune for any
+number of tokens, and PyTorch differentiates it. It materialises W + sBA, as PEFT does.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .differentiation import without_autocast
 
 
 def recorded_norm(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """``||W + sBA||`` by rows, [d_out] in fp32 (fp64 from fp64), without a gradient."""
+    """The row norms ``||W + sBA||``, [d_out] in fp32 (fp64 from fp64), without a gradient."""
     wide = _wide(weight)
     with without_autocast(weight.device):
-        # Detached one by one: torch.jit.trace does not record that gradients were off.
+        # detach() instead of no_grad(): torch.jit.trace does not record that gradients were off.
         product = lora_B.detach().to(wide) @ lora_A.detach().to(wide)
         norm: torch.Tensor = torch.linalg.vector_norm(weight.detach().to(wide) + scaling * product, dim=1)
         return norm
@@ -41,8 +41,9 @@ def recorded_dora(
 ) -> torch.Tensor:
     """``g*(base + s*h@B.T) + b``, or ``(g-1)*base + g*s*h@B.T`` if ``delta``, in the dtype of x [..., d_in].
 
-    A and B are taken in the dtype that they have. With ``weight`` the base product is made here, for its gradient to x;
-    else ``base`` [..., d_out] is somebody else's and contains the bias. ``norm`` is computed from ``weight`` if None.
+    A and B keep their dtypes. If ``weight`` is given, the base product is computed here, so that x gets its gradient.
+    Otherwise ``base`` [..., d_out] is the caller's and contains the bias. If ``norm`` is None it is computed from
+    ``weight``.
     """
     with without_autocast(x.device):
         if weight is not None:

@@ -1,10 +1,9 @@
-"""Who sees the tensors between two operations: PyTorch's modes and global hooks.
+"""Detect PyTorch's modes and global hooks, which see the tensors between two operations.
 
 A ``TorchDispatchMode`` sees each operation and may keep its result. Selective activation checkpointing does: in the
-forward pass it keeps the results that its policy names, and in the recompute it hands them out again in the order of
-the calls. So memory that a mode may hold is never written over, and operations that run in one pass and not in the
-other (a norm that is reused) are hidden from it. A global module hook sees what every module returns, and may return
-something else.
+forward pass it keeps the results that its policy names, and in the recompute it returns them in the order of the calls.
+So memory that a mode may hold must not be overwritten, and operations that run in only one of the two passes (a norm
+that is reused) are hidden from it. A global module hook sees every module's output and may replace it.
 """
 
 from __future__ import annotations
@@ -34,16 +33,14 @@ def watched() -> bool:
 
 
 def intercepted() -> bool:
-    """Whether a global module hook, a function mode or a replaced ``linear`` may change what modules return, or their
-    gradients.
-    """
+    """Whether a global hook, a function mode or a replaced ``linear`` may change modules' outputs or gradients."""
     if torch.compiler.is_compiling():
         return False
     return linear_is_replaced() or global_hook_is_on() or function_mode_is_on()
 
 
 def is_untouched(layer: nn.Module) -> bool:
-    """Whether calling ``layer`` runs its class's forward and nothing else: no hooks, no patched forward."""
+    """Whether calling ``layer`` only runs its class's forward: it has no hooks and no patched forward."""
     return not (
         layer._forward_hooks
         or layer._forward_pre_hooks
@@ -54,12 +51,12 @@ def is_untouched(layer: nn.Module) -> bool:
 
 
 def seen() -> bool:
-    """Whether a dispatch mode sees what runs now: not so inside :func:`hidden`, where PyTorch can hide it."""
+    """Whether a dispatch mode sees the operations that run now; usually False inside :func:`hidden`."""
     return not torch.compiler.is_compiling() and dispatch_mode_is_on()
 
 
 def hidden() -> AbstractContextManager[Any]:
-    """A context in which no mode sees what runs; free of charge where none is on."""
+    """A context that hides operations from all modes; it does nothing if no mode or hook is on."""
     if torch.compiler.is_compiling() or not watched():
         return _NOTHING
     return without_modes()

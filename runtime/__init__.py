@@ -1,1 +1,1 @@
-"""Loading and launching kernels, and the eager reference they are held to."""
+"""Load and launch kernels; the eager reference that kernels are checked against."""

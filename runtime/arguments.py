@@ -1,4 +1,4 @@
-"""Checking the tensors a user hands to a kernel against the operation's contract."""
+"""Check the tensors that a user passes to a kernel against the operation's contract."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def bind_inputs(
 ) -> dict[str, torch.Tensor]:
     """Match positional and named tensors to the inputs of ``spec`` and check each one.
 
-    Operands with a token dimension may have any leading dimensions, ``[..., width]``. Rows may lie apart (a slice of a
-    wider matrix), but the elements of a row are contiguous.
+    Operands with a token dimension may have any leading dimensions, ``[..., width]``. The row stride may exceed the
+    width (a slice of a wider matrix), but the last dimension must be contiguous.
 
     Raises:
         ArgumentError: a missing, surplus or unsuitable argument.
@@ -33,7 +33,7 @@ def bind_inputs(
     names = [operand.name for operand in operands]
     takes = f"{spec.op} takes {', '.join(names)}" + (" and scaling" if spec.contract.scaling else "")
     if len(args) > len(names):
-        raise ArgumentError(f"{len(args)} tensors given; {takes}")
+        raise ArgumentError(f"expected at most {len(names)} tensors, got {len(args)}; {takes}")
     given = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
         if name not in names:
@@ -60,40 +60,42 @@ def bind_inputs(
 def check_tensor(
     operand: Operand, tensor: object, spec: KernelSpec, device: torch.device, lead: tuple[int, ...] | None = None
 ) -> None:
-    """Raise an ArgumentError unless ``tensor`` is what ``operand`` of ``spec`` asks for.
+    """Raise an ArgumentError unless ``tensor`` fits ``operand`` of ``spec``.
 
     ``lead`` are the leading dimensions that a token operand must have; None accepts any with at least one token.
     """
     name = operand.name
     if not isinstance(tensor, torch.Tensor):
-        raise ArgumentError(f"{name} is a {type(tensor).__name__}, not a torch.Tensor")
+        raise ArgumentError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     dtype = TORCH_DTYPES[operand.dtype_of(spec)]
     if tensor.dtype != dtype:
         other = "" if operand.dtype in DTYPE_BYTES else f", or load a kernel for {tensor.dtype}"
-        raise ArgumentError(f"{name} is {tensor.dtype}; this kernel takes {dtype}: convert it{other}")
+        raise ArgumentError(f"{name} must be {dtype}, got {tensor.dtype}: convert it{other}")
     if tensor.device != device:
         raise ArgumentError(
-            f"{name} is on {tensor.device}, the kernel was loaded for {device}: move the tensor or load another kernel"
+            f"{name} must be on {device}, got {tensor.device}: move the tensor, or load a kernel for its device"
         )
     if operand.shape[0] == "tokens":
         width = int(getattr(spec, operand.shape[1]))
         if tensor.ndim < 2 or tensor.shape[-1] != width:
             raise ArgumentError(
-                f"{name} has shape {list(tensor.shape)}; expected [tokens, {width}] ({operand.shape[1]})"
+                f"{name} must have shape [tokens, {width}] ({operand.shape[1]}), got {list(tensor.shape)}"
             )
         if math.prod(tensor.shape[:-1]) < 1:
-            raise ArgumentError(f"{name} has shape {list(tensor.shape)}: there must be at least one token")
+            raise ArgumentError(f"{name} must have at least one token, got shape {list(tensor.shape)}")
         if lead is not None and tuple(tensor.shape[:-1]) != lead:
             raise ArgumentError(
-                f"{name} has {list(tensor.shape[:-1])} tokens where the other tensors have {list(lead)}"
+                f"{name} must have {list(lead)} tokens as the other tensors, got {list(tensor.shape[:-1])}"
             )
     else:
         shape = [int(getattr(spec, dim)) for dim in operand.shape]
         if list(tensor.shape) != shape:
-            raise ArgumentError(f"{name} has shape {list(tensor.shape)}; expected {shape} ({', '.join(operand.shape)})")
+            raise ArgumentError(
+                f"{name} must have shape {shape} ({', '.join(operand.shape)}), got {list(tensor.shape)}"
+            )
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ArgumentError(
-            f"{name} has strides {tuple(tensor.stride())}; kernels take a contiguous last dimension: call .contiguous()"
+            f"{name} must have a contiguous last dimension, got strides {tuple(tensor.stride())}: call .contiguous()"
         )
 
 
@@ -103,7 +105,7 @@ def make_outputs(
     """Allocate the outputs of ``spec``; ``out``, when given, becomes the first one.
 
     Raises:
-        ArgumentError: ``out`` has the wrong shape, dtype, device or strides, or rows that share memory.
+        ArgumentError: ``out`` has the wrong shape, dtype, device or strides, or rows that overlap in memory.
     """
     lead: tuple[int, ...] = next(
         (tuple(inputs[o.name].shape[:-1]) for o in spec.contract.inputs_of(spec) if o.shape[0] == "tokens"), ()
@@ -116,7 +118,8 @@ def make_outputs(
                 size > 1 and stride < out.shape[-1] for size, stride in zip(out.shape[:-1], out.stride(), strict=False)
             ):
                 raise ArgumentError(
-                    f"out has shape {list(out.shape)} and strides {tuple(out.stride())}: its rows share memory"
+                    f"the rows of out must not overlap in memory, got shape {list(out.shape)} and strides "
+                    f"{tuple(out.stride())}"
                 )
             outputs[operand.name] = out
             continue
@@ -128,10 +131,11 @@ def make_outputs(
 
 
 def as_rows(tensor: torch.Tensor, *, descriptor: bool) -> torch.Tensor:
-    """``tensor`` as a kernel addresses it: a vector, or ``[rows, width]`` of one row stride.
+    """Return ``tensor`` as a kernel addresses it: a vector, or a matrix ``[rows, width]`` with one row stride.
 
-    It is the same memory where one row stride describes it and, for a tensor ``descriptor``, where address and row
-    stride are multiples of :data:`~doratune.codegen.ops.ALIGNMENT` bytes; otherwise a contiguous copy.
+    The result shares the memory of ``tensor`` if one row stride describes it and, for a tensor ``descriptor``, its rows
+    do not overlap and its address and row stride are multiples of :data:`~doratune.codegen.ops.ALIGNMENT` bytes.
+    Otherwise it is a contiguous copy.
     """
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
@@ -144,7 +148,10 @@ def as_rows(tensor: torch.Tensor, *, descriptor: bool) -> torch.Tensor:
 
 
 def alignment_of(tensor: torch.Tensor) -> int:
-    """The bytes, up to :data:`~doratune.codegen.ops.ALIGNMENT`, that divide its address and its row stride."""
+    """The largest power of two, up to :data:`~doratune.codegen.ops.ALIGNMENT` bytes, that divides address and stride.
+
+    The stride is the row stride of a matrix.
+    """
     bits = tensor.data_ptr() | ALIGNMENT
     if tensor.ndim == 2:
         bits |= tensor.stride(0) * tensor.element_size()

@@ -1,4 +1,4 @@
-"""Binaries from the stores for a kernel that is about to be loaded, so that nothing need be compiled."""
+"""Find the stored binaries of a kernel that is about to be loaded, so that nothing needs to be compiled."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from ..codegen.gpu import Gpu
     from ..codegen.render import Source
 
-_UNTRUSTED = "has binaries, but not the entry that was chosen, and is neither your own store nor a prebuilt one"
+_UNTRUSTED = "its binaries are not used: it is neither the chosen entry's store, your own store nor a prebuilt one"
 
 
 @dataclass(frozen=True)
 class Binaries:
-    """The compiled kernels of a source that a store had, for contiguous operands.
+    """The stored binaries of a source, for contiguous operands.
 
     Attributes:
-        kernels: one for each kernel of the source, by name; empty when there is none to use.
-        store: the location of the store that they come from.
-        note: what to say of them: for what they were made, or why there are none.
-        damaged: what was wrong with those that should have served, but cannot.
-        passed_over: the stores whose binaries were not taken, each with the reason.
+        kernels: one binary for each kernel of the source, by name; empty if no store has usable ones.
+        store: the location of their store.
+        note: the Triton and GPU they were made for, or why there are none.
+        damaged: one message for each store whose binaries match but are damaged.
+        passed_over: the stores whose binaries were not used, each with the reason.
     """
 
     kernels: Mapping[str, Binary] = field(default_factory=dict, repr=False)
@@ -37,23 +37,23 @@ class Binaries:
     passed_over: tuple[str, ...] = ()
 
     def explain(self) -> str:
-        """Where the binary comes from, in a phrase, and which were passed over and why."""
+        """A phrase that names the store of the binary, and the stores that were passed over with the reasons."""
         if self.kernels:
             taken = f"in {self.store}, {self.note}: contiguous operands need no compile"
             return "; ".join((taken, *(f"passed over {reason}" for reason in self.passed_over)))
         return f"compiled at the first call: {self.note}"
 
     def warn(self) -> None:
-        """Tell of damaged binaries: their kernels are right, but they are compiled."""
+        """Warn about damaged binaries. Their kernels are compiled instead and give the same results."""
         for problem in self.damaged:
             warn_of_compile(problem)
 
 
 def find_binaries(source: Source, stack: Sequence[Store], gpu: Gpu, trusted: Set[str | None]) -> Binaries:
-    """Look for the binaries of every kernel of ``source``, for the installed Triton and this GPU, in stores in order.
+    """Find the binaries of every kernel of ``source`` for the installed Triton and this GPU.
 
-    The first store at a ``trusted`` location that has all of them serves. What does not serve is passed over and told
-    in the result: a binary is only ever a compile saved.
+    The result comes from the first store at a ``trusted`` location that has valid binaries of all kernels. Other stores
+    are passed over, and the result says why. That is no error, because kernels without binaries are compiled.
     """
     from ..cache.errors import StoreError
     from ..codegen.binary import BinaryError, OtherSettingsError
@@ -95,10 +95,10 @@ def find_binaries(source: Source, stack: Sequence[Store], gpu: Gpu, trusted: Set
 
 
 def _check_all(source: Source, found: Mapping[str, Binary], gpu: Gpu) -> None:
-    """Hold the binaries of a store against every kernel of a source.
+    """Check that a store has one valid binary for each kernel of a source.
 
     Raises:
-        BinaryError: there is not one of each kernel, or one is not what a compile here would give.
+        BinaryError: a kernel has no binary, or a binary differs from what a compile here would give.
     """
     from ..codegen.binary import BinaryError, check
     from ..codegen.module import declared_kernels
@@ -106,6 +106,6 @@ def _check_all(source: Source, found: Mapping[str, Binary], gpu: Gpu) -> None:
     names = declared_kernels(source)
     if found.keys() != set(names):
         there = ", ".join(found)
-        raise BinaryError(f"there are binaries of {there[:200]}, but the kernels are {', '.join(names)}")
+        raise BinaryError(f"expected binaries of {', '.join(names)}, found binaries of {there[:200]}")
     for name, binary in found.items():
         check(source, name, gpu.triton_target(), binary.metadata, binary.image)

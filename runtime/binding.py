@@ -1,4 +1,4 @@
-"""Binding an emitted module to a GPU: compiled binaries in place of its jit functions."""
+"""Bind an emitted module to a GPU: replace its jit functions by compiled kernels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def uses_descriptors(source: Source) -> bool:
-    """Whether an emitted module addresses its matrices by tensor descriptors."""
+    """Whether an emitted module accesses its matrices through tensor descriptors."""
     from ..codegen.variants import find_variant
 
     return find_variant(source.spec.op, source.config.variant).descriptors
 
 
 def only_starts_kernels(source: Source) -> bool:
-    """Whether the emitted ``launch`` calls no library beside starting its kernels."""
+    """Whether the emitted ``launch`` only starts kernels and calls no library such as cuBLAS."""
     from ..codegen.variants import find_variant
 
     return not find_variant(source.spec.op, source.config.variant).library
@@ -32,12 +32,12 @@ def only_starts_kernels(source: Source) -> bool:
 def bind(
     source: Source, alignments: Mapping[str, int] | None = None, binaries: Mapping[str, Binary] | None = None
 ) -> ModuleType:
-    """Load an emitted module for the current GPU and put binaries in place of its jit functions.
+    """Load an emitted module for the current GPU and replace its jit functions by compiled kernels.
 
     ``alignments`` are the bytes that divide the address and the row stride of each operand, by name; None means
-    contiguous operands. ``binaries`` are compiled kernels from a store, by name: where they are those of this module,
-    and the operands contiguous, nothing is compiled. Otherwise Triton compiles, or takes what its cache on disk has.
-    Where this Triton cannot be asked to, the jit functions stay, and compile at their first start.
+    contiguous operands. ``binaries`` are stored binaries by kernel name. They are used if the operands are contiguous
+    and the binaries valid; otherwise Triton compiles, or loads from its own cache on disk. If this Triton cannot
+    compile ahead of a launch, the jit functions stay and compile at their first start.
     """
     from ..codegen.compile import build, contiguous_alignments
     from ..codegen.module import kernel_names, load_module
@@ -50,7 +50,7 @@ def bind(
         compiled = _restored(source, kernels, target, binaries) if binaries and contiguous else None
         if compiled is None:
             compiled = {name: build(source, kernel, target, alignments) for name, kernel in kernels.items()}
-    except (InternalsError, ImportError, AttributeError, TypeError) as problem:  # none says that the text is at fault
+    except (InternalsError, ImportError, AttributeError, TypeError) as problem:  # none of these is an error of the text
         warn_once("compiling before the first start", f"kernels compile at their first start ({problem})")
         return module
     for name, handle in compiled.items():
@@ -61,7 +61,7 @@ def bind(
 def _restored(
     source: Source, kernels: Mapping[str, Any], target: Any, binaries: Mapping[str, Binary]
 ) -> dict[str, Any] | None:
-    """Triton's compiled kernels from stored binaries, loaded on the current GPU, or None when any of them fails."""
+    """Triton's compiled kernels from stored binaries, loaded on the current GPU; None if one of them fails."""
     from ..codegen.binary import BinaryError, OtherSettingsError, restore
 
     if why_compile() is not None:
@@ -70,21 +70,23 @@ def _restored(
     try:
         for name, kernel in kernels.items():
             if name not in binaries:
-                raise BinaryError(f"{source.spec}: there is none of {name}")
+                raise BinaryError(f"{source.spec}: {name} has no stored binary")
             handle = restore(source, kernel, target, binaries[name].metadata, binaries[name].image)
-            _ = handle.run  # has the driver load it now, while a compile can still take its place
+            _ = handle.run  # the driver loads it now, while compiling is still possible
             handles[name] = handle
     except OtherSettingsError:
         return None
     except InternalsError as problem:
         warn_once("starting stored binaries", f"kernels are compiled ({problem})")
         return None
-    except Exception as problem:  # whatever the driver says: a compiled kernel runs, or fails for a reason of its own
+    except Exception as problem:  # any error of the driver: compile, which reports a real fault itself
         warn_of_compile(problem)
         return None
     return handles
 
 
 def warn_of_compile(problem: object) -> None:
-    """Say that a stored binary does not serve and that its kernel is compiled instead."""
-    warnings.warn(f"doratune compiles a kernel whose binary is stored: {problem}", RuntimeWarning, stacklevel=3)
+    """Warn that a stored binary cannot be used and its kernel is compiled instead."""
+    warnings.warn(
+        f"doratune compiles a kernel instead of using its stored binary: {problem}", RuntimeWarning, stacklevel=3
+    )

@@ -1,4 +1,4 @@
-"""Which device a user means, and which GPU that is."""
+"""Resolve a user's device argument, and find the facts of a GPU."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ if TYPE_CHECKING:
 
 
 class DeviceError(UsageError):
-    """A device was named that PyTorch does not see, or that no kernel is for."""
+    """The device is unknown to PyTorch, not present, or of a type without kernels."""
 
 
 def find_device(device: torch.device | str | int | None) -> torch.device:
-    """Return the device meant: with its index when a GPU; the current GPU, or the CPU where there is none, for None.
+    """Return ``device`` with its index; None means the current GPU, or the CPU if there is no GPU.
 
     Raises:
-        DeviceError: neither a GPU that PyTorch sees nor the CPU.
+        DeviceError: ``device`` is neither the CPU nor a GPU that PyTorch sees.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(device)
     except RuntimeError as error:
-        raise DeviceError(f"device {device!r} is none that PyTorch knows: use 'cuda', 'cuda:0' or 'cpu'") from error
+        raise DeviceError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from error
     if where.type not in ("cuda", "cpu"):
-        raise DeviceError(f"device {where} is not supported: use a CUDA or ROCm GPU ('cuda:0') or 'cpu'")
+        raise DeviceError(f"device must be cpu, cuda or cuda:N (a CUDA or ROCm GPU), got {where}")
     if where.type == "cuda":
         if not torch.cuda.is_available():
-            raise DeviceError(f"device {where}: PyTorch sees no GPU here; 'cpu' runs the eager reference")
+            raise DeviceError(f"device {where} needs a GPU, and PyTorch sees none; cpu runs the eager reference")
         index = torch.cuda.current_device() if where.index is None else where.index
         if index >= torch.cuda.device_count():
-            raise DeviceError(f"device cuda:{index}: PyTorch sees {torch.cuda.device_count()} GPU(s), numbered from 0")
+            raise DeviceError(
+                f"device cuda:{index} does not exist: PyTorch sees {torch.cuda.device_count()} GPU(s), numbered from 0"
+            )
         where = torch.device("cuda", index)
     return where
 

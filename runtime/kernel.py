@@ -1,4 +1,4 @@
-"""A kernel as a callable: checked arguments in, outputs out, and the story of where it came from."""
+"""A kernel as a callable: it checks its arguments, launches, and explains which store entry it came from."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 _data_ptr = torch.Tensor.data_ptr
 
 REFERENCE = "reference"
-"""Provenance of a kernel for CPU tensors: the eager PyTorch formulas of :mod:`doratune.runtime.reference`."""
+"""Provenance of a kernel for CPU tensors, which runs the eager formulas of :mod:`doratune.runtime.reference`."""
 
 
 class Kernel:
     """A DoRA operation bound to one device.
 
-    Call it with the operation's tensors in the contract's order or by name, ``scaling`` where the operation has one,
-    and optionally ``out`` for the first output (which may be the memory of ``base``, ``lora``, ``dy`` or ``dg``). The
-    rows of a matrix may lie apart. It returns the output, or a tuple when there are several.
+    Call it with the operation's tensors in the contract's order or by name, with ``scaling`` if the operation has one,
+    and optionally with ``out`` for the first output (which may share the memory of ``base``, ``lora``, ``dy`` or
+    ``dg``). The row stride of a matrix may exceed its width. It returns the output, or a tuple of several.
 
     Attributes:
-        spec: what it computes.
+        spec: the operation, shapes, dtypes, flags and GPU.
         config: the variant and tile parameters; None for the eager reference on a CPU.
         provenance: ``measured``, ``predicted``, ``default`` or ``reference``.
-        source: the emitted Triton text; for the reference, a sentence saying that there is none.
+        source: the emitted Triton text; for the reference, a comment that names its module.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Kernel:
         self._descriptors = source is not None and uses_descriptors(source)
         self._repeats = source is not None and only_starts_kernels(source)
         self._scales = spec.contract.scaling
-        self._index = device.index  # an attribute of a device is made anew each time
+        self._index = device.index  # reading the attribute makes a new object each time
 
     @property
     def config(self) -> Config | None:
@@ -77,7 +77,7 @@ class Kernel:
 
     @property
     def fusion_pays(self) -> bool:
-        """Whether a store says that this very kernel is faster than what it fuses, one after another."""
+        """Whether a store says that this kernel is faster than the unfused sequence of its operations."""
         return self._resolution is not None and self._resolution.fusion_pays
 
     @property
@@ -89,7 +89,7 @@ class Kernel:
         )
 
     def explain(self) -> str:
-        """Say which store entry and binary this kernel came from, what else was looked at, and why that was refused."""
+        """Say which store entry and binary this kernel came from, and which others were refused and why."""
         if self._resolution is None:
             return f"{self.spec}: CPU tensors run the eager fp32-accumulating reference; no kernel is looked up"
         return self._resolution.explain(self._binaries.explain() if self._binaries else None)
@@ -107,19 +107,19 @@ class Kernel:
         """Run the operation.
 
         Raises:
-            ArgumentError: a tensor is missing or has the wrong shape, dtype, device or strides; or a graph is recorded
-                (``torch.jit.trace``, ``make_fx``), in which the launch would be missing.
+            ArgumentError: a tensor is missing or has the wrong shape, dtype, device or strides; or ``torch.jit.trace``
+                or ``make_fx`` records a graph, which would not contain the launch.
         """
         if is_traced():
             raise ArgumentError(
-                f"a kernel of {self.spec.op} is launched unseen by torch.jit.trace and make_fx: call "
+                f"torch.jit.trace and make_fx cannot record the launch of a {self.spec.op} kernel: call "
                 "doratune.dora_linear or doratune.weight_norm there, which record PyTorch's own operators"
             )
         if not self._scales:
             if scaling is not None:
-                raise ArgumentError(f"{self.spec.op} takes no scaling")
+                raise ArgumentError(f"{self.spec.op} takes no scaling, got {scaling!r}")
         elif type(scaling) is not float and (not isinstance(scaling, int | float) or isinstance(scaling, bool)):
-            raise ArgumentError(f"{self.spec.op} needs scaling, a number (PEFT's lora_alpha / r); got {scaling!r}")
+            raise ArgumentError(f"scaling of {self.spec.op} must be a number (PEFT's lora_alpha / r), got {scaling!r}")
         inputs = (*tensors, *named.values()) if named else tensors
         known = self._memo.find(inputs, named, out)
         if known is None:
@@ -128,7 +128,7 @@ class Kernel:
             inputs, outputs = tuple(bound.values()), tuple(made.values())
             if [*bound][len(tensors) :] == [*named]:
                 self._memo.remember(inputs, named, out, outputs)
-        else:  # such tensors have been checked before, in this order
+        else:
             outputs = () if out is None else (out,)
             if known.outputs:
                 outputs += tuple(
@@ -142,7 +142,7 @@ class Kernel:
         if self._source is None:
             operands = self.spec.contract.inputs_of(self.spec)
             by_name = {operand.name: tensor for operand, tensor in zip(operands, inputs, strict=True)}
-            with torch.no_grad():  # as a launched kernel: gradients are the caller's business
+            with torch.no_grad():  # as a launched kernel records no gradients either
                 results = reference(self.spec, by_name, float(scaling or 0.0))
                 for output, value in zip(outputs, results.values(), strict=True):
                     output.copy_(value)
@@ -155,8 +155,8 @@ class Kernel:
     ) -> None:
         """Launch on checked tensors, in the contract's order, on the current stream of the kernel's device.
 
-        Token operands may have leading dimensions. Nothing is allocated but the variant's own workspace, and a copy of
-        each matrix that the kernel cannot address (:func:`~doratune.runtime.arguments.as_rows`).
+        Token operands may have leading dimensions. A launch allocates only the variant's workspace and a copy of each
+        matrix that the kernel cannot address (:func:`~doratune.runtime.arguments.as_rows`).
         """
         given = (*inputs, *outputs)
         rows = rows_of(given)
@@ -176,15 +176,15 @@ class Kernel:
                 output.copy_(written.view(output.shape))
 
     def _repeat(self, tensors: Sequence[torch.Tensor], rows: int, scaling: float | None) -> bool:
-        """Launch on contiguous tensors by repeating what was done before, if that can be; says whether it was."""
+        """Launch on contiguous, aligned tensors through the bound module; returns whether that was possible."""
         bound = self._contiguous
-        if bound is None or self._index != current_device():  # CUDA is up: something is bound
+        if bound is None or self._index != current_device():  # bound implies that CUDA is initialised
             return False
         addresses = [*map(_data_ptr, tensors)]
         if functools.reduce(operator.or_, addresses) % ALIGNMENT:
             return False
         if rows == 1 and any(tensor.ndim > 1 and tensor.stride(-2) != tensor.shape[-1] for tensor in tensors):
-            return False  # a single row counts as contiguous with a row stride that no descriptor takes
+            return False  # a single row is contiguous with any row stride, but a descriptor needs a valid one
         bound.start(tensors, addresses, rows, scaling)
         return True
 

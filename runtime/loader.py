@@ -1,4 +1,4 @@
-"""``load_kernel``: from an operation and its shapes to a callable, by looking up what was tuned. It never searches."""
+"""``load_kernel``: return a callable for an operation and its shapes, from what the stores hold. It never tunes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["Kernel", "explain", "load_kernel"]
 
 CPU = "cpu"
-"""What stands for the GPU in the spec of a kernel for CPU tensors."""
+"""The GPU field in the spec of a kernel for CPU tensors."""
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _loaded: dict[tuple[KernelSpec, torch.device, str | None], Kernel] = {}
 _asked: dict[tuple[object, ...], Kernel] = {}
-"""The kernels by the arguments that they were asked for with: a hit makes no spec and takes no lock."""
+"""Kernels by the arguments of :func:`load_kernel`: a hit makes no spec and takes no lock."""
 _MOST_ASKED = 1 << 14
-"""Entries of ``_asked`` before it starts anew; token counts are arguments, and may be of any number."""
+"""Size at which ``_asked`` is cleared. Each token count is a key of its own, so the number needs a limit."""
 _lock = threading.Lock()
 
 
@@ -56,25 +56,26 @@ def load_kernel(
 ) -> Kernel:
     """Return the best known kernel of ``op`` for these shapes on ``device``.
 
-    The lookup goes exact spec, nearest shape on the same GPU, same architecture, built-in default; ``explain()`` of
-    the result tells which. A second call with equal arguments returns the same object. On a CPU device the result is
-    the eager fp32-accumulating reference, and its ``provenance`` says so.
+    The lookup tries the exact spec, then the nearest shape on the same GPU, then the same architecture, then the
+    built-in default; ``explain()`` of the result says which one it found. Calls with equal arguments return the same
+    object. On a CPU device the result is the eager fp32-accumulating reference, with ``provenance`` "reference".
 
     Args:
         op: a name of :data:`~doratune.codegen.ops.OPS`: ``weight_norm``, ``lora_compose``, ``compose_backward``, …
         d_out, d_in, rank: sizes of W [d_out, d_in], A [rank, d_in], B [d_out, rank].
-        tokens: the number of tokens expected; the kernel is right for any number.
+        tokens: the expected number of tokens; the kernel is correct for any number.
         dtype: of W and of the activations. adapter_dtype: of A and B, ``dtype`` when None.
         magnitude_dtype: the norms also take m of this dtype and return g; ``compose_backward_exact`` and
             ``adapter_backward`` also take w and return the gradient of an m of this dtype instead of dg.
-        bias: add (or, backward, sum up) a bias. delta: the delta form. save: also return nW or inner.
-            output: ``compose_backward`` takes y instead of inner. autocast: fp32 A and B are rounded to ``dtype``, as
-            torch.autocast does, instead of kept exact.
-        device: the current GPU when None, the CPU where there is none.
-        store: a path or URL of the one store to ask first, instead of ``DORATUNE_CACHE_PATH``.
+        bias: add a bias (in the backward pass: also return its gradient). delta: the delta form. save: also return nW
+            or inner. output: ``compose_backward`` takes y instead of inner. autocast: round fp32 A and B to ``dtype``,
+            as torch.autocast does, instead of keeping them exact.
+        device: None means the current GPU, or the CPU if there is no GPU.
+        store: path or URL of the store to search first, instead of those in ``DORATUNE_CACHE_PATH``.
 
     Raises:
-        SpecError: an unknown operation, or a size or dtype it cannot take.
+        SpecError: an unknown operation, or a size or dtype that it does not support.
+        DeviceError: an unknown device, or one that is not present.
         UnknownGpuError: the device's architecture is not supported.
         StoreError: a store cannot be read.
     """
@@ -83,10 +84,10 @@ def load_kernel(
         (op, d_out, d_in, rank, tokens, dtype, adapter_dtype, magnitude_dtype),
         (bias, delta, save, output, autocast, where, store),
     )
-    if type(d_out) is type(d_in) is type(rank) is type(tokens) is int:  # 8.0 == 8, but is no rank
+    if type(d_out) is type(d_in) is type(rank) is type(tokens) is int:  # 8.0 == 8 would hit, but is refused below
         try:
             return _asked[asked]
-        except (KeyError, TypeError):  # not yet asked for, or an argument that no kernel has
+        except (KeyError, TypeError):  # a first call, or an argument that cannot be hashed
             pass
     where = find_device(where)
     spec = KernelSpec.create(
@@ -118,7 +119,7 @@ def load_kernel(
 
 
 def _settle(device: torch.device | str | int | None) -> torch.device:
-    """The device meant, with little ado where that is certain."""
+    """Resolve the device; fast path when it is explicit or the current GPU."""
     if device is None:
         return _cuda_device(current_device()) if torch.cuda.is_initialized() else find_device(None)
     if isinstance(device, torch.device) and device.index is not None:
@@ -132,8 +133,8 @@ def _cuda_device(index: int) -> torch.device:
 
 
 def explain(spec: KernelSpec | str, store: str | None = None) -> str:
-    """Say which config ``load_kernel`` would run for ``spec``, which lookup step found it, what was refused, and which
-    store has its binary.
+    """Say which config ``load_kernel`` would run for ``spec``, which lookup step found it, which entries were refused,
+    and which store has its binary.
 
     Raises:
         SpecError: the text is not a spec.
@@ -143,18 +144,18 @@ def explain(spec: KernelSpec | str, store: str | None = None) -> str:
 
 
 def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source]:
-    """Look ``spec`` up in the stores and render what was found, without compiling it.
+    """Look ``spec`` up in the stores and render the config that was found, without compiling it.
 
-    An exact entry must render to the very text it was tuned with; one that does not is refused.
+    An entry that no longer renders to the text it was tuned with is refused.
     """
     with _opened(store) as stack:
         return _resolve(spec, stack)
 
 
 def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source, Binaries]:
-    """The same, and the binaries of what was rendered.
+    """As :func:`resolve`, and find the stored binaries of the rendered source.
 
-    They come from the store of the entry that was chosen, from the user's own store or from a prebuilt one.
+    They come from the store of the chosen entry, from the user's own store or from a prebuilt one.
     """
     from ..cache.stack import trusted_locations
     from ..codegen.gpu import find_gpu
@@ -185,7 +186,7 @@ def _resolve(spec: KernelSpec, stack: list[Store]) -> tuple[Resolution, Source]:
     from ..codegen.variants import check_config, default_config, refuse_padding
 
     if spec.gpu == CPU:
-        raise SpecError(f"{spec}: CPU tensors run the eager reference, no kernel is looked up; name a GPU after the @")
+        raise SpecError(f"{spec} has no kernel: CPU tensors run the eager reference; name a GPU after the @")
     gpu = find_gpu(spec.gpu)
 
     def installed_digest(op: str, variant: str) -> str | None:
@@ -213,7 +214,9 @@ def _resolve(spec: KernelSpec, stack: list[Store]) -> tuple[Resolution, Source]:
 
 
 def emit(spec: KernelSpec | str, *, config: str | None = None, store: str | None = None) -> tuple[str, Source]:
-    """Render the kernel of ``spec`` with ``config``, or with the config that would run; returns provenance and source.
+    """Render the kernel of ``spec`` with ``config``; None means the config that ``load_kernel`` would run.
+
+    Returns the provenance of the config and the source.
 
     Raises:
         SpecError: the spec or the config is malformed, or the config cannot serve the spec.
@@ -244,5 +247,5 @@ def _load(spec: KernelSpec, device: torch.device, store: str | None) -> Kernel:
 def _dtype_name(argument: str, dtype: torch.dtype) -> str:
     if dtype not in _DTYPE_NAMES:
         names = ", ".join(map(str, _DTYPE_NAMES))
-        raise SpecError(f"{argument}={dtype!r}: unsupported dtype; use one of {names}")
+        raise SpecError(f"{argument} must be one of {names}, got {dtype!r}")
     return _DTYPE_NAMES[dtype]

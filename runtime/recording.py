@@ -1,10 +1,10 @@
-"""Recording what an emitted ``launch`` does, and repeating it without running it.
+"""Record what an emitted ``launch`` does, and repeat it without running its Python.
 
-An emitted ``launch`` reads like one that a person wrote: it allocates its workspace, describes its matrices to the
-tensor memory accelerator, works out grids and starts its kernels. For one number of tokens and one scaling all of it is
-the same every time but the addresses. A :class:`Recording` keeps the rest: the workspace is one allocation, a tensor
-map is made once for each address, and to start a kernel is to pick its arguments. On an H200's host a ``weight_norm``
-at 4096x4096, r = 384 took 185 us as emitted and 24 us so (benchmarks/results/h200/host.json).
+An emitted ``launch`` allocates its workspace, makes tensor descriptors, computes grids and starts its kernels. For one
+number of tokens and one scaling, only the addresses differ from call to call. A :class:`Recording` keeps everything
+else: it makes one allocation for the whole workspace and one tensor map per address, and starts each kernel with
+arguments that it picks from a list. On an H200's host the op ``weight_norm`` at 4096x4096, r = 384 took 185 us as
+emitted and 24 us from its recording (benchmarks/results/h200/host.json).
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from ..internals.torch import DispatchMode, current_stream
 from ..internals.triton import InternalsError, Launcher, MapMaker, is_hooked, launch_hooks, warn_once
 
 _MOST_RECORDINGS = 1 << 10
-"""Token counts of which a kernel keeps a recording; others run its ``launch``."""
+"""Recordings that a kernel keeps; further token counts and scalings run its ``launch``."""
 
 _MOST_MAPS = 1 << 10
-"""Addresses of which a descriptor keeps the tensor map (128 bytes each) before it starts anew."""
+"""Tensor maps (128 bytes each) that a descriptor keeps before it discards them all."""
 
 Maps = dict[tuple[Hashable, ...], "_TensorMaps"]
-"""A kernel's descriptors by place, shape and strides: those of W, A and B are the same for every number of tokens."""
+"""A kernel's descriptors by position, shape and strides. Those of W, A and B serve every number of tokens."""
 
 _WORKSPACE_ALIGNMENT = 512
-"""As PyTorch's allocator aligns what it hands out."""
+"""Bytes; the alignment of PyTorch's allocator."""
 
 _HARMLESS = frozenset(
     {"aten::empty.memory_format", "aten::empty_like", "aten::detach", "aten::select.int", "aten::slice.Tensor"}
 )
-"""What a ``launch`` may ask of PyTorch and still be repeated by its kernels alone: memory and views of it."""
+"""PyTorch operators that allocate or make views: a ``launch`` that calls only these can be recorded."""
 
 
 class Recording:
-    """The kernels that an emitted ``launch`` starts, with their arguments but for the addresses.
+    """The kernels that an emitted ``launch`` starts, with all their arguments except the addresses.
 
-    Made by :func:`record` for tensors of one shape. Repeating it lines up all that the kernels are given (the stream,
-    the operands' addresses, places in the workspace, tensor maps, what is always the same), of which each kernel then
-    takes its arguments. It allocates the workspace and nothing else.
+    :func:`record` makes it for tensors of one shape. A run builds one list of values, the line: the stream, the
+    addresses of operands, the addresses in the workspace, the tensor maps and the constants. Each kernel picks its
+    arguments from it by index. A run allocates only the workspace.
     """
 
     def __init__(self, steps: Sequence[_Step], line: _Line) -> None:
@@ -58,7 +58,7 @@ class Recording:
         """Start the kernels on operands at ``addresses``, in the order of ``launch``'s parameters, on ``stream``.
 
         Raises:
-            InternalsError: in the first run, if not even the first kernel could be started: Triton has changed.
+            InternalsError: the first kernel of the first run could not be started, because Triton has changed.
         """
         line: list[Any] = [stream, *addresses]
         if self._workspace_bytes:
@@ -93,7 +93,10 @@ _Take = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class _Settled(NamedTuple):
-    """A kernel's C launcher, and what takes its arguments from the line: ``rest``, if any, those in one sequence."""
+    """A kernel's C launcher and the pickers of its arguments from the line.
+
+    ``rest``, if not None, picks the arguments that the launcher takes as one sequence.
+    """
 
     start: Callable[..., None]
     head: _Take
@@ -101,9 +104,9 @@ class _Settled(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One kernel: its C launcher, and where in the line each of its arguments is.
+    """A kernel's C launcher and the place of each of its arguments in the line.
 
-    From ``in_one`` on, unless that is 0, the launcher takes the arguments as one sequence.
+    If ``in_one`` is not 0, the launcher takes the arguments from that index on as one sequence.
     """
 
     start: Callable[..., None]
@@ -118,15 +121,15 @@ class _Step(NamedTuple):
 
 
 def _taking(indices: Sequence[int]) -> _Take:
-    if len(indices) < 2:  # of one index, itemgetter makes no sequence
+    if len(indices) < 2:  # with one index, itemgetter returns no sequence
         return lambda line: [line[index] for index in indices]
     return operator.itemgetter(*indices)
 
 
 class _TensorMaps:
-    """The tensor maps of one descriptor argument, by the address of the matrix that it describes.
+    """The tensor maps of one descriptor argument, by the address of its matrix.
 
-    Activations may lie elsewhere in every step, and then need new maps.
+    Activations may have a new address in every step, and each address needs its own map.
     """
 
     def __init__(self, descriptor: Any, metadata: Any) -> None:
@@ -141,7 +144,7 @@ class _TensorMaps:
 
 
 class _Recorder:
-    """In place of a kernel while ``launch`` is recorded: notes the start, and starts."""
+    """Replaces a kernel while ``launch`` is recorded: records the start, then starts the kernel."""
 
     def __init__(self, launcher: Launcher, starts: list[_Start]) -> None:
         self._launcher = launcher
@@ -162,7 +165,7 @@ class _Start(NamedTuple):
 
 
 class _Watch(DispatchMode or object):  # type: ignore[misc]
-    """Notes whether anything is computed by PyTorch, which a repetition of the kernels would leave out."""
+    """Detects operators that PyTorch computes during ``launch``; a recording would leave them out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,12 +177,12 @@ class _Watch(DispatchMode or object):  # type: ignore[misc]
 
 
 class Bound:
-    """A bound module for contiguous operands: it is started by repeating what its ``launch`` did before."""
+    """A bound module for contiguous operands, which repeats recordings of its ``launch``."""
 
     def __init__(self, module: ModuleType, device: torch.device) -> None:
         self._module = module
         self._device = device
-        self._index = device.index  # an attribute of a device is made anew each time
+        self._index = device.index  # reading the attribute makes a new object each time
         self._hooks = launch_hooks()
         self._recordings: dict[tuple[int, float | None], Recording | None] = {}
         self._maps: Maps = {}
@@ -187,11 +190,12 @@ class Bound:
     def start(
         self, tensors: Sequence[torch.Tensor], addresses: Sequence[int], rows: int, scaling: float | None
     ) -> None:
-        """Run on the operands, on the current stream of the device, which is the current one.
+        """Run on the operands, on the current stream. The module's device must be the current one.
 
-        ``addresses`` are the tensors' own; ``rows`` are the first one's, which are the tokens where there are any.
+        ``addresses`` are the addresses of ``tensors``. ``rows`` is the number of rows of the first tensor: the number
+        of tokens, if the operation has any.
         """
-        shape = (rows, scaling)  # all that a spec leaves open
+        shape = (rows, scaling)  # all that varies between launches of one spec
         recording = self._recordings.get(shape)
         watched = is_hooked(self._hooks)
         if recording is not None and not watched:
@@ -212,20 +216,20 @@ class Bound:
 def record(
     module: ModuleType, tensors: Sequence[torch.Tensor], scalars: tuple[float, ...], maps: Maps
 ) -> Recording | None:
-    """Run the ``launch`` of a bound module once and return what it did; None if its kernels are not all that it does.
+    """Run the ``launch`` of a bound module once and return its recording; None if it does more than start kernels.
 
-    ``tensors`` are contiguous; the recording is right for others of their shapes, strides and alignment. ``maps`` are
-    the module's, which its recordings share.
+    ``tensors`` must be contiguous; the recording is valid for tensors of the same shapes, strides and alignment.
+    ``maps`` are shared by all recordings of a module.
     """
     kernels = [getattr(module, name) for name in kernel_names(module)]
     if DispatchMode is None or not all(isinstance(kernel, Launcher) for kernel in kernels):
-        module.launch(*tensors, *scalars)  # what it computes, or starts, would go unseen
+        module.launch(*tensors, *scalars)  # not all of its computations and starts would be seen
         return None
     starts: list[_Start] = []
     recorders = {name: _Recorder(held, starts) for name, held in vars(module).items() if isinstance(held, Launcher)}
     emitted = module.launch
     launch = FunctionType(emitted.__code__, {**emitted.__globals__, **recorders}, closure=emitted.__closure__)
-    # Each operand is an object of its own, also where two are one memory: y may be base this time and not the next.
+    # One object per operand, even where two share memory: y may be base in this call and not in the next.
     operands = [tensor.detach() for tensor in tensors]
     with torch.no_grad(), _Watch() as watch:
         launch(*operands, *scalars)
@@ -244,14 +248,14 @@ def _assemble(starts: Sequence[_Start], operands: Sequence[torch.Tensor], maps: 
 
 
 class _Place(NamedTuple):
-    """A value in a line: the ``number``-th of its part."""
+    """The position of a value in a line: the ``number``-th value of a part."""
 
     part: str
     number: int
 
 
 class _Line:
-    """What a recording's kernels are given, as it is found while their starts are gone through."""
+    """The layout of a recording's line, built while the recorded starts are read one after another."""
 
     def __init__(self, operands: Sequence[torch.Tensor]) -> None:
         self._operands = operands
@@ -262,7 +266,7 @@ class _Line:
         self.constants: list[object] = []
 
     def index(self, place: _Place) -> int:
-        """Where a value is, once all are known."""
+        """The index of a value in the line; valid once all starts have been read."""
         parts = {
             "stream": 1,
             "operand": len(self._operands),
@@ -282,10 +286,10 @@ class _Line:
         return _Place("descriptor", len(self.descriptors) - 1)
 
     def tensor(self, tensor: torch.Tensor) -> _Place:
-        """The place of a tensor's address: that of an operand, or one in an allocation made on the way.
+        """The place of a tensor's address: an operand's, or one in the workspace.
 
         Raises:
-            LookupError: a part of an operand, of which there may be several in one memory.
+            LookupError: ``tensor`` is a view of an operand. Operands may share memory, so the view's owner is unknown.
         """
         for index, operand in enumerate(self._operands):
             if tensor is operand:

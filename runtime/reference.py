@@ -1,7 +1,7 @@
-"""The operations written out in PyTorch: the eager reference that runs on CPU tensors, and the fp64 definition.
+"""The operations in PyTorch: the eager reference, which runs on CPU tensors, and the fp64 definition.
 
 Both take a spec and its inputs by name, and return the outputs by name. The reference accumulates in fp32 and returns
-the contract's dtypes; the definition computes in fp64 straight from the contract, and is what accuracy is held to.
+the contract's dtypes. The definition computes the contract's formula in fp64; accuracy is measured against it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Tensors = Mapping[str, torch.Tensor]
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _DENSE_ELEMENTS = 1 << 26
-"""Elements of W + sBA that the fp64 definition makes at a time."""
+"""Elements of W + sBA that the fp64 definition holds at a time."""
 
 _WIDENED_ELEMENTS = 1 << 20
-"""Elements of W that the eager norm holds in fp32 at a time, so that its memory does not grow with W."""
+"""Elements of W that the reference holds in fp32 at a time, so that its memory does not grow with W."""
 
 
 def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def definition(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[
 
 
 def _autocast(spec: KernelSpec, inputs: Tensors) -> Tensors:
-    """The inputs with A and B rounded to the dtype of W and x where ``spec`` says so, as torch.autocast does."""
+    """The inputs, with A and B rounded to the dtype of W and x if ``spec.autocast``, as torch.autocast does."""
     if not spec.autocast:
         return inputs
     dtype = TORCH_DTYPES[spec.weight or spec.activation]
@@ -60,7 +60,7 @@ def _autocast(spec: KernelSpec, inputs: Tensors) -> Tensors:
 
 
 def _widened(inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The inputs in ``dtype``, but for W, which is widened where it is used, in parts."""
+    """The inputs in ``dtype``, except W: it is converted in parts where it is used."""
     return {name: tensor if name == "weight" else tensor.to(dtype) for name, tensor in inputs.items()}
 
 
@@ -95,7 +95,7 @@ def _dense_norm(inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
 
 
 def _dense_rows(inputs: Tensors, scaling: float, rows: torch.Tensor, elements: int) -> torch.Tensor:
-    """``||W + sBA||`` of these rows [n] in fp64 from the summed entries, of which ``elements`` exist at a time."""
+    """``||W + sBA||`` of ``rows`` [n] in fp64 from the entries of W + sBA; holds ``elements`` of them at a time."""
     weight, lora_b = inputs["weight"], inputs["lora_B"]
     lora_a = inputs["lora_A"].double()
     norms = [
@@ -121,10 +121,10 @@ def cancels(
     scaling: float,
     share: float = LEAST_SHARE,
 ) -> torch.Tensor:
-    """In which rows, [d_out] bool, the terms of w**2 nearly cancel, so that the factored w [d_out] has lost digits.
+    """Return a mask [d_out] bool of rows where the terms of w**2 nearly cancel, so that the factored w loses digits.
 
-    ``weight_sq`` is rowsum(W*W) [d_out]; A [r, d_in] and B [d_out, r] in w's dtype. ``share`` is the least share of
-    its terms' size that w**2 may keep (:data:`~doratune.codegen.ops.LEAST_SHARE`).
+    ``norm`` is w [d_out] and ``weight_sq`` is rowsum(W*W) [d_out]; A [r, d_in] and B [d_out, r] have w's dtype. A row
+    cancels if w**2 is below ``share`` times the size of its terms (:data:`~doratune.codegen.ops.LEAST_SHARE`).
     """
     summands = lora_B.square() @ lora_A.square().sum(dim=1)
     return norm.square() < share * (weight_sq + scaling**2 * summands)

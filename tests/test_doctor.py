@@ -1,4 +1,4 @@
-"""``doctor`` finds what is installed, says whether that is tested, and names what is broken."""
+"""``doctor`` lists what is installed, whether it is tested, and what is broken."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def found(what: str, store: str | None = None) -> list[doctor.Finding]:
 
 
 def test_the_versions_that_the_tests_pin_are_tested() -> None:
-    for library in versions.TESTED:
-        (oldest,), (newest,) = found(library), found(library)
+    for package in versions.TESTED:
+        (oldest,), (newest,) = found(package), found(package)
         assert oldest.verdict == newest.verdict == doctor.OK
-        for end, column in zip(versions.TESTED[library], ("oldest", "newest"), strict=True):
-            assert ".".join(map(str, end)) == ".".join(pins(column)[library].split(".")[:2])
+        for end, column in zip(versions.TESTED[package], ("oldest", "newest"), strict=True):
+            assert ".".join(map(str, end)) == ".".join(pins(column)[package].split(".")[:2])
 
 
 @pytest.mark.parametrize(
     ("version", "verdict"), [("2.9.1", doctor.UNTESTED), ("2.13.0+cu130", doctor.OK), ("3.0", doctor.UNTESTED)]
 )
 def test_a_version_outside_the_range_is_untested(version: str, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed", lambda library: version if library == "torch" else "3.7.1")
+    monkeypatch.setattr(doctor, "installed", lambda package: version if package == "torch" else "3.7.1")
     (torch,) = found("torch")
     assert (torch.found, torch.verdict) == (version, verdict)
     assert versions.tested_range("torch") in torch.remark
 
 
-def test_a_library_that_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed", lambda library: None if library == "peft" else "3.7.1")
+def test_a_package_that_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed", lambda package: None if package == "peft" else "3.7.1")
     (peft,) = found("peft")
     assert (peft.found, peft.verdict) == ("not installed", doctor.MISSING)
 

@@ -1,4 +1,4 @@
-"""The PEFT drop-in: every DoRA layer of a PEFT model on doratune's kernels, through PEFT's own hook for variants."""
+"""The PEFT drop-in: runs the DoRA layers of a PEFT model on doratune's kernels, through PEFT's hook for variants."""
 
 from .report import Layer, Report
 from .swap import accelerate, restore

@@ -1,10 +1,10 @@
-"""The base layers that DoRA is made on top of, as one value each: what kind, where W is, and who makes its gradient.
+"""The base layers that DoRA adapts: their kind, their W, and whether doratune may compute their gradient.
 
-A dense W is read as a matrix. A quantised one is only multiplied by, and only by the forward of the library that made
-it: how a library stores W and calls its kernels changes from version to version. A goes through that forward as r extra
-tokens, which gives WAᵀ for the norm, and once blocks of unit vectors, which give rowsum(W²). The exception is
-bitsandbytes' 8-bit layer. It rounds its input to 8 bits (and keeps columns with outliers in 16), so it is not the
-linear map of any W. PEFT takes the norm of the dequantised int8 matrix there, and so does doratune, in blocks of rows.
+A dense W is read as a matrix. A quantised W is only used through the forward of the package that made it, because its
+storage format and kernels change from version to version. The rows of A go through that forward as r extra tokens,
+which gives WAᵀ for the norm. Blocks of unit vectors go through it once, which gives rowsum(W²). The exception is
+bitsandbytes' 8-bit layer. It rounds its input to 8 bits (and keeps columns with outliers in 16), so it is not a linear
+map. There PEFT computes the norm of the dequantised int8 matrix, and doratune does the same, in blocks of rows.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ LINEAR, CONV1D, BNB_4BIT, BNB_8BIT, HQQ, TORCHAO = (
 _DENSE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PLAIN = (torch.Tensor, nn.Parameter)
 _WEIGHT_ONLY = ("AffineQuantizedTensor", "Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
-"""torchao's tensors that leave the activations as they are, unless one of these attributes says otherwise."""
+"""torchao's tensors that do not quantise activations, unless one of :data:`_ACTIVATION_QUANTISED` is set."""
 _ACTIVATION_QUANTISED = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
 
 _BLOCK_ELEMENTS = 1 << 24
-"""Elements of W that exist at a time while a quantised W is read: 64 MB in fp32."""
+"""Elements of W that are held at a time while a quantised W is read: 64 MB in fp32."""
 
 
 class NotNow(str):
-    """A reason that may be gone at the next call: parameters that are sharded or not loaded yet."""
+    """A reason that may not hold in the next call: parameters that are sharded or not loaded yet."""
 
 
 class BaseLayer(NamedTuple):
-    """A base layer that doratune can build on.
+    """A base layer that doratune supports.
 
-    ``weight`` is the tensor that holds W; ``matrix`` is W [d_out, d_in] where that is dense, else None. ``plain`` says
-    that nothing but the product with a frozen W makes the layer's output, so that its gradient can be made elsewhere.
-    ``private`` says that its output is fresh memory that only its caller has and its own backward does not need.
+    ``weight`` is the tensor that holds W; ``matrix`` is W [d_out, d_in] if it is dense, else None. ``plain``: the
+    layer only multiplies by a frozen W and adds the bias, so doratune may compute its gradient. ``private``: its output
+    is new memory that only the caller holds and that the layer's own backward pass does not need.
     """
 
     kind: str
@@ -56,7 +56,10 @@ class BaseLayer(NamedTuple):
 
 
 def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> BaseLayer | str:
-    """What ``base`` [d_out, d_in] is; ``transposed`` when it stores W as [d_in, d_out]. A sentence when unsupported."""
+    """Examine ``base`` [d_out, d_in]; ``transposed`` if it stores W as [d_in, d_out].
+
+    Returns a :class:`BaseLayer`, or the reason why doratune does not support it.
+    """
     if type(base) is not nn.Linear and isinstance(getattr(base, "W_q", None), torch.Tensor):
         return _quantised(HQQ, base, base.W_q, "hqq")  # type: ignore[arg-type]
     weight = getattr(base, "weight", None)
@@ -78,7 +81,7 @@ def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> Ba
 
 
 def _is_ordinary(base: nn.Module, transposed: bool) -> bool:
-    """Whether ``base`` is of PyTorch's or transformers' own class, which returns W x + b and keeps nothing."""
+    """Whether ``base`` has PyTorch's or transformers' own class, which returns W x + b and saves no output."""
     if not transposed:
         return type(base) is nn.Linear
     theirs = "transformers.pytorch_utils"
@@ -95,35 +98,35 @@ def _subclassed(base: nn.Module, weight: torch.Tensor, shape: tuple[int, int]) -
         if weight.dtype is not torch.int8:
             return f"its 8-bit layer holds a weight in {weight.dtype} (has_fp16_weights, or not quantised yet)"
         if weight.shape != shape:
-            return f"its 8-bit weight has shape {list(weight.shape)}, not that of W: {list(shape)}"
+            return f"its 8-bit weight must have the shape of W, {list(shape)}, got {list(weight.shape)}"
         return _quantised(BNB_8BIT, base, weight, "bitsandbytes")
     if module.startswith("torchao."):
         inexact = [attribute for attribute in _ACTIVATION_QUANTISED if getattr(weight, attribute, None) is not None]
         if name not in _WEIGHT_ONLY or inexact:
-            return f"torchao's {name} is no weight-only quantisation{f' ({inexact[0]} is set)' if inexact else ''}"
+            return f"torchao's {name} is not weight-only quantisation{f' ({inexact[0]} is set)' if inexact else ''}"
         return _quantised(TORCHAO, base, weight, "torch")
     if name == "DTensor":
         return NotNow("its weight is a DTensor: sharded")
     return f"its weight is a {module}.{name}"
 
 
-def _quantised(kind: str, base: nn.Module, weight: torch.Tensor, library: str) -> BaseLayer | str:
-    """A layer of this kind, if its class's forward is the one that ``library`` wrote, and a linear map."""
+def _quantised(kind: str, base: nn.Module, weight: torch.Tensor, package: str) -> BaseLayer | str:
+    """A layer of this kind if its class's forward comes from ``package`` and does not round its input."""
     if weight.is_meta:
         return NotNow("its weight is on the meta device")
     forward = type(base).forward
-    if forward.__module__.split(".")[0] != library:
-        return f"the forward of its {type(base).__name__} comes from {forward.__module__}, not from {library}"
+    if forward.__module__.split(".")[0] != package:
+        return f"the forward of its {type(base).__name__} comes from {forward.__module__}, not from {package}"
     if kind == HQQ and forward.__name__.endswith("_int8"):
         return f"HQQ's backend {forward.__name__} rounds the layer's input to 8 bits"
     return BaseLayer(kind, weight, None, plain=False, private=is_untouched(base))
 
 
 def multiply(base: nn.Module, layer: BaseLayer, rows: torch.Tensor) -> torch.Tensor:
-    """``rows @ W.T`` [..., d_out] of a quantised layer, of rows [..., d_in], in the dtype that the layer computes in.
+    """Return ``rows @ W.T`` [..., d_out] of a quantised layer for rows [..., d_in], in the layer's compute dtype.
 
-    By the forward of the layer's class, without hooks: PEFT, too, multiplies by W and does not call the layer. And
-    without the bias: added and taken off again, a large one would leave nothing of a small product in 16 bits.
+    It calls the forward of the layer's class, without hooks, as PEFT multiplies by W without calling the layer. It
+    leaves the bias out: adding a large bias and subtracting it again would round a small product away in 16 bits.
     """
     dtype = layer.weight.dtype if layer.kind == TORCHAO else getattr(base, "compute_dtype", None)
     product: torch.Tensor = type(base).forward(_without_bias(base), rows.to(dtype or rows.dtype))
@@ -131,11 +134,12 @@ def multiply(base: nn.Module, layer: BaseLayer, rows: torch.Tensor) -> torch.Ten
 
 
 def _without_bias(base: nn.Module) -> nn.Module:
-    """A layer of the same class and tensors as ``base`` that has no bias and lives for one call.
+    """A temporary layer with the class and tensors of ``base`` but no bias.
 
-    The layer itself stays as it is, for other threads and if the call fails. What a forward notes down in its layer at
-    the first call (bitsandbytes its compute dtype) goes into the copy. In training bitsandbytes does not repack a
-    weight for the CPU: that, W would share with ``base``, whose backward may still need the old format.
+    ``base`` is not changed, because other threads may use it and the call may fail. Attributes that a forward sets at
+    its first call (bitsandbytes' compute dtype) are set on the copy. The copy is in training mode, in which
+    bitsandbytes does not repack the weight for the CPU: the copy shares W with ``base``, whose backward may need the
+    old format.
     """
     bare: nn.Module = object.__new__(type(base))
     bare.__dict__.update(base.__dict__, training=True, _parameters={**base._parameters, "bias": None})
@@ -144,7 +148,7 @@ def _without_bias(base: nn.Module) -> nn.Module:
 
 
 def products(base: Any, layer: BaseLayer, lora_A: torch.Tensor) -> torch.Tensor:
-    """``W @ A.T`` [d_out, r] in fp32 of a quantised layer, A [r, d_in]."""
+    """Return ``W @ A.T`` [d_out, r] in fp32 of a quantised layer, for A [r, d_in]."""
     if layer.kind != BNB_8BIT:
         return multiply(base, layer, lora_A).float().T
     wide = lora_A.float().T
@@ -152,7 +156,7 @@ def products(base: Any, layer: BaseLayer, lora_A: torch.Tensor) -> torch.Tensor:
 
 
 def row_squares(base: Any, layer: BaseLayer, d_out: int, d_in: int) -> torch.Tensor:
-    """``rowsum(W*W)`` [d_out] in fp32 of a quantised layer, without ever holding all of W."""
+    """Return ``rowsum(W*W)`` [d_out] in fp32 of a quantised layer, from blocks of W."""
     if layer.kind == BNB_8BIT:
         return torch.cat([rows.square().sum(dim=1) for rows in _int8_rows(base, layer)])
     total: torch.Tensor | None = None

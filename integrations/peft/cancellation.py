@@ -1,8 +1,8 @@
-"""Rows of a quantised layer in which sBA takes most of W away: the factored norm has lost its digits there.
+"""Handle rows of a quantised layer in which sBA nearly cancels W, so that the factored norm loses its digits.
 
-Of a dense W such rows are found and redone on the GPU (``weight_norm_exact``). A quantised W has no rows that could be
-read: there is only the base layer's product. So here the layer is watched, and once such rows are found in it, its norm
-is summed from W's entries, which unit vectors bring out of the base layer block by block.
+For a dense W such rows are found and recomputed on the GPU (op ``weight_norm_exact``). The rows of a quantised W cannot
+be read; only the base layer's product is available. So the layer is checked for such rows, and once it has any, its
+norm is computed from the entries of W, which the base layer gives block by block as its product with unit vectors.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from ...nn.norm import norm_from_products
 from ...runtime.reference import cancels
 
 _LOOK_EVERY = 16
-"""Norms from one look at a training adapter to the next. An optimizer's steps are small, and where rows are noticed
-little is lost yet: products in 16 bits put w off by 1e-3 then."""
+"""Norms from one check of a training adapter to the next. An optimizer's steps are small, and at the share where a row
+counts as cancelling, products in 16 bits change w by only about 1e-3."""
 
 _LOST_SHARE = LEAST_SHARE / 8
-"""Below this share of its terms w is off by more than PEFT's 16-bit sum of W and BA would be: by about 1e-2."""
+"""Below this share of its terms, w has a larger error than PEFT's 16-bit sum of W and BA: about 1e-2."""
 
 _BLOCK_ELEMENTS = 1 << 22
-"""Entries of W + sBA that exist at a time: 32 MB in fp64."""
+"""Entries of W + sBA that are held at a time: 32 MB in fp64."""
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 """``W @ rows.T`` [d_out, n] fp32 by the base layer, of rows [n, d_in]."""
 
 
 class CancellationWatch:
-    """The norm of one quantised layer and adapter, summed from W's entries once its terms were seen to cancel.
+    """The norm of one quantised layer and adapter, computed from W's entries once its terms are found to cancel.
 
-    On a CPU every norm is looked at; on a GPU the first one, and each one whose A or B were written to, if nothing is
-    trained. While an adapter is trained, only every 16th is, and nothing waits for the answer. Where nobody can look
-    (a compiler traces, a CUDA graph is captured), rows that have lost their digits are NaN: run the layer once before.
+    On a CPU every norm is checked. On a GPU the first norm is checked, and without training also each norm after a
+    write to A or B. In training only every 16th norm is checked, and nothing waits for the result. While a compiler
+    traces or a CUDA graph is captured no check is possible, and rows that have lost their digits become NaN. Run the
+    layer once before that.
     """
 
     def __init__(self, layer: str) -> None:
@@ -55,11 +56,11 @@ class CancellationWatch:
         *,
         trains: bool,
     ) -> torch.Tensor:
-        """``||W + sBA||`` by rows, [d_out] fp32.
+        """Return the row norms ``||W + sBA||``, [d_out] fp32.
 
         Args:
             weight_sq: ``rowsum(W*W)`` [d_out] fp32. lora_A: A [r, d_in]. lora_B: B [d_out, r]. scaling: s.
-            multiply: the base layer's product. trains: whether gradients are asked for.
+            multiply: the base layer's product. trains: whether gradients are on.
         """
         if not self._found:
             norm = norm_from_products(weight_sq, multiply(lora_A), lora_A, lora_B, scaling)
@@ -72,14 +73,14 @@ class CancellationWatch:
                 return norm
             self._found = True
             warnings.warn(
-                f"in {count} of {norm.shape[0]} rows of {self._layer} the adapter takes most of W away: from now on "
-                "doratune sums the norm of this layer from the entries of W, which takes longer in every call",
+                f"in {count} of {norm.shape[0]} rows of {self._layer} the adapter cancels most of W: from now on "
+                "doratune computes the norm of this layer from the entries of W, which is slower in every call",
                 stacklevel=2,
             )
         return summed_norm(lora_A, lora_B, scaling, multiply)
 
     def _look(self, count: Callable[[], torch.Tensor], a: torch.Tensor, b: torch.Tensor, trains: bool) -> int:
-        """In how many rows terms are known to cancel; 0 where that is not looked at, or not known yet."""
+        """The number of rows whose terms cancel; 0 if this norm is not checked or the result is not known yet."""
         versions = tuple([0 if tensor.is_inference() else tensor._version for tensor in (a, b)])
         written, self._versions = versions != self._versions, versions
         self._norms += 1
@@ -95,7 +96,7 @@ class CancellationWatch:
 
 
 class _Answer:
-    """A whole number on its way from the GPU."""
+    """An integer that is being copied from the GPU."""
 
     def __init__(self, number: torch.Tensor) -> None:
         self._memory = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
@@ -110,7 +111,7 @@ class _Answer:
 
 
 def summed_norm(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, multiply: Multiply) -> torch.Tensor:
-    """``||W + sBA||`` by rows, [d_out] fp32, from the entries summed in fp64, a block of columns at a time."""
+    """The row norms ``||W + sBA||``, [d_out] fp32, from the entries in fp64, a block of columns at a time."""
     d_in, d_out = lora_A.shape[1], lora_B.shape[0]
     a, b = lora_A.double(), scaling * lora_B.double()
     step = max(1, _BLOCK_ELEMENTS // max(d_in, d_out))

@@ -1,8 +1,7 @@
-"""What a DoRA layer of PEFT is made of at this moment, and why doratune may have to leave it to PEFT.
+"""Read the parts of a PEFT DoRA layer, or the reason why doratune must leave the layer to PEFT.
 
-Parameters can be anything at forward time: gathered or still sharded, wrapped, offloaded, hooked. So a layer is looked
-at anew in every call, and whatever is not plainly what the formula needs goes PEFT's way: never a shard taken for a
-weight.
+At forward time parameters may be gathered or still sharded, wrapped, offloaded or hooked. So every call examines the
+layer, and anything unexpected runs PEFT's code, so a shard is never mistaken for the full weight.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
 class DoraLayer(NamedTuple):
-    """The parts of a DoRA adapter: A [r, d_in], B [d_out, r], m [d_out], s, and the layer beneath, W [d_out, d_in]."""
+    """The parts of a DoRA layer: A [r, d_in], B [d_out, r], m [d_out], s, and the base layer with W [d_out, d_in]."""
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
@@ -32,10 +31,10 @@ class DoraLayer(NamedTuple):
 
 
 class Glance:
-    """What :func:`examine` said of a layer, for as long as a glance shows that nothing it looks at has changed.
+    """Caches the result of :func:`examine` for a layer, reused while its inputs are unchanged.
 
-    Only of a plain W: what a quantised one consists of is its own business. A step on the GPU can wait for Python, and
-    this is paid in every forward pass of every layer.
+    A forward pass may wait for Python, and every layer is examined in every forward pass. Only layers with a plain W
+    are cached, because the inner tensors of a quantised W cannot be compared cheaply.
     """
 
     def __init__(self) -> None:
@@ -43,8 +42,8 @@ class Glance:
         self._parts: tuple[_Part, ...] = ()
 
     def look(self, module: LoraLayer, adapter: str) -> DoraLayer | str:
-        """What :func:`examine` says."""
-        if torch.compiler.is_compiling():  # a compiler holds what it has seen against what is there itself
+        """Return :func:`examine` of ``adapter`` in ``module``, from the cache if nothing has changed."""
+        if torch.compiler.is_compiling():  # a compiler guards what it has read itself
             return examine(module, adapter)
         known = self._found
         if known is not None and self._unchanged(module, adapter, known):
@@ -68,14 +67,14 @@ class Glance:
                 return False
             if part._parameters.get("weight") is not weight or not is_untouched(part):
                 return False
-            # Sharding a model and moving it put other values into the same parameter.
+            # Sharding or moving a model changes the data of the same parameter object.
             if weight.data_ptr() != before.address or weight.dtype is not before.dtype or weight.shape != before.shape:
                 return False
         return not known.base.weight.requires_grad and parts[1]._parameters.get("bias") is None
 
 
 class _Part(NamedTuple):
-    """One of a layer's modules, and where the values of its weight were."""
+    """A submodule of a layer, and the address, dtype and shape of its weight when it was examined."""
 
     module: nn.Module
     kind: type
@@ -92,7 +91,7 @@ class _Part(NamedTuple):
 
 
 def _parts(module: LoraLayer, adapter: str) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module] | None:
-    """The modules of A, B, m and W, without the detours of ``nn.Module.__getattr__``; None if they are elsewhere."""
+    """The modules of A, B, m and W, read without the slow ``nn.Module.__getattr__``; None if one is missing."""
     try:
         modules: dict[str, nn.Module] = module._modules
         a, b, m = (modules[name]._modules[adapter] for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
@@ -103,7 +102,7 @@ def _parts(module: LoraLayer, adapter: str) -> tuple[nn.Module, nn.Module, nn.Mo
 
 
 def examine(module: LoraLayer, adapter: str) -> DoraLayer | str:
-    """The parts of ``adapter`` in ``module``, or the reason why the adapter is PEFT's business."""
+    """Return the parts of ``adapter`` in ``module``, or the reason why doratune leaves it to PEFT."""
     d_out, d_in = module.out_features, module.in_features
     lora_a, lora_b = module.lora_A[adapter], module.lora_B[adapter]
     magnitude = module.lora_magnitude_vector[adapter]
@@ -115,7 +114,7 @@ def examine(module: LoraLayer, adapter: str) -> DoraLayer | str:
         if type(part) is not kind:
             return NotNow(f"its {name} is wrapped as {type(part).__name__}, so its weight may be a shard")
         if not is_untouched(part):
-            return f"its {name} has hooks or a patched forward, which only run when PEFT calls it"
+            return f"its {name} has hooks or a patched forward, which run only if PEFT calls it"
         if hasattr(part.weight, "ds_id"):
             return NotNow(f"its {name} is partitioned by DeepSpeed ZeRO-3")
         if type(part.weight) not in PLAIN_TENSORS:
@@ -123,7 +122,7 @@ def examine(module: LoraLayer, adapter: str) -> DoraLayer | str:
         if part.weight.is_meta:
             return NotNow(f"its {name} is on the meta device")
     if lora_b.bias is not None:
-        return "lora_bias=True: PEFT lets that bias into the norm too"
+        return "lora_bias=True: in PEFT that bias changes the norm too"
     rank = lora_a.weight.shape[0] if lora_a.weight.ndim else 0
     for name, part, shape in (
         ("lora_A", lora_a, (rank, d_in)),
@@ -131,14 +130,14 @@ def examine(module: LoraLayer, adapter: str) -> DoraLayer | str:
         ("lora_magnitude_vector", magnitude, (d_out,)),
     ):
         if part.weight.shape != shape:
-            return NotNow(f"its {name} has shape {list(part.weight.shape)} where {list(shape)} is due: a shard")
+            return NotNow(f"its {name} must have shape {list(shape)}, got {list(part.weight.shape)}: a shard")
     scaling = module.scaling[adapter]
     if not isinstance(scaling, int | float):
-        return f"its scaling is a {type(scaling).__name__}, not a number"
+        return f"its scaling must be a number, got {type(scaling).__name__}"
     layer = module.get_base_layer()
     base = read_base(layer, d_out, d_in, transposed=module.fan_in_fan_out)
     if isinstance(base, str):
         return base
-    if module.base_layer is not layer:  # another tuner's layer lies between, whose output PEFT hands on
+    if module.base_layer is not layer:  # another tuner's layer lies between, and PEFT passes its output as ``result``
         base = base._replace(plain=False, private=False)
     return DoraLayer(lora_a.weight, lora_b.weight, magnitude.weight, float(scaling), layer, base)

@@ -1,9 +1,8 @@
-"""Merging DoRA into W and taking it out again, where rows of W + sBA or their magnitudes are zero.
+"""Merge DoRA into W and unmerge it, also where rows of W + sBA or their magnitudes are zero.
 
-PEFT multiplies the rows of W + sBA by m / ||W + sBA||, and divides by that to unmerge. A zero row is NaN from then on,
-a row whose m is zero becomes NaN when it is unmerged, and in 16 bits a tiny row can overflow. Here the norm is kept
-away from zero as in the forward pass, and rows of which the merged weight holds nothing are set aside. The rest is
-PEFT's.
+To merge, PEFT multiplies the rows of W + sBA by m / ||W + sBA||; to unmerge, it divides by that factor. So merging
+makes zero rows NaN, unmerging makes rows with m = 0 NaN, and in 16 bits a tiny row can overflow. This module clamps the
+norm as in the forward pass, and saves the rows of W whose factor is zero. It leaves everything else to PEFT.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from ...nn.norm import safe_norm
 
 
 class MergingVariant(DoraLinearVariant):  # type: ignore[misc]
-    """PEFT's DoRA for linear layers, merged and unmerged without a division by zero."""
+    """PEFT's DoRA variant for linear layers, with merging and unmerging that never divide by zero."""
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """``g*(W + sBA)`` as a new tensor; ``orig_weight`` is W, dequantised where it is quantised."""
+        """Return ``g*(W + sBA)`` as a new tensor; ``orig_weight`` is W, dequantised if it was quantised."""
         with _norm_above_zero(module.lora_magnitude_vector[active_adapter]):
             merged: torch.Tensor = DoraLinearVariant.merge_safe(module, active_adapter, orig_weight)
         _set_aside(module, active_adapter, orig_weight)
@@ -33,8 +32,8 @@ class MergingVariant(DoraLinearVariant):  # type: ignore[misc]
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        """Make the parameter ``orig_weight``, W, ``g*(W + sBA)``."""
-        before = orig_weight.data  # the parameter gets another tensor
+        """Set the parameter ``orig_weight``, which holds W, to ``g*(W + sBA)``."""
+        before = orig_weight.data  # PEFT assigns a new tensor to the parameter
         with _norm_above_zero(module.lora_magnitude_vector[active_adapter]):
             DoraLinearVariant.merge_unsafe(module, active_adapter, orig_weight)
         _set_aside(module, active_adapter, before)
@@ -42,8 +41,8 @@ class MergingVariant(DoraLinearVariant):  # type: ignore[misc]
     @staticmethod
     @torch.no_grad()
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """W, from the merged ``orig_weight``."""
-        # Not PEFT's own: until 0.20 it divides the columns of a Conv1D where it has multiplied the rows.
+        """Return W from the merged ``orig_weight``."""
+        # PEFT's own method is not used: until 0.20 it divides the columns of a Conv1D, although merging scales rows.
         norm = module._cache_pop(_norm_key(active_adapter))
         gain = module.lora_magnitude_vector[active_adapter].weight / norm
         delta = module.get_delta_weight(active_adapter)
@@ -58,15 +57,16 @@ class MergingVariant(DoraLinearVariant):  # type: ignore[misc]
 
 
 def holds_rows(module: LoraLayer, adapter: str) -> bool:
-    """Whether rows of W are set aside because ``adapter`` is merged: unmerging needs them, and PEFT's does not look."""
+    """Whether rows of W are saved for unmerging ``adapter``. PEFT's own unmerge does not use them."""
     return _aside_key(adapter) in module._caches
 
 
 @contextmanager
 def _norm_above_zero(magnitude: Any) -> Iterator[None]:
-    """Have ``magnitude.get_weight_norm``, by which PEFT merges, return norms of at least 1e-12.
+    """Make ``magnitude.get_weight_norm``, which PEFT's merge calls, return norms of at least 1e-12.
 
-    A tiny norm in 16 bits has few digits, and m over it can overflow: all norms are fp32 then, and that one exact.
+    A tiny norm in 16 bits has few digits, and m divided by it can overflow. If there is one, all norms are returned in
+    fp32 and the tiny ones are recomputed.
     """
     original = magnitude.get_weight_norm
 
@@ -91,7 +91,7 @@ def _norm_above_zero(magnitude: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _set_aside(module: LoraLayer, adapter: str, before: torch.Tensor) -> None:
-    """Keep the rows of ``before``, W as it was, whose gain is zero: their index [n] and values [n, d_in]."""
+    """Save the rows of the unmerged W, ``before``, whose gain is zero: their indices [n] and values [n, d_in]."""
     gain = module.lora_magnitude_vector[adapter].weight / module._caches[_norm_key(adapter)]
     index = (gain == 0).nonzero().flatten()
     module._caches.pop(_aside_key(adapter), None)

@@ -1,4 +1,4 @@
-"""What ``accelerate`` did to each DoRA layer, as values and as text."""
+"""The report of ``accelerate``: what runs each DoRA layer, as values and as text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 KERNELS, REFERENCE, PENDING, PEFT = "kernels", "reference", "pending", "peft"
-"""What runs a layer: tuned kernels; doratune's eager reference (CPU tensors, fp64, unknown GPUs); one of these as soon
-as the parameters are there in full, PEFT's code until then; PEFT's own code."""
+"""What runs a layer. ``kernels``: tuned kernels. ``reference``: doratune's eager reference (CPU tensors, fp64, unknown
+GPUs). ``pending``: PEFT's code until the parameters are complete, then one of these two. ``peft``: PEFT's own code."""
 
 _RUNS = {KERNELS: "kernels", REFERENCE: "eager reference", PENDING: "decided per call", PEFT: "left to PEFT"}
 
@@ -21,8 +21,8 @@ class Layer:
         name: the layer's name in the model. adapter: the adapter's.
         base: the kind of base layer, e.g. ``Linear`` or ``bitsandbytes 4-bit``.
         runs: ``kernels``, ``reference`` (doratune's eager path), ``pending`` or ``peft``.
-        kernels: the operations that run, in order; of these ``load_kernel`` finds the kernels.
-        remark: why the layer is left to PEFT, or when it falls back to it.
+        kernels: the operations that run, in order, by their names for ``load_kernel``.
+        remark: why or when PEFT runs the layer.
     """
 
     name: str
@@ -35,18 +35,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Report:
-    """Every DoRA layer of a model and what runs it now; ``str(report)`` joins layers that differ only in a number."""
+    """Every DoRA layer of a model and what runs it; ``str(report)`` groups layers whose names differ in a number."""
 
     layers: tuple[Layer, ...]
 
     @property
     def accelerated(self) -> tuple[Layer, ...]:
-        """The layers that doratune runs, or will when their parameters are there."""
+        """The layers that doratune runs, now or once their parameters are complete."""
         return tuple(layer for layer in self.layers if layer.runs != PEFT)
 
     @property
     def left(self) -> tuple[Layer, ...]:
-        """The layers that PEFT runs as before."""
+        """The layers that PEFT's code runs."""
         return tuple(layer for layer in self.layers if layer.runs == PEFT)
 
     def __str__(self) -> str:

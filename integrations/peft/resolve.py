@@ -1,7 +1,7 @@
-"""The hook by which adapters that PEFT makes or makes anew, after ``accelerate``, run on doratune too.
+"""Run adapters on doratune that PEFT adds or initialises again after ``accelerate``.
 
-PEFT puts a variant of its own on a layer whenever it initialises an adapter there: EVA, a new adapter, one that was
-deleted and added again. It asks the layer's ``resolve_lora_variant`` for it, in whose place this stands.
+Whenever PEFT initialises an adapter on a layer (a new adapter, EVA, one that was deleted and added again), it calls the
+layer's ``resolve_lora_variant`` and sets the variant that this returns. :class:`VariantResolver` replaces that method.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .variant import DoraVariant, InputCast
 
 
 class VariantResolver:
-    """In place of a layer's ``resolve_lora_variant``: doratune's variant where PEFT makes its DoRA for linear layers.
+    """Replaces a layer's ``resolve_lora_variant``: returns doratune's variant in place of PEFT's for linear layers.
 
     Args:
         module: the layer. settings: the arguments of :class:`DoraVariant`.
@@ -34,6 +34,6 @@ class VariantResolver:
 
 
 def cast_no_input(module: LoraLayer) -> None:
-    """Leave x to doratune as it is. PEFT's dense layers cast it to the adapter's dtype under autocast, too."""
+    """Stop PEFT's dense layers from casting x to the adapter's dtype; they would even do so under autocast."""
     if isinstance(module, Linear):
         module._cast_input_dtype = InputCast(module)

@@ -1,4 +1,4 @@
-"""``accelerate`` and ``restore``: doratune's variant in place of PEFT's, per layer and adapter, and back."""
+"""``accelerate`` and ``restore``: replace PEFT's variant by doratune's in each layer and adapter, and undo it."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ _COMPOSITION = ("lora_compose", "compose_backward")
 
 
 def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = False) -> Report:
-    """Run the DoRA layers of a PEFT model on doratune, and say what was done to each.
+    """Run the DoRA layers of a PEFT model on doratune, and report what runs each of them.
 
-    The swap touches PEFT's variant hook and nothing else: parameters, state dicts, saving, merging and
-    ``disable_adapter`` are PEFT's as before. Adapters that PEFT adds to these layers later, or initialises anew, are
-    accelerated as well. Call it before or after loading weights, and before wrapping the model (DDP, FSDP); again when
-    more layers have adapters, or with another ``norm_reuse``. :func:`restore` undoes it. On CPU tensors the eager
-    reference runs. A call that cannot be served runs PEFT's own code, and a warning says why once; recorded graphs
-    (``torch.jit.trace``, ``torch.onnx.export``) have PEFT's code in them. A ``ZeroRowsWarning`` names the layers with
-    zero rows of W + sBA, of which PEFT makes NaN.
+    It replaces only PEFT's variant hooks. Parameters, state dicts, saving and ``disable_adapter`` stay PEFT's; merging
+    does too, except that zero rows do not become NaN. Adapters that PEFT adds to these layers later, or initialises
+    again, are accelerated as well. Call it before or after loading weights, and before wrapping the model (DDP, FSDP).
+    Call it again when more layers have adapters, or to change ``norm_reuse``. :func:`restore` undoes it.
+
+    CPU tensors run the eager reference. A call that doratune does not support runs PEFT's own code, and one warning per
+    reason says why. Recorded graphs (``torch.jit.trace``, ``torch.onnx.export``) contain PEFT's code. A
+    ``ZeroRowsWarning`` names the layers with zero rows of W + sBA, for which PEFT computes NaN.
 
     Args:
-        model: any module with PEFT LoRA layers in it, e.g. a ``PeftModel``.
+        model: any module that contains PEFT LoRA layers, e.g. a ``PeftModel``.
         norm_reuse: a policy of :class:`~doratune.nn.norm_cache.NormCache`: ``auto`` (in checkpoint recomputes),
             ``tracked`` (also from one forward to the next) or ``off``.
         quiet: do not print the report.
 
     Raises:
-        PeftVersionError: PEFT is missing, or not a version that this is tested with.
-        ArgumentError: ``model`` is no ``torch.nn.Module``.
+        PeftVersionError: PEFT is missing, or its version is not tested.
+        ArgumentError: ``model`` is not a ``torch.nn.Module``.
         NormReuseError: an unknown ``norm_reuse``.
     """
     lora_layers = list(_lora_layers(model))
@@ -59,7 +60,7 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = Fals
         for adapter in _dora_adapters(module):
             variant = DoraVariant(name, norm_reuse)
             if not _is_linear(module, adapter):
-                layers.append(Layer(name, adapter, type(module).__name__, PEFT, remark="no linear layer"))
+                layers.append(Layer(name, adapter, type(module).__name__, PEFT, remark="not a linear layer"))
                 continue
             found = examine(module, adapter)
             if isinstance(found, str) and not isinstance(found, NotNow):
@@ -82,11 +83,14 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = Fals
 
 
 def restore(model: nn.Module) -> None:
-    """Give every DoRA layer of ``model`` back to PEFT; a merged one with magnitudes of zero should be unmerged before.
+    """Undo :func:`accelerate`: PEFT runs every DoRA layer of ``model`` again.
+
+    Unmerge merged layers with zero magnitudes before: PEFT's unmerge would make NaN of those rows, and a warning says
+    so.
 
     Raises:
-        PeftVersionError: PEFT is missing, or not a version that this is tested with.
-        ArgumentError: ``model`` is no ``torch.nn.Module``.
+        PeftVersionError: PEFT is missing, or its version is not tested.
+        ArgumentError: ``model`` is not a ``torch.nn.Module``.
     """
     lora_layers = _lora_layers(model)
     from peft.tuners.lora.variants import DoraLinearVariant
@@ -105,16 +109,15 @@ def restore(model: nn.Module) -> None:
         module.__dict__.pop("resolve_lora_variant", None)
     if held:
         warnings.warn(
-            f"{len(held)} layers given back to PEFT are merged and have rows whose magnitude is zero, the first is "
-            f"{held[0]}: PEFT's unmerge makes NaN of these rows. Call doratune.accelerate(model) again before you "
-            "unmerge.",
+            f"{len(held)} restored layers are merged and have rows with zero magnitude; the first is {held[0]}. "
+            "PEFT's unmerge makes NaN of these rows. Call doratune.accelerate(model) again before you unmerge.",
             stacklevel=2,
         )
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module: pass the PEFT model itself")
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the PEFT model itself")
     check_peft()
     from peft.tuners.lora.layer import LoraLayer
 
@@ -140,7 +143,7 @@ def _describe(name: str, adapter: str, module: LoraLayer, found: DoraLayer | str
         return Layer(name, adapter, type(module.get_base_layer()).__name__, PENDING, remark=f"now {found}")
     base = found.base
     drops = not isinstance(module.lora_dropout[adapter], nn.Identity)
-    remark = "PEFT's code in training, where it has dropout" if drops and base.kind == BNB_8BIT else ""
+    remark = "PEFT's code in training, because it has dropout" if drops and base.kind == BNB_8BIT else ""
     if not _has_kernels(base.weight):
         return Layer(name, adapter, base.kind, REFERENCE, remark=remark)
     kernels = _COMPOSITION if base.matrix is None else ("weight_norm", *_COMPOSITION)

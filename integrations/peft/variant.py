@@ -1,8 +1,8 @@
-"""PEFT's DoRA variant for linear layers with another forward; :mod:`.merge` merges it, the rest stays PEFT's.
+"""PEFT's DoRA variant for linear layers with doratune's forward pass; :mod:`.merge` has its merging.
 
-PEFT calls the variant of the active adapter with the base layer's output and takes the whole result back:
-``y = result + (g-1)*(result - b) + g*s*BAx`` with g = m / ||W + sBA||. In training with dropout the adapter's share,
-base product included, is made of the dropped input: ``y = result + (g-1)*Wx_d + g*s*BAx_d``.
+PEFT calls the variant of the active adapter with the base layer's output, ``result``, and uses the returned output:
+``y = result + (g-1)*(result - b) + g*s*BAx`` with g = m / ||W + sBA||. In training with dropout DoRA's part, including
+its base product, is computed from the dropped input: ``y = result + (g-1)*Wx_d + g*s*BAx_d``.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .merge import MergingVariant
 
 
 class DoraVariant(MergingVariant):
-    """DoRA on one linear layer and adapter by doratune; a call that doratune cannot serve goes to PEFT, with a warning.
+    """DoRA on one linear layer and adapter by doratune. Calls that it does not support run PEFT's code, with a warning.
 
     Args:
         layer: the layer's name in the model, for messages.
         norm_reuse: a policy of :class:`~doratune.nn.norm_cache.NormCache`.
 
     Raises:
-        NormReuseError: another policy.
+        NormReuseError: an unknown policy.
     """
 
     def __init__(self, layer: str, norm_reuse: str) -> None:
@@ -47,15 +47,15 @@ class DoraVariant(MergingVariant):
         self.squares = RowSquares()
         self.cancellation = CancellationWatch(layer)
         self.glance = Glance()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def __reduce__(self) -> tuple[type[DoraVariant], tuple[str, str]]:
-        return DoraVariant, (self.layer, self.norms.reuse)  # a copy has other weights: it starts with empty caches
+        return DoraVariant, (self.layer, self.norms.reuse)  # a copied layer has other weights: no caches
 
     def forward(
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """The layer's whole output [..., d_out], from x [..., d_in] and the base layer's output ``result``."""
+        """Return the layer's output [..., d_out] for x [..., d_in] and the base layer's output ``result``."""
         if is_traced():
             return _by_peft(module, active_adapter, x, result, kwargs)
         dropout = module.lora_dropout[active_adapter] if module.training else None
@@ -76,7 +76,7 @@ class DoraVariant(MergingVariant):
                 norm = self._norm(module, active_adapter, dora, owned=True)
                 return result + checked_linear(x, matrix, *adapter, norm=norm, delta=True)
             norm = self._norm(module, active_adapter, dora)
-            # A dense W that comes here is trained too and gets its gradient in this product, as with PEFT.
+            # A dense W that reaches this line is trained, and gets its gradient from this product, as with PEFT.
             product = multiply(dora.layer, dora.base, x) if matrix is None else nn.functional.linear(x, matrix)
             return result + dora_compose(product, x, *adapter, norm=norm, delta=True, own_base=True)
         alone = _is_alone(module)
@@ -93,7 +93,7 @@ class DoraVariant(MergingVariant):
     @overload
     def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer, owned: bool) -> torch.Tensor | NormCache: ...
     def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer, owned: bool = False) -> torch.Tensor | NormCache:
-        """The row norm w [d_out]; for ``dora_linear`` the cache, from which it takes the norm itself."""
+        """The row norm w [d_out]; with ``owned`` the norm cache instead, unless PEFT caches the norm."""
         magnitude = module.lora_magnitude_vector[adapter]
         if not magnitude.__dict__.get("_dora_cache") and not getattr(peft_dora, "ENABLE_DORA_CACHING", False):
             return self.norms if owned else self._compute_norm(dora)
@@ -104,11 +104,12 @@ class DoraVariant(MergingVariant):
         trains = torch.is_grad_enabled()
         if base.matrix is not None:
             return self.norms.of_weight(base.matrix, a, b, dora.scaling, trains=trains)
-        # The base layer's product in the dtype it chooses itself; hidden, since what is reused is not computed again.
+        # Without autocast, so that the base layer chooses its dtype. Hidden from modes, because a reused norm runs
+        # fewer operations.
         with torch.no_grad(), without_autocast(a.device), hidden():
             squares = self.squares.get(base.weight, lambda: row_squares(dora.layer, base, b.shape[0], a.shape[1]))
             return self.norms.get(
-                (squares, a, b),  # a quantised W may have no storage to tell it by; its squares are new when it is
+                (squares, a, b),  # a quantised W may have no storage to compare; its squares are new whenever W is
                 dora.scaling,
                 lambda: self.cancellation.norm(
                     squares, a, b, dora.scaling, lambda rows: products(dora.layer, base, rows), trains=trains
@@ -125,10 +126,11 @@ class DoraVariant(MergingVariant):
         result: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        if reason not in self._told and not torch.compiler.is_compiling():
-            self._told.add(reason)
+        if reason not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(reason)
             warnings.warn(
-                f"doratune leaves {self.layer} (adapter {adapter}) to PEFT in such calls: {reason}", stacklevel=2
+                f"doratune leaves {self.layer} (adapter {adapter}) to PEFT in calls like this one: {reason}",
+                stacklevel=2,
             )
         return _by_peft(module, adapter, x, result, kwargs)
 
@@ -136,7 +138,7 @@ class DoraVariant(MergingVariant):
 def _by_peft(
     module: LoraLayer, adapter: str, x: torch.Tensor, result: torch.Tensor, kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """What PEFT's own variant returns."""
+    """Return the output of PEFT's own variant."""
     if "_cast_input_dtype" in module.__dict__:
         x = type(module)._cast_input_dtype(module, x, module.lora_A[adapter].weight.dtype)
     y: torch.Tensor = DoraLinearVariant.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
@@ -144,10 +146,10 @@ def _by_peft(
 
 
 class InputCast:
-    """In place of a layer's ``_cast_input_dtype``: PEFT casts x to the adapter's dtype before it calls the variant.
+    """Replaces a layer's ``_cast_input_dtype``, with which PEFT casts x to the adapter's dtype before the variant runs.
 
-    Beside fp32 adapters that is a pass over x, another one back, and both again for its gradient. Where every active
-    adapter is doratune's, x stays as the base layer saw it: the kernels take fp32 adapters beside 16-bit activations.
+    With fp32 adapters that costs a pass over x, another one back, and two more for its gradient. If every active
+    adapter is doratune's, x keeps its dtype, because the kernels support fp32 adapters with 16-bit activations.
     """
 
     def __init__(self, module: LoraLayer) -> None:
@@ -157,7 +159,7 @@ class InputCast:
         module = self.module
         active = module._active_adapter
         if type(active) is list and len(active) == 1 and type(module.lora_variant.get(active[0])) is DoraVariant:
-            return x  # what the next line says, of the most common case
+            return x  # fast path of the next condition for one active adapter
         if all(isinstance(module.lora_variant.get(name), DoraVariant) for name in _active(module)):
             return x
         cast: torch.Tensor | None = type(module)._cast_input_dtype(module, x, dtype)
@@ -165,9 +167,9 @@ class InputCast:
 
 
 class RowSquares:
-    """rowsum(W*W) of a quantised W, kept for as long as the layer holds the same tensor.
+    """Caches rowsum(W*W) of a quantised W while the layer holds the same tensor.
 
-    Quantised weights are replaced as a whole: by merging, by loading, by moving to another device.
+    Merging, loading and moving to another device replace a quantised weight by a new tensor.
     """
 
     def __init__(self) -> None:
@@ -175,9 +177,9 @@ class RowSquares:
         self._value: torch.Tensor | None = None
 
     def get(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The squares of ``weight``, from ``compute()`` unless they are of this very tensor, unchanged."""
+        """Return the cached squares if they belong to this tensor, unchanged; else ``compute()``."""
         version = 0 if weight.is_inference() else weight._version
-        if seen():  # then the same operations must run every time
+        if seen():  # a mode sees the operations: the same ones must run every time
             return compute()
         key = self._key
         if self._value is None or key is None or key[0]() is not weight or key[1:] != (version, weight.device):
@@ -188,7 +190,7 @@ class RowSquares:
 
 
 def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) -> str | None:
-    """Why doratune cannot serve a call with these tensors; None when it can."""
+    """The reason why doratune does not support a call with these tensors; None if it does."""
     for name, tensor in (("its input", x), ("the base layer's output", result)):
         if type(tensor) not in PLAIN_TENSORS:
             return f"{name} is a {type(tensor).__name__}"
@@ -198,11 +200,11 @@ def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) 
     if dora.lora_B.dtype != dtype:
         return f"A is {dtype} and B {dora.lora_B.dtype}"
     if dtype not in (torch.float32, result.dtype) and not torch.is_autocast_enabled(device.type):
-        return f"its adapter is {dtype} beside activations in {result.dtype}"
+        return f"its adapter must be torch.float32 or have the activations' dtype {result.dtype}, got {dtype}"
     if drops and dora.base.kind == BNB_8BIT:
-        return "dropout needs the product of the dequantised W, which an 8-bit layer does not compute"
+        return "dropout needs the product with the dequantised W, which an 8-bit layer does not compute"
     if intercepted():
-        return "a global module hook, a TorchFunctionMode or a replaced linear() may change what its parts return"
+        return "a global module hook, a TorchFunctionMode or a replaced linear() may change the outputs of its modules"
     if not torch.compiler.is_compiling():
         if transforms_active():
             return "a torch.func transform is active"
@@ -216,7 +218,7 @@ def _active(module: LoraLayer) -> list[str]:
 
 
 def _is_alone(module: LoraLayer) -> bool:
-    """Whether ``result`` comes straight from the base layer: a second adapter gets the first one's output."""
+    """Whether ``result`` is the base layer's output; a second active adapter gets the first one's output instead."""
     active = module._active_adapter
     return type(active) is str or len(active) == 1 or len(_active(module)) == 1
 
@@ -228,4 +230,4 @@ def _compute_norm(magnitude: nn.Module, compute: Callable[[], torch.Tensor], *, 
 _cached_by_peft: Callable[..., torch.Tensor] = (
     peft_dora.cache_decorator("weight-norm")(_compute_norm) if hasattr(peft_dora, "cache_decorator") else _compute_norm
 )
-"""The norm by way of PEFT's own cache (``peft.helpers.DoraCaching``, since PEFT 0.19), with its rules for clearing."""
+"""Computes the norm through PEFT's own cache (``peft.helpers.DoraCaching``, since PEFT 0.19), which PEFT clears."""

@@ -1,4 +1,4 @@
-"""The check that PEFT has a tested version. The variant hook is PEFT's private interface and may change."""
+"""Check that the installed PEFT is tested: its variant hook is a private interface and may change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ...internals.versions import installed, is_tested, tested_range
 
 
 class PeftVersionError(DoratuneError):
-    """PEFT is missing, or is a version that the drop-in is not tested with."""
+    """PEFT is missing, or the drop-in is not tested with its version."""
 
 
 def check_peft() -> None:
@@ -19,6 +19,6 @@ def check_peft() -> None:
         )
     if not is_tested("peft", version):
         raise PeftVersionError(
-            f"PEFT {version} is installed; doratune replaces a private part of PEFT and is tested with {tested}: "
-            "install one of those, or train without doratune.accelerate"
+            f"expected PEFT {tested}, found {version}: doratune replaces a private part of PEFT. Install a tested "
+            "version, or train without doratune.accelerate"
         )

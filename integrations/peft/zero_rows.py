@@ -1,6 +1,6 @@
-"""Zero rows of W + sBA, on which stock PEFT divides by zero: how many there are, and the warning.
+"""Count the zero rows of W + sBA and warn about them: stock PEFT divides by zero there.
 
-Released weights have such rows. doratune gives 0 there, but what it saves is loaded by PEFT, which gives NaN.
+Released weights have such rows. doratune computes 0 for them, but stock PEFT, once it loads the saved adapter, NaN.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class ZeroRowsWarning(UserWarning):
 
 @torch.no_grad()
 def count_zero_rows(dora: DoraLayer) -> torch.Tensor | None:
-    """How many rows of W + sBA are zero, an integer tensor on the layer's device; None where only a long look tells.
+    """The number of zero rows of W + sBA, an integer tensor on the layer's device; None if counting would be slow.
 
-    It does not wait for a GPU. Rows where W is zero and BA is, too; that they cancel each other does not happen.
+    It does not wait for a GPU. It counts rows where both W and BA are zero, because the two do not cancel exactly.
     """
     if dora.lora_B.device != dora.base.weight.device:
         return None
@@ -40,7 +40,7 @@ def count_zero_rows(dora: DoraLayer) -> torch.Tensor | None:
 
 
 def warn_of_zero_rows(counted: Sequence[tuple[str, str, torch.Tensor | None]]) -> None:
-    """Warn if any of the counts (the layer's name, the adapter's, the count) is above 0; one wait for each device."""
+    """Warn if a count is above 0; ``counted`` has layer name, adapter name and count. Waits once for each device."""
     by_device: dict[torch.device, list[tuple[str, str, torch.Tensor]]] = defaultdict(list)
     for name, adapter, count in counted:
         if count is not None:
@@ -57,16 +57,16 @@ def warn_of_zero_rows(counted: Sequence[tuple[str, str, torch.Tensor | None]]) -
     rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     warnings.warn(
         f"{sum(rows for *_, rows in found)} rows of W + sBA are zero, in {len(found)} DoRA layers: {named}{rest}. "
-        "doratune computes 0 there. PEFT divides by the norms of these rows and gives NaN: expect that of this "
-        "adapter when it is saved and loaded without doratune.accelerate, after doratune.restore, and in traced "
-        "graphs. Weights merged while the model is accelerated (merge_and_unload) are right everywhere.",
+        "doratune computes 0 there. PEFT divides by the norms of these rows and computes NaN: when the saved adapter "
+        "is loaded without doratune.accelerate, after doratune.restore, and in traced graphs. Weights merged while "
+        "the model is accelerated (merge_and_unload) are correct everywhere.",
         ZeroRowsWarning,
         stacklevel=3,
     )
 
 
 def _zero_rows_of_base(base: BaseLayer, d_out: int, d_in: int, layer: object) -> torch.Tensor | None:
-    """Which rows of W [d_out, d_in] are zero, [d_out] bool; None where W would have to be dequantised for it."""
+    """Mask [d_out] bool of the zero rows of W [d_out, d_in]; None if W would have to be dequantised for it."""
     if base.matrix is not None:
         return _is_zero(base.matrix)
     if base.kind == BNB_8BIT:
@@ -82,11 +82,11 @@ def _zero_rows_of_base(base: BaseLayer, d_out: int, d_in: int, layer: object) ->
 
 
 def _is_zero(rows: torch.Tensor) -> torch.Tensor:
-    """Which of ``rows`` [n, k] are zero, [n] bool."""
+    """Mask [n] bool of the zero rows of ``rows`` [n, k]."""
     if rows.is_cuda:
         largest: torch.Tensor = torch.linalg.vector_norm(rows, ord=math.inf, dim=1)
         return largest == 0
-    zero = rows[:, 0] == 0  # what follows is done on these rows alone: a CPU does not have the bandwidth for all of W
+    zero = rows[:, 0] == 0  # only these rows are read in full: on a CPU reading all of W is slow
     index = zero.nonzero().flatten()
     zero[index] = (rows[index] == 0).all(dim=1)
     return zero

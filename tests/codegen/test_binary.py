@@ -1,7 +1,7 @@
-"""A stored binary is believed in nothing: what the emitted text determines of its launch is derived here, and whatever
-differs in it, lacks a part, has one more, or is no image of this kernel for this architecture is refused by name.
+"""A stored binary is not trusted: every fact that the emitted text determines is derived and compared. A binary with a
+wrong, missing or additional fact, or without a valid image of this kernel and architecture, is refused by that name.
 
-No GPU is needed. Compiling runs in other processes, since this one may have Triton's interpreter switched on.
+No GPU is needed. Compiling runs in other processes, because Triton's interpreter may be on in this one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SEVERAL_TASKS = "lora_compose", "warp_specialized"
 
 
 class Made(NamedTuple):
-    """What a compile gave."""
+    """A compiled source and its binaries."""
 
     source: Source
     binaries: tuple[Binary, ...]
@@ -87,7 +87,7 @@ def makers() -> Iterator[Makers]:
 
 @pytest.fixture(scope="module")
 def norm(makers: Makers) -> Made:
-    """Four kernels for sm_90, two of them with tensor descriptors, three started early."""
+    """Four kernels for sm_90, two with tensor descriptors, three with programmatic dependent launch."""
     return makers.make(*TMA_IN_LOOPS, "sm_90")
 
 
@@ -141,10 +141,10 @@ def test_the_warps_of_several_tasks_are_counted_together(first: int, extra: tupl
     assert total_warps(first, extra) == total
 
 
-def test_a_triton_whose_binaries_no_lookup_would_accept_is_told_while_they_are_made(
+def test_packing_fails_with_a_triton_whose_binaries_no_lookup_would_accept(
     norm: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A newer compiler may state facts that are not known here; nobody should find out by kernels that never load."""
+    """A newer compiler may state unknown facts. Tuning must report that, not store binaries that never load."""
     made = [SimpleNamespace(name=binary.kernel, handle=binary) for binary in norm.binaries]
     monkeypatch.setattr(workers, "_compiled", lambda source, gpu: made)
     source = norm.source
@@ -164,7 +164,7 @@ def test_a_triton_whose_binaries_no_lookup_would_accept_is_told_while_they_are_m
 
 
 class Gone:
-    """Stands for a fact that is left out; always printed the same, so that test names are."""
+    """Marks a fact to leave out. Its repr is constant, so that test names are."""
 
     def __repr__(self) -> str:
         return "gone"
@@ -174,7 +174,7 @@ GONE = Gone()
 
 
 def edited(binary: Binary, path: tuple[Any, ...], value: object) -> Binary:
-    """The binary with one part of its metadata replaced, added or gone."""
+    """The binary with one part of its metadata replaced, added or removed."""
     metadata = json.loads(binary.metadata)
     if not path:
         assert isinstance(value, dict)
@@ -192,7 +192,7 @@ def edited(binary: Binary, path: tuple[Any, ...], value: object) -> Binary:
 
 LIMIT = find_gpu("sm_90").shared_bytes_per_block
 LARGEST_TILE = 128 * 128 * 2
-"""Of the descriptors of ``row_dots_kernel``."""
+"""Bytes of the largest tile of the descriptors of ``row_dots_kernel``."""
 FORGED: list[tuple[tuple[Any, ...], object, str]] = [
     (("tensordesc_meta", 0, "block_size"), [64] * 1090, "tensordesc_meta"),
     (("tensordesc_meta", 0, "block_size"), [128], "tensordesc_meta"),
@@ -263,9 +263,9 @@ FORGED: list[tuple[tuple[Any, ...], object, str]] = [
     (("backend_name",), "hip", "backend_name='hip'"),
     (("triton_version",), "2.0", "triton_version='2.0'"),
     (("ptx_options",), "--maxrregcount=16", "ptx_options="),
-    (("name",), "finish_kernel", "not that of row_dots_kernel"),
-    (("name",), "row_dots_kernel/../x", "not that of row_dots_kernel"),
-    (("name",), GONE, "not that of row_dots_kernel"),
+    (("name",), "finish_kernel", "not belong to row_dots_kernel"),
+    (("name",), "row_dots_kernel/../x", "not belong to row_dots_kernel"),
+    (("name",), GONE, "not belong to row_dots_kernel"),
     (("hash",), "../../etc/passwd", "hash="),
     (("hash",), 7, "hash=7"),
     (("extern_libs",), [["libdevice", "/tmp/evil.bc"]], "extern_libs"),
@@ -273,7 +273,7 @@ FORGED: list[tuple[tuple[Any, ...], object, str]] = [
     (("__class__",), "os.system", "__class__"),
     (("not a name",), 1, "not a name"),
     (("x" * 5000,), 1, "xxx"),
-    (("doratune",), None, "not that of row_dots_kernel"),
+    (("doratune",), None, "not belong to row_dots_kernel"),
     (("doratune", "signature", 0, 1), "*fp32", "doratune"),
     (("doratune", "signature"), [], "doratune"),
     (("doratune", "signature"), GONE, "lacks signature"),
@@ -298,22 +298,22 @@ def test_a_forged_fact_is_refused_by_its_name(
 
 @pytest.mark.parametrize("shared", [LARGEST_TILE, LIMIT])
 def test_shared_memory_is_bounded_and_not_derived(norm: Made, honest: Binary, shared: int) -> None:
-    """What the documents say of it: a number within the bounds is for the GPU to refuse."""
+    """As documented, only the GPU can refuse a wrong number within the bounds."""
     assert json.loads(honest.metadata)["shared"] not in (LARGEST_TILE, LIMIT)
     norm.check(edited(honest, ("shared",), shared))
 
 
 @pytest.mark.parametrize("warps", [4, 8, 12, 20])
-def test_the_warps_of_a_kernel_with_several_tasks_are_held_too(makers: Makers, warps: int) -> None:
+def test_the_warps_of_a_kernel_with_several_tasks_are_checked_too(makers: Makers, warps: int) -> None:
     made = makers.make(*SEVERAL_TASKS, "sm_90")
     (binary,) = made.binaries
     stored = json.loads(binary.metadata)["num_warps"]
     if warps != stored:
-        with pytest.raises(BinaryError, match=f"num_warps={warps}, here it is {stored}"):
+        with pytest.raises(BinaryError, match=f"num_warps={warps}, expected {stored}"):
             made.check(edited(binary, ("num_warps",), warps))
 
 
-def test_tensor_memory_is_what_a_kernel_of_blackwell_can_have(makers: Makers) -> None:
+def test_tensor_memory_must_be_a_size_that_blackwell_can_allocate(makers: Makers) -> None:
     made = makers.make("lora_compose", "tma", "sm_100")
     (binary,) = made.binaries
     assert json.loads(binary.metadata)["tmem_size"] > 0
@@ -338,13 +338,13 @@ def test_tensor_memory_is_what_a_kernel_of_blackwell_can_have(makers: Makers) ->
     ],
     ids=lambda text: text[:12],
 )
-def test_metadata_that_is_none_is_refused(norm: Made, honest: Binary, text: str) -> None:
-    with pytest.raises(BinaryError, match="not that of row_dots_kernel"):
+def test_text_that_is_not_metadata_is_refused(norm: Made, honest: Binary, text: str) -> None:
+    with pytest.raises(BinaryError, match="not belong to row_dots_kernel"):
         norm.check(replace(honest, metadata=text))
 
 
-def test_settings_of_this_process_are_told_apart_from_forgeries(norm: Made, honest: Binary) -> None:
-    """Both are refused; only what can never have been honest deserves a warning."""
+def test_other_settings_are_distinguished_from_forgeries(norm: Made, honest: Binary) -> None:
+    """Both are refused, but only a binary that no settings could produce causes a warning."""
     for path, value, other in (
         (("enable_fp_fusion",), False, True),
         (("doratune", "environment"), {"TRITON_ENABLE_SOMETHING": "1"}, True),
@@ -360,7 +360,7 @@ def test_settings_of_this_process_are_told_apart_from_forgeries(norm: Made, hone
 
 
 def at(image: bytes, offset: int, form: str, *values: int) -> bytes:
-    """The image with numbers written over what stands at an offset."""
+    """The image with numbers written at an offset."""
     changed = bytearray(image)
     struct.pack_into(form, changed, offset, *values)
     return bytes(changed)
@@ -372,12 +372,12 @@ def description(image: bytes, attribute: int) -> int:
 
 
 FORGED_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda image: b"", "no 64-bit ELF"),
-    "garbage": (lambda image: b"\x90" * 4096, "no 64-bit ELF"),
-    "text": (lambda image: b".version 8.0\n.target sm_90\n", "no 64-bit ELF"),
-    "fat": (lambda image: b"\x50\xed\x55\xba" + image, "no 64-bit ELF"),
-    "32 bits": (lambda image: at(image, 4, "B", 1), "no 64-bit ELF"),
-    "big endian": (lambda image: at(image, 5, "B", 2), "no 64-bit ELF"),
+    "empty": (lambda image: b"", "not a 64-bit ELF"),
+    "garbage": (lambda image: b"\x90" * 4096, "not a 64-bit ELF"),
+    "text": (lambda image: b".version 8.0\n.target sm_90\n", "not a 64-bit ELF"),
+    "fat": (lambda image: b"\x50\xed\x55\xba" + image, "not a 64-bit ELF"),
+    "32 bits": (lambda image: at(image, 4, "B", 1), "not a 64-bit ELF"),
+    "big endian": (lambda image: at(image, 5, "B", 2), "not a 64-bit ELF"),
     "host": (lambda image: at(image, 18, "<H", 62), "machine 62"),
     "header alone": (lambda image: image[:64], "cut off"),
     "half": (lambda image: image[: len(image) // 2], "cut off"),
@@ -404,7 +404,7 @@ FORGED_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize(("change", "said"), FORGED_IMAGES.values(), ids=FORGED_IMAGES.keys())
-def test_an_image_of_another_kind_is_refused(
+def test_a_damaged_or_foreign_image_is_refused(
     norm: Made, honest: Binary, change: Callable[[bytes], bytes], said: str
 ) -> None:
     assert change(honest.image) != honest.image
@@ -424,7 +424,7 @@ def test_another_kernels_image_is_refused_under_this_name(norm: Made, honest: Bi
 
 
 def test_an_image_of_the_same_kernel_with_other_parameters_is_refused(makers: Makers) -> None:
-    """A driver reads as many parameters as the image says from what the host hands over."""
+    """The driver reads as many parameters from the host's memory as the image states."""
     plain, biased = (makers.make("lora_compose", "tma", "sm_90", **values) for values in ({}, {"bias": True}))
     (with_bias,) = biased.binaries
     with pytest.raises(BinaryError, match="the bytes of each parameter"):
@@ -434,7 +434,7 @@ def test_an_image_of_the_same_kernel_with_other_parameters_is_refused(makers: Ma
 @pytest.mark.parametrize("other", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_an_image_for_another_architecture_is_refused(makers: Makers, other: str) -> None:
     here, there = (makers.make("lora_compose", "tile", gpu) for gpu in ("sm_90", other))
-    with pytest.raises(BinaryError, match=f"the architecture '{other}', here it is 'sm_90'"):
+    with pytest.raises(BinaryError, match=f"the architecture '{other}', expected 'sm_90'"):
         here.check(replace(here.binaries[0], image=there.binaries[0].image))
     with pytest.raises(BinaryError):
         here.check(there.binaries[0])
@@ -446,22 +446,22 @@ AMD_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "renamed": (lambda image: image.replace(b"lora_compose_kernel", b"lora_compozz_kernel"), "lora_compozz_kernel"),
     "described under another name": (
         lambda image: image.replace(b"\xa5.name\xb3lora_compose", b"\xa5.name\xb3lora_compozz"),
-        "describes",
+        "must describe its kernel 'lora_compose_kernel', got 'lora_compozz",
     ),
     "argument bytes": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\x7f", 1), "bytes of each parameter"),
     "negative bytes": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\xff", 1), "bytes of each parameter"),
-    "no size": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.sizf\x08", 1), "no .size"),
-    "no arguments": (lambda image: image.replace(b"\xa5.args", b"\xa5.argz", 1), "no .args"),
+    "no size": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.sizf\x08", 1), ".size in its description must be"),
+    "no arguments": (lambda image: image.replace(b"\xa5.args", b"\xa5.argz", 1), ".args in its description must be"),
     "another type": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\xc2", 1), ".size"),
     "kernels too many": (lambda image: image.replace(b"amdhsa.kernels\x91", b"amdhsa.kernels\x9f", 1), ""),
-    "no description": (lambda image: image.replace(b"AMDGPU\0", b"BMDGPU\0", 1), "0 descriptions"),
+    "no description": (lambda image: image.replace(b"AMDGPU\0", b"BMDGPU\0", 1), "description of its kernels, got 0"),
     "cut off": (lambda image: image[:-1], "cut off"),
     "one byte more": (lambda image: image + b"\0", "1 more bytes follow"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "said"), AMD_IMAGES.values(), ids=AMD_IMAGES.keys())
-def test_an_hsaco_of_another_kind_is_refused(makers: Makers, change: Callable[[bytes], bytes], said: str) -> None:
+def test_a_damaged_or_foreign_hsaco_is_refused(makers: Makers, change: Callable[[bytes], bytes], said: str) -> None:
     made = makers.make("lora_compose", "tile", "gfx942")
     (binary,) = made.binaries
     made.check(binary)
@@ -471,7 +471,7 @@ def test_an_hsaco_of_another_kind_is_refused(makers: Makers, change: Callable[[b
     assert said in str(refused.value)
 
 
-# Anything at all.
+# Random damage.
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -481,7 +481,7 @@ JSON = st.recursive(
 
 
 def mutated(data: st.DataObject, value: Any) -> Any:
-    """A JSON value with something in it, at any depth, replaced, gone, added or repeated."""
+    """A JSON value with one part, at any depth, replaced, removed or added."""
     if not isinstance(value, dict | list) or not value or data.draw(st.integers(0, 5)) == 0:
         near = [value + 1, -value, value * 2, float(value), bool(value)] if isinstance(value, int) else []
         return data.draw(st.sampled_from(near) | JSON if near else JSON)
@@ -501,12 +501,12 @@ def mutated(data: st.DataObject, value: Any) -> Any:
 
 
 def known_part(metadata: Any) -> str:
-    """All that can be derived, as a text in which 1, 1.0 and true differ."""
+    """All facts that can be derived, as text, in which 1, 1.0 and true differ."""
     return json.dumps({key: value for key, value in metadata.items() if key not in ("shared", "hash")}, sort_keys=True)
 
 
 def refusal(check: Callable[[], object], refused: type[Exception]) -> str | None:
-    """Why something is refused, or None; other errors are the test's failure."""
+    """The message of the refusal, or None; other errors fail the test."""
     try:
         check()
     except refused as error:

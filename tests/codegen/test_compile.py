@@ -1,8 +1,8 @@
 """Every template compiles in bf16 to a real binary for every supported architecture, within that GPU's limits and
 without spills in its default config; what does not fit is refused with the figures.
 
-No GPU is needed: Triton takes an explicit target. Compiling runs in other processes, since this one may have Triton's
-interpreter switched on.
+No GPU is needed, because Triton accepts an explicit target. Compiling runs in other processes, because Triton's
+interpreter may be on in this one.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def test_a_small_a_saves_the_check_for_cancelling_rows_a_launch(
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
-def test_what_stands_in_for_the_library_compiles(workers: ProcessPoolExecutor, architecture: str, dtype: str) -> None:
+def test_the_substitutes_of_the_library_compile(workers: ProcessPoolExecutor, architecture: str, dtype: str) -> None:
     spec = spec_of("lora_compose", architecture, dtype=dtype, adapter=dtype)
     config = first_fitting_seed(find_variant("lora_compose", "library"), spec)
     kernels = workers.submit(compile_job, str(spec), str(config), architecture).result()
@@ -142,7 +142,7 @@ def test_what_stands_in_for_the_library_compiles(workers: ProcessPoolExecutor, a
     assert not any(kernel.spills for kernel in kernels)
 
 
-def test_the_librarys_fp32_results_are_asked_of_cublas_alone() -> None:
+def test_fp32_results_are_requested_from_cublas_only() -> None:
     for architecture in ARCHITECTURES:
         gpu = find_gpu(architecture)
         offered = [v.unavailable(spec_of(v.op, architecture), gpu) is None for v in VARIANTS if v.library]
@@ -174,7 +174,7 @@ def test_text_that_triton_refuses_is_a_compile_error_with_its_reason(workers: Pr
 
 
 def frontend_error(inner: Exception | None, message: str | None = None) -> Exception:
-    """Triton's own error, as its frontend raises it around whatever it meets."""
+    """The error of Triton's frontend, which wraps every exception."""
     error = CompilationError("def kernel():\n    x = 1", ast.parse("x"), message)
     error.__cause__ = inner
     return error
@@ -202,7 +202,7 @@ PTXAS = "`ptxas` failed with error code 255\n`ptxas` stderr:\n{}\nRepro command:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_triton_or_ptxas_says_against_a_text_is_a_compile_error(error: Exception, said: str) -> None:
+def test_an_error_that_triton_or_ptxas_finds_in_a_text_is_a_compile_error(error: Exception, said: str) -> None:
     judged = judge_failure(error, "SPEC with CONFIG")
     assert isinstance(judged, CompileError)
     assert re.search(said, str(judged))
@@ -222,13 +222,13 @@ def test_what_triton_or_ptxas_says_against_a_text_is_a_compile_error(error: Exce
         (RuntimeError("Cannot find ptxas"), "Cannot find ptxas; reinstall Triton"),
         (
             RuntimeError("Failed to find C compiler. Please specify"),
-            "install a C compiler such as gcc, or name one in CC",
+            "install a C compiler such as gcc, or set CC to one",
         ),
         (RuntimeError("Could not create or locate cache dir"), "TRITON_CACHE_DIR"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_a_broken_toolchain_is_no_compile_error_and_says_what_to_do(error: Exception, said: str) -> None:
+def test_a_broken_toolchain_is_not_a_compile_error_and_says_what_to_do(error: Exception, said: str) -> None:
     judged = judge_failure(error, "SPEC with CONFIG")
     assert isinstance(judged, BrokenToolchainError)
     assert not isinstance(judged, CompileError)
@@ -248,13 +248,13 @@ def test_a_broken_toolchain_is_no_compile_error_and_says_what_to_do(error: Excep
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_any_other_failure_says_nothing_of_the_text(error: Exception) -> None:
+def test_any_other_failure_is_not_blamed_on_the_text(error: Exception) -> None:
     judged = judge_failure(error, "SPEC with CONFIG")
     assert type(judged) is ToolchainError
     assert "SPEC with CONFIG" in str(judged)
 
 
-def test_a_judged_failure_reaches_the_search_whole() -> None:
+def test_a_judged_failure_survives_pickling() -> None:
     for error in (OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x"), PTXASError("error: y")):
         judged = judge_failure(error, "SPEC")
         again = pickle.loads(pickle.dumps(judged))

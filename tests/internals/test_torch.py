@@ -1,6 +1,6 @@
-"""Without any one of PyTorch's private names, doratune computes the same by public ways.
+"""If PyTorch lacks one of the private names, doratune computes the same through public APIs.
 
-The core suite runs once for each name, in a process in which doratune does not find it (``make test-internals``).
+The core suite runs once for each name, in a process where doratune cannot find that name (``make test-internals``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from doratune.internals import torch as internals
 ROOT = Path(__file__).parents[2]
 
 PRIVATE = re.compile(r"\btorch(\.\w+)*\._(?!_version__|_torch_|foreach_|dynamo\.config)|\bforward_ad\._")
-"""Of what begins with an underscore ``torch._foreach_…``, ``torch._dynamo.config`` and protocols are documented."""
+"""Documented names with a leading underscore: ``torch._foreach_…``, ``torch._dynamo.config`` and protocols."""
 
 CORE = (
     "tests/nn/test_module.py",
@@ -58,6 +58,6 @@ def test_no_other_file_names_something_private_of_pytorch() -> None:
 
 
 def test_this_pytorch_has_every_name() -> None:
-    """A name that is gone costs time: it must be noticed when a new version is added."""
+    """A missing name makes calls slower, so a new version of PyTorch must not lack one unnoticed."""
     if torch.__version__.split("+")[0].split(".")[:2] in (["2", "10"], ["2", "13"], ["2", "15"]):
         assert internals.missing() == []

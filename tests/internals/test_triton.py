@@ -1,6 +1,6 @@
-"""Without any one of Triton's internals the same kernels are started, by Triton's public ways, and it is said once.
+"""If Triton lacks one of the internals, doratune starts the same kernels through public APIs and warns once.
 
-The driver and the binaries are made up (tests/runtime/fakes.py); tests/gpu/test_internals.py does it on a GPU.
+The driver and the binaries are fakes (tests/runtime/fakes.py); tests/gpu/test_internals.py does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 SIZES = {"d_out": 256, "d_in": 512, "rank": 64, "tokens": 16, "dtype": "bf16", "adapter": "bf16"}
 GPU = find_gpu("h200")
 COMPILED = ("triton.experimental.gluon._runtime.GluonASTSource",)
-"""Without these nothing is compiled ahead: see the test of jit functions below."""
+"""Without these no kernel can be compiled ahead: see the test of jit functions below."""
 STARTED = [variant for variant in VARIANTS if not variant.library]
 
 
@@ -51,7 +51,7 @@ class Without:
 
 
 def hide(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have doratune find no ``name``, one of NAMES or ATTRIBUTES."""
+    """Make doratune find no ``name``, which is one of NAMES or ATTRIBUTES."""
     find = internals.find
     owner, _, attribute = name.rpartition(".")
     if name in internals.NAMES:
@@ -107,7 +107,11 @@ def test_without_it_the_same_kernels_are_started(
         reduced = world_of(variant, gpus, allocations)
         for _ in range(3):
             assert [start.what[:3] for start in reduced.start(operands)] == expected
-    messages = [str(warning.message) for warning in said if "version of Triton has changed" in str(warning.message)]
+    messages = [
+        str(warning.message)
+        for warning in said
+        if "an internal of Triton that doratune uses has changed" in str(warning.message)
+    ]
     assert len(messages) == len(set(messages)) <= 2, "each way is left once"
 
 
@@ -124,7 +128,7 @@ def test_where_nothing_can_be_compiled_ahead_the_jit_functions_stay(
     source = render(spec, config)
     if name in COMPILED:
         monkeypatch.setattr(binding, "current_target", GPU.triton_target)
-    hide(name, monkeypatch)  # the made up driver has no get_current_target at all
+    hide(name, monkeypatch)  # the fake driver has no get_current_target
     with pytest.warns(RuntimeWarning, match="kernels compile at their first start"):
         module = binding.bind(source)
     kernels = [held for held_name, held in vars(module).items() if held_name.endswith("_kernel")]
@@ -133,7 +137,7 @@ def test_where_nothing_can_be_compiled_ahead_the_jit_functions_stay(
 
 
 def test_what_jit_functions_start_is_not_recorded(gpus: Gpus, allocations: Allocations) -> None:  # noqa: F811
-    """A recording sees launchers alone: repeated, it would start nothing."""
+    """A recording contains only starts by launchers, so here it would start nothing."""
     world = world_of(next(v for v in STARTED if v.op == "compose_backward"), gpus, allocations)
     started: list[Any] = []
 
@@ -151,7 +155,7 @@ def test_what_jit_functions_start_is_not_recorded(gpus: Gpus, allocations: Alloc
 
 
 class Changed(Compiled):
-    """A compiled kernel whose C launcher takes other arguments than the known ones."""
+    """A compiled kernel whose C launcher takes unknown arguments."""
 
     error: type[Exception] = TypeError
 
@@ -182,7 +186,7 @@ def test_a_first_start_that_fails_is_made_by_tritons_runner_and_so_are_the_other
     assert compiled.started == [((4, 1, 1), ("a",)), ((5, 1, 1), ("b",))]
 
 
-def test_a_kernel_that_fails_both_ways_is_at_fault_itself(gpus: Gpus) -> None:  # noqa: F811
+def test_an_error_of_the_kernel_itself_is_raised(gpus: Gpus) -> None:  # noqa: F811
     compiled = Changed()
     compiled.__class__ = type("Failing", (Changed,), {"__getitem__": lambda self, grid: self.run})
     launcher = internals.Launcher(compiled)
@@ -193,7 +197,7 @@ def test_a_kernel_that_fails_both_ways_is_at_fault_itself(gpus: Gpus) -> None:  
 
 
 def test_no_other_file_names_an_internal_of_triton() -> None:
-    """Elsewhere stands what is public: ``triton``, its languages, and the GPUTarget that ``triton.compile`` takes."""
+    """Other files use public names only: ``triton``, its languages, and the GPUTarget that ``triton.compile`` takes."""
     public = r"backends\.compiler import GPUTarget|experimental\.gluon import language"
     private = re.compile(rf"(from|import) triton\.(?!{public})|triton\.(knobs|_C|runtime)")
     for path in sorted(ROOT.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""DoRA layers to test with: inputs on which each term dominates somewhere, and the plain formula in fp64 autograd."""
+"""DoRA layers for tests: inputs on which each term dominates somewhere, and the plain formula in fp64 autograd."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def make_layer(
 
 
 def plain(layer: Layer, *, bias: bool = True, delta: bool = False) -> torch.Tensor:
-    """DoRA as it is written down, for autograd: BA made, the norm detached."""
+    """DoRA's formula for autograd, with a materialised BA and a detached norm."""
     x, weight, lora_a, lora_b, magnitude, scaling = layer.args
     g = magnitude / (weight + scaling * (lora_b @ lora_a)).norm(dim=1).detach().clamp_min(EPS)
     base, lora = x @ weight.T, scaling * (x @ lora_a.T) @ lora_b.T
@@ -139,7 +139,7 @@ def assert_close(
 
 
 class KernelOnPaper:
-    """Stands in for a launched kernel on CPU tensors: fills the given outputs, poisoned first, from the reference."""
+    """Replaces a launched kernel on CPU tensors: fills the given outputs with NaN, then with the reference's values."""
 
     def __init__(self, spec: object) -> None:
         self.spec = spec
@@ -154,13 +154,13 @@ class KernelOnPaper:
         given = dict(zip(names, inputs, strict=True))
         results = reference(spec, given, scaling or 0.0)  # type: ignore[arg-type]
         for output, value in zip(outputs, results.values(), strict=True):
-            output.data.fill_(float("nan"))  # as a kernel writes: behind the back of the version counter
+            output.data.fill_(float("nan"))  # like a kernel, without a change of the version
             output.data.copy_(value)
 
 
 @pytest.fixture
 def kernels_on_paper(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, int]]:
-    """Every operation is launched as a kernel would be, into memory given to it; returns the launches by operation."""
+    """Launch every operation like a kernel, into given memory; returns the number of launches by operation."""
     made: dict[object, KernelOnPaper] = {}
 
     def kernel(*key: object) -> KernelOnPaper:

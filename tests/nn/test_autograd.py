@@ -1,5 +1,5 @@
-"""dora_linear and dora_compose have the values and gradients of DoRA's formula in fp64 wherever a term dominates, for
-every combination of trained tensors, and refuse what their hand-written gradients cannot do.
+"""dora_linear and dora_compose have the values and gradients of DoRA's formula in fp64, on inputs where each term
+dominates and for every combination of trained tensors. They refuse what hand-written gradients do not support.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .layers import CASES, TRAINED, Layer, assert_close, error, gradients, kerne
 __all__ = ["kernels_on_paper"]
 
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
-"""Relative Frobenius error against fp64 on the same inputs. In 16 bits it is that of the tensors in between, which
-are rounded to 16 bits as everywhere in such a model."""
+"""Relative Frobenius error against fp64 on the same inputs. In 16 bits it comes from intermediate tensors, which such a
+model rounds to 16 bits everywhere."""
 
 FORMS: dict[str, Callable[[Layer], torch.Tensor]] = {
     "own": lambda t: dora_linear(*t.args),
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_right_wherever_a_term_dominates(form: str, dty
     for case in CASES:
         if dtype is torch.float16 and case == "large_activations":
             continue  # beyond fp16's range
-        # The gradient of a bias in a foreign base is a difference: it comes through the base, less what g scaled there.
+        # The gradient of a bias in a foreign base has a part through the base's graph, and in these cases it cancels.
         trained = TRAINED[:-1] if "foreign" in form and ("delta" in form or case == "zero_rows") else TRAINED
         layer = make_layer(case, dtype=dtype, trained=trained)
         exact = layer.double()
@@ -101,7 +101,7 @@ def test_the_formula_passes_gradcheck_in_fp64() -> None:
 
 
 @pytest.mark.parametrize("form", ["own, bias", "foreign base, bias", "delta"])
-def test_frozen_tensors_get_no_gradient_and_the_others_the_same_as_ever(form: str) -> None:
+def test_frozen_tensors_get_no_gradient_and_do_not_change_the_others(form: str) -> None:
     names = [name for name in TRAINED if name != "bias"] if form == "delta" else list(TRAINED)
     whole = make_layer(trained=tuple(names))
     full = gradients(FORMS[form](whole), whole)
@@ -157,7 +157,7 @@ def with_parameters(layer: Layer, *names: str) -> Layer:
 
 @pytest.mark.skipif(not knows_backward, reason="this PyTorch does not tell one backward pass from another")
 @pytest.mark.parametrize("parameters", [("weight", "lora_A", "lora_B"), ("weight",), ("lora_B",), ()])
-def test_autograd_keeps_no_parameters_and_everything_else(parameters: tuple[str, ...]) -> None:
+def test_autograd_saves_everything_except_parameters(parameters: tuple[str, ...]) -> None:
     layer, other = with_parameters(make_layer(), *parameters), make_layer()
     saved = saved_for_backward(lambda: dora_linear(*layer.args))
     kept = {name for name, tensor in layer.tensors.items() for t in saved if t.data_ptr() == tensor.data_ptr()}
@@ -180,7 +180,9 @@ def test_a_parameter_written_to_before_the_backward_pass_is_refused_as_autograd_
         y.backward(layer.dy)
 
 
-def test_what_dg_came_from_is_let_go_before_the_products_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tensor_saved_for_dg_is_freed_before_the_products_of_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layer, gone = make_layer(dtype=torch.float32), list[bool]()
     product = gradients_module._product
 
@@ -205,7 +207,7 @@ def test_what_dg_came_from_is_let_go_before_the_products_of_the_backward_pass(mo
         gone.clear()
 
 
-def test_nothing_is_kept_and_no_graph_made_without_gradients() -> None:
+def test_without_gradients_nothing_is_saved_and_no_graph_is_made() -> None:
     layer = make_layer()
     with torch.no_grad():
         assert saved_for_backward(lambda: dora_linear(*layer.args)) == []
@@ -339,7 +341,7 @@ def test_the_output_may_be_changed_in_place(form: str, through_a_view: bool) -> 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_kernel_that_pytorch_does_not_see_may_overwrite_the_output(form: str) -> None:
-    """Fused activations and rotary embeddings do: through ``.data`` no version changes, as a launch changes none."""
+    """As fused activations and rotary embeddings do. A write through ``.data`` changes no version, like a launch."""
     layer, again = make_layer(), make_layer()
     wanted = gradients(FORMS[form](layer), layer)
     y = FORMS[form](again)
@@ -349,7 +351,7 @@ def test_a_kernel_that_pytorch_does_not_see_may_overwrite_the_output(form: str) 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("compute", ["linear", "compose"])
-def test_who_handed_in_a_base_may_overwrite_it(compute: str, bias: bool) -> None:
+def test_the_caller_may_overwrite_a_given_base(compute: str, bias: bool) -> None:
     results = []
     for overwritten in (False, True):
         layer = make_layer(trained=TRAINED[:-1])
@@ -365,7 +367,7 @@ def test_who_handed_in_a_base_may_overwrite_it(compute: str, bias: bool) -> None
 
 
 @pytest.mark.parametrize("trained", [TRAINED[:-1], ("x", "lora_A", "lora_B")])
-def test_a_foreign_base_that_its_own_gradient_needs_is_kept_or_missed_loudly(
+def test_a_given_base_that_its_own_gradient_needs_is_kept_or_its_loss_raises(
     trained: tuple[str, ...], kernels_on_paper: Callable[[], dict[str, int]]
 ) -> None:
     layer = make_layer(dtype=torch.float32, trained=trained)
@@ -421,15 +423,18 @@ def test_torch_func_and_forward_mode_are_refused_with_the_remedy() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"x": torch.zeros(3, 41)}, r"x has shape \[3, 41\]; expected \[..., 40\]"),
-        ({"lora_A": torch.zeros(6, 41)}, r"lora_A has shape \[6, 41\]; expected \[r, 40\]"),
-        ({"lora_B": torch.zeros(48, 5)}, r"lora_B has shape \[48, 5\]; expected \[48, 6\]"),
-        ({"lora_B": torch.zeros(48, 6).half()}, r"lora_A is torch.float32 and lora_B torch.float16"),
-        ({"magnitude": torch.zeros(40)}, r"magnitude has shape \[40\]; expected \[48\]"),
-        ({"weight": torch.zeros(48 * 40)}, r"weight has shape \[1920\]; expected \[d_out, d_in\]"),
-        ({"x": torch.zeros(3, 40).bfloat16()}, r"x is torch.bfloat16 and weight torch.float32: convert x"),
-        ({"magnitude": torch.zeros(48, device="meta")}, r"magnitude is on meta, the layer on cpu"),
-        ({"weight": torch.zeros(48, 40).requires_grad_()}, r"weight requires a gradient: DoRA's W is frozen"),
+        ({"x": torch.zeros(3, 41)}, r"x must have shape \[..., 40\] .*, got \[3, 41\]"),
+        ({"lora_A": torch.zeros(6, 41)}, r"lora_A must have shape \[r, 40\] .*, got \[6, 41\]"),
+        ({"lora_B": torch.zeros(48, 5)}, r"lora_B must have shape \[48, 6\] .*, got \[48, 5\]"),
+        ({"lora_B": torch.zeros(48, 6).half()}, r"lora_A and lora_B must have .* got torch.float32 and torch.float16"),
+        ({"magnitude": torch.zeros(40)}, r"magnitude must have shape \[48\] .*, got \[40\]"),
+        ({"weight": torch.zeros(48 * 40)}, r"weight must have shape \[d_out, d_in\], got \[1920\]"),
+        ({"x": torch.zeros(3, 40).bfloat16()}, r"x must have .* torch.float32, got torch.bfloat16: convert x"),
+        ({"magnitude": torch.zeros(48, device="meta")}, r"magnitude must be on the layer's device cpu, got meta"),
+        (
+            {"weight": torch.zeros(48, 40).requires_grad_()},
+            r"weight must not require a gradient, because DoRA freezes W",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(change: dict[str, torch.Tensor], complaint: str) -> None:
@@ -440,17 +445,17 @@ def test_tensors_that_do_not_fit_are_refused_by_name(change: dict[str, torch.Ten
 
 
 class Wrapped(torch.Tensor):
-    """A tensor whose values are elsewhere, as a sharded or quantised one."""
+    """A tensor subclass that stores its values elsewhere, like a sharded or quantised tensor."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         raise AssertionError("not to be read")
 
 
-def test_a_tensor_that_is_no_plain_memory_is_refused() -> None:
+def test_a_tensor_subclass_with_values_elsewhere_is_refused() -> None:
     layer = make_layer(dtype=torch.float32)
     layer.tensors["weight"] = torch.Tensor._make_subclass(Wrapped, layer.weight)
-    with pytest.raises(ArgumentError, match="weight is a Wrapped: give a plain"):
+    with pytest.raises(ArgumentError, match=r"weight must be a plain torch\.Tensor, got Wrapped"):
         dora_linear(*layer.args)
 
 
@@ -467,5 +472,5 @@ def test_the_public_norm_is_that_of_w_plus_sba(case: str, dtype: torch.dtype) ->
     squares = layer.weight.double().square().sum(dim=1).float()
     again = doratune.weight_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, weight_sq=squares)
     torch.testing.assert_close(again, norm, rtol=1e-6, atol=0.0)
-    with pytest.raises(ArgumentError, match=r"weight_sq is \[48\] torch.float64; expected \[48\] torch.float32"):
+    with pytest.raises(ArgumentError, match=r"weight_sq must be \[48\] torch.float32, got \[48\] torch.float64"):
         doratune.weight_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, weight_sq=squares.double())

@@ -1,5 +1,5 @@
-"""Where W + sBA nearly cancels, or the summands of BA do, w keeps its bound of 1e-5 against fp64 in every row, whoever
-asks for it, and the layer is as near to fp64 as PEFT's dense formula.
+"""Where W + sBA nearly cancels, or the summands of BA do, w keeps its bound of 1e-5 against fp64 in every row, from
+every function that computes it, and the layer's error is at most that of PEFT's dense formula.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def test_at_any_rank_and_scaling(rank: int, scaling: float) -> None:
 @pytest.mark.parametrize("adapter", ["16 bits", "fp32", "rounded by autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_beside_a_w_of_16_bits(dtype: torch.dtype, adapter: str) -> None:
-    """What BA leaves of W is then the rounding of W: 2**-9 of it in bf16, and as exact a number as any other."""
+    """W + sBA is then the rounding of W (2**-9 of it in bf16), which is an exact number too."""
     weight, a, b = against_the_weight(1.0, dtype=dtype)
     if adapter != "16 bits":
         a, b = a.float() * (1.0 + 2.0**-12), b.float()
@@ -110,7 +110,7 @@ def test_beside_a_w_of_16_bits(dtype: torch.dtype, adapter: str) -> None:
     assert error(norm, exact) <= NORM_ERROR
 
 
-def test_a_sum_of_exactly_nothing_has_norm_zero_and_the_layer_stays_finite() -> None:
+def test_an_exactly_zero_sum_has_norm_zero_and_the_layer_stays_finite() -> None:
     a, b = (torch.randint(-4, 5, shape).float() for shape in ((3, 40), (D_OUT, 3)))
     weight = -2.0 * (b @ a)
     norm = doratune.weight_norm(weight, a, b, 2.0)
@@ -182,8 +182,8 @@ def test_under_torch_compile_too() -> None:
 
 
 @pytest.mark.parametrize("rank", [8, 384])
-def test_nothing_is_redone_where_an_adapter_is_an_ordinary_one(rank: int) -> None:
-    """Neither one beside W, nor one far larger, nor one that lies along W."""
+def test_no_row_is_recomputed_for_an_ordinary_adapter(rank: int) -> None:
+    """An adapter as large as W, a far larger one, and one parallel to W."""
     a, b = factors(rank)
     weight = 0.02 * torch.randn(D_OUT, 320)
     for w, factor in ((weight, b), (weight, 100.0 * b), (0.3 * (b @ a), b), (-10.0 * (b @ a), b), (0.0 * weight, b)):
@@ -192,7 +192,7 @@ def test_nothing_is_redone_where_an_adapter_is_an_ordinary_one(rank: int) -> Non
         assert not cancels(norm, squares, a, factor, S).any()
 
 
-def test_the_rows_are_redone_in_blocks_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_rows_is_recomputed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = CANCELLING["-0.999 W"]()
     largest = []
     dense = reference._dense_rows
@@ -208,7 +208,7 @@ def test_the_rows_are_redone_in_blocks_however_many_there_are(monkeypatch: pytes
 
 
 class Launched:
-    """A kernel in place of a GPU's: it computes as the eager reference does and notes that it was started."""
+    """Replaces a GPU's kernel: computes with the eager reference and records its start."""
 
     def __init__(self, started: list[str], key: tuple[Any, ...]) -> None:
         op, d_out, d_in, rank, tokens, dtype, adapter, flags, magnitude, _ = key
@@ -256,7 +256,7 @@ def test_on_a_gpu_the_check_is_one_kernel_after_the_norms(
 
 
 def test_the_share_at_which_rows_are_redone_is_far_from_where_the_factored_norm_fails() -> None:
-    """The bound holds on its own down to a tenth of the share, in fp32 sums that are rounded, not cut off."""
+    """The factored norm alone keeps the bound down to a tenth of the share, with rounded fp32 sums."""
     for share in torch.linspace(0.05, 0.75, 15).tolist():
         weight, a, b = against_the_weight(share, rank=64)
         spec = KernelSpec.create(

@@ -153,12 +153,12 @@ def test_dropout_is_pefts_while_training_and_none_in_evaluation() -> None:
     torch.testing.assert_close(layer(x).double(), formula(layer, x), rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_is_refused_with_the_remedy() -> None:
-    with pytest.raises(LayerError, match=r"takes a torch\.nn\.Linear, not a Conv1d"):
+def test_invalid_arguments_are_refused_with_the_remedy() -> None:
+    with pytest.raises(LayerError, match=r"linear must be a torch\.nn\.Linear, got Conv1d"):
         DoRALinear.from_linear(nn.Conv1d(1, 1, 1), 4, 8.0)  # type: ignore[arg-type]
-    with pytest.raises(LayerError, match="r=0: the rank"):
+    with pytest.raises(LayerError, match="the rank r must be an integer of at least 1, got 0"):
         DoRALinear(16, 24, 0, 8.0)
-    with pytest.raises(LayerError, match=r"lora_dropout=1\.0"):
+    with pytest.raises(LayerError, match=r"lora_dropout must be at least 0 and below 1, got 1\.0"):
         DoRALinear(16, 24, 4, 8.0, lora_dropout=1.0)
 
 
@@ -171,7 +171,7 @@ def test_a_layer_on_the_meta_device_takes_a_state_dict() -> None:
     assert torch.equal(layer(x), trained(x))
 
 
-def test_its_text_says_what_it_is() -> None:
+def test_its_text_names_its_settings() -> None:
     assert "r=4, lora_alpha=6.0, lora_dropout=0.0, merged=False" in repr(doratune.nn.DoRALinear(16, 24, 4, 6.0))
 
 
@@ -181,15 +181,15 @@ class Doubling(torch.nn.Linear):
 
 
 def test_a_linear_that_computes_something_else_is_refused() -> None:
-    with pytest.raises(LayerError, match="that of this Doubling is another"):
+    with pytest.raises(LayerError, match=r"linear must use torch\.nn\.Linear's forward, got a Doubling"):
         doratune.nn.DoRALinear.from_linear(Doubling(8, 6), 2, 4.0)
     patched = torch.nn.Linear(8, 6)
     patched.forward = lambda x: x  # type: ignore[method-assign, assignment]
-    with pytest.raises(LayerError, match=r"runs torch\.nn\.Linear's forward"):
+    with pytest.raises(LayerError, match=r"linear must use torch\.nn\.Linear's forward"):
         doratune.nn.DoRALinear.from_linear(patched, 2, 4.0)
     integers = torch.nn.Linear(8, 6)
     integers.weight = torch.nn.Parameter(torch.zeros(6, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(LayerError, match=r"a dense weight, not a Parameter of torch\.int8"):
+    with pytest.raises(LayerError, match=r"linear must have a dense weight, got a Parameter of torch\.int8"):
         doratune.nn.DoRALinear.from_linear(integers, 2, 4.0)
 
 

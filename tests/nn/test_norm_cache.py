@@ -1,5 +1,5 @@
-"""A cached norm is never stale: however W, A or B change, the layer divides by the norm that they have now; and a
-checkpointed layer's recompute takes the norm of its forward pass.
+"""A cached norm is never stale: after every kind of change of W, A or B the layer divides by their present norm. The
+recompute of a checkpointed layer reuses the norm of its forward pass.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def step(make: Callable[..., torch.optim.Optimizer], **options: object) -> Chang
 
 
 class BehindTheBack(torch.optim.Optimizer):
-    """Writes as kernels given raw pointers do: no version shows it."""
+    """Writes like a kernel with raw pointers, without a change of the version."""
 
     def __init__(self, parameters: list[torch.Tensor], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -123,7 +123,7 @@ def there_and_back(module: doratune.nn.DoRALinear) -> None:
 
 
 def freed_and_taken_again(module: doratune.nn.DoRALinear) -> None:
-    """New values that the allocator may well put where the old ones were."""
+    """New values, which the allocator may put at the address of the old ones."""
     lora_b = module.adapter[1]
     values = lora_b.detach() * 2.0
     lora_b.data = torch.empty(0)
@@ -143,7 +143,7 @@ def through_a_pointer(module: doratune.nn.DoRALinear) -> None:
 
 
 def other_magnitude(module: doratune.nn.DoRALinear) -> None:
-    """m alone: w stays, but g = m / w does not."""
+    """Only m: w does not change, but g = m / w does."""
     with torch.no_grad():
         module.adapter[2].copy_(module.adapter[2] * 1.5)
 
@@ -176,7 +176,7 @@ UNSEEN: dict[str, Change] = {
     "m.data in place": magnitude_data_in_place,
     "a pointer": through_a_pointer,
 }
-"""Changes that leave no trace in the tensor."""
+"""Changes that do not show in the tensor's version or address."""
 
 
 @pytest.mark.parametrize("no_grad", [False, True], ids=["grad", "no_grad"])
@@ -187,7 +187,7 @@ UNSEEN: dict[str, Change] = {
         *((change, reuse) for change in UNSEEN for reuse in ("auto", "off")),
     ],
 )
-def test_no_change_of_the_weights_leaves_an_old_norm(change: str, reuse: str, no_grad: bool) -> None:
+def test_every_change_of_the_weights_gives_a_new_norm(change: str, reuse: str, no_grad: bool) -> None:
     module, x = make_module(reuse), torch.randn(5, D_IN)
     for _ in range(2):
         with torch.set_grad_enabled(not no_grad):
@@ -309,7 +309,7 @@ def test_a_copy_or_a_pickled_module_starts_without_the_norm(computed: list[torch
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(NormReuseError, match="norm_reuse='always': use one of auto, tracked, off"):
+    with pytest.raises(NormReuseError, match="norm_reuse must be one of auto, tracked, off, got 'always'"):
         NormCache("always")
 
 

@@ -1,4 +1,4 @@
-"""Which kernel an operation takes: the fused one where a store says that this pays, and only there."""
+"""An operation runs the fused kernel if, and only if, a store says that its fusion pays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPEC = KernelSpec.create(
 
 
 class Fused:
-    """A kernel in place of a GPU's: it computes in fp64 and notes what it was given."""
+    """Replaces a GPU's kernel: computes in fp64 and records its arguments."""
 
     def __init__(self, pays: bool = True) -> None:
         self.fusion_pays = pays
@@ -57,7 +57,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Fused]:
         monkeypatch.setattr(kernels, "kernel_for", kernel.find)
         return kernel
 
-    # What functools.cache keeps would serve the next test too.
+    # The caches of functools would be used by the next test too.
     monkeypatch.setattr(kernels, "paying_kernel_for", kernels.paying_kernel_for.__wrapped__)
     return install
 
@@ -96,7 +96,7 @@ def test_other_forms_take_no_fused_kernel(fused: Callable[[bool], Fused], form: 
     kernel, one = fused(True), layer()
     if form == "delta":
         dora_linear(*one.args, delta=True)
-    elif form == "W by columns":  # a kernel would have it copied
+    elif form == "W by columns":  # a launch would copy it
         dora_linear(one.x, one.weight.T.contiguous().T, *one.args[2:])
     elif form == "no tokens":
         assert dora_linear(one.x[:, :0], *one.args[1:]).shape == (2, 0, 48)

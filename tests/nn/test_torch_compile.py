@@ -1,5 +1,5 @@
-"""Under torch.compile a DoRA layer is one graph, forward and backward, with doratune's operators in it, and computes
-what it computes without.
+"""Under torch.compile a DoRA layer is one forward and one backward graph with doratune's operators, and computes the
+same as without.
 """
 
 from __future__ import annotations
@@ -210,6 +210,6 @@ def samples(name: str) -> list[tuple[Any, ...]]:
         "sum_of_products",
     ],
 )
-def test_an_operator_is_what_it_says_of_itself(name: str) -> None:
+def test_every_operator_passes_opcheck(name: str) -> None:
     for args in samples(name):
         torch.library.opcheck(getattr(torch.ops.doratune, name).default, args)

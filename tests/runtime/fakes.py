@@ -1,5 +1,5 @@
-"""A GPU's driver and compiled kernels made up, for tests of what the host does: Triton's own launcher runs up to its C
-function, and memory is the CPU's.
+"""Fakes of a GPU's driver and of compiled kernels, for tests of the host's code. Triton's own launcher runs up to its C
+function, and all memory is on the CPU.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SCALING = 0.75
 
 
 class Map(NamedTuple):
-    """A tensor map: the address of the matrix, and all else that it was made from."""
+    """A tensor map: the address of its matrix and the other values that it was made from."""
 
     address: int
     rest: tuple[Any, ...]
 
 
 class Start(NamedTuple):
-    """One call of Triton's C function: which binary on which grid, the types of its arguments, and these."""
+    """One call of Triton's C function: the binary, the grid, and the types and values of the arguments."""
 
     what: tuple[Any, ...]
     types: tuple[str, ...]
@@ -45,7 +45,7 @@ class Start(NamedTuple):
 
 @dataclass
 class Gpus:
-    """A driver without a GPU: it keeps what is started and what tensor maps are made."""
+    """A driver without a GPU: it records starts and the tensor maps that are made."""
 
     starts: list[Start] = field(default_factory=list)
     maps: list[Map] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Gpus:
         self.starts.append(Start(what, types, tuple(arguments)))
 
     def launch_of(self, source: str, *call: Any) -> None:
-        """The same before Triton 3.7, where a C function is made from ``source`` for the types of the arguments."""
+        """The same for Triton before 3.7, which makes a C function from ``source`` for the types of the arguments."""
         *what, scratch, profile, packed, _, _, _ = call[:13]
         self.starts.append(Start((*what, packed, scratch, profile), (source,), call[13:]))
 
@@ -72,13 +72,13 @@ class Gpus:
         return made
 
     def taken(self) -> list[Start]:
-        """What was started since the last look."""
+        """The starts since the last call."""
         taken, self.starts = self.starts, []
         return taken
 
 
 class Compiled:
-    """Triton's compiled kernel, but for the machine code."""
+    """Triton's compiled kernel without machine code."""
 
     def __init__(self, source: Source, kernel: Any, number: int) -> None:
         from triton.runtime import driver
@@ -104,7 +104,7 @@ class Compiled:
         return {"swizzle": place, "elem_size": 2, "elem_type": 8, "block_size": block, "fp4_padded": False}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        """Triton's own runner, which tells the hooks."""
+        """Triton's own runner, which calls the hooks."""
 
         def start(*arguments: Any) -> None:
             self.through_triton.append(grid)
@@ -122,13 +122,13 @@ def bound_module(source: Source) -> ModuleType:
 
 @dataclass
 class Allocations:
-    """What a ``launch`` allocated, kept so that no two have one address."""
+    """The allocations of a ``launch``, kept alive so that no two have the same address."""
 
     made: list[torch.Tensor] = field(default_factory=list)
 
 
 def address_in(argument: Any) -> int | None:
-    """The address that an argument of the C function gives: a pointer's, or that of a tensor map."""
+    """The address in an argument of the C function: a pointer, or the address of a tensor map."""
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
     return argument.address if isinstance(argument, Map) else None
@@ -140,7 +140,7 @@ def assert_same_starts(
     found: Sequence[Start],
     together: Sequence[torch.Tensor],
 ) -> None:
-    """``found`` is ``expected`` with the allocations ``apart`` at places of their own in the one allocation of it."""
+    """Assert that ``found`` is ``expected`` with the allocations ``apart`` placed in one, without overlap."""
     assert [(start.what, start.types) for start in found] == [(start.what, start.types) for start in expected]
     ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in apart]
     moved: dict[int, set[int]] = {}
@@ -177,7 +177,7 @@ def assert_same_starts(
 
 
 def resolved(starts: Sequence[Start]) -> list[Start]:
-    """The same with the addresses of pointers in place of tensors, as the C function takes them."""
+    """The same with addresses in place of tensors, as the C function takes them."""
     return [
         start._replace(arguments=tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in start.arguments))
         for start in starts
@@ -185,7 +185,7 @@ def resolved(starts: Sequence[Start]) -> list[Start]:
 
 
 class World:
-    """An emitted module whose binaries are made up, and what repeats its ``launch``."""
+    """An emitted module with fake binaries, and the object that repeats its ``launch``."""
 
     def __init__(self, source: Source, gpus: Gpus, allocations: Allocations) -> None:
         self.spec = source.spec
@@ -196,7 +196,7 @@ class World:
         self._allocations = allocations
 
     def operands(self, tokens: int = 16, *, in_place: bool = False) -> list[torch.Tensor]:
-        """Fresh ones; ``in_place`` puts the first output where the first input of its shape and dtype is."""
+        """New operands; ``in_place``: the first output shares memory with the first input of its shape and dtype."""
         inputs, _ = make_inputs(self.spec, tokens)
         first, *others = make_outputs(self.spec, tokens).values()
         if in_place:
@@ -204,14 +204,14 @@ class World:
         return [*inputs.values(), first, *others]
 
     def start(self, operands: Sequence[torch.Tensor], scaling: float | None = None) -> list[Start]:
-        """Start as a kernel does; returns what that started."""
+        """Start as a kernel does; returns the starts."""
         self._forget()
         scaling = self.scaling if scaling is None else scaling
         self.bound.start(operands, [operand.data_ptr() for operand in operands], len(operands[0]), scaling)
         return self._gpus.taken()
 
     def launch(self, operands: Sequence[torch.Tensor], scaling: float | None = None) -> list[Start]:
-        """Run the emitted ``launch``; returns what that started."""
+        """Run the emitted ``launch``; returns the starts."""
         self._forget()
         scaling = self.scaling if scaling is None else scaling
         self.module.launch(*operands, *(() if scaling is None else (scaling,)))
@@ -219,13 +219,13 @@ class World:
 
     @contextlib.contextmanager
     def repeating(self) -> Iterator[None]:
-        """In here the emitted ``launch`` must not run."""
+        """A context in which the emitted ``launch`` must not run."""
         launch, self.module.launch = self.module.launch, None  # type: ignore[assignment]
         yield
         self.module.launch = launch  # type: ignore[method-assign]
 
     def assert_repeats(self, operands: Sequence[torch.Tensor], scaling: float | None = None) -> None:
-        """What is repeated on ``operands`` is what ``launch`` does on them."""
+        """Assert that a repetition on ``operands`` starts what ``launch`` starts on them."""
         expected = self.launch(operands, scaling)
         apart = tuple(self._allocations.made)
         with self.repeating():

@@ -1,5 +1,5 @@
-"""A kernel refuses every tensor it cannot use, with a message that names the argument, what is wrong with it and what
-would be right; and it takes leading dimensions, names or positions, and memory to write over.
+"""A kernel refuses every tensor that it cannot use; the message names the argument, the fault and the requirement. It
+accepts leading dimensions, positional and named tensors, and an ``out`` to write to.
 """
 
 from __future__ import annotations
@@ -41,33 +41,37 @@ def changed(name: str, change: Callable[[torch.Tensor], object]) -> Callable[[In
 
 
 UNSUITABLE = [
-    ("weight_norm", changed("weight", lambda w: w[:-1]), ["weight has shape [23, 24]", "[24, 24] (d_out, d_in)"]),
-    ("weight_norm", changed("weight", lambda w: w.T), ["weight has strides (1, 24)", ".contiguous()"]),
-    ("weight_norm", changed("weight", lambda w: w.bfloat16()), ["weight is torch.bfloat16", "takes torch.float32"]),
-    ("weight_norm", changed("lora_A", lambda a: a.T), ["lora_A has shape [24, 8]", "[8, 24] (rank, d_in)"]),
-    ("weight_norm", changed("lora_B", lambda b: b.T), ["lora_B has shape [8, 24]", "[24, 8] (d_out, rank)"]),
-    ("weight_norm", changed("lora_B", lambda b: b.flatten()), ["lora_B has shape [192]", "[24, 8]"]),
-    ("weight_norm", changed("weight_sq", lambda n: n[:, None]), ["weight_sq has shape [24, 1]", "[24] (d_out)"]),
-    ("weight_norm", changed("weight_sq", lambda n: n.half()), ["weight_sq is torch.float16", "torch.float32"]),
-    ("lora_compose", changed("base", lambda x: x[:, :-1]), ["base has shape [5, 23]", "[tokens, 24] (d_out)"]),
-    ("lora_compose", changed("base", lambda x: x[0]), ["base has shape [24]", "[tokens, 24]"]),
-    ("lora_compose", changed("h", lambda h: h[1:]), ["h has [4] tokens", "[5]"]),
-    ("lora_compose", changed("h", lambda h: h[None]), ["h has [1, 5] tokens", "[5]"]),
-    ("lora_compose", changed("h", lambda h: h.to("meta")), ["h is on meta", "loaded for cpu", "move the tensor"]),
-    ("lora_compose", changed("g", lambda g: g.double()), ["g is torch.float64", "torch.float32"]),
-    ("lora_compose", changed("g", lambda g: g.tolist()), ["g is a list, not a torch.Tensor"]),
-    ("compose_forward", changed("lora", lambda x: None), ["lora is a NoneType, not a torch.Tensor"]),
-    ("compose_forward", changed("lora", lambda x: x.repeat(1, 2)[:, ::2]), ["lora has strides (48, 2)", "contiguous"]),
-    ("compose_forward", changed("g", lambda g: g[:1].expand(24)), ["g has strides (0,)", "contiguous"]),
+    ("weight_norm", changed("weight", lambda w: w[:-1]), ["weight must", "shape [24, 24] (d_out, d_in), got [23, 24]"]),
+    ("weight_norm", changed("weight", lambda w: w.T), ["weight must", "got strides (1, 24)", ".contiguous()"]),
+    ("weight_norm", changed("weight", lambda w: w.bfloat16()), ["weight must be torch.float32, got torch.bfloat16"]),
+    ("weight_norm", changed("lora_A", lambda a: a.T), ["lora_A must have shape [8, 24] (rank, d_in), got [24, 8]"]),
+    ("weight_norm", changed("lora_B", lambda b: b.T), ["lora_B must have shape [24, 8] (d_out, rank), got [8, 24]"]),
+    ("weight_norm", changed("lora_B", lambda b: b.flatten()), ["lora_B must have shape [24, 8]", "got [192]"]),
+    (
+        "weight_norm",
+        changed("weight_sq", lambda n: n[:, None]),
+        ["weight_sq must have shape [24] (d_out), got [24, 1]"],
+    ),
+    ("weight_norm", changed("weight_sq", lambda n: n.half()), ["weight_sq must be torch.float32, got torch.float16"]),
+    ("lora_compose", changed("base", lambda x: x[:, :-1]), ["base must", "shape [tokens, 24] (d_out), got [5, 23]"]),
+    ("lora_compose", changed("base", lambda x: x[0]), ["base must have shape [tokens, 24]", "got [24]"]),
+    ("lora_compose", changed("h", lambda h: h[1:]), ["h must have [5] tokens", "got [4]"]),
+    ("lora_compose", changed("h", lambda h: h[None]), ["h must have [5] tokens", "got [1, 5]"]),
+    ("lora_compose", changed("h", lambda h: h.to("meta")), ["h must be on cpu, got meta", "move the tensor"]),
+    ("lora_compose", changed("g", lambda g: g.double()), ["g must be torch.float32, got torch.float64"]),
+    ("lora_compose", changed("g", lambda g: g.tolist()), ["g must be a torch.Tensor, got list"]),
+    ("compose_forward", changed("lora", lambda x: None), ["lora must be a torch.Tensor, got NoneType"]),
+    ("compose_forward", changed("lora", lambda x: x.repeat(1, 2)[:, ::2]), ["lora must", "contiguous", "(48, 2)"]),
+    ("compose_forward", changed("g", lambda g: g[:1].expand(24)), ["g must", "contiguous", "got strides (0,)"]),
     (
         "compose_backward",
         changed("inner", lambda x: x.half()),
-        ["inner is torch.float16", "a kernel for torch.float16"],
+        ["inner must be", "got torch.float16", "a kernel for torch.float16"],
     ),
-    ("compose_backward", changed("inner", lambda x: x[:3]), ["inner has [3] tokens", "[5]"]),
-    ("compose_backward", changed("dy", lambda x: x.to("meta")), ["dy is on meta", "cpu"]),
-    ("dora_linear_forward", changed("x", lambda x: x[:, :-1]), ["x has shape [5, 23]", "[tokens, 24] (d_in)"]),
-    ("dora_linear_forward", changed("h", lambda h: h[1:]), ["h has [4] tokens", "[5]"]),
+    ("compose_backward", changed("inner", lambda x: x[:3]), ["inner must have [5] tokens", "got [3]"]),
+    ("compose_backward", changed("dy", lambda x: x.to("meta")), ["dy must be on cpu, got meta"]),
+    ("dora_linear_forward", changed("x", lambda x: x[:, :-1]), ["x must", "shape [tokens, 24] (d_in), got [5, 23]"]),
+    ("dora_linear_forward", changed("h", lambda h: h[1:]), ["h must have [5] tokens", "got [4]"]),
 ]
 
 
@@ -102,7 +106,7 @@ def test_surplus_unknown_and_repeated_arguments_are_refused() -> None:
     kernel = kernel_of("compose_forward")
     base, lora, g = make_inputs(kernel.spec, TOKENS)[0].values()
     takes = "compose_forward takes base, lora, g and scaling"
-    with pytest.raises(ArgumentError, match=f"4 tensors given; {takes}"):
+    with pytest.raises(ArgumentError, match=f"expected at most 3 tensors, got 4; {takes}"):
         kernel(base, lora, g, g, scaling=0.5)
     with pytest.raises(ArgumentError, match=f"unknown argument 'bias'; {takes}"):
         kernel(base, lora, g, bias=g, scaling=0.5)
@@ -120,14 +124,14 @@ def test_a_tensor_that_only_another_form_takes_is_refused() -> None:
 def test_scaling_must_be_a_number(scaling: Any) -> None:
     kernel = kernel_of("compose_forward")
     message = refusal(kernel, make_inputs(kernel.spec, TOKENS)[0], scaling=scaling)
-    assert message.startswith("compose_forward needs scaling, a number (PEFT's lora_alpha / r); got ")
+    assert message.startswith("scaling of compose_forward must be a number (PEFT's lora_alpha / r), got ")
     assert repr(scaling) in message
 
 
 def test_an_operation_without_scaling_refuses_one() -> None:
     kernel = kernel_of("compose_backward")
     inputs, _ = make_inputs(kernel.spec, TOKENS)
-    assert refusal(kernel, inputs, scaling=0.5) == "compose_backward takes no scaling"
+    assert refusal(kernel, inputs, scaling=0.5) == "compose_backward takes no scaling, got 0.5"
 
 
 def test_a_whole_number_is_a_scaling() -> None:
@@ -139,16 +143,16 @@ def test_a_whole_number_is_a_scaling() -> None:
 @pytest.mark.parametrize(
     ("out", "said"),
     [
-        (lambda y: y[:, 1:], "out has shape [5, 23]; expected [tokens, 24]"),
-        (lambda y: y[1:], "out has [4] tokens where the other tensors have [5]"),
-        (lambda y: y[None], "out has [1, 5] tokens where the other tensors have [5]"),
-        (lambda y: y.half(), "out is torch.float16; this kernel takes torch.float32"),
-        (lambda y: y.to("meta"), "out is on meta"),
-        (lambda y: y.repeat(1, 2)[:, ::2], "out has strides (48, 2)"),
-        (lambda y: y.numpy(), "out is a ndarray, not a torch.Tensor"),
+        (lambda y: y[:, 1:], "out must have shape [tokens, 24] (d_out), got [5, 23]"),
+        (lambda y: y[1:], "out must have [5] tokens as the other tensors, got [4]"),
+        (lambda y: y[None], "out must have [5] tokens as the other tensors, got [1, 5]"),
+        (lambda y: y.half(), "out must be torch.float32, got torch.float16"),
+        (lambda y: y.to("meta"), "out must be on cpu, got meta"),
+        (lambda y: y.repeat(1, 2)[:, ::2], "out must have a contiguous last dimension, got strides (48, 2)"),
+        (lambda y: y.numpy(), "out must be a torch.Tensor, got ndarray"),
     ],
 )
-def test_memory_to_write_over_must_suit_the_output(out: Callable[[torch.Tensor], object], said: str) -> None:
+def test_out_must_suit_the_output(out: Callable[[torch.Tensor], object], said: str) -> None:
     kernel = kernel_of("compose_forward")
     inputs, _ = make_inputs(kernel.spec, TOKENS)
     assert said in refusal(kernel, inputs, out=out(torch.empty(TOKENS, D_OUT)))
@@ -158,11 +162,11 @@ def test_rows_of_an_output_must_not_share_memory() -> None:
     kernel = kernel_of("compose_forward")
     inputs, _ = make_inputs(kernel.spec, TOKENS)
     message = refusal(kernel, inputs, out=torch.empty(1, D_OUT).expand(TOKENS, D_OUT))
-    assert message == "out has shape [5, 24] and strides (0, 1): its rows share memory"
+    assert message == "the rows of out must not overlap in memory, got shape [5, 24] and strides (0, 1)"
 
 
 @pytest.mark.parametrize("op", ["weight_norm", "lora_compose", "compose_forward", "compose_backward"])
-def test_rows_may_lie_apart(op: str) -> None:
+def test_rows_need_not_be_adjacent(op: str) -> None:
     kernel = kernel_of(op)
     inputs, _ = make_inputs(kernel.spec, TOKENS)
     apart = {n: t.repeat(1, 2)[:, : t.shape[1]] if t.ndim == 2 else t for n, t in inputs.items()}
@@ -214,14 +218,14 @@ def test_the_same_tokens_in_other_leading_dimensions_do_not_fit_together() -> No
     kernel = kernel_of("compose_forward")
     inputs, _ = make_inputs(kernel.spec, 6)
     inputs["base"] = inputs["base"].view(2, 3, D_OUT)
-    assert refusal(kernel, inputs) == "lora has [6] tokens where the other tensors have [2, 3]"
+    assert refusal(kernel, inputs) == "lora must have [2, 3] tokens as the other tensors, got [6]"
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
 def test_no_tokens_at_all_are_refused(shape: tuple[int, ...]) -> None:
     kernel = kernel_of("compose_forward")
     empty = torch.empty(*shape, D_OUT)
-    assert "there must be at least one token" in refusal(kernel, {"base": empty, "lora": empty, "g": torch.ones(D_OUT)})
+    assert "must have at least one token" in refusal(kernel, {"base": empty, "lora": empty, "g": torch.ones(D_OUT)})
 
 
 def test_position_and_name_are_the_same() -> None:

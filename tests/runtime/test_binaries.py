@@ -1,5 +1,5 @@
-"""A kernel whose binary is in a store is launched without a compile, from the very bytes and metadata that Triton's
-compiler made; and anything that is not exactly that binary is compiled, with a warning where it is damaged."""
+"""A kernel with a stored binary is launched without a compile, from the bytes and metadata that Triton's compiler made.
+If the binary differs in anything the kernel is compiled, with a warning if the binary is damaged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _own_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     monkeypatch.delenv("DORATUNE_CACHE_PATH", raising=False)
     monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("doratune.cache.stack._PREBUILT_FOLDER", tmp_path / "prebuilt")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions are to be the compiler's
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions must be compiled, not interpreted
     loaded = dict(loader._loaded)
     yield
     loader._asked.clear()
@@ -103,7 +103,7 @@ def store(tmp_path: Path, compiled: tuple[Binary, ...]) -> Store:
 
 
 class FakeGpu:
-    """A driver without a GPU: it keeps what is loaded and launched."""
+    """A driver without a GPU: it records what is loaded and launched."""
 
     def __init__(self) -> None:
         self.loaded: list[tuple[str, bytes, int]] = []
@@ -146,7 +146,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 
 class Compiles(Exception):
-    """Stands for a run of Triton's compiler."""
+    """Raised in place of a run of Triton's compiler."""
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "compile", compile)
 
 
-# What a restored kernel is.
+# Restoring.
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.op}-{variant.name}")
@@ -189,7 +189,7 @@ def test_a_binary_names_no_folder_of_the_machine_that_made_it(compiled: tuple[Bi
         assert str(Path(triton.__file__).parent) not in binary.metadata
 
 
-def test_the_code_tells_apart_what_is_aligned_otherwise() -> None:
+def test_specs_with_other_alignments_have_other_code() -> None:
     """One binary serves a code digest, so specs of one code must have one set of alignments."""
     for variant in VARIANTS:
         seen: dict[str, dict[str, int]] = {}
@@ -204,7 +204,7 @@ def test_the_code_tells_apart_what_is_aligned_otherwise() -> None:
                     assert seen.setdefault(source.code_digest, alignments) == alignments, (variant.name, spec)
 
 
-# Found and launched.
+# Finding and launching.
 
 
 def test_a_kernel_with_its_binary_is_launched_without_a_compile(
@@ -230,14 +230,14 @@ def test_a_neighbouring_token_bucket_needs_no_binary_of_its_own(store: Store, gp
     assert len(gpu.loaded) == len(declared_kernels(source))
 
 
-# From which store.
+# The choice of the store.
 
 
 def whole_stack(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, contents: dict[str, tuple[bool, tuple[Binary, ...]]]
 ) -> dict[str, str]:
-    """Make stores that have the entry or not, and binaries; returns where each is. "user" and "prebuilt" are what they
-    say, the others are named by the search path, in this order."""
+    """Make stores with binaries, and with or without the entry; returns their locations. "user" and "prebuilt" are
+    those stores; the others are on the search path, in this order."""
     special = {"user": tmp_path / "home" / "store.sqlite", "prebuilt": tmp_path / "prebuilt" / "h200.sqlite"}
     places = {name: special.get(name, tmp_path / f"{name}.sqlite") for name in contents}
     for name, (has_entry, binaries) in contents.items():
@@ -268,14 +268,12 @@ def test_the_config_may_come_from_one_store_and_the_binary_from_your_own_or_a_pr
 def test_a_store_without_the_entry_gives_no_binary(
     holder: str | None, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where it is asked first, nor where the built-in default is chosen."""
+    """Even if it is searched first, or the built-in default is chosen."""
     monkeypatch.setattr("doratune.codegen.variants.default_config", lambda spec, gpu: source_of(SPEC).config)
     at = whole_stack(monkeypatch, tmp_path, {"stranger": (False, compiled)} | ({holder: (True, ())} if holder else {}))
     resolution, source, binaries = resolve_binaries(SPEC)
     assert resolution.store == (at[holder] if holder else None)
-    assert binaries.explain().startswith(
-        f"compiled at the first call: {at['stranger']}: has binaries, but not the entry"
-    )
+    assert binaries.explain().startswith(f"compiled at the first call: {at['stranger']}: its binaries are not used")
     assert (binaries.store, binaries.kernels, binaries.damaged) == (None, {}, ())
     with pytest.raises(Compiles):
         bind(source, None, binaries.kernels)
@@ -305,7 +303,7 @@ def test_explain_names_the_store_of_the_binary_and_those_passed_over(
     )
     assert [reason.split(":")[0] for reason in passed_over] == [at["stranger"], at["team"], at["user"]]
     assert "shared=-1" in passed_over[1]
-    assert "there are binaries of" in passed_over[2]
+    assert "expected binaries of" in passed_over[2]
     assert list(binaries.damaged) == passed_over[1:]
     bind(source, None, binaries.kernels)
     assert len(gpu.loaded) == len(compiled)
@@ -320,7 +318,7 @@ def test_your_own_store_stays_yours_where_it_is_also_named(
     assert resolve_binaries(SPEC, at["user"])[2].store == at["user"]
 
 
-# For which operands.
+# Operands.
 
 
 def test_other_alignments_are_compiled(store: Store, gpu: FakeGpu) -> None:
@@ -358,11 +356,11 @@ def test_load_kernel_finds_the_binary_and_explain_says_so(store: Store, monkeypa
     assert kernel.explain() == doratune.explain(SPEC, store.location)
 
 
-# Not that very binary.
+# Other and damaged binaries.
 
 
 def without_binary(change: Callable[[Store], None], store: Store, gpu: FakeGpu) -> str:
-    """Load and bind after ``change``: a compile must follow. Returns what explain says of the binary."""
+    """Load and bind after ``change``, which must cause a compile. Returns the explanation of the binary."""
     change(store)
     _, source, binaries = resolve_binaries(SPEC, store.location)
     with pytest.raises(Compiles):
@@ -380,7 +378,7 @@ def sql(statement: str, **values: object) -> Callable[[Store], None]:
     return change
 
 
-def test_no_binary_of_this_triton_or_architecture_is_no_damage(store: Store, gpu: FakeGpu) -> None:
+def test_a_missing_binary_of_this_triton_or_architecture_is_not_damage(store: Store, gpu: FakeGpu) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         said = without_binary(sql("DELETE FROM doratune_binaries"), store, gpu)
@@ -403,7 +401,7 @@ GONE = object()
 
 
 def edited(compiled: tuple[Binary, ...], **values: object) -> Callable[[Store], None]:
-    """Put the binaries again with other metadata, soundly sealed."""
+    """Store the binaries again with other metadata and a valid checksum."""
 
     def change(store: Store) -> None:
         for binary in compiled:
@@ -422,8 +420,8 @@ def edited(compiled: tuple[Binary, ...], **values: object) -> Callable[[Store], 
         ({"arch": "sm80"}, "arch='sm80'"),
         ({"triton_version": "2.0"}, "triton_version='2.0'"),
         ({"target": {"backend": "cuda", "arch": 80, "warp_size": 32}}, "target.arch=80"),
-        ({"name": "another_kernel"}, "metadata is not that of"),
-        ({"doratune": GONE}, "metadata is not that of"),
+        ({"name": "another_kernel"}, "metadata does not belong to"),
+        ({"doratune": GONE}, "metadata does not belong to"),
         ({"enable_fp_fusion": GONE}, "lacks enable_fp_fusion"),
     ],
 )
@@ -447,11 +445,11 @@ ATTACKS: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize(("values", "complaint"), ATTACKS.values(), ids=ATTACKS.keys())
-def test_forged_launch_facts_are_refused_at_the_lookup_and_told_once(
+def test_forged_launch_facts_are_refused_at_the_lookup_with_one_warning(
     values: dict[str, object], complaint: str, store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
 ) -> None:
     assert complaint in without_binary(edited(compiled, **values), store, gpu)
-    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel whose binary is stored") as told:
+    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel instead of using its stored binary") as told:
         resolve_binaries(SPEC, store.location)[2].warn()
     assert len(told) == 1
     assert complaint in str(told[0].message)
@@ -471,7 +469,7 @@ def test_garbage_and_other_kernels_images_are_refused_at_the_lookup(
 ) -> None:
     first, second = compiled[:2]
     for image, complaint in (
-        (b"garbage", "no 64-bit ELF"),
+        (b"garbage", "not a 64-bit ELF"),
         (first.image[:-9], "cut off"),
         (second.image, f"the kernel '{second.kernel}'"),
     ):
@@ -479,7 +477,7 @@ def test_garbage_and_other_kernels_images_are_refused_at_the_lookup(
         assert complaint in without_binary(lambda _: None, store, gpu)
 
 
-def test_what_was_sound_at_the_lookup_is_checked_again_when_it_is_loaded(
+def test_a_binary_that_passed_the_lookup_is_checked_again_when_it_is_loaded(
     store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
 ) -> None:
     _, source, binaries = resolve_binaries(SPEC, store.location)
@@ -498,25 +496,25 @@ def test_a_binary_that_the_driver_refuses_is_compiled_with_a_warning(store: Stor
 
 
 @pytest.mark.parametrize(("column", "value"), [("image", b"\x7fELF"), ("metadata", "{}"), ("metadata", "not JSON")])
-def test_a_damaged_row_is_told_once_and_compiled(column: str, value: object, store: Store, gpu: FakeGpu) -> None:
+def test_a_damaged_row_gives_one_warning_and_a_compile(column: str, value: object, store: Store, gpu: FakeGpu) -> None:
     said = without_binary(sql(f"UPDATE doratune_binaries SET {column} = :value", value=value), store, gpu)
     assert "Delete row" in said
     assert store.location in said
     _, _, binaries = resolve_binaries(SPEC, store.location)
-    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel whose binary is stored") as told:
+    with pytest.warns(RuntimeWarning, match="doratune compiles a kernel instead of using its stored binary") as told:
         binaries.warn()
     assert len(told) == 1
 
 
-def test_a_missing_kernel_of_several_is_told_and_compiled(store: Store, gpu: FakeGpu) -> None:
+def test_a_missing_kernel_of_several_gives_a_warning_and_a_compile(store: Store, gpu: FakeGpu) -> None:
     said = without_binary(sql("DELETE FROM doratune_binaries WHERE id = 1"), store, gpu)
-    assert "there are binaries of" in said
+    assert "expected binaries of" in said
 
 
 def test_bind_does_not_take_some_kernels_and_compile_others(
     store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...]
 ) -> None:
-    with pytest.warns(RuntimeWarning, match="there is none of"), pytest.raises(Compiles):
+    with pytest.warns(RuntimeWarning, match="has no stored binary"), pytest.raises(Compiles):
         bind(source_of(SPEC), None, {compiled[0].kernel: compiled[0]})
 
 
@@ -528,7 +526,7 @@ def test_bind_does_not_take_some_kernels_and_compile_others(
         ("dump_ir", "TRITON_KERNEL_DUMP"),
     ],
 )
-def test_who_asks_triton_for_a_compile_gets_one(
+def test_a_request_to_triton_to_compile_disables_stored_binaries(
     knob: str, variable: str, store: Store, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert why_compile() is None
@@ -539,19 +537,19 @@ def test_who_asks_triton_for_a_compile_gets_one(
         bind(source_of(SPEC), None, found.kernels)
 
 
-def test_options_from_the_environment_are_a_reason_to_compile_and_none_to_warn(
+def test_options_from_the_environment_cause_a_compile_without_a_warning(
     store: Store, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = resolve_binaries(SPEC, store.location)[2]
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "enable_fp_fusion=True, here it is False" in without_binary(lambda _: None, store, gpu)
+        assert "enable_fp_fusion=True, expected False" in without_binary(lambda _: None, store, gpu)
         with pytest.raises(Compiles):
             bind(source_of(SPEC), None, found.kernels)
 
 
-def test_compiler_variables_that_triton_keys_its_cache_by_are_a_reason_to_compile(
+def test_compiler_variables_in_the_key_of_tritons_cache_cause_a_compile(
     compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target, binary = source_of(SPEC), GPU.triton_target(), compiled[0]
@@ -561,10 +559,10 @@ def test_compiler_variables_that_triton_keys_its_cache_by_are_a_reason_to_compil
         check(source, binary.kernel, target, binary.metadata, binary.image)
 
 
-def test_metadata_is_never_more_than_data(compiled: tuple[Binary, ...]) -> None:
+def test_metadata_is_never_executed(compiled: tuple[Binary, ...]) -> None:
     source, target = source_of(SPEC), GPU.triton_target()
     for metadata in ("__import__('os')", "[]", "null", '{"__class__": "x"}'):
-        with pytest.raises(BinaryError, match="metadata is not that of"):
+        with pytest.raises(BinaryError, match="metadata does not belong to"):
             check(source, compiled[0].kernel, target, metadata, compiled[0].image)
 
 

@@ -1,6 +1,4 @@
-"""A launch goes to the binary's own launcher with the tensors as they are, and past it only where a profiler asks for
-more.
-"""
+"""A launch calls the binary's own launcher with the unchanged tensors, and Triton's runner only for a profiler."""
 
 from __future__ import annotations
 
@@ -103,7 +101,9 @@ def nested_end(run: Any, x: int, y: int, z: int, stream: int, function: int, met
         (nested_end, (2, 3, 4, "S", 7, "M", "types", ["a", "b"])),
     ],
 )
-def test_a_binary_is_started_by_what_its_launcher_ends_in(end: Callable[..., None], expected: tuple[Any, ...]) -> None:
+def test_a_binary_is_started_through_the_c_function_of_its_launcher(
+    end: Callable[..., None], expected: tuple[Any, ...]
+) -> None:
     runner = Runner(end)
     flat = FlatBinary.of(runner, 7, "M", ())
     assert flat.start is runner.launch

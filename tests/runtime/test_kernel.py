@@ -1,5 +1,5 @@
-"""A launch is repeated on plain tensors only, and on the kernel's own device; others reach a binary of their own, as
-they are or copied, and come out right.
+"""Recordings are repeated only on plain tensors and on the kernel's own device. Other tensors run a binary of their
+own, directly or as copies, with correct results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPEC = KernelSpec.create("lora_compose", d_out=48, rank=8, tokens=16, dtype="fp3
 
 
 class Binding(Kernel):
-    """A kernel whose emitted ``launch`` records what it is given."""
+    """A kernel whose emitted ``launch`` records its arguments."""
 
     def __init__(self) -> None:
         super().__init__(SPEC, torch.device("cuda", 0))
@@ -71,7 +71,7 @@ def test_contiguous_tensors_reach_the_launcher_as_they_are_once_and_its_kernels_
     tensors = (*inputs.values(), *outputs.values())
     bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
     assert bound.bound == [tuple(contiguous_alignments(SPEC).values())]
-    monkeypatch.setattr(kernel_module, "as_rows", None)  # from now on nobody looks at a tensor for long
+    monkeypatch.setattr(kernel_module, "as_rows", None)  # from now on the slow path must not run
     for _ in range(3):
         bound.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
     assert len(bound.bound) == 1
@@ -130,7 +130,7 @@ def test_other_layouts_get_a_binary_of_their_own(bound: Binding) -> None:
 
 
 class Eager(Kernel):
-    """A kernel for a GPU whose ``launch`` is the eager formula on CPU tensors; counts what is left to be repeated."""
+    """A kernel for a GPU whose ``launch`` is the eager formula on CPU tensors; it counts repetitions."""
 
     def __init__(self, spec: KernelSpec, monkeypatch: pytest.MonkeyPatch, *, descriptors: bool) -> None:
         super().__init__(spec, torch.device("cuda", 0))
@@ -204,7 +204,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tensors_that_are_not_plain_are_never_repeated_and_come_out_right(
+def test_launches_on_tensors_that_are_not_plain_are_never_repeated_and_are_correct(
     layout: str, descriptors: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = Eager(SPEC, monkeypatch, descriptors=descriptors)
@@ -256,7 +256,7 @@ def test_tokens_in_two_dimensions_are_repeated_as_the_rows_of_one_matrix(monkeyp
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if not re.search("columns|every_second|all", name)])
-def test_a_call_that_is_known_is_repeated_on_plain_tensors_only(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_call_is_repeated_on_plain_tensors_only(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Eager(SPEC, monkeypatch, descriptors=True)
     kernel.device = torch.device("cpu")  # where the tensors are; the device that is asked for stays the kernel's
     tokens, changes = LAYOUTS[layout]

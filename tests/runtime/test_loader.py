@@ -1,5 +1,5 @@
-"""``load_kernel`` gives a callable that computes what the contract says, tells where it came from, and takes what was
-tuned: the exact entry, else the nearest, else the architecture's, else the default, and never one it cannot reproduce.
+"""``load_kernel`` returns a callable that computes the contract and names its origin. It uses the exact entry, else the
+nearest, else the architecture's, else the default, and never an entry that it cannot reproduce.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _no_stores_but_those_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def complaint_of(kernel: Kernel, names: list[str]) -> str | None:
-    """What is wrong with the outputs of a kernel, which must have these names, or None."""
+    """The fault in a kernel's outputs, which must have these names, or None."""
     inputs, scaling = make_inputs(kernel.spec, 20)
     arguments: dict[str, Any] = {**inputs, "scaling": scaling} if kernel.spec.contract.scaling else {**inputs}
     results = kernel(**arguments)
@@ -133,7 +133,7 @@ def test_a_second_call_makes_no_spec_and_takes_no_lock(monkeypatch: pytest.Monke
     assert load_kernel("lora_compose", **SHAPE, device=where) is first
 
 
-def test_every_argument_tells_kernels_apart_however_often_they_are_asked_for() -> None:
+def test_every_argument_distinguishes_kernels_in_repeated_calls_too() -> None:
     base = {"op": "compose_backward", **SHAPE, "device": torch.device("cpu", 0)}
     weights = {**base, "op": "lora_compose"}
     asked = [
@@ -155,20 +155,20 @@ def test_every_argument_tells_kernels_apart_however_often_they_are_asked_for() -
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 8.0}, {"tokens": 20.0}, {"d_out": [48]}])
-def test_what_no_kernel_can_be_is_refused_after_a_good_call_too(wrong: dict[str, Any]) -> None:
+def test_an_impossible_kernel_is_refused_after_a_good_call_too(wrong: dict[str, Any]) -> None:
     load_kernel("lora_compose", **SHAPE, device="cpu")
     with pytest.raises(SpecError, match="must be an integer of at least 1"):
         load_kernel("lora_compose", **{**SHAPE, **wrong}, device="cpu")
 
 
-def test_the_memory_of_what_was_asked_for_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_remembered_calls_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "_MOST_ASKED", 8)
     for tokens in range(1, 60):
         load_kernel("lora_compose", **{**SHAPE, "tokens": tokens}, device="cpu")
         assert len(loader._asked) <= 8
 
 
-def test_threads_that_ask_together_get_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_threads_get_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
     def slowly(spec: KernelSpec, device: torch.device, store: str | None) -> Kernel:
         time.sleep(0.05)  # as rendering and compiling do, so that the others come before it is done
         return Kernel(spec, device)
@@ -192,17 +192,21 @@ def test_threads_that_ask_together_get_one_object(monkeypatch: pytest.MonkeyPatc
         ("lora_compose", {"tokens": 0}, "tokens=0: "),
         ("weight_norm", {"tokens": 0}, "tokens=0: "),
         ("weight_norm", {"d_in": "40"}, "d_in='40': must be an integer of at least 1"),
-        ("weight_norm", {"dtype": torch.float64}, "dtype=torch.float64: unsupported dtype; use one of torch.bfloat16"),
-        ("weight_norm", {"adapter_dtype": torch.int8}, "adapter_dtype=torch.int8: unsupported dtype"),
+        (
+            "weight_norm",
+            {"dtype": torch.float64},
+            "dtype must be one of torch.bfloat16, torch.float16, torch.float32, got torch.float64",
+        ),
+        ("weight_norm", {"adapter_dtype": torch.int8}, "adapter_dtype must be one of torch.bfloat16"),
         ("weight_norm", {"adapter_dtype": torch.float16}, "adapter=fp16 with bf16 tensors: adapters are bf16 or fp32"),
-        ("weight_norm", {"magnitude_dtype": torch.float64}, "magnitude_dtype=torch.float64: unsupported dtype"),
-        ("weight_norm", {"dtype": "bf16"}, "dtype='bf16': unsupported dtype"),
+        ("weight_norm", {"magnitude_dtype": torch.float64}, "magnitude_dtype must be one of torch.bfloat16"),
+        ("weight_norm", {"dtype": "bf16"}, "torch.float32, got 'bf16'"),
         ("weight_norm", {"bias": True}, "weight_norm has no flag 'bias'"),
         ("compose_backward", {"delta": True}, "compose_backward has no flag 'delta' (its flags: bias, output)"),
         ("compose_forward", {"bias": True, "delta": True}, "bias and delta exclude each other"),
     ],
 )
-def test_what_no_kernel_can_be_is_refused(op: str, wrong: dict[str, Any], said: str) -> None:
+def test_an_impossible_kernel_is_refused(op: str, wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError) as raised:
         load_kernel(op, **{**SHAPE, **wrong}, device="cpu")
     assert said in str(raised.value)
@@ -211,10 +215,10 @@ def test_what_no_kernel_can_be_is_refused(op: str, wrong: dict[str, Any], said: 
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        ("banana", "device 'banana' is none that PyTorch knows: use 'cuda', 'cuda:0' or 'cpu'"),
-        ("meta", "device meta is not supported: use a CUDA or ROCm GPU ('cuda:0') or 'cpu'"),
-        ("cuda:0", "PyTorch sees no GPU here; 'cpu' runs the eager reference"),
-        (-1, "device -1 is none that PyTorch knows"),
+        ("banana", "unknown device 'banana'; use cpu, cuda or cuda:N"),
+        ("meta", "device must be cpu, cuda or cuda:N (a CUDA or ROCm GPU), got meta"),
+        ("cuda:0", "device cuda:0 needs a GPU, and PyTorch sees none; cpu runs the eager reference"),
+        (-1, "unknown device -1; use cpu, cuda or cuda:N"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(device: str | int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +233,7 @@ def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
     assert load_kernel("compose_forward", **SHAPE).device == torch.device("cpu")
 
 
-# What a store holds.
+# With stores.
 
 SPEC = KernelSpec.parse("lora_compose/d_out=4096/rank=64/tokens=4096/activation=bf16/adapter=bf16@h200")
 TILE = Config.parse("tile:block_k=64,block_n=64,block_t=64,num_warps=4,num_stages=2")
@@ -277,7 +281,7 @@ def test_these_entries_are_not_what_the_default_would_give() -> None:
     assert default_config(SPEC, find_gpu("h200")) != TILE
 
 
-def test_an_entry_of_the_very_spec_is_used(store: Callable[..., str]) -> None:
+def test_an_exact_entry_is_used(store: Callable[..., str]) -> None:
     path = store(entry_of())
     resolution, source = resolve(SPEC, path)
     assert (resolution.step, resolution.config, resolution.distance, resolution.trace) == ("exact", TILE, 0.0, ())
@@ -355,7 +359,7 @@ def test_an_entry_that_renders_to_another_text_than_was_tuned_is_refused(store: 
     assert refusal.reason in doratune.explain(SPEC, path)
 
 
-def test_behind_a_refused_entry_the_search_goes_on(store: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_continues_after_a_refused_entry(store: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     broken = store(entry_of(source="0123456789abcdef"), name="first")
     monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{broken}:{store(entry_of(replace(SPEC, tokens=2048)), name='second')}")
     resolution, _ = resolve(SPEC)
@@ -406,7 +410,7 @@ def test_a_broken_store_is_never_passed_over(tmp_path: Path, monkeypatch: pytest
     assert text.read_text() == "not a database"
 
 
-def test_a_kernel_for_a_gpu_tells_which_entry_it_came_from(
+def test_a_kernel_for_a_gpu_names_the_entry_it_came_from(
     store: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "find_device", lambda device: torch.device("cuda", 0))

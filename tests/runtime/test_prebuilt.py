@@ -1,5 +1,5 @@
-"""The stores that ship with the package serve what they are for: every kernel of llama-8b at rank 384 in bf16 on an
-H200, measured, and made by the very templates of this checkout."""
+"""The prebuilt stores have an entry for every kernel of llama-8b at rank 384 in bf16 on an H200, measured with the
+templates of this checkout."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_kernel_of_llama_8b_is_found_exact_and_measured() -> None:
         assert source.digest == resolution.entry.source_digest
 
 
-def test_of_every_fused_layer_it_is_known_whether_the_fusion_pays() -> None:
+def test_every_fused_entry_states_whether_its_fusion_pays() -> None:
     pays = {}
     for spec in plan_jobs(MODEL, ranks=[384], gpu="h200", ops=["dora_linear_forward"]):
         resolution, _ = resolve(spec)
@@ -79,7 +79,7 @@ def test_the_norm_that_also_gives_g_takes_the_config_of_the_plain_one() -> None:
     assert "magnitude_ptr" in source.text
 
 
-def test_a_shape_nobody_tuned_says_so() -> None:
+def test_an_untuned_shape_says_so() -> None:
     text = doratune.explain("lora_compose/d_out=5120/rank=320/tokens=4096/activation=bf16/adapter=bf16@h200")
     assert "nearest" in text
     assert "not measured for this spec" in text

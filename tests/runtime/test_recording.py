@@ -1,7 +1,7 @@
-"""A repeated launch starts the kernels that the emitted ``launch`` starts, in its order, on its grids and with its
-arguments, wherever the operands and the workspace lie; and what cannot be repeated so is not.
+"""A recording starts the kernels that the emitted ``launch`` starts, in its order, on its grids and with its arguments,
+at any addresses of operands and workspace. A ``launch`` that cannot be repeated so runs every time.
 
-Triton's own launcher runs up to its C function; binaries and the driver are made up, and memory is the CPU's.
+Triton's own launcher runs up to its C function. Binaries and the driver are fakes, and all memory is on the CPU.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
         )
     monkeypatch.setattr(type(driver), "active", active, raising=False)
     monkeypatch.setattr(recording, "current_stream", lambda index: STREAM)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions are to be the compiler's
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions must be compiled, not interpreted
     return fake
 
 
@@ -81,8 +81,8 @@ REPEATED = [variant for variant in VARIANTS if not variant.library]
 
 
 def forms() -> list[Any]:
-    """Every variant that only starts kernels where it runs, in bf16 and with fp32 adapters, plain and with all that its
-    operation can add."""
+    """Every variant that only starts kernels, in bf16 and with fp32 adapters, without and with all options of its
+    operation."""
     found = []
     for gpu in map(find_gpu, ("h200", "a100", "rtx4090")):
         for variant in REPEATED:
@@ -104,7 +104,7 @@ def forms() -> list[Any]:
 
 
 def in_place_forms() -> list[Any]:
-    """Those whose first output may lie in the memory of an input like it."""
+    """The operations whose first output may share memory with an input."""
 
     def may(spec: KernelSpec) -> bool:
         first = spec.contract.outputs_of(spec)[0]
@@ -150,7 +150,7 @@ def compose(gpus: Gpus, allocations: Allocations) -> World:
     return World(source_of("lora_compose", "tma"), gpus, allocations)
 
 
-# What is repeated is what would have been done.
+# A repetition does what ``launch`` would do.
 
 
 @pytest.mark.parametrize(("variant", "spec", "gpu"), forms())
@@ -205,7 +205,7 @@ def test_the_workspace_is_one_allocation_of_which_each_part_is_aligned(world: Wo
     allocations.made.clear()
 
 
-def test_other_token_counts_and_scalings_are_not_taken_for_equal(compose: World) -> None:
+def test_other_token_counts_and_scalings_have_recordings_of_their_own(compose: World) -> None:
     for tokens, scaling in ((16, 0.5), (17, 0.5), (16, 0.25), (16, 2.0), (1, 2.0)):
         compose.start(compose.operands(tokens), scaling)
     for tokens, scaling in ((1, 2.0), (16, 0.25), (17, 0.5), (16, 2.0), (16, 0.5)):
@@ -213,10 +213,10 @@ def test_other_token_counts_and_scalings_are_not_taken_for_equal(compose: World)
     assert len(compose.bound._recordings) == 5
 
 
-# What is kept.
+# What a kernel keeps.
 
 
-def test_only_so_many_recordings_are_kept(compose: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_recordings_is_limited(compose: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "_MOST_RECORDINGS", 3)
     for tokens in (*range(1, 7), *range(1, 7)):
         operands = compose.operands(tokens)
@@ -224,7 +224,7 @@ def test_only_so_many_recordings_are_kept(compose: World, monkeypatch: pytest.Mo
     assert [tokens for tokens, _ in compose.bound._recordings] == [1, 2, 3]
 
 
-def test_a_tensor_map_is_made_once_for_an_address_and_only_so_many_are_kept(
+def test_a_tensor_map_is_made_once_for_an_address_and_their_number_is_limited(
     compose: World, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, h, lora_b, g, y = compose.operands()
@@ -259,9 +259,7 @@ def test_all_maps_but_the_first_come_straight_from_the_driver(
     assert [made.address for made in gpus.maps] == [t.data_ptr() for t in (base, h, lora_b, y)]
 
 
-def test_a_repeated_start_goes_past_tritons_python(
-    world: World, compose: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_repeated_start_skips_tritons_python(world: World, compose: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.backends.nvidia import driver as nvidia
 
     for one in (world, compose):
@@ -273,7 +271,7 @@ def test_a_repeated_start_goes_past_tritons_python(
             assert_same_starts(expected, apart, one.start(operands), tuple(one._allocations.made))
 
 
-def test_maps_that_triton_makes_in_a_way_of_its_own_are_made_by_triton(
+def test_maps_that_triton_makes_in_an_unknown_way_are_made_by_triton(
     compose: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.backends.nvidia import driver as nvidia
@@ -321,7 +319,7 @@ def test_the_map_of_a_weight_serves_every_number_of_tokens(gpus: Gpus, allocatio
         compose.assert_repeats(fewer)
 
 
-def test_nothing_recorded_keeps_an_operand_or_a_workspace_alive(world: World, allocations: Allocations) -> None:
+def test_a_recording_keeps_no_operand_or_workspace_alive(world: World, allocations: Allocations) -> None:
     gc.collect()
     gc.disable()
     try:
@@ -337,7 +335,7 @@ def test_nothing_recorded_keeps_an_operand_or_a_workspace_alive(world: World, al
         gc.enable()
 
 
-# What cannot be repeated.
+# Launches that cannot be repeated.
 
 
 @pytest.mark.parametrize(

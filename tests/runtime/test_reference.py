@@ -1,5 +1,5 @@
-"""The eager reference meets the accuracy bounds that kernels meet, in every form and dtype and wherever a term
-dominates, and computes the norm without ever holding a second matrix of W's size.
+"""The eager reference meets the accuracy bounds of kernels, in every form and dtype and on inputs where each term
+dominates, and computes the norm without a second matrix of W's size.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_the_reference_returns_the_outputs_of_the_contract_in_order(op: str, for
 
 
 def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
-    """DESIGN's contracts once more, element by element where that is short, with nothing shared with the package."""
+    """The contracts written again, element by element where that is short, without code of the package."""
     t = {name: tensor.double() for name, tensor in inputs.items()}
     if spec.op == "weight_norm":
         adapted = t["weight"] + scaling * t["lora_B"] @ t["lora_A"]
@@ -113,7 +113,7 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
     [*((op, "fp32") for op in OPS), ("compose_backward_exact", None), ("adapter_backward", None)],
     ids=lambda value: str(value),
 )
-def test_the_definition_says_what_the_contract_says(op: str, magnitude: str | None) -> None:
+def test_the_definition_matches_the_contract(op: str, magnitude: str | None) -> None:
     spec = spec_of(op, "fp32", magnitude=magnitude, bias="bias" in OPS[op].flags)
     inputs, scaling = make_inputs(spec, 7, case="mixed" if op.endswith("_exact") else "random")
     exact, by_the_book = definition(spec, inputs, scaling), dora_by_the_book(spec, inputs, scaling)
@@ -144,7 +144,7 @@ def test_the_delta_form_added_to_the_base_output_is_the_full_form(op: str) -> No
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_dg_from_the_output_is_dg_from_inner_and_exact_where_y_says_nothing(dtype: str) -> None:
+def test_dg_from_the_output_is_dg_from_inner_and_exact_where_y_cannot_give_it(dtype: str) -> None:
     """The backward of a step that kept y: y/g in most columns, the product again where g is 0, tiny or NaN."""
     spec, exact = spec_of("compose_backward", dtype, output=True), spec_of("compose_backward_exact", dtype)
     inputs, scaling = make_inputs(exact, 64, case="random")
@@ -174,7 +174,7 @@ def test_a_zero_row_has_norm_zero_and_a_finite_gain() -> None:
 
 
 class Shapes(TorchDispatchMode):
-    """Records the size of every tensor that memory is taken for."""
+    """Records the size of every tensor that is allocated."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -217,7 +217,7 @@ def test_the_recorder_sees_a_dense_product() -> None:
 
 
 @pytest.mark.parametrize("form", [{}, {"save": True}], ids=["given", "save"])
-def test_the_norm_is_the_same_in_however_many_blocks_of_rows_it_is_made(
+def test_the_norm_does_not_depend_on_its_blocks_of_rows(
     form: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of("weight_norm", "bf16", d_out=83, **form)

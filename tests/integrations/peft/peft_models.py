@@ -1,4 +1,4 @@
-"""Small models with DoRA adapters, made from configs, and how they are compared. Needs peft and transformers."""
+"""Small models with DoRA adapters, made from configs, and their comparison. Needs peft and transformers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def shake(model: nn.Module, seed: int = 0) -> None:
 
 
 def by_torchao(model: nn.Module, config: str) -> None:
-    """Quantise the linear layers of ``model``, and leave word of how, as transformers does for PEFT."""
+    """Quantise the linear layers of ``model``, and record the method as transformers does for PEFT."""
     torchao = pytest.importorskip("torchao.quantization")
     how = getattr(torchao, config)
     torchao.quantize_(model, how())
@@ -121,7 +121,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def error_ratios(fast: nn.Module, stock: nn.Module, exact: nn.Module) -> dict[str, float]:
-    """By what factor ``fast`` is further from ``exact`` than ``stock``: the geometric mean over gradients of a kind.
+    """The error of ``fast`` over that of ``stock``, against ``exact``: the geometric mean over gradients of a kind.
 
     A single small gradient of a deep model is mostly the rounding of other layers, in both models by chance.
     """

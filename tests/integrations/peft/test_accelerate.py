@@ -1,4 +1,4 @@
-"""``accelerate`` changes nothing about a PEFT model but its speed: not its values, nor what PEFT can do with it."""
+"""``accelerate`` changes only the speed of a PEFT model; values and gradients stay as accurate as PEFT's."""
 
 from __future__ import annotations
 

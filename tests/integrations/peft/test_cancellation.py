@@ -1,4 +1,4 @@
-"""Adapters that take W away: an accelerated PEFT layer, dense or quantised, is as near to fp64 as PEFT's dense norm."""
+"""Adapters that nearly cancel W: an accelerated layer, dense or quantised, is as near to fp64 as PEFT's dense norm."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_a_quantised_layer_sums_its_norm_from_its_entries_and_says_so_once(
     take_away(layer, share, slice(1, 96, 3))
     watch = layer.lora_variant["default"].cancellation
     x = torch.randn(40, 64)
-    with pytest.warns(UserWarning, match=r"in 32 of 96 rows of .*first the adapter takes most of W away") as told:
+    with pytest.warns(UserWarning, match=r"in 32 of 96 rows of .*first the adapter cancels most of W") as told:
         y = layer(x)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="in .* rows")
         again = layer(x)
-    assert len([one for one in told if "takes most of W away" in str(one.message)]) == 1
+    assert len([one for one in told if "cancels most of W" in str(one.message)]) == 1
     heal(model, scales)
     read = base_layers.read_base(layer.base_layer, 96, 64, transposed=False)
     assert isinstance(read, base_layers.BaseLayer)
@@ -105,7 +105,7 @@ def test_a_quantised_layer_sums_its_norm_from_its_entries_and_says_so_once(
         assert relative(again, exact(layer, x)) <= 2e-3
 
 
-def test_an_ordinary_adapter_is_served_as_before() -> None:
+def test_an_ordinary_adapter_keeps_the_factored_norm() -> None:
     model = with_dora(quantised(base_layers.BNB_4BIT))
     doratune.accelerate(model, quiet=True)
     with warnings.catch_warnings():
@@ -114,7 +114,7 @@ def test_an_ordinary_adapter_is_served_as_before() -> None:
 
 
 class Watched:
-    """A dense W behind the product that a watch is given, with an adapter that can be made to take W away."""
+    """A dense W behind the product that a watch is given, with an adapter that can be made to cancel W."""
 
     def __init__(self) -> None:
         self.weight = torch.randn(48, 32)
@@ -134,7 +134,7 @@ class Watched:
 
 
 class Later:
-    """An answer that arrives at the second question."""
+    """An answer that has arrived at the second query."""
 
     made = 0
 
@@ -152,7 +152,7 @@ class Later:
 
 @pytest.fixture
 def watched_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    """Tensors of a CPU that the watch takes for a GPU's."""
+    """CPU tensors that the watch treats as a GPU's."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cancellation, "_Answer", Later)
@@ -160,7 +160,7 @@ def watched_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Watched:
     return Watched()
 
 
-def test_the_first_norm_of_a_layer_is_looked_at(watched_on_a_gpu: Watched) -> None:
+def test_the_first_norm_of_a_layer_is_checked(watched_on_a_gpu: Watched) -> None:
     layer = watched_on_a_gpu
     layer.set(0.999)
     with pytest.warns(UserWarning, match="in 48 of 48 rows of layer"):
@@ -169,7 +169,7 @@ def test_the_first_norm_of_a_layer_is_looked_at(watched_on_a_gpu: Watched) -> No
     assert Later.made == 0
 
 
-def test_without_training_a_written_adapter_is_looked_at_and_nothing_else(
+def test_without_training_only_a_written_adapter_is_checked(
     watched_on_a_gpu: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = watched_on_a_gpu
@@ -183,7 +183,7 @@ def test_without_training_a_written_adapter_is_looked_at_and_nothing_else(
         assert layer.error(layer.norm(trains=False)) <= 1e-5
 
 
-def test_in_training_nothing_waits_and_a_later_norm_takes_the_answer(watched_on_a_gpu: Watched) -> None:
+def test_in_training_nothing_waits_and_a_later_norm_uses_the_result(watched_on_a_gpu: Watched) -> None:
     layer = watched_on_a_gpu
     layer.norm(trains=True)
     layer.set(0.6)  # as far as few steps take an adapter: less than half is left, and the factored norm is still good
@@ -197,7 +197,7 @@ def test_in_training_nothing_waits_and_a_later_norm_takes_the_answer(watched_on_
     assert layer.error(layer.norm(trains=True)) <= 1e-5
 
 
-def test_where_nobody_can_look_lost_rows_are_not_a_number() -> None:
+def test_where_no_check_is_possible_lost_rows_are_nan() -> None:
     layer = Watched()
 
     def norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

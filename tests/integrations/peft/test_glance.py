@@ -1,5 +1,5 @@
-"""A glance at a layer says what a full look says, whatever has been done to the layer since: no change of its parts, of
-their values' place, or of who wants to see them called leaves the old answer.
+"""The cached examination of a layer equals a new one after every change of its modules, of their tensors' addresses or
+of their hooks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def layer() -> Any:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one with every full look."""
+    """Grows by one with every full examination."""
     made: list[str] = []
 
     def spy(module: Any, adapter: str) -> Any:
@@ -127,7 +127,7 @@ def assert_same(seen: Any, full: Any) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_after_a_change_it_says_what_a_full_look_says(layer: Any, change: str, looks: list[str]) -> None:
+def test_after_a_change_the_result_is_that_of_a_new_examination(layer: Any, change: str, looks: list[str]) -> None:
     glance = Glance()
     before = glance.look(layer, "default")
     assert not isinstance(before, str)
@@ -139,7 +139,7 @@ def test_after_a_change_it_says_what_a_full_look_says(layer: Any, change: str, l
     assert len(looks) > 1, f"{change} goes unseen"
 
 
-def test_new_values_in_the_same_place_need_no_look(layer: Any, looks: list[str]) -> None:
+def test_new_values_at_the_same_address_need_no_examination(layer: Any, looks: list[str]) -> None:
     glance = Glance()
     before = glance.look(layer, "default")
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_new_values_in_the_same_place_need_no_look(layer: Any, looks: list[str])
     assert len(looks) == 1
 
 
-def test_a_layer_that_was_refused_is_looked_at_again(layer: Any) -> None:
+def test_a_layer_that_was_refused_is_examined_again(layer: Any) -> None:
     glance = Glance()
     handle = a(layer).register_forward_hook(lambda *_: None)
     assert isinstance(glance.look(layer, "default"), str)

@@ -1,5 +1,5 @@
-"""Whoever changes what a base layer returns, stands between it and the adapter, or is there in only one of a
-checkpoint's forward pass and its recompute: an accelerated model has stock PEFT's values and gradients.
+"""An accelerated model has stock PEFT's values and gradients if other code changes a base layer's output, lies between
+the base layer and the adapter, or is active only in a checkpoint's forward pass or only in its recompute.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ INTERCEPTIONS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] =
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("how", INTERCEPTIONS)
-def test_what_changes_a_base_layers_output_or_its_gradient_does_so(how: str, dropout: float) -> None:
+def test_code_that_changes_a_base_layers_output_or_gradient_takes_effect(how: str, dropout: float) -> None:
     stock = with_dora(Pair(), lora_dropout=dropout)
     fast = twin(stock)
     doratune.accelerate(fast, quiet=True)
-    assert_alike(twin(stock), twin(fast), call)  # it has looked at its layers before
+    assert_alike(twin(stock), twin(fast), call)  # the layers have been examined before
 
     def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         with INTERCEPTIONS[how]():
@@ -199,7 +199,7 @@ WATCHERS: dict[str, Callable[[nn.Module], contextlib.AbstractContextManager[Any]
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("when", ["forward", "backward"])
 @pytest.mark.parametrize("watcher", WATCHERS)
-def test_who_watches_only_a_checkpoints_forward_pass_or_only_its_recompute_changes_nothing(
+def test_watching_only_a_forward_pass_or_only_its_recompute_changes_nothing(
     watcher: str, when: str, dropout: float, kernels_on_paper: Callable[[], dict[str, int]]
 ) -> None:
     stock = with_dora(Pair(), lora_dropout=dropout)

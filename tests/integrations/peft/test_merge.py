@@ -164,7 +164,7 @@ def test_pefts_own_initial_magnitude_of_a_zero_row_is_merged_and_unmerged() -> N
 @pytest.mark.parametrize(
     "names", [["default", "other"], ["other", "default"], ["plain", "default"], ["default", "plain"]]
 )
-def test_several_adapters_are_merged_and_taken_out_again(names: list[str]) -> None:
+def test_several_adapters_are_merged_and_unmerged(names: list[str]) -> None:
     model, layer = degenerate("linear")
     settings = {"target_modules": ["first", "second"], "init_lora_weights": False}
     model.add_adapter("other", peft.LoraConfig(use_dora=True, r=3, **settings))
@@ -206,7 +206,7 @@ def test_a_merged_model_can_be_copied_moved_and_unmerged(copied: str) -> None:
     torch.testing.assert_close(rows_of(model.base_model.model.first).float(), before, rtol=1e-5, atol=1e-7)
 
 
-def test_disabling_and_unloading_take_a_merged_adapter_out() -> None:
+def test_disabling_and_unloading_unmerge_an_adapter() -> None:
     model, _ = degenerate("linear")
     x = torch.randn(3, 24)
     with model.disable_adapter():
@@ -328,7 +328,7 @@ def test_zero_rows_of_a_fresh_adapter_and_of_no_scaling_are_counted() -> None:
     assert "1 rows" in _caught(lambda: doratune.accelerate(model, quiet=True))[0]
 
 
-def test_what_the_warning_says_of_stock_peft_is_so(tmp_path: Path) -> None:
+def test_the_warning_about_stock_peft_is_true(tmp_path: Path) -> None:
     base = Pair()
     with torch.no_grad():
         base.second.weight[2] = 0.0
@@ -358,7 +358,7 @@ def test_the_counts_are_fetched_together(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(fetched) == 1
 
 
-def test_eight_bit_layers_tell_zero_rows_by_their_scales() -> None:
+def test_zero_rows_of_eight_bit_layers_are_found_from_their_scales() -> None:
     base = quantised("bitsandbytes 8-bit")
     scales = {name: getattr(base, name).weight.SCB.clone() for name in ("first", "second")}
     model = with_dora(base)
@@ -373,7 +373,7 @@ def test_eight_bit_layers_tell_zero_rows_by_their_scales() -> None:
     assert "first (adapter default): 1." in message
 
 
-def test_four_bit_layers_tell_zero_rows_by_their_blocks() -> None:
+def test_zero_rows_of_four_bit_layers_are_found_from_their_blocks() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes").nn
     base = quantised("bitsandbytes 4-bit")
     dense = torch.randn(base.first.out_features, base.first.in_features)

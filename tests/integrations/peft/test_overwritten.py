@@ -1,7 +1,7 @@
-"""Whoever overwrites a layer's output, or holds its base layer's: an accelerated model has stock PEFT's gradients.
+"""An accelerated model has stock PEFT's gradients if other code overwrites a layer's output or keeps its base layer's.
 
-Kernels write through a pointer, so no tensor's version changes: here ``.data`` stands in for them. Which library they
-come from, and whether it was imported before ``accelerate`` or after, makes no difference.
+Kernels write through a pointer, so no tensor's version changes; here writes to ``.data`` replace them. It makes no
+difference which package they come from, and whether it was imported before ``accelerate`` or after.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ HOLDERS: dict[str, Callable[[nn.Module, list[torch.Tensor]], Any]] = {
 @pytest.mark.parametrize("first", ["accelerate", "the holder"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("holder", HOLDERS)
-def test_whoever_holds_the_base_layers_output_may_read_it_and_overwrite_it(
+def test_a_holder_of_the_base_layers_output_may_read_and_overwrite_it(
     holder: str, bias: bool, first: str, kernels_on_paper: Callable[[], dict[str, int]]
 ) -> None:
     torch.manual_seed(0)

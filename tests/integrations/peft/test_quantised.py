@@ -1,7 +1,7 @@
-"""DoRA on quantised base layers: W is only ever multiplied by, and values and gradients are those of the W that PEFT
-dequantises, in every version of the libraries.
+"""DoRA on quantised base layers: values and gradients are those of the W that PEFT dequantises, in every version of the
+packages that quantise.
 
-Each kind needs its library; without it the test is skipped, except in the runs of tests/versions. All of them compute
+Each kind needs its package. Without it the test is skipped, except in the runs of tests/versions. All of them compute
 on CPU tensors.
 """
 
@@ -231,7 +231,7 @@ def test_torchao_that_quantises_activations_is_left_to_peft() -> None:
     assert "weight-only" in reason
 
 
-def test_a_forward_that_is_not_the_librarys_own_is_left_to_peft() -> None:
+def test_a_forward_that_is_not_the_packages_own_is_left_to_peft() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes").nn
 
     class Doubled(bitsandbytes.Linear4bit):  # type: ignore[misc,name-defined]
@@ -280,7 +280,7 @@ def test_the_squares_of_w_are_kept_until_w_is_replaced(monkeypatch: pytest.Monke
 
 
 class Opaque(nn.Module):
-    """A layer whose W only it knows."""
+    """A layer without a weight tensor."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adapters that PEFT makes or initialises anew after ``accelerate`` run on doratune; plain LoRA stays LoRA."""
+"""Adapters that PEFT adds or initialises again after ``accelerate`` run on doratune; plain LoRA stays LoRA."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Under selective activation checkpointing, whatever its policy saves, an accelerated model has stock PEFT's gradients.
+"""Under selective activation checkpointing with any policy an accelerated model has stock PEFT's gradients.
 
-Such a policy hands out saved results in the order in which operations ran, so the recompute must run the operations
-that the forward pass ran, and nobody may write over a saved result.
+The checkpoint returns saved results in the order in which operations ran. So the recompute must run the operations of
+the forward pass, and no code may overwrite a saved result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["kernels_on_paper"]
 
 MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 WIDTH = 24
-"""Of the layers, and the adapters' rank and the tokens too: then a result handed out in another's place still fits."""
+"""Size of the layers, rank and number of tokens: all equal, so that a wrongly returned result still fits."""
 
 
 class Block(nn.Module):
@@ -137,9 +137,7 @@ def test_four_bits_too(policy: str, dropout: float, norm_reuse: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["_hide", "_dispatch_modes", "_function_modes", "_global_hooks"])
-def test_where_pytorch_cannot_be_asked_who_watches_gradients_are_right_all_the_same(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_right_if_pytorch_cannot_report_its_modes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internals, name, None)
     torch.manual_seed(0)
     stock = with_dora(Block(), r=WIDTH, target_modules=["first", "second"])
@@ -147,7 +145,9 @@ def test_where_pytorch_cannot_be_asked_who_watches_gradients_are_right_all_the_s
     doratune.accelerate(fast, quiet=True)
     wanted = step(stock, inputs(), None)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="doratune leaves .* to PEFT in such calls: a global module hook")
+        warnings.filterwarnings(
+            "ignore", message="doratune leaves .* to PEFT in calls like this one: a global module hook"
+        )
         for policy in (None, POLICIES["matmuls"], POLICIES["every second matmul"]):
             fast.zero_grad()
             assert relative(step(fast, inputs(), policy), wanted) <= 1e-5

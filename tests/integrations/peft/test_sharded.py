@@ -1,5 +1,5 @@
-"""Under DDP, FSDP2 and FSDP1 (two processes, gloo) an accelerated model trains as stock PEFT does in one piece, and a
-shard is never taken for a weight: where PEFT's own calls are needed to gather it, PEFT's code runs, with a warning.
+"""Under DDP, FSDP2 and FSDP1 (two processes, gloo) an accelerated model trains like unsharded stock PEFT. A shard is
+never mistaken for the full weight: if only PEFT's own calls gather it, PEFT's code runs, with a warning.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def test_parameters_of_zero3_are_left_to_peft() -> None:
         report = doratune.accelerate(model, quiet=True)
         assert report.layers[0].runs == "pending"
         assert "ZeRO-3" in report.layers[0].remark
-        with pytest.warns(UserWarning, match=r"doratune leaves .*first .* to PEFT in such calls: .*ZeRO-3"):
+        with pytest.warns(UserWarning, match=r"doratune leaves .*first .* to PEFT in calls like this one: .*ZeRO-3"):
             model(torch.randn(3, 24))
         del parameter.ds_id
     assert doratune.accelerate(model, quiet=True).layers[0].runs == "reference"
 
 
-def test_a_weight_of_another_size_is_taken_for_a_shard() -> None:
+def test_a_weight_of_another_size_is_treated_as_a_shard() -> None:
     model = with_dora(Pair())
     layer = model.base_model.model.first
     layer.lora_magnitude_vector["default"].weight = nn.Parameter(torch.ones(20))
     report = doratune.accelerate(model, quiet=True)
-    assert "lora_magnitude_vector has shape [20] where [40] is due" in report.layers[0].remark
+    assert "lora_magnitude_vector must have shape [40], got [20]: a shard" in report.layers[0].remark
