@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
+torch.set_num_threads(1)  # tests run beside each other, and the threads of small products wait for each other
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,11 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from doratune.benchmarks.dorafactors import Dorafactors
-
-torch.set_num_threads(1)  # products of a few rows gain nothing from threads, which wait for each other on busy cores
 
 DORAFACTORS_PATH = "DORATUNE_DORAFACTORS_PATH"
 
