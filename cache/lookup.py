@@ -11,9 +11,9 @@ The steps, tried in order; the first that has an acceptable entry decides:
 Within steps 2 and 3 measured goes before predicted before default, then the smaller :func:`distance`, then the earlier
 store, then the spec's text: the same stores always give the same answer.
 
-An entry is refused when its template is not the installed one or when its config does not suit the spec. An entry that
-was tuned under another Triton version is used, because its config is rendered and compiled again; ``explain`` names the
-version.
+An entry is refused if its config does not suit the spec, or if its template is not the installed one and the installed
+one renders another text. An entry that was tuned under another Triton version is used, because its config is rendered
+and compiled again; ``explain`` names the version.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..codegen.spec import DIMS, FLAGS, Config, KernelSpec
@@ -35,6 +36,8 @@ DIM_WEIGHTS = {"d_out": 1.0, "d_in": 1.0, "rank": 2.0, "tokens": 1.0}
 (so it decides what fits into shared memory), where the others mostly change how many tiles there are."""
 FLAG_PENALTY = 0.25
 """What each differing flag adds: it adds or drops one operand, which matters less than any halving of a dim."""
+TEXTS_COMPARED = 16
+"""Entries of another template that one lookup renders at most: to compare a text takes some milliseconds."""
 REFUSALS_KEPT = 5
 """Refusals listed for each step; any further ones are only counted."""
 
@@ -203,6 +206,7 @@ class _Search:
         self.reproduces = reproduces
         self.trace: list[Refusal] = []
         self.refused: dict[str, int] = {}
+        self._texts_compared = 0
 
     def run(self, step: str) -> _Found | None:
         return self._exact() if step == "exact" else self._near(step)
@@ -226,9 +230,8 @@ class _Search:
             entry = store.get(self.spec)
             if entry is None:
                 continue
-            if not self._usable("exact", self.spec, entry.config, entry.template_digest, store.location):
-                continue
-            reason = self.reproduces(entry)
+            reason = self._objection(entry.config, entry.template_digest, partial(self._is_unchanged, store, self.spec))
+            reason = reason or self.reproduces(entry)
             if reason is not None:
                 self._refuse("exact", self.spec, store.location, reason)
                 continue
@@ -255,7 +258,13 @@ class _Search:
                 ranked.append((order, candidate))
         for (_, _, apart, index, _), candidate in sorted(ranked, key=lambda pair: pair[0]):
             store = self.stack[index]
-            if not self._usable(step, candidate.spec, candidate.config, candidate.template_digest, store.location):
+            reason = self._objection(
+                candidate.config,
+                candidate.template_digest,
+                partial(self._is_unchanged, store, candidate.spec),
+            )
+            if reason is not None:
+                self._refuse(step, candidate.spec, store.location, reason)
                 continue
             entry = store.get(candidate.spec)
             # A writer may have replaced or removed the entry between the two reads.
@@ -263,19 +272,20 @@ class _Search:
                 return _Found(entry, store.location, apart)
         return None
 
-    def _usable(self, step: str, spec: KernelSpec, config: Config, digest: str, store: str) -> bool:
-        reason = self._objection(config, digest)
-        if reason is not None:
-            self._refuse(step, spec, store, reason)
-        return reason is None
-
-    def _objection(self, config: Config, digest: str) -> str | None:
+    def _objection(self, config: Config, digest: str, unchanged: Callable[[], bool]) -> str | None:
+        """Why ``config`` cannot be used, or None. ``unchanged`` says whether its entry still renders to its text."""
         installed = self.template_digest(self.spec.op, config.variant)
         if installed is None:
             return f"no variant {config.variant!r} of {self.spec.op} is installed"
-        if installed != digest:
+        if installed != digest and not unchanged():
             return f"tuned with another template {config.variant!r} ({digest[:12]}, installed is {installed[:12]})"
         return self.accepts(self.spec, config)
+
+    def _is_unchanged(self, store: Store, spec: KernelSpec) -> bool:
+        """Whether the installed template, though another one, renders the text that was tuned for ``spec``."""
+        self._texts_compared += 1
+        entry = store.get(spec) if self._texts_compared <= TEXTS_COMPARED else None
+        return entry is not None and self.reproduces(entry) is None
 
     def _refuse(self, step: str, spec: KernelSpec, store: str, reason: str) -> None:
         self.refused[step] = self.refused.get(step, 0) + 1

@@ -50,6 +50,9 @@ ATTRIBUTES = (
 """Every private attribute of Triton's objects. A test removes each in turn."""
 
 
+_warned: set[str] = set()
+"""The ways that :func:`warn_once` has warned of."""
+
 _FP_FUSION = "TRITON_DEFAULT_FP_FUSION"
 
 
@@ -74,11 +77,13 @@ def missing() -> list[str]:
     return [name for name in NAMES if find(name) is None]
 
 
-@functools.cache
-def warn_once(way: str, instead: str) -> None:
-    """Warn that a ``way`` that uses internals is disabled in this process, and what happens ``instead``."""
+def warn_once(way: str, instead: str, problem: BaseException) -> None:
+    """Warn that a ``way`` that uses internals failed, and what happens ``instead``: once in a process for each way."""
+    if way in _warned:
+        return
+    _warned.add(way)
     warnings.warn(
-        f"an internal of Triton that doratune uses has changed, so {way} is disabled: {instead}. "
+        f"an internal of Triton that doratune uses has changed, so {way} is disabled: {instead} ({_short(problem)}). "
         "`doratune doctor` lists the tested versions",
         RuntimeWarning,
         stacklevel=3,
@@ -105,7 +110,7 @@ class Launcher:
             self._device: int = active.get_current_device()
             self._stream: Callable[[int], int] = active.get_current_stream
             self._hooks = need("triton.knobs.runtime")
-        except (InternalsError, AttributeError, TypeError) as problem:
+        except Exception as problem:
             self._leave(problem)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -134,7 +139,7 @@ class Launcher:
 
     def _leave(self, problem: Exception) -> None:
         self._is_public = True
-        warn_once("starting kernels through their C launchers", f"Triton's runner starts them ({_short(problem)})")
+        warn_once("starting kernels through their C launchers", "Triton's runner starts them", problem)
 
     @functools.cached_property
     def flat(self) -> FlatBinary:
@@ -265,8 +270,15 @@ class MapMaker:
         return expanded
 
     def make(self, address: int) -> Any:
-        """The tensor map of a matrix at ``address``."""
-        return self.expand(address)[0] if self._fill is None else self._fill(address, *self._settings)
+        """The tensor map of a matrix at ``address``.
+
+        Raises:
+            InternalsError: Triton makes none.
+        """
+        try:
+            return self.expand(address)[0] if self._fill is None else self._fill(address, *self._settings)
+        except Exception as problem:
+            raise InternalsError(_short(problem)) from problem
 
 
 class _Call(NamedTuple):
@@ -337,8 +349,9 @@ def current_target() -> Any:
         InternalsError: this Triton offers no way to find out.
     """
     try:
-        return need("triton.runtime.driver").active.get_current_target()
-    except AttributeError as problem:
+        driver = need("triton.runtime.driver")
+        return driver.active.get_current_target()
+    except (AttributeError, TypeError) as problem:
         raise InternalsError(_short(problem)) from problem
 
 
@@ -350,7 +363,7 @@ def parsed_options(target: Any, options: Mapping[str, int | bool]) -> dict[str, 
     """
     try:
         return dict(vars(need("triton.compiler.compiler.make_backend")(target).parse_options(_with_fusion(options))))
-    except (AttributeError, TypeError) as problem:
+    except Exception as problem:
         raise InternalsError(_short(problem)) from problem
 
 
@@ -360,7 +373,13 @@ def cache_environment() -> dict[str, str]:
     Raises:
         InternalsError: this Triton offers no way to find out.
     """
-    return dict(need("triton._C.libtriton.get_cache_invalidating_env_vars")())
+    try:
+        variables = dict(need("triton._C.libtriton.get_cache_invalidating_env_vars")())
+    except Exception as problem:
+        raise InternalsError(_short(problem)) from problem
+    if not all(isinstance(text, str) for pair in variables.items() for text in pair):
+        raise InternalsError("the environment variables are no texts")
+    return variables
 
 
 def version() -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..internals.triton import InternalsError, warn_once, why_compile
+from ..internals.triton import warn_once, why_compile
 from .binding import warn_of_compile
 
 if TYPE_CHECKING:
@@ -79,15 +79,15 @@ def find_binaries(source: Source, stack: Sequence[Store], gpu: Gpu, trusted: Set
             if not found:
                 continue
             _check_all(source, found, gpu)
-        except InternalsError as problem:
-            warn_once("starting stored binaries", f"kernels are compiled ({problem})")
-            return Binaries(note=str(problem), damaged=tuple(damaged), passed_over=tuple(passed_over))
         except OtherSettingsError as problem:
             passed_over.append(f"{store.location}: {problem}")
         except (BinaryError, StoreError) as problem:
             text = str(problem)
             damaged.append(text if store.location in text else f"{store.location}: {text}")
             passed_over.append(damaged[-1])
+        except Exception as problem:  # Triton cannot be asked what a binary must be
+            warn_once("starting stored binaries", "kernels are compiled", problem)
+            return Binaries(note=str(problem), damaged=tuple(damaged), passed_over=tuple(passed_over))
         else:
             return Binaries(found, store.location, f"for {wanted}", tuple(damaged), tuple(passed_over))
     note = "; ".join(passed_over) or f"no store has a binary for {wanted}"

@@ -39,7 +39,7 @@ def bind(
     and the binaries valid; otherwise Triton compiles, or loads from its own cache on disk. If this Triton cannot
     compile ahead of a launch, the jit functions stay and compile at their first start.
     """
-    from ..codegen.compile import build, contiguous_alignments
+    from ..codegen.compile import BrokenToolchainError, CompileError, build, contiguous_alignments, judge_failure
     from ..codegen.module import kernel_names, load_module
 
     module = load_module(source)
@@ -50,8 +50,10 @@ def bind(
         compiled = _restored(source, kernels, target, binaries) if binaries and contiguous else None
         if compiled is None:
             compiled = {name: build(source, kernel, target, alignments) for name, kernel in kernels.items()}
-    except (InternalsError, ImportError, AttributeError, TypeError) as problem:  # none of these is an error of the text
-        warn_once("compiling before the first start", f"kernels compile at their first start ({problem})")
+    except Exception as problem:
+        if isinstance(judge_failure(problem, str(source.spec)), CompileError | BrokenToolchainError):
+            raise  # the text or this machine is at fault, and a jit function would fail as well
+        warn_once("compiling before the first start", "kernels compile at their first start", problem)
         return module
     for name, handle in compiled.items():
         setattr(module, name, Launcher(handle))
@@ -77,7 +79,7 @@ def _restored(
     except OtherSettingsError:
         return None
     except InternalsError as problem:
-        warn_once("starting stored binaries", f"kernels are compiled ({problem})")
+        warn_once("starting stored binaries", "kernels are compiled", problem)
         return None
     except Exception as problem:  # any error of the driver: compile, which reports a real fault itself
         warn_of_compile(problem)

@@ -196,7 +196,10 @@ def _resolve(spec: KernelSpec, stack: list[Store]) -> tuple[Resolution, Source]:
             return None
 
     def differs(entry: Entry) -> str | None:
-        digest = render(entry.spec, entry.config).digest
+        try:
+            digest = render(entry.spec, entry.config).digest
+        except SpecError as error:
+            return f"does not render here: {error}"
         if digest == entry.source_digest:
             return None
         return f"renders to {digest[:12]}, but was tuned as {entry.source_digest[:12]}"

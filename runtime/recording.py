@@ -58,7 +58,8 @@ class Recording:
         """Start the kernels on operands at ``addresses``, in the order of ``launch``'s parameters, on ``stream``.
 
         Raises:
-            InternalsError: the first kernel of the first run could not be started, because Triton has changed.
+            InternalsError: no kernel was started, because Triton has changed: it makes no tensor maps, or its launcher
+                refused the first kernel of the first run.
         """
         line: list[Any] = [stream, *addresses]
         if self._workspace_bytes:
@@ -204,7 +205,7 @@ class Bound:
                 return
             except InternalsError as problem:
                 self._recordings[shape] = None
-                warn_once("repeating recorded launches", f"each launch runs as emitted ({problem})")
+                warn_once("repeating recorded launches", "each launch runs as emitted", problem)
         scalars = () if scaling is None else (float(scaling),)
         tensors = [tensor if tensor.ndim < 3 else tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
         if watched or shape in self._recordings or len(self._recordings) >= _MOST_RECORDINGS:
@@ -243,7 +244,7 @@ def _assemble(starts: Sequence[_Start], operands: Sequence[torch.Tensor], maps: 
     except LookupError:
         return None
     except Exception as problem:
-        warn_once("repeating recorded launches", f"each launch runs as emitted ({type(problem).__name__}: {problem})")
+        warn_once("repeating recorded launches", "each launch runs as emitted", problem)
         return None
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from doratune.cache.entry import Entry
-from doratune.cache.lookup import REFUSALS_KEPT, Resolution, distance, lookup
+from doratune.cache.lookup import REFUSALS_KEPT, TEXTS_COMPARED, Resolution, distance, lookup
 from doratune.cache.store import Store
 from doratune.codegen.spec import Config, KernelSpec
 
@@ -153,7 +153,7 @@ def test_an_entry_that_does_not_suit_is_refused_with_the_reason(
 
     environment = replace(entry.environment, gpu=spec.gpu)
     stores = make_stores([replace(entry, spec=spec, environment=environment)])
-    found = _find(stores, accepts=accepts)
+    found = _find(stores, accepts=accepts, reproduces=lambda entry: "renders to something else")
     assert found.step == "default"
     [refusal] = found.trace
     assert (refusal.step, refusal.candidate, refusal.store, refusal.reason) == (
@@ -163,6 +163,27 @@ def test_an_entry_that_does_not_suit_is_refused_with_the_reason(
         reason,
     )
     assert f"{spec} in {stores[0].location}: {reason}" in found.explain()
+
+
+@pytest.mark.parametrize(("spec", "step"), [(WANTED, "exact"), (NEAR, "nearest"), (SAME_ON_H100, "architecture")])
+def test_an_entry_of_another_template_that_renders_the_same_text_is_used(
+    make_stores: Stores, spec: KernelSpec, step: str
+) -> None:
+    entry = an_entry(template="template-0")
+    found = _find(make_stores([replace(entry, spec=spec, environment=replace(entry.environment, gpu=spec.gpu))]))
+    assert (found.step, found.entry and found.entry.spec, found.trace) == (step, spec, ())
+
+
+def test_only_so_many_texts_are_compared(make_stores: Stores) -> None:
+    rendered: list[Entry] = []
+
+    def reproduces(entry: Entry) -> str:
+        rendered.append(entry)
+        return "renders to something else"
+
+    old = [an_entry(a_spec(rank=rank), template="template-0") for rank in range(1, 2 * TEXTS_COMPARED)]
+    assert _find(make_stores(old), reproduces=reproduces).step == "default"
+    assert len(rendered) == TEXTS_COMPARED
 
 
 def test_an_exact_entry_that_renders_to_another_source_gives_way_to_the_nearest(make_stores: Stores) -> None:
@@ -180,7 +201,7 @@ def test_another_triton_version_is_told_not_refused(make_stores: Stores) -> None
 
 def test_many_refusals_are_counted_rather_than_listed(make_stores: Stores) -> None:
     old = [an_entry(a_spec(rank=rank), template="template-0") for rank in range(8, 48, 2)]
-    found = _find(make_stores(old))
+    found = _find(make_stores(old), reproduces=lambda entry: "renders to something else")
     assert len(found.trace) == REFUSALS_KEPT
     assert found.refused == (("nearest", 20),)
     assert "and 15 more" in found.explain()

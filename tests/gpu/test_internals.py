@@ -51,7 +51,7 @@ def test_without_it_a_kernel_gives_the_same(op: str, name: str, monkeypatch: pyt
     inputs = {key: tensor.cuda() for key, tensor in inputs.items()}
     expected = results(kernel, inputs, scaling)
     hide(name, monkeypatch)
-    internals.warn_once.cache_clear()
+    internals._warned.clear()
     try:
         reduced = fresh(op)
         with warnings.catch_warnings():
@@ -60,6 +60,6 @@ def test_without_it_a_kernel_gives_the_same(op: str, name: str, monkeypatch: pyt
                 for found, wanted in zip(results(reduced, inputs, scaling), expected, strict=True):
                     assert torch.equal(found, wanted)
     finally:
-        internals.warn_once.cache_clear()
+        internals._warned.clear()
         loader._loaded.clear()
         loader._asked.clear()

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from doratune.cache.entry import Binary
 from doratune.codegen.gpu import find_gpu
-from doratune.codegen.module import kernel_names
-from doratune.codegen.render import render
+from doratune.codegen.module import declared_kernels, kernel_names
+from doratune.codegen.render import Source, render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
 from doratune.internals import triton as internals
 from doratune.runtime import binding
+from doratune.runtime.binaries import find_binaries
 
 from ..runtime.fakes import Allocations, Compiled, Gpus, World
 from ..runtime.test_recording import allocations, gpus  # noqa: F401  fixtures
@@ -30,6 +32,7 @@ pytest.importorskip("triton.experimental.gluon.language")
 ROOT = Path(__file__).parents[2]
 SIZES = {"d_out": 256, "d_in": 512, "rank": 64, "tokens": 16, "dtype": "bf16", "adapter": "bf16"}
 GPU = find_gpu("h200")
+MAKE_BACKEND = "triton.compiler.compiler.make_backend"
 COMPILED = ("triton.experimental.gluon._runtime.GluonASTSource",)
 """Without these no kernel can be compiled ahead: see the test of jit functions below."""
 STARTED = [variant for variant in VARIANTS if not variant.library]
@@ -77,15 +80,19 @@ class Held:
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet() -> Iterator[None]:
-    internals.warn_once.cache_clear()
+    internals._warned.clear()
     yield
-    internals.warn_once.cache_clear()
+    internals._warned.clear()
+
+
+def source_of(variant: Variant) -> Source:
+    spec = KernelSpec.create(variant.op, **SIZES, gpu=GPU.slug)
+    config = next(config for config in variant.seeds(spec, GPU) if check_config(spec, config, GPU) is None)
+    return render(spec, config)
 
 
 def world_of(variant: Variant, gpus: Gpus, allocations: Allocations) -> World:  # noqa: F811
-    spec = KernelSpec.create(variant.op, **SIZES, gpu=GPU.slug)
-    config = next(config for config in variant.seeds(spec, GPU) if check_config(spec, config, GPU) is None)
-    return World(render(spec, config), gpus, allocations)
+    return World(source_of(variant), gpus, allocations)
 
 
 @pytest.mark.parametrize("name", [name for name in (*internals.NAMES, *internals.ATTRIBUTES) if name not in COMPILED])
@@ -123,9 +130,7 @@ def test_where_nothing_can_be_compiled_ahead_the_jit_functions_stay(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     variant = next(v for v in STARTED if v.name == "warp_specialized")
-    spec = KernelSpec.create(variant.op, **SIZES, gpu=GPU.slug)
-    config = next(config for config in variant.seeds(spec, GPU) if check_config(spec, config, GPU) is None)
-    source = render(spec, config)
+    source = source_of(variant)
     if name in COMPILED:
         monkeypatch.setattr(binding, "current_target", GPU.triton_target)
     hide(name, monkeypatch)  # the fake driver has no get_current_target
@@ -210,3 +215,93 @@ def test_no_other_file_names_an_internal_of_triton() -> None:
 
 def test_this_triton_has_every_name() -> None:
     assert internals.missing() == []
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("not as it was")
+
+
+@pytest.mark.parametrize("internal", ["get_current_device", "get_current_stream"])
+def test_a_driver_that_fails_leaves_starting_to_tritons_runner(
+    internal: str,
+    gpus: Gpus,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from triton.runtime import driver
+
+    compiled = Changed()
+    monkeypatch.setattr(Changed, "run", property(lambda self: lambda *_: None))
+    monkeypatch.setattr(driver.active, internal, fail)
+    with pytest.warns(RuntimeWarning, match="Triton's runner starts them"):
+        internals.Launcher(compiled)[(4,)]("a")
+    assert compiled.started == [((4, 1, 1), ("a",))]
+
+
+@pytest.mark.parametrize("kind", [KeyError, ValueError, RuntimeError, AssertionError, AttributeError])
+def test_a_compile_that_fails_for_no_known_reason_leaves_the_jit_functions(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from doratune.codegen import compile as compiling
+
+    def refuse(*_: Any) -> Any:
+        raise kind("not as it was")
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(binding, "current_target", GPU.triton_target)
+    monkeypatch.setattr(compiling, "build", refuse)
+    with pytest.warns(RuntimeWarning, match="kernels compile at their first start"):
+        module = binding.bind(source_of(STARTED[0]))
+    assert not any(isinstance(held, internals.Launcher) for held in vars(module).values())
+
+
+@pytest.mark.parametrize("complaint", ["PassManager::run failed", "Failed to find C compiler"])
+def test_a_compile_that_says_what_is_wrong_is_an_error(complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from doratune.codegen import compile as compiling
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(complaint)
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(binding, "current_target", GPU.triton_target)
+    monkeypatch.setattr(compiling, "build", refuse)
+    with pytest.raises(RuntimeError, match=complaint):
+        binding.bind(source_of(STARTED[0]))
+
+
+@pytest.mark.parametrize("way", ["raises", "gives nonsense"])
+@pytest.mark.parametrize("name", ["triton._C.libtriton.get_cache_invalidating_env_vars", MAKE_BACKEND])
+def test_where_triton_cannot_be_asked_what_a_binary_must_be_none_is_taken(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(STARTED[0])
+    find = internals.find
+    instead = fail if way == "raises" else lambda *_: [3]
+    monkeypatch.setattr(internals, "find", lambda wanted: instead if wanted == name else find(wanted))
+
+    class Team:
+        location = "team"
+
+        def binaries(self, *_: Any) -> list[Binary]:
+            return [Binary(source.code_digest, kernel, "3", "sm_90", "{}", b"") for kernel in declared_kernels(source)]
+
+    monkeypatch.setattr("doratune.codegen.binary._parsed", lambda kernel, metadata: {})
+    with pytest.warns(RuntimeWarning, match="kernels are compiled"):
+        found = find_binaries(source, [Team()], GPU, {"team"})  # type: ignore[list-item]
+    assert not found.kernels
+
+
+def test_a_tensor_map_that_cannot_be_made_later_leaves_the_recording(
+    gpus: Gpus,  # noqa: F811
+    allocations: Allocations,  # noqa: F811
+) -> None:
+    world = world_of(next(v for v in STARTED if (v.op, v.name) == ("lora_compose", "tma")), gpus, allocations)
+    for _ in range(2):
+        world.start(world.operands())
+    (recorded,) = world.bound._recordings.values()
+    assert recorded is not None
+    for _, maps in recorded.descriptors:
+        maps.maker._fill = fail
+    operands = world.operands()
+    with pytest.warns(RuntimeWarning, match="each launch runs as emitted"):
+        assert len(world.start(operands)) == 1
+    assert [*world.bound._recordings.values()] == [None]

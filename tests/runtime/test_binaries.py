@@ -20,7 +20,7 @@ from doratune.cache.entry import MEASURED, Binary, Entry, Environment, Evaluatio
 from doratune.cache.store import Store
 from doratune.codegen import binary as binary_module
 from doratune.codegen.binary import BinaryError, OtherSettingsError, check, restore
-from doratune.codegen.compile import contiguous_alignments
+from doratune.codegen.compile import CompileError, contiguous_alignments
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.module import declared_kernels, load_module
 from doratune.codegen.render import Source, render, template_digest
@@ -145,7 +145,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return fake
 
 
-class Compiles(Exception):
+class Compiles(CompileError):
     """Raised in place of a run of Triton's compiler."""
 
 

@@ -371,8 +371,10 @@ def test_the_search_continues_after_a_refused_entry(store: Callable[..., str], m
     assert (resolution.step, resolution.store) == ("exact", sound)
 
 
-def test_an_entry_of_another_template_is_refused(store: Callable[..., str]) -> None:
-    path = store(entry_of(template="fedcba9876543210"))
+def test_an_entry_of_another_template_is_refused_unless_it_renders_the_same(store: Callable[..., str]) -> None:
+    resolution, _ = resolve(SPEC, store(entry_of(template="fedcba9876543210"), name="same"))
+    assert resolution.step == "exact"
+    path = store(entry_of(template="fedcba9876543210", source="0123456789abcdef"), name="other")
     resolution, _ = resolve(SPEC, path)
     assert resolution.step == "default"
     assert [refusal.reason.split(" (")[0] for refusal in resolution.trace] == ["tuned with another template 'tile'"]
