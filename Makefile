@@ -1,6 +1,6 @@
 # make tune   tune a model's kernels (without a GPU: predicted for GPU), in an environment it builds first
 # make test   lint, type-check and test, likewise
-# make test-versions   test the core with the oldest and the newest versions of the libraries, in environments of their own
+# make test-versions   test the core with the oldest and the newest versions of the packages, in environments of their own
 # make test-dist   build the sdist and the wheel in dist, and test the wheel in an environment of its own
 # make test-internals   test the core without each private name of PyTorch
 # make docs   build the site in docs/_build; a warning is an error

@@ -111,7 +111,7 @@ def read_revision(connection: Connection) -> str | None:
 def settle_schema(location: Location, engine: Engine, *, create: bool, readonly: bool) -> None:
     """Check the schema of an existing database; migrate an older one; with ``create``, create missing tables.
 
-    Tables are created in a PostgreSQL database beside other tables, but never in a SQLite file of another program.
+    Tables are created in a PostgreSQL database beside other tables, but never in a SQLite file of another application.
 
     Raises:
         NotAStoreError: there is no store. NewerStoreError: the schema is unknown. OlderStoreError: it is older and the

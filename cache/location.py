@@ -1,4 +1,4 @@
-"""Where a store is: a file path or a database URL, read from text without loading a database library."""
+"""Where a store is: a file path or a database URL, read from text without loading SQLAlchemy."""
 
 from __future__ import annotations
 

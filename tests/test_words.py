@@ -17,7 +17,10 @@ SUFFIXES = {".py", ".md", ".j2"}
 NOT_THE_PACKAGE = {"tests", "build", "dist", "_build"}
 
 EVERYWHERE = ("",)
-PACKAGE_IS_PYTHONS = ("nn/", "integrations/", "internals/", "doctor.py")
+PACKAGE_IS_PYTHONS = (
+    *("nn/", "integrations/", "internals/", "cache/", "tuner/", "doctor.py", "console.py", "cli.py", "CONTRIBUTING.md"),
+    *("docs/install.md", "docs/reference/peft.md"),
+)
 
 WORDS: list[tuple[str, tuple[str, ...], str]] = [
     (r"[Tt]imed beside", EVERYWHERE, "timed side by side with …, or timed against …"),
@@ -38,10 +41,10 @@ WORDS: list[tuple[str, tuple[str, ...], str]] = [
     (r"\b[Ll]ayers?\b", ("cache/",), "store or stack: a layer is a neural one"),
     (
         r"\b[Pp]rograms?\b",
-        ("runtime/", "nn/", "integrations/"),
+        ("runtime/", "nn/", "integrations/", "cache/"),
         "recording or graph: a program is one instance of a Triton kernel",
     ),
-    (r"(?<!torch\.)\blibrar(y|ies)\b", PACKAGE_IS_PYTHONS, "package: a library is cuBLAS or the like"),
+    (r"(?<!torch\.)(?<!\.)\blibrar(y|ies)\b", PACKAGE_IS_PYTHONS, "package: a library is cuBLAS or the like"),
 ]
 """A pattern, where it is forbidden (the beginning of a path), and what to write instead."""
 

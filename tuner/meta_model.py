@@ -266,7 +266,7 @@ def _class_of(name: str) -> type | None:
 
     try:
         cls = getattr(transformers, name, None)
-    except Exception:  # a module of transformers that does not import without an optional library
+    except Exception:  # a module of transformers that does not import without an optional package
         return None
     return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
 
