@@ -27,8 +27,9 @@ from torch import nn
 
 from ..internals.torch import current_backward, is_recording, knows_backward
 from . import operators
-from .differentiation import once_only, without_autocast
-from .norm import norm_and_gain_of, safe_norm
+from .autocast import without_autocast
+from .differentiation import once_only
+from .norm import norm_and_gain_of, norm_dtype, safe_norm
 from .norm_cache import NormCache
 from .tracing import recorded_dora
 from .watching import hidden
@@ -117,6 +118,7 @@ def _forward(
     rows = _rows(x)
     a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, dtype), _as(lora_B, dtype))
     if isinstance(norm, torch.Tensor):
+        norm = _as(norm, norm_dtype(norm))  # never in 16 bits
         g = magnitude / safe_norm(norm)
     elif norm is None:
         assert weight is not None

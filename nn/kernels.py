@@ -15,7 +15,7 @@ from ..codegen.spec import KernelSpec, bucket_tokens
 from ..runtime.kernel import Kernel
 from ..runtime.loader import CPU, load_kernel
 from ..runtime.reference import TORCH_DTYPES, Tensors, definition, reference
-from .differentiation import without_autocast
+from .autocast import without_autocast
 
 _SPEC_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()} | {torch.float64: "fp32"}
 """Specs have no name for fp64. The fp64 definition, which computes fp64 tensors, ignores the dtype of its spec."""

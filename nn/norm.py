@@ -6,7 +6,7 @@ import torch
 
 from ..codegen.ops import EPS
 from . import operators
-from .differentiation import without_autocast
+from .autocast import without_autocast
 
 
 def norm_of(

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..codegen.ops import EPS
-from .differentiation import without_autocast
+from .autocast import without_autocast
 
 
 def recorded_norm(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:

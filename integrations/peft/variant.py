@@ -20,7 +20,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from ...internals.torch import has_tangents, is_traced, transforms_active
-from ...nn.differentiation import without_autocast
+from ...nn.autocast import without_autocast
 from ...nn.functional import checked_linear, dora_compose
 from ...nn.norm_cache import NormCache
 from ...nn.watching import hidden, intercepted, seen

@@ -474,3 +474,17 @@ def test_the_public_norm_is_that_of_w_plus_sba(case: str, dtype: torch.dtype) ->
     torch.testing.assert_close(again, norm, rtol=1e-6, atol=0.0)
     with pytest.raises(ArgumentError, match=r"weight_sq must be \[48\] torch.float32, got \[48\] torch.float64"):
         doratune.weight_norm(layer.weight, layer.lora_A, layer.lora_B, layer.scaling, weight_sq=squares.double())
+
+
+def test_a_norm_in_16_bits_is_taken_as_the_fp32_numbers_that_it_holds() -> None:
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        layer = make_layer(dtype=torch.bfloat16)
+        norm = weight_norm(*layer.args[1:4], layer.scaling).to(torch.bfloat16).to(dtype)
+        y = dora_linear(*layer.args, norm=norm)
+        results.append((y.detach(), gradients(y, layer)))
+    (one, ones), (other, others) = results
+    assert torch.equal(one, other)
+    for name, gradient in ones.items():
+        assert gradient is others[name] is None or torch.equal(gradient, others[name]), name
