@@ -2,6 +2,7 @@
 # make test   lint, type-check and test, likewise
 # make test-versions   test the core with the oldest and the newest versions of the packages, in environments of their own
 # make test-dist   build the sdist and the wheel in dist, and test the wheel in an environment of its own
+# make lint   lint and type-check; make lint-versions type-checks for later Pythons; make clean
 # make test-internals   test the core without each private name of PyTorch
 # make docs   build the site in docs/_build; a warning is an error
 #

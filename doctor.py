@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 OK, UNTESTED, MISSING, BROKEN = "ok", "untested", "missing", "broken"
 """Verdicts. doratune works here unless a finding is ``broken``."""
 
+_NEEDED = ("torch", "jinja2", "optuna", "sqlalchemy", "alembic", "click", "rich", "platformdirs")
 _OPTIONAL = ("transformers", "bitsandbytes", "torchao", "hqq")
 
 
@@ -33,7 +35,27 @@ class Finding:
 
 def examine(store: str | None = None) -> list[Finding]:
     """Examine everything without changing anything; ``store`` is the first store, as for ``load_kernel``."""
-    return [*_versions(), *_private_names(), *_gpus(), _c_compiler(), *_stores(store)]
+    parts: dict[str, Callable[[], Iterable[Finding]]] = {
+        "versions": _versions,
+        "packages": _packages,
+        "internals": _private_names,
+        "GPUs": _gpus,
+        "C compiler": _c_compiler,
+        "stores": lambda: _stores(store),
+    }
+    return [finding for what, part in parts.items() for finding in _examined(what, part)]
+
+
+def _examined(what: str, part: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """The findings of a part; one broken finding if it fails, as where a package does not import."""
+    try:
+        return [*part()]
+    except Exception as error:
+        return [Finding(what, "not examined", BROKEN, _reason(error))]
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def findings_table(findings: Iterable[Finding]) -> Table:
@@ -52,7 +74,7 @@ def _versions() -> list[Finding]:
     for package in TESTED:
         version, tested = installed(package), f"tested with {tested_range(package)}"
         if version is None:
-            needed = package == "torch"
+            needed = package == "torch" or (package == "triton" and _sees_gpu())
             found.append(Finding(package, "not installed", BROKEN if needed else MISSING, tested))
         else:
             found.append(Finding(package, version, OK if is_tested(package, version) else UNTESTED, tested))
@@ -60,6 +82,17 @@ def _versions() -> list[Finding]:
         version = installed(package)
         if version is not None:
             found.append(Finding(package, version, OK, "optional"))
+    return found
+
+
+def _packages() -> list[Finding]:
+    """The packages that doratune needs beside those above, where one is missing or does not import."""
+    found = []
+    for package in _NEEDED:
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            found.append(Finding(package, installed(package) or "not installed", BROKEN, _reason(error)))
     return found
 
 
@@ -77,6 +110,15 @@ def _private_names() -> list[Finding]:
         remark = "slower public APIs replace: " + ", ".join(names) if names else ""
         found.append(Finding(f"{package} internals", f"{len(names)} missing", UNTESTED if names else OK, remark))
     return found
+
+
+def _sees_gpu() -> bool:
+    try:
+        import torch
+
+        return torch.cuda.is_available()
+    except Exception:  # reported by _packages
+        return False
 
 
 def _gpus() -> list[Finding]:
@@ -100,15 +142,14 @@ def _gpus() -> list[Finding]:
     return found
 
 
-def _c_compiler() -> Finding:
+def _c_compiler() -> list[Finding]:
     named = os.environ.get("CC", "")
     for compiler in (named,) if named else ("gcc", "clang", "cc"):
         path = shutil.which(compiler)
         if path is not None:
-            return Finding("C compiler", path, OK)
-    return Finding(
-        "C compiler", named or "none", MISSING, "Triton needs one to start a kernel for the first time; set CC"
-    )
+            return [Finding("C compiler", path, OK)]
+    verdict = BROKEN if _sees_gpu() else MISSING
+    return [Finding("C compiler", named or "none", verdict, "Triton needs one for a kernel's first start; set CC")]
 
 
 def _stores(store: str | None) -> list[Finding]:

@@ -36,7 +36,7 @@ DIM_WEIGHTS = {"d_out": 1.0, "d_in": 1.0, "rank": 2.0, "tokens": 1.0}
 (so it decides what fits into shared memory), where the others mostly change how many tiles there are."""
 FLAG_PENALTY = 0.25
 """What each differing flag adds: it adds or drops one operand, which matters less than any halving of a dim."""
-TEXTS_COMPARED = 16
+TEXTS_COMPARED = 4
 """Entries of another template that one lookup renders at most: to compare a text takes some milliseconds."""
 REFUSALS_KEPT = 5
 """Refusals listed for each step; any further ones are only counted."""

@@ -41,11 +41,36 @@ NAMES = (
 """Every private name. A test removes each in turn."""
 
 
-_found = {name: find(name) for name in NAMES}
+_TRIALS: dict[str, Callable[[Any], object]] = {
+    "torch._C._current_graph_task_id": lambda function: function() + 0,
+    "torch._C._are_functorch_transforms_active": lambda function: function(),
+    "torch._C._get_tracing_state": lambda function: function(),
+    "torch._C._get_dispatch_mode": lambda function: function(torch._C._TorchDispatchModeKey.PROXY),
+    "torch._C._len_torch_dispatch_stack": lambda function: function() > 0,
+    "torch._C._len_torch_function_stack": lambda function: function() > 0,
+    "torch._C.DisableTorchFunction": lambda context: context().__enter__,
+    "torch.overrides._get_current_function_mode_stack": lambda function: [*function()],
+    "torch.nn.modules.module._has_any_global_hook": lambda function: function(),
+    "torch.utils._python_dispatch._disable_current_modes": lambda context: context().__enter__,
+}
+"""How each function is called. One that fails, because it takes other arguments now, counts as missing."""
+
+
+def _find_working(name: str) -> Any:
+    found = find(name)
+    try:
+        if found is not None and name in _TRIALS:
+            _TRIALS[name](found)
+    except Exception:
+        return None
+    return found
+
+
+_found = {name: _find_working(name) for name in NAMES}
 
 
 def missing() -> list[str]:
-    """The names that the installed PyTorch lacks."""
+    """The names that the installed PyTorch lacks, or whose functions take other arguments."""
     on_gpus = torch.version.cuda is not None or torch.version.hip is not None
     return [name for name, value in _found.items() if value is None and (on_gpus or "_cuda_" not in name)]
 

@@ -53,6 +53,7 @@ ATTRIBUTES = (
 _warned: set[str] = set()
 """The ways that :func:`warn_once` has warned of."""
 
+_LAUNCHING = "starting kernels through their C launchers"
 _FP_FUSION = "TRITON_DEFAULT_FP_FUSION"
 
 
@@ -104,7 +105,9 @@ class Launcher:
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
         self._binary: _Binary | None = None
-        self._is_public = False
+        self._is_public = _LAUNCHING in _warned  # it failed before
+        if self._is_public:
+            return
         try:
             active = need("triton.runtime.driver").active
             self._device: int = active.get_current_device()
@@ -139,7 +142,7 @@ class Launcher:
 
     def _leave(self, problem: Exception) -> None:
         self._is_public = True
-        warn_once("starting kernels through their C launchers", "Triton's runner starts them", problem)
+        warn_once(_LAUNCHING, "Triton's runner starts them", problem)
 
     @functools.cached_property
     def flat(self) -> FlatBinary:

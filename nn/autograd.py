@@ -29,7 +29,8 @@ from ..internals.torch import current_backward, is_recording, knows_backward
 from . import operators
 from .autocast import without_autocast
 from .differentiation import once_only
-from .norm import norm_and_gain_of, norm_dtype, safe_norm
+from .kernels import wide_dtype
+from .norm import norm_and_gain_of, safe_norm
 from .norm_cache import NormCache
 from .tracing import recorded_dora
 from .watching import hidden
@@ -118,8 +119,7 @@ def _forward(
     rows = _rows(x)
     a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, dtype), _as(lora_B, dtype))
     if isinstance(norm, torch.Tensor):
-        norm = _as(norm, norm_dtype(norm))  # never in 16 bits
-        g = magnitude / safe_norm(norm)
+        g = magnitude / safe_norm(_as(norm, wide_dtype(norm)))  # never in 16 bits
     elif norm is None:
         assert weight is not None
         norm, g = norm_and_gain_of(weight, a, b, magnitude, scaling)
@@ -127,6 +127,8 @@ def _forward(
         assert weight is not None
         norm, g = norm.gain_of_weight(weight, lora_A, lora_B, magnitude, scaling, rounded=(a, b), trains=form.train)
 
+    wide = torch.float64 if dtype is torch.float64 else torch.float32  # what kernels take, whatever m or w came in
+    norm, g = _as(norm, wide), _as(g, wide)
     extra = None if bias is None else _as(bias, dtype)
     h = torch.mm(rows.to(a.dtype) if form.exact else rows, a.T)
     left, right = _split(h, b, dtype) if form.exact else (h, b)

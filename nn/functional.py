@@ -9,7 +9,8 @@ from ..runtime.arguments import ArgumentError
 from .autograd import Form, dora
 from .checks import check_adapters, check_layer, check_plain
 from .differentiation import refuse_transforms
-from .norm import norm_dtype, norm_of
+from .kernels import wide_dtype
+from .norm import norm_of
 from .norm_cache import NormCache
 from .tracing import recorded_norm
 from .watching import watched
@@ -196,7 +197,7 @@ def weight_norm(
     """
     check_plain(weight=weight)
     check_adapters(weight.shape, lora_A, lora_B, weight.device)
-    wide = norm_dtype(weight)
+    wide = wide_dtype(weight)
     if weight_sq is not None and (weight_sq.shape != weight.shape[:1] or weight_sq.dtype != wide):
         raise ArgumentError(
             f"weight_sq must be [{weight.shape[0]}] {wide}, got {list(weight_sq.shape)} {weight_sq.dtype}"

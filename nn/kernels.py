@@ -109,3 +109,8 @@ def flags_of(**flags: bool) -> tuple[str, ...]:
 def token_bucket(tokens: int) -> int:
     """The bucket of a number of tokens; 1 for zero tokens, for which no kernel is launched."""
     return bucket_tokens(tokens) if tokens else 1
+
+
+def wide_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of sums and norms of ``tensor``: fp64 for fp64, else fp32."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32

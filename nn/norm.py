@@ -7,6 +7,7 @@ import torch
 from ..codegen.ops import EPS
 from . import operators
 from .autocast import without_autocast
+from .kernels import wide_dtype
 
 
 def norm_of(
@@ -44,7 +45,7 @@ def norm_and_gain_of(
 def row_squares(weight: torch.Tensor) -> torch.Tensor:
     """``rowsum(W*W)``, [d_out] fp32, in one pass over W."""
     with torch.no_grad(), without_autocast(weight.device):
-        norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=norm_dtype(weight))
+        norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide_dtype(weight))
         return norms.square()
 
 
@@ -59,7 +60,7 @@ def norm_from_products(
         lora_A: A [r, d_in]. lora_B: B [d_out, r]. scaling: s.
     """
     with torch.no_grad(), without_autocast(lora_A.device):
-        wide = norm_dtype(lora_A)
+        wide = wide_dtype(lora_A)
         a, b = lora_A.to(wide), lora_B.to(wide)
         dots = (b * (products.to(wide) + (0.5 * scaling) * (b @ (a @ a.T)))).sum(dim=1)
         return (weight_sq + (2.0 * scaling) * dots).clamp_min(0.0).sqrt()
@@ -70,12 +71,8 @@ def safe_norm(norm: torch.Tensor) -> torch.Tensor:
     return norm.clamp_min(EPS)
 
 
-def norm_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
-
-
 def _for_norm(weight: torch.Tensor, adapter: torch.Tensor) -> torch.Tensor:
     """The adapter in a dtype that the norm operators accept with W: W's own, or fp32."""
     if adapter.dtype in (weight.dtype, torch.float32) and weight.dtype is not torch.float64:
         return adapter
-    return adapter.to(norm_dtype(weight))
+    return adapter.to(wide_dtype(weight))

@@ -16,7 +16,7 @@ import torch
 
 from ..runtime.kernel import Kernel
 from . import kernels
-from .kernels import flags_of, run_reference, spec_for, token_bucket
+from .kernels import flags_of, run_reference, spec_for, token_bucket, wide_dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,8 +45,7 @@ def _operator(fake: Callable[..., Any]) -> Callable[[F], F]:
 
 
 def _like_norm(weight: torch.Tensor, count: int) -> list[torch.Tensor]:
-    wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
-    return [weight.new_empty(weight.shape[0], dtype=wide) for _ in range(count)]
+    return [weight.new_empty(weight.shape[0], dtype=wide_dtype(weight)) for _ in range(count)]
 
 
 @_operator(lambda weight, *_: _like_norm(weight, 1)[0])
@@ -235,7 +234,12 @@ def _fused_kernel(x: torch.Tensor, weight: torch.Tensor, lora_B: torch.Tensor, b
     return kernels.paying_kernel_for(*key, x.device)
 
 
-@_operator(lambda dy, inner, g, bias: [dy.new_empty(dy.shape), *[torch.empty_like(g) for _ in range(1 + bias)]])
+@_operator(
+    lambda dy, inner, g, bias: [
+        dy.new_empty(dy.shape),
+        *[dy.new_empty(g.shape, dtype=wide_dtype(dy)) for _ in range(1 + bias)],
+    ]
+)
 def compose_backward(dy: torch.Tensor, inner: torch.Tensor, g: torch.Tensor, bias: bool) -> list[torch.Tensor]:
     """Return dYg = g*dY [T, d_out], dg = sum_t dY*inner [d_out] fp32 and, with ``bias``, db = sum_t dY [d_out] fp32."""
     tokens, d_out = dy.shape

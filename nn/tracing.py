@@ -14,11 +14,12 @@ from torch.nn.functional import linear
 
 from ..codegen.ops import EPS
 from .autocast import without_autocast
+from .kernels import wide_dtype
 
 
 def recorded_norm(weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
     """The row norms ``||W + sBA||``, [d_out] in fp32 (fp64 from fp64), without a gradient."""
-    wide = _wide(weight)
+    wide = wide_dtype(weight)
     with without_autocast(weight.device):
         # detach() instead of no_grad(): torch.jit.trace does not record that gradients were off.
         product = lora_B.detach().to(wide) @ lora_A.detach().to(wide)
@@ -53,7 +54,7 @@ def recorded_dora(
             assert base is not None
             inner = base if bias is None else base - bias.to(base.dtype)
         assert norm is not None
-        wide = _wide(inner)
+        wide = wide_dtype(inner)
         g = magnitude.to(wide) / norm.detach().to(wide).clamp_min(EPS)
         h = linear(x.to(lora_A.dtype), lora_A)
         lora = scaling * linear(h.to(wide), lora_B.to(wide))
@@ -61,7 +62,3 @@ def recorded_dora(
         if bias is not None and not delta:
             y = y + bias.to(x.dtype)
         return y.to(x.dtype)
-
-
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype is torch.float64 else torch.float32

@@ -181,7 +181,7 @@ def _opened(store: str | None) -> Iterator[list[Store]]:
 
 def _resolve(spec: KernelSpec, stack: list[Store]) -> tuple[Resolution, Source]:
     from ..cache.lookup import lookup
-    from ..codegen.gpu import find_gpu
+    from ..codegen.gpu import UnknownGpuError, find_gpu
     from ..codegen.render import render, template_digest
     from ..codegen.variants import check_config, default_config, refuse_padding
 
@@ -197,8 +197,11 @@ def _resolve(spec: KernelSpec, stack: list[Store]) -> tuple[Resolution, Source]:
 
     def differs(entry: Entry) -> str | None:
         try:
+            unfit = check_config(entry.spec, entry.config, find_gpu(entry.spec.gpu))
+            if unfit is not None:
+                return f"its config does not suit the installed template: {unfit}"
             digest = render(entry.spec, entry.config).digest
-        except SpecError as error:
+        except (SpecError, UnknownGpuError) as error:
             return f"does not render here: {error}"
         if digest == entry.source_digest:
             return None

@@ -42,7 +42,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def _import(name: str, *_: object, **__: object) -> Any:
-    """In place of ``pytest.importorskip``: in an environment of the table, a library that is missing is a failure."""
+    """In place of ``pytest.importorskip``: in an environment of the table, a package that is missing is a failure."""
     return importlib.import_module(name)
 
 

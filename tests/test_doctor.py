@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,3 +91,37 @@ def test_the_command_prints_a_table_or_json_and_fails_where_something_is_broken(
     done = RUNNER.invoke(main, ["doctor", "--store", str(path)])
     assert done.exit_code == 1
     assert "[bold]no" in done.stdout, "a path is no markup"
+
+
+@pytest.mark.parametrize("package", ["sqlalchemy", "optuna", "jinja2"])
+def test_a_needed_package_that_does_not_import_is_broken(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_module = importlib.import_module
+
+    def refuse(name: str, *args: Any) -> Any:
+        if name == package:
+            raise OSError("libcudart.so.13: cannot open shared object file")
+        return import_module(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    (finding,) = found(package)
+    assert (finding.verdict, finding.remark) == (
+        doctor.BROKEN,
+        "OSError: libcudart.so.13: cannot open shared object file",
+    )
+
+
+def test_what_cannot_be_examined_is_broken_and_the_rest_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_internals, "missing", lambda: 1 // 0)
+    (finding,) = found("internals")
+    assert (finding.verdict, finding.remark.split(":")[0]) == (doctor.BROKEN, "ZeroDivisionError")
+    assert found("store")
+
+
+@pytest.mark.parametrize(("gpu", "verdict"), [(True, doctor.BROKEN), (False, doctor.MISSING)])
+def test_without_a_c_compiler_no_kernel_starts_on_a_gpu(
+    gpu: bool, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    monkeypatch.setattr(doctor, "_sees_gpu", lambda: gpu)
+    (compiler,) = found("C compiler")
+    assert (compiler.found, compiler.verdict) == ("/nowhere/cc", verdict)

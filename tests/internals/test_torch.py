@@ -61,3 +61,9 @@ def test_this_pytorch_has_every_name() -> None:
     """A missing name makes calls slower, so a new version of PyTorch must not lack one unnoticed."""
     if torch.__version__.split("+")[0].split(".")[:2] in (["2", "10"], ["2", "13"], ["2", "15"]):
         assert internals.missing() == []
+
+
+@pytest.mark.parametrize("name", sorted(internals._TRIALS))
+def test_a_name_that_takes_other_arguments_counts_as_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internals, "find", lambda wanted: lambda one, two, three: None)
+    assert internals._find_working(name) is None

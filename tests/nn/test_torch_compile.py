@@ -174,6 +174,32 @@ def test_a_compiled_training_step_learns_and_never_uses_an_old_norm() -> None:
     torch.testing.assert_close(modules[0], modules[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("given", ["magnitude", "norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp64_magnitudes_and_norms_beside_others_compile(given: str, dtype: torch.dtype) -> None:
+    """fp64 numbers, from which everything else follows in fp32: by Inductor, whose memory follows the operators."""
+    layer = make_layer(dtype=dtype)
+    x, weight, lora_a, lora_b, magnitude, scaling = layer.args
+    norm = weight_norm(weight, lora_a, lora_b, scaling)
+    if given == "norm":
+        norm = norm.double()
+    else:
+        magnitude = magnitude.detach().double().requires_grad_()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return dora_linear(x, weight, lora_a, lora_b, magnitude, scaling, norm=norm)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        magnitude.grad = None
+        y = function(x)
+        y.backward(layer.dy)
+        assert magnitude.grad is not None
+        results.append((y.detach(), magnitude.grad.clone()))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
+
+
 def samples(name: str) -> list[tuple[Any, ...]]:
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(*shape)
@@ -189,7 +215,11 @@ def samples(name: str) -> list[tuple[Any, ...]]:
         "dora_linear_forward": [
             (tensor(5, 16), weight, h, lora_b, g, bias, 0.5, save) for bias, save in ((None, False), (g, True))
         ],
-        "compose_backward": [(rows, tensor(5, 24), g, bias) for bias in (False, True)],
+        "compose_backward": [
+            (rows.to(dtype), tensor(5, 24).to(dtype), gain, bias)
+            for bias in (False, True)
+            for dtype, gain in ((torch.float32, g), (torch.bfloat16, g), (torch.float64, g.double()))
+        ],
         "adapter_backward": [
             (rows, h, lora_b, g, g, g.abs(), 0.5, adapter, magnitude)
             for adapter, magnitude in ((torch.float32, torch.float32), (torch.bfloat16, torch.float64))

@@ -380,6 +380,20 @@ def test_an_entry_of_another_template_is_refused_unless_it_renders_the_same(stor
     assert [refusal.reason.split(" (")[0] for refusal in resolution.trace] == ["tuned with another template 'tile'"]
 
 
+@pytest.mark.parametrize("kind", ["a parameter less", "a parameter more", "another GPU"])
+def test_an_old_entry_that_does_not_render_here_is_refused(kind: str, store: Callable[..., str]) -> None:
+    entry = entry_of(template="0" * 64)
+    params = dict(entry.config.params)
+    if kind == "a parameter less":
+        params.pop("block_n")
+    elif kind == "a parameter more":
+        params["block_x"] = 64
+    config = replace(entry.config, params=tuple(sorted(params.items())))
+    spec = replace(SPEC, gpu="rtx9090") if kind == "another GPU" else SPEC
+    resolution, _ = resolve(SPEC, store(replace(entry, spec=spec, config=config)))
+    assert resolution.step == "default"
+
+
 def test_an_entry_of_a_variant_that_is_not_installed_is_refused(store: Callable[..., str]) -> None:
     gone = replace(entry_of(), config=Config.create("cluster", num_warps=4, num_stages=2, block_n=64))
     resolution, _ = resolve(SPEC, store(gone))
