@@ -173,7 +173,7 @@ class Stage:
         if block.mark == "not run" or block.language not in ("python", "bash", "console"):
             return False
         if self.gpu:
-            return block.mark == "gpu" or block.language == "python"
+            return block.mark == "gpu" or block.language in ("python", "bash")  # Python may use what a command wrote
         return block.mark != "gpu"
 
     def _write(self, block: Block) -> None:
