@@ -138,7 +138,7 @@ def bench() -> None:
 def kernels(peer_path: Path | None, **request: Any) -> Measured:
     """The kernels on a GPU: against PEFT, torch.compile, dense B@A, cuBLAS, dorafactors and the floor.
 
-    Also the projections of one x (q,k,v and gate,up): h in one product, beside one product for each.
+    Also the projections of one x (q,k,v and gate,up): with one product for all h, and with one for each.
     """
     from .kernels import bench_kernels
 

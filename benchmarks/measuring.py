@@ -33,7 +33,7 @@ def check_names(kind: str, names: Iterable[str], known: Collection[str]) -> None
     """Raise a UsageError for a name that is not ``known``; ``kind`` says what the names are of."""
     for name in names:
         if name not in known:
-            raise UsageError(f"unknown {kind} {name!r}{near_names(name, known)} (known: {', '.join(known)})")
+            raise UsageError(f"unknown {kind} {name!r}{near_names(name, known)} (known: {'; '.join(known)})")
 
 
 def load(spec: KernelSpec, tokens: int = 0) -> Kernel:
