@@ -6,6 +6,7 @@ usage: python sharded_worker.py CASE RANK RENDEZVOUS_FILE; the import path holds
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import warnings
 from typing import Any
@@ -101,5 +102,7 @@ if __name__ == "__main__":
         train(case, rank)
     for text in sorted({str(warning.message) for warning in caught if "doratune" in str(warning.message)}):
         print(text)
+    dist.barrier()
     dist.destroy_process_group()
-    print("done")
+    print("done", flush=True)
+    os._exit(0)  # PyTorch 2.10 may abort in a thread of its own while the interpreter ends
