@@ -171,6 +171,8 @@ _hide = _found["torch.utils._python_dispatch._disable_current_modes"]
 _without_functions = _found["torch._C.DisableTorchFunction"]
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _PLAIN = torch.empty(0)
+hides_modes: bool = _hide is not None
+"""Whether :func:`without_modes` hides operations from dispatch modes."""
 _OWN_MODULE = "torch.nn.modules.linear"
 _linear_forward = nn.Linear.forward if nn.Linear.forward.__module__ == _OWN_MODULE else None
 _linear = _found["torch._C._nn.linear"] or nn.functional.linear

@@ -59,7 +59,8 @@ def test_equal_tensors_are_checked_once_and_others_again(checks: list[str]) -> N
 def test_a_call_like_the_last_one_is_recognised_without_reading_its_tensors_in_python(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("torch._C._dynamo.guards")
+    if argument_memo.TensorGuards is None:
+        pytest.skip("this PyTorch has no guards")
     kernel = Kernel(SPEC, torch.device("cpu"))
     inputs, scaling = make_inputs(SPEC, 16)
     others, _ = make_inputs(SPEC, 16, seed=1)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import doratune
+from doratune.internals.torch import hides_modes
 
 from ...nn.layers import kernels_on_paper
 from .peft_models import Pair, assert_same_gradients, twin, with_dora
@@ -165,6 +166,8 @@ HOLDERS: dict[str, Callable[[nn.Module, list[torch.Tensor]], Any]] = {
 def test_a_holder_of_the_base_layers_output_may_read_and_overwrite_it(
     holder: str, bias: bool, first: str, kernels_on_paper: Callable[[], dict[str, int]]
 ) -> None:
+    if holder == "dispatch mode" and not hides_modes:
+        pytest.skip("this PyTorch hides nothing from modes: one that overwrites all it sees breaks stock PEFT, too")
     torch.manual_seed(0)
     stock = dora(Pair())
     fast = twin(stock)
