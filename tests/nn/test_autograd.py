@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import doratune
 from doratune.internals.torch import knows_backward
 from doratune.nn import autograd as gradients_module
+from doratune.nn import operators
 from doratune.nn.differentiation import DifferentiationError
 from doratune.nn.functional import dora_compose, dora_linear, weight_norm
 from doratune.nn.norm import norm_from_products
@@ -488,3 +489,31 @@ def test_a_norm_in_16_bits_is_taken_as_the_fp32_numbers_that_it_holds() -> None:
     assert torch.equal(one, other)
     for name, gradient in ones.items():
         assert gradient is others[name] is None or torch.equal(gradient, others[name]), name
+
+
+@pytest.mark.parametrize("given", ["magnitude", "norm"])
+def test_operators_get_gains_and_norms_in_fp32_from_fp64_ones(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read fp32: fp64 numbers would be misread on a GPU."""
+    dtypes: list[torch.dtype] = []
+
+    def spy(name: str, places: tuple[int, ...]) -> None:
+        operator = getattr(operators, name)
+
+        def call(*arguments: object) -> object:
+            dtypes.extend(arguments[place].dtype for place in places)  # type: ignore[attr-defined]
+            return operator(*arguments)
+
+        monkeypatch.setattr(operators, name, call)
+
+    spy("lora_compose", (3,))
+    spy("compose_backward", (2,))
+    spy("adapter_backward", (3, 5))
+    layer = make_layer(dtype=torch.bfloat16)
+    x, weight, lora_a, lora_b, magnitude, scaling = layer.args
+    norm = weight_norm(weight, lora_a, lora_b, scaling)
+    norm = norm.double() if given == "norm" else norm
+    magnitude = magnitude.detach().double().requires_grad_() if given == "magnitude" else magnitude
+    dora_linear(x, weight, lora_a, lora_b, magnitude, scaling, norm=norm).backward(layer.dy)
+    assert dtypes == [torch.float32] * 4
+    assert magnitude.grad is not None
+    assert magnitude.grad.dtype is magnitude.dtype
