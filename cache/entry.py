@@ -5,6 +5,7 @@ These are plain values: no database code, so the tuner and the runtime can share
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,12 +59,74 @@ class Environment:
     doratune: str = ""
 
 
+SEARCH = "search"
+"""The origin of a config that the search found; see :class:`Contender`."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A config that played in a final.
+
+    ``origins`` say why: ``search`` (among the best that were found), and for incumbents the step of the lookup that
+    gives it (``exact``, ``nearest``, ``architecture``, ``default``). ``samples_us`` are microseconds of GPU time of
+    one call, one for each round; sample i of every contender comes from round i.
+    """
+
+    config: Config
+    origins: tuple[str, ...]
+    samples_us: tuple[float, ...]
+
+    @property
+    def us(self) -> float:
+        """The median of the samples."""
+        return statistics.median(self.samples_us)
+
+    @property
+    def incumbent(self) -> bool:
+        """Whether a lookup gave this config before the search."""
+        return any(origin != SEARCH for origin in self.origins)
+
+
+@dataclass(frozen=True)
+class Final:
+    """The best configs of a search and the incumbents, timed in turn in one process.
+
+    ``contenders`` begin with the winner; the others follow by their medians. ``confidence`` is the probability, by
+    resampling the rounds, that no other contender is faster than the winner by more than ``noise`` (a share of its
+    time: differences below it count as ties, which go to the incumbent). ``settled``: the order held before the
+    budget of rounds ended. ``notices`` tell what disturbed it, such as clocks that moved.
+    """
+
+    contenders: tuple[Contender, ...]
+    confidence: float
+    noise: float
+    settled: bool
+    notices: tuple[str, ...] = ()
+
+    @property
+    def winner(self) -> Contender:
+        return self.contenders[0]
+
+    @property
+    def beaten(self) -> tuple[Contender, ...]:
+        """The contenders that did not win, the fastest first."""
+        return self.contenders[1:]
+
+    @property
+    def margin(self) -> float:
+        """How much longer the fastest of the beaten takes, as a share of the winner's time; negative if it is faster
+        within the noise, 0 if the winner played alone."""
+        return self.beaten[0].us / self.winner.us - 1.0 if self.beaten else 0.0
+
+
 @dataclass(frozen=True)
 class Entry:
     """The winner for a spec: the config, what it is valid for, and how it was found.
 
     ``template_digest`` ties the config to the template text it was tuned with; ``source`` is the emitted text, kept
     for reading only (what runs is rendered again and must have ``source_digest``). ``created_at`` is ISO 8601 UTC.
+    ``final`` is the final that the config won, None where there was none. ``lookup_regret`` is the measured time of
+    the config that a lookup without this entry gives, over the winner's time; None if it was not timed.
     """
 
     spec: KernelSpec
@@ -74,6 +137,8 @@ class Entry:
     evaluation: Evaluation
     environment: Environment
     created_at: str = ""
+    final: Final | None = None
+    lookup_regret: float | None = None
 
     @property
     def code_digest(self) -> str:

@@ -15,7 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..codegen.spec import SPEC_FIELDS, Config, KernelSpec, SpecError
-from .entry import DEFAULT, MEASURED, PREDICTED, Binary, BinaryKey, Entry, Environment, Evaluation
+from .entry import (
+    DEFAULT,
+    MEASURED,
+    PREDICTED,
+    Binary,
+    BinaryKey,
+    Contender,
+    Entry,
+    Environment,
+    Evaluation,
+    Final,
+)
 from .errors import CorruptRowError, InvalidEntryError
 from .schema import BinaryRow, EntryRow
 
@@ -28,6 +39,8 @@ _SPEC_COLUMNS = tuple(name for name in SPEC_FIELDS if hasattr(EntryRow, name))
 _ENVIRONMENT_TEXTS = ("triton", "torch", "driver", "gpu_name", "doratune", "architecture")
 _COUNTS = ("registers", "spills", "shared_bytes")
 _FIGURES = ("us", "floor_us", "error", "unfused_us")
+_SAMPLE_DIGITS = 5
+"""Significant digits of a final's samples: far below the noise, and a third of the text."""
 
 _SEAL = b"doratune-1\0"
 """The start of a sealed image. xz compresses a cubin to a fifth (zlib: to a quarter) and unpacks it in 2 ms."""
@@ -44,6 +57,9 @@ class Candidate:
     config: Config
     template_digest: str
     provenance: str
+    us: float | None = None
+    floor_us: float | None = None
+    lookup_regret: float | None = None
 
 
 class _BadValue(ValueError):
@@ -69,10 +85,13 @@ def entry_values(entry: Entry) -> dict[str, Any]:
         "samples_us": json.dumps(list(evaluation.samples_us)),
         "tuned_gpu": environment.gpu,
         "created_at": entry.created_at,
+        "final": None if entry.final is None else _final_text(entry.final),
+        "lookup_regret": entry.lookup_regret,
     }
     try:
         _check(values)
         _samples(values["samples_us"])
+        _final(values["final"])
     except _BadValue as problem:
         raise InvalidEntryError(f"entry {entry.spec}: {problem}; nothing was stored") from None
     return values
@@ -107,12 +126,15 @@ def entry_of(row: EntryRow, store: str) -> Entry:
             ),
             environment=Environment(gpu=row.tuned_gpu, **{name: values[name] for name in _ENVIRONMENT_TEXTS}),
             created_at=row.created_at,
+            final=_final(row.final),
+            lookup_regret=row.lookup_regret,
         )
     except (_BadValue, SpecError) as problem:
         raise _corrupt(store, row.id, values["spec"], problem) from None
 
 
 CANDIDATE_COLUMNS = (EntryRow.id, EntryRow.spec, EntryRow.config, EntryRow.template_digest, EntryRow.provenance)
+CANDIDATE_COLUMNS += (EntryRow.us, EntryRow.floor_us, EntryRow.lookup_regret)
 CANDIDATE_COLUMNS += tuple(getattr(EntryRow, name) for name in _SPEC_COLUMNS)
 
 
@@ -125,7 +147,13 @@ def candidate_of(row: Mapping[Any, Any], store: str) -> Candidate:
     values: dict[str, Any] = dict(row)
     try:
         _check_provenance(values)
-        return Candidate(_spec(values), _config(values["config"]), values["template_digest"], values["provenance"])
+        figures = {name: values[name] for name in ("us", "floor_us", "lookup_regret")}
+        for name, value in figures.items():
+            if value is not None:
+                _check_figure(name, value)
+        return Candidate(
+            _spec(values), _config(values["config"]), values["template_digest"], values["provenance"], **figures
+        )
     except (_BadValue, SpecError) as problem:
         raise _corrupt(store, values["id"], values["spec"], problem) from None
 
@@ -209,7 +237,7 @@ def _corrupt(store: str, row_id: int, spec: object, problem: Exception) -> Corru
 def _check(values: dict[str, Any]) -> None:
     """Check the fields whose types do not check themselves."""
     _check_provenance(values)
-    for name in _FIGURES:
+    for name in (*_FIGURES, "lookup_regret"):
         if values[name] is not None:
             _check_figure(name, values[name])
     for name in (*_COUNTS, "trials"):
@@ -262,6 +290,55 @@ def _samples(text: object) -> tuple[float, ...]:
     for value in data:
         _check_figure("a sample", value)
     return tuple(data)
+
+
+def _final_text(final: Final) -> str:
+    contenders = [
+        {
+            "config": contender.config.to_dict(),
+            "origins": list(contender.origins),
+            "samples_us": [float(f"{us:.{_SAMPLE_DIGITS}g}") for us in contender.samples_us],
+        }
+        for contender in final.contenders
+    ]
+    values = {name: getattr(final, name) for name in ("confidence", "noise", "settled")}
+    return json.dumps({"contenders": contenders, **values, "notices": list(final.notices)})
+
+
+def _final(text: object) -> Final | None:
+    if text is None:
+        return None
+    data = _json(text, "final")
+    names = {"contenders", "confidence", "noise", "settled", "notices"}
+    if not isinstance(data, dict) or data.keys() != names:
+        raise _BadValue(f"final must be an object with {', '.join(sorted(names))}, got {str(text)[:80]!r}")
+    for name in ("confidence", "noise"):
+        _check_figure(name, data[name])
+    if not isinstance(data["settled"], bool):
+        raise _BadValue(f"settled must be true or false, got {data['settled']!r}")
+    contenders = tuple(_contender(value) for value in _list(data["contenders"], "contenders"))
+    if not contenders:
+        raise _BadValue("final has no contenders")
+    notices = tuple(str(notice) for notice in _list(data["notices"], "notices"))
+    return Final(contenders, data["confidence"], data["noise"], data["settled"], notices)
+
+
+def _contender(data: Any) -> Contender:
+    if not isinstance(data, dict) or data.keys() != {"config", "origins", "samples_us"}:
+        raise _BadValue(f"a contender must be an object with config, origins and samples_us, got {str(data)[:80]!r}")
+    samples = _list(data["samples_us"], "samples_us")
+    for value in samples:
+        _check_figure("a sample", value)
+    if not samples:
+        raise _BadValue("a contender has no samples")
+    config = _config(json.dumps(data["config"]))
+    return Contender(config, tuple(str(origin) for origin in _list(data["origins"], "origins")), tuple(samples))
+
+
+def _list(data: Any, name: str) -> list[Any]:
+    if not isinstance(data, list):
+        raise _BadValue(f"{name} must be a list, got {str(data)[:80]!r}")
+    return data
 
 
 def _json(text: object, name: str) -> Any:

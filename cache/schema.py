@@ -12,7 +12,7 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData, String, Table, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """All schemas, oldest first. This version of doratune reads and writes the last one."""
 
 VERSION_TABLE = "doratune_schema"
@@ -82,6 +82,8 @@ class EntryRow(Base):
     doratune: Mapped[str] = mapped_column(Text)
     created_at: Mapped[str] = mapped_column(Text)
     unfused_us: Mapped[float | None] = mapped_column(Double)
+    final: Mapped[str | None] = mapped_column(Text)
+    lookup_regret: Mapped[float | None] = mapped_column(Double)
 
 
 class BinaryRow(Base):

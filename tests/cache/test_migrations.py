@@ -19,13 +19,13 @@ from doratune.cache.errors import OlderStoreError
 from doratune.cache.stack import open_stack, user_store_path
 from doratune.cache.store import Store
 
-from .world import a_spec, an_entry
+from .world import a_spec, an_entry, with_final
 
 NEXT_REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision = "0003", "0002"
+revision, down_revision = "9999", "{newest}"
 
 
 def upgrade() -> None:
@@ -78,12 +78,13 @@ def _release_next_version(monkeypatch: pytest.MonkeyPatch, folder: Path, then: s
     (folder / "versions").mkdir()
     for released in (migrations.HERE / "versions").glob("rev_*.py"):
         (folder / "versions" / released.name).write_text(released.read_text())
-    (folder / "versions" / "rev_0003.py").write_text(NEXT_REVISION.format(then=then))
+    newest = schema.REVISIONS[-1]
+    (folder / "versions" / "rev_9999.py").write_text(NEXT_REVISION.format(then=then, newest=newest))
     configuration = migrations.configuration
     monkeypatch.setattr(
         migrations, "configuration", lambda connection: configuration(connection, versions=folder / "versions")
     )
-    monkeypatch.setattr(schema, "REVISIONS", (*schema.REVISIONS, "0003"))
+    monkeypatch.setattr(schema, "REVISIONS", (*schema.REVISIONS, "9999"))
 
 
 def test_an_older_store_keeps_its_entries_when_its_next_writer_migrates_it(
@@ -92,12 +93,12 @@ def test_an_older_store_keeps_its_entries_when_its_next_writer_migrates_it(
     with Store.open(place, create=True) as store:
         store.put(an_entry())
     _release_next_version(monkeypatch, tmp_path)
-    with pytest.raises(OlderStoreError, match=r"older doratune \(schema 0002, now 0003\).*doratune tune"):
+    with pytest.raises(OlderStoreError, match=r"older doratune \(schema \d+, now 9999\).*doratune tune"):
         Store.open(place, readonly=True)
     with Store.open(place) as store:
         assert store.entries() == [an_entry()]
     with Store.open(place, readonly=True) as store, store._engine.connect() as connection:
-        assert create.read_revision(connection) == "0003"
+        assert create.read_revision(connection) == "9999"
         assert "remark" in {column["name"] for column in inspect(connection).get_columns("doratune_entries")}
 
 
@@ -114,6 +115,18 @@ def test_a_store_of_the_first_schema_keeps_its_entries_and_learns_of_unfused_tim
         assert store.put(replace(an_entry(), evaluation=fused))
     with Store.open(place, readonly=True) as store:
         assert store.entries() == [replace(an_entry(), evaluation=fused)]
+
+
+def test_a_store_of_the_second_schema_keeps_its_entries_and_learns_of_finals(place: str) -> None:
+    with Store.open(place, create=True) as store:
+        store.put(an_entry())
+        with store._writer.begin() as connection:
+            migrations.downgrade(connection, "0002")
+    with Store.open(place) as store:
+        assert store.entries() == [an_entry()]
+        assert store.put(with_final())
+    with Store.open(place, readonly=True) as store:
+        assert store.entries() == [with_final()]
 
 
 def test_an_export_takes_the_place_of_an_older_one(tmp_path: Path) -> None:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from doratune.cache.entry import DEFAULT, MEASURED, PREDICTED, Binary, Entry, Environment, Evaluation
+from dataclasses import replace
+
+from doratune.cache.entry import (
+    DEFAULT,
+    MEASURED,
+    PREDICTED,
+    SEARCH,
+    Binary,
+    Contender,
+    Entry,
+    Environment,
+    Evaluation,
+    Final,
+)
 from doratune.codegen.spec import Config, KernelSpec
 
 ARCHITECTURES = {"h200": "sm_90", "h100": "sm_90", "a100": "sm_80", "sm_90": "sm_90"}
@@ -61,8 +74,26 @@ def an_entry(
     return Entry(spec, config, template, source_digest, source, evaluation, environment, "2026-11-23T10:00:00+00:00")
 
 
+def a_final(config: Config, beaten: Config, *, origins: tuple[str, ...] = ("nearest",)) -> Final:
+    """A final of two: ``config`` won, ``beaten`` takes 5 % longer."""
+    return Final(
+        contenders=(Contender(config, (SEARCH,), (20.0, 20.5, 19.5)), Contender(beaten, origins, (21.0, 21.5, 20.5))),
+        confidence=0.999,
+        noise=0.003,
+        settled=True,
+        notices=("clocks fell by 3 % during the final",),
+    )
+
+
+def with_final(entry: Entry | None = None, *, lookup_regret: float = 1.05) -> Entry:
+    """An entry that won a final against what a lookup gave before."""
+    entry = entry or an_entry()
+    beaten = replace(entry.config, num_warps=8)
+    return replace(entry, final=a_final(entry.config, beaten), lookup_regret=lookup_regret)
+
+
 def a_binary(code_digest: str = "code-1", image: bytes = b"\x7fELF\x00\xff", *, triton: str = "3.7.1") -> Binary:
     return Binary(code_digest, "compose_kernel", triton, "sm_90", '{"shared": 98304}', image)
 
 
-__all__ = ["ARCHITECTURES", "DEFAULT", "DEFAULT_CONFIG", "MEASURED", "PREDICTED", "a_binary", "a_spec", "an_entry"]
+__all__ = ["ARCHITECTURES", "DEFAULT", "DEFAULT_CONFIG", "MEASURED", "PREDICTED", "a_binary", "a_final", "a_spec", "an_entry", "with_final"]
