@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
-from .base import Variant, Work, ceil_div, dtype_bytes, fit, up_to
+from .base import Variant, Work, ceil_div, dtype_bytes, fit, tiles_for, up_to
 from .compose import refuse_tile
 
 
@@ -35,6 +35,12 @@ class AdapterBackwardRows(Variant):
             )
             for block_n, block_r, warps in ((16, 128, 4), (8, 128, 4), (16, 64, 2), (16, 16, 1), (4, 16, 1))
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        return tiles_for(config, source, spec, gpu, choices, {"block_n": "d_out", "block_r": "rank"})
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         return refuse_tile(config["block_n"], config["block_r"], config.num_warps)
