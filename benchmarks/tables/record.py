@@ -17,8 +17,10 @@ import gzip
 import itertools
 import json
 import math
+import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -32,12 +34,13 @@ from ...codegen.compile import CompileError
 from ...codegen.gpu import Gpu
 from ...codegen.ops import OPS
 from ...codegen.render import render
-from ...codegen.spec import Config, KernelSpec, SpecError
+from ...codegen.spec import Config, KernelSpec
 from ...errors import DoratuneError
 from ...runtime.binding import bind
 from ...runtime.device import find_device, gpu_of
-from ...tuner.evaluation import BROKEN, ContextLostError, GpuLostError, Rejected
+from ...tuner.evaluation import BROKEN, Rejected
 from ...tuner.measure import MeasureEvaluator
+from ...tuner.measure import _gpu_answers as gpu_answers
 from ...tuner.predict import estimate_us, shortlist
 from ...tuner.space import Space
 from ...tuner.timing import Graph, interleaved_us
@@ -192,13 +195,27 @@ class _Family:
         except (Rejected, CompileError) as reason:
             for spec in specs:
                 self.tables[spec].rejected[config] = str(reason).splitlines()[0][:120]
-            if isinstance(reason, ContextLostError):
-                raise
             return
         for spec in specs:
             table = self.tables[spec]
             best = min((us for us, _ in table.us.values()), default=math.inf)
             table.us[config] = self.timer(spec).time(launch, best)
+
+    def fill(self, document: dict[str, Any]) -> None:
+        """Take over what an earlier process of this run recorded."""
+        configs = [Config.parse(text) for text in document["configs"]]
+        for spec, table in self.tables.items():
+            recorded = document["specs"].get(str(spec), {"us": (), "rejected": ()})
+            table.us |= {configs[number]: (us, kind) for number, us, kind in recorded["us"]}
+            table.rejected |= {configs[number]: reason for number, reason in recorded["rejected"]}
+            self.asked |= table.us.keys() | table.rejected.keys()
+
+    def begin_with(self, document: dict[str, Any]) -> None:
+        """Try the configs of an older table first."""
+        configs = [Config.parse(text) for text in document["configs"]]
+        for spec in self.specs:
+            recorded = document["specs"].get(str(spec), {"us": ()})
+            self.first += [configs[number] for number, _, kind in recorded["us"] if kind != CENSORED]
 
     def knows(self, config: Config) -> bool:
         """Whether a config was timed or rejected."""
@@ -225,28 +242,58 @@ def families_of(specs: Iterable[KernelSpec]) -> list[list[KernelSpec]]:
     return list(families.values())
 
 
-def record(specs: Sequence[KernelSpec], *, seconds: float, jobs: int, gpu: Gpu, device: torch.device) -> dict[str, Any]:
-    """Record tables of ``specs`` within about ``seconds``; return a document for each operation."""
+class _Lost(Exception):
+    """A candidate broke the GPU context of this process; it is recorded as rejected."""
+
+
+def record(families: Sequence[_Family], *, end: float, jobs: int, gpu: Gpu, winners: _Winners) -> None:
+    """Fill the tables of ``families`` until about ``end``, by the monotonic clock.
+
+    Raises:
+        _Lost: a candidate broke the GPU context: another process must go on.
+    """
     began = time.monotonic()
-    ends = [began + seconds * share for share in itertools.accumulate(_SHARES)]
+    ends = [began + (end - began) * share for share in itertools.accumulate(_SHARES)]
     pool = CompilePool(gpu, jobs)
-    families = [_Family(group, gpu, device) for group in families_of(specs)]
-    print(f"{len(families)} families, {len(specs)} specs, pools {[len(f.pool) for f in families]}", flush=True)
+    print(f"{len(families)} families, pools {[len(family.pool) for family in families]}", flush=True)
     try:
         _explore(families, pool, ends[0])
         print(f"explored after {time.monotonic() - began:.0f} s: {_sizes(families)}", flush=True)
-        _carry_over(families, pool, ends[1])
+        winners.publish(families)
+        _carry_over(families, winners, pool, ends[1])
         print(f"carried over after {time.monotonic() - began:.0f} s: {_sizes(families)}", flush=True)
         for family in families:
-            family.time_in_turn(began + seconds)
+            family.time_in_turn(end)
             family.release()
         print(f"timed in turn after {time.monotonic() - began:.0f} s", flush=True)
-    except (ContextLostError, GpuLostError, *BROKEN) as error:
-        print(f"ended early: {error}", flush=True)
     finally:
-        documents = {op: _document(op, families, gpu) for op in OPS}
         pool.close()
-    return {op: document for op, document in documents.items() if document["specs"]}
+
+
+class _Winners:
+    """The best configs of all families, also of those that other processes of this run record."""
+
+    def __init__(self, folder: Path, part: int, parts: int) -> None:
+        self.folder, self.part, self.parts = folder, part, parts
+
+    def publish(self, families: Sequence[_Family]) -> None:
+        """Tell the other processes the best two configs of each spec."""
+        best = {
+            str(spec): [str(c) for c in table.best(2)] for family in families for spec, table in family.tables.items()
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = self.folder / f".winners{self.part}"
+        fresh.write_text(json.dumps(best))
+        fresh.rename(self.folder / f"winners{self.part}.json")
+
+    def of(self, op: str, rank: int, end: float) -> list[Config]:
+        """The configs at place ``rank`` of every spec of ``op``; waits for the other processes until ``end``."""
+        paths = [self.folder / f"winners{part}.json" for part in range(self.parts)]
+        while not all(path.exists() for path in paths) and time.monotonic() < end:
+            time.sleep(0.2)
+        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        best = [configs for specs in found for spec, configs in specs.items() if spec.split("/")[0] == op]
+        return list(dict.fromkeys(Config.parse(configs[rank]) for configs in best if len(configs) > rank))
 
 
 def _sizes(families: Sequence[_Family]) -> list[int]:
@@ -273,17 +320,15 @@ def _explore(families: Sequence[_Family], pool: CompilePool, end: float) -> None
         active.append(family)
 
 
-def _carry_over(families: Sequence[_Family], pool: CompilePool, end: float) -> None:
+def _carry_over(families: Sequence[_Family], winners: _Winners, pool: CompilePool, end: float) -> None:
     """Time the winners of the other families, turn by turn: first the best of each, then the second best."""
     for rank in range(2):
-        jobs = []
-        for family in families:
-            alike = [other for other in families if other.specs[0].op == family.specs[0].op]
-            others = [table for other in alike for table in other.tables.values()]
-            for config in dict.fromkeys(config for table in others for config in table.best(rank + 1)[rank:]):
-                if family.knows(config) or not family.suits(config):
-                    continue
-                jobs.append((family, config, _submit(pool, family, config)))
+        jobs = [
+            (family, config, _submit(pool, family, config))
+            for family in families
+            for config in winners.of(family.specs[0].op, rank, end)
+            if not family.knows(config) and family.suits(config)
+        ]
         for family, config, compiled in jobs:
             while not compiled.done():
                 pool.wait([compiled])
@@ -301,13 +346,19 @@ def _submit(pool: CompilePool, family: _Family, config: Config) -> Future[Compil
 def _evaluate(family: _Family, config: Config, compiled: Future[Compiled]) -> None:
     try:
         family.evaluate(config, compiled)
-    except (ContextLostError, GpuLostError, *BROKEN):
+    except BROKEN:
         raise
-    except (DoratuneError, RuntimeError, SpecError) as error:
-        print(f"{family.specs[0]} {config}: {error}", flush=True)
+    except (DoratuneError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:120]
+        print(f"{family.specs[0]} {config}: {reason}", flush=True)
+        if not gpu_answers():
+            for spec in family.suits(config):
+                family.tables[spec].us.pop(config, None)
+                family.tables[spec].rejected[config] = reason
+            raise _Lost from error
 
 
-def _document(op: str, families: Sequence[_Family], gpu: Gpu) -> dict[str, Any]:
+def _document(op: str, families: Sequence[_Family], gpu: Gpu, commit: str | None) -> dict[str, Any]:
     numbers: dict[Config, int] = {}
     specs = {}
     for family in families:
@@ -325,29 +376,65 @@ def _document(op: str, families: Sequence[_Family], gpu: Gpu) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "gpu": gpu.slug,
-        "env": environment(None) if specs else {},
+        "env": environment(commit) if specs else {},
         "configs": [str(config) for config in numbers],
         "specs": specs,
     }
 
 
+def _read(folder: Path | None, op: str) -> dict[str, Any]:
+    path = None if folder is None else folder / f"{op}.json.gz"
+    if path is None or not path.exists():
+        return {"configs": [], "specs": {}}
+    return dict(json.loads(gzip.decompress(path.read_bytes())))
+
+
+def _write(folder: Path, families: Sequence[_Family], gpu: Gpu, commit: str | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for op in OPS:
+        document = _document(op, families, gpu, commit)
+        if document["specs"]:
+            text = json.dumps(document, separators=(",", ":"), sort_keys=True)
+            with gzip.GzipFile(folder / f"{op}.json.gz", "wb", mtime=0) as file:
+                file.write(text.encode())
+
+
 def main() -> None:
-    """Parse the command line, record, write a file for each operation."""
+    """Parse the command line, record, write a file for each operation.
+
+    Where a candidate breaks the GPU context, what is recorded is written, and the process replaced by one that goes on.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--ops", nargs="*", help="only these operations")
+    parser.add_argument("--part", type=int, default=0, help="which part of the families, from 0")
+    parser.add_argument("--parts", type=int, default=1, help="processes that share the families, each with its own GPU")
+    parser.add_argument("--shared", type=Path, metavar="FOLDER", help="where these processes exchange their winners")
+    parser.add_argument("--begin-with", type=Path, metavar="FOLDER", help="older tables whose configs are tried first")
     parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--jobs", type=int, default=15)
+    parser.add_argument("--commit", help="the commit measured; read from git by default")
+    parser.add_argument("--continue", dest="going_on", action="store_true", help="continue what --output holds")
     given = parser.parse_args()
+    end = time.monotonic() + given.seconds
     device = find_device("cuda")
     gpu = gpu_of(device)
     specs = [spec for spec in recorded_specs(gpu.slug) if not given.ops or spec.op in given.ops]
-    documents = record(specs, seconds=given.seconds, jobs=given.jobs, gpu=gpu, device=device)
-    given.output.mkdir(parents=True, exist_ok=True)
-    for op, document in documents.items():
-        text = json.dumps(document, separators=(",", ":"), sort_keys=True)
-        with gzip.GzipFile(given.output / f"{op}.json.gz", "wb", mtime=0) as file:
-            file.write(text.encode())
+    groups = families_of(specs)[given.part :: given.parts]
+    families = [_Family(group, gpu, device) for group in groups]
+    for family in families:
+        op = family.specs[0].op
+        family.begin_with(_read(given.begin_with, op))
+        family.fill(_read(given.output if given.going_on else None, op))
+    winners = _Winners(given.shared or given.output / "winners", given.part, given.parts)
+    try:
+        record(families, end=end, jobs=given.jobs, gpu=gpu, winners=winners)
+    except _Lost:
+        _write(given.output, families, gpu, given.commit)
+        left = ["--seconds", str(end - time.monotonic())]
+        again = [sys.executable, "-m", "doratune.benchmarks.tables.record", *sys.argv[1:], *left, "--continue"]
+        os.execv(sys.executable, again)
+    _write(given.output, families, gpu, given.commit)
 
 
 if __name__ == "__main__":
