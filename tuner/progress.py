@@ -29,8 +29,20 @@ class SilentProgress:
     def start(self, total: int, kept: int) -> None:
         """A run of ``total`` kernels begins, ``kept`` of which the store has already."""
 
-    def current(self, spec: KernelSpec, trials: int, budget: int, best_us: float | None, floor_us: float) -> None:
-        """A kernel has seen ``trials`` of at most ``budget`` configs; ``best_us`` is the fastest so far."""
+    def current(
+        self,
+        spec: KernelSpec,
+        trials: int,
+        budget: int,
+        best_us: float | None,
+        floor_us: float,
+        incumbent_us: float | None = None,
+    ) -> None:
+        """A kernel has seen ``trials`` of at most ``budget`` configs; ``best_us`` is the fastest so far,
+        ``incumbent_us`` the time of what runs today."""
+
+    def queue(self, compiling: int) -> None:
+        """So many compiles are waited for."""
 
     def done(self, spec: KernelSpec, outcome: str, us: float | None, floor_us: float) -> None:
         """A kernel is finished: ``tuned``, ``partial`` or ``failed``."""
@@ -93,7 +105,15 @@ class BarProgress(SilentProgress):
             self.note(f"{kept} of {total} kernels kept from the store")
         self._bar.start()
 
-    def current(self, spec: KernelSpec, trials: int, budget: int, best_us: float | None, floor_us: float) -> None:
+    def current(
+        self,
+        spec: KernelSpec,
+        trials: int,
+        budget: int,
+        best_us: float | None,
+        floor_us: float,
+        incumbent_us: float | None = None,
+    ) -> None:
         if self._task is not None:
             best = "" if best_us is None else f" best {best_us:.1f} us, floor {floor_us:.1f}"
             self._bar.update(self._task, description=f"{spec} {trials}/{budget}{best}")

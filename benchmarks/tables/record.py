@@ -301,7 +301,8 @@ def _sizes(families: Sequence[_Family]) -> list[int]:
 
 
 def _explore(families: Sequence[_Family], pool: CompilePool, end: float) -> None:
-    active, waiting = list(families), []
+    active = list(families)
+    waiting: list[tuple[_Family, list[tuple[Config, Future[Compiled]]]]] = []
     while (active or waiting) and time.monotonic() < end:
         while active and len(waiting) < 3:
             family = active.pop(0)
