@@ -188,10 +188,11 @@ def emit(spec: str, config: str | None, store: str | None, as_json: bool) -> Non
 @store_option
 @json_option
 def explain(spec: str, store: str | None, as_json: bool) -> None:
-    """Say which config would run for SPEC, which step of the lookup found it, what was refused on the way, and whether
-    a store has the binary or it must be compiled."""
+    """Say which config would run for SPEC, which step of the lookup found it, what was refused on the way, whether a
+    store has the binary or it must be compiled, and what was upgraded since the entry was measured."""
     from .codegen.spec import KernelSpec
     from .runtime.loader import resolve_binaries
+    from .runtime.present import changes_since, upgrade_warning
 
     wanted = KernelSpec.parse(spec)
     resolution, _, binaries = resolve_binaries(wanted, store)
@@ -207,6 +208,7 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
                 "store": resolution.store,
                 "distance": resolution.distance,
                 "refused": [vars(refusal) for refusal in resolution.trace],
+                "upgraded": [vars(change) for change in changes_since(entry)] if entry else [],
                 "binary": {
                     "store": binaries.store,
                     "note": binaries.note,
@@ -215,7 +217,7 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
             }
         )
     else:
-        click.echo(resolution.explain(binaries.explain()))
+        click.echo(resolution.explain(binaries.explain(), upgrade_warning(resolution)))
 
 
 @main.command()

@@ -134,13 +134,15 @@ def _cuda_device(index: int) -> torch.device:
 
 def explain(spec: KernelSpec | str, store: str | None = None) -> str:
     """Say which config ``load_kernel`` would run for ``spec``, which lookup step found it, which entries were refused,
-    and which store has its binary.
+    which store has its binary, and what was upgraded since its entry was measured.
 
     Raises:
         SpecError: the text is not a spec.
     """
+    from .present import upgrade_warning
+
     resolution, _, binaries = resolve_binaries(KernelSpec.parse(spec) if isinstance(spec, str) else spec, store)
-    return resolution.explain(binaries.explain())
+    return resolution.explain(binaries.explain(), upgrade_warning(resolution))
 
 
 def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source]:
