@@ -44,6 +44,11 @@ def present_environment(gpu: str) -> Environment:
     )
 
 
+def gpus_here() -> frozenset[str]:
+    """The slugs of the GPUs that nvidia-smi lists."""
+    return frozenset(board.slug for board in _boards())
+
+
 def changes_since(entry: Entry) -> tuple[Change, ...]:
     """What has changed here since ``entry`` was measured; nothing for an entry that never was."""
     from ..cache.entry import MEASURED
