@@ -81,12 +81,15 @@ class LineProgress(SilentProgress):
 
 
 class BarProgress(SilentProgress):
-    """A bar on a terminal: kernels done, time left, the current kernel and its best time against its floor."""
+    """A bar on a terminal: kernels done, time left, the current kernel and its best time against its floor.
 
-    def __init__(self, console: Console) -> None:
+    ``doing`` is the word before the bar.
+    """
+
+    def __init__(self, console: Console, doing: str = "tuning") -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("tuning"),
+            TextColumn(doing),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -129,7 +132,7 @@ class BarProgress(SilentProgress):
         self._bar.stop()
 
 
-def standard_error_progress() -> SilentProgress:
+def standard_error_progress(doing: str = "tuning") -> SilentProgress:
     """The progress that suits standard error: a bar when it is a terminal, else lines."""
     console = Console(stderr=True)
-    return BarProgress(console) if console.is_terminal else LineProgress(sys.stderr)
+    return BarProgress(console, doing) if console.is_terminal else LineProgress(sys.stderr)
