@@ -5,6 +5,7 @@ The samples show that something did (:func:`find_disturbance`); only then the dr
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -13,7 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 MOVED = 0.02
-"""Clocks have moved if all samples of the last third of the rounds differ by this share from those of the first."""
+"""Clocks have moved if the last third of the rounds took this share longer, or less, than the first third."""
+
+CERTAIN = 4.0
+"""And if that is this many times its standard error."""
 
 SPIKE = 0.10
 """A sample this share above its contender's median is a spike."""
@@ -39,12 +43,19 @@ def find_disturbance(samples: Sequence[Sequence[float]]) -> str | None:
 
     ``samples`` are microseconds, for each contender one a round.
     """
-    third = max(1, len(samples[0]) // 3)
-    shifts = [math.log(statistics.median(times[-third:]) / statistics.median(times[:third])) for times in samples]
-    shift = math.expm1(statistics.median(shifts))
-    if abs(shift) > MOVED and all(value * shift > 0.0 for value in shifts):
-        return f"clocks moved: calls took {abs(shift):.1%} {'longer' if shift > 0 else 'less'} at the end than at first"
-    spikes = sum(us > (1.0 + SPIKE) * statistics.median(times) for times in samples for us in times)
+    medians = [statistics.median(times) for times in samples]
+    levels = [
+        statistics.median(math.log(us / median) for us, median in zip(of_round, medians, strict=True))
+        for of_round in zip(*samples, strict=True)
+    ]
+    third = max(1, len(levels) // 3)
+    shift = statistics.median(levels[-third:]) - statistics.median(levels[:third])
+    steps = [after - before for before, after in itertools.pairwise(levels)]  # hardly touched by a drift
+    error = 1.4826 * statistics.median(map(abs, steps)) / math.sqrt(third)
+    if abs(shift) > max(MOVED, CERTAIN * error):
+        share = abs(math.expm1(shift))
+        return f"clocks moved: calls took {share:.1%} {'longer' if shift > 0 else 'less'} at the end than at first"
+    spikes = sum(us > (1.0 + SPIKE) * median for times, median in zip(samples, medians, strict=True) for us in times)
     share = spikes / (len(samples) * len(samples[0]))
     if share > SPIKY_SHARE:
         return f"interruptions: {share:.0%} of the calls took over {SPIKE:.0%} longer than their median"

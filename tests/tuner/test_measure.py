@@ -16,7 +16,7 @@ from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import default_config
 from doratune.errors import DoratuneError
-from doratune.tuner import measure
+from doratune.tuner import gate, measure
 from doratune.tuner.evaluation import ContextLostError, GpuLostError, GpuMemoryError, LaunchFailureError, Rejected
 from doratune.tuner.measure import MeasureEvaluator
 from doratune.tuner.tune_model import Request, choose_evaluator
@@ -44,7 +44,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
         if inputs:
-            monkeypatch.setattr(measure, "make_inputs", fail)
+            monkeypatch.setattr(gate, "make_inputs", fail)
         monkeypatch.setattr(measure, "bind", lambda source: SimpleNamespace(launch=fail))
         MeasureEvaluator(GPU).evaluate(source, ())
 
