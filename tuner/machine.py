@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 MOVED = 0.02
 """Clocks have moved if the last third of the rounds took this share longer, or less, than the first third."""
 
-CERTAIN = 4.0
-"""And if that is this many times its standard error."""
+CERTAIN = 8.0
+"""And if that is this many times its standard error, which a few rounds show only roughly."""
 
 SPIKE = 0.10
 """A sample this share above its contender's median is a spike."""
@@ -41,17 +41,18 @@ _SLOWED = {
 def find_disturbance(samples: Sequence[Sequence[float]]) -> str | None:
     """What the samples of a final show of a disturbance, in words; None if nothing.
 
-    ``samples`` are microseconds, for each contender one a round.
+    ``samples`` are microseconds, for each contender one a round; there are at least three rounds.
     """
     medians = [statistics.median(times) for times in samples]
     levels = [
         statistics.median(math.log(us / median) for us, median in zip(of_round, medians, strict=True))
         for of_round in zip(*samples, strict=True)
     ]
-    third = max(1, len(levels) // 3)
+    third = max(3, len(levels) // 3)
     shift = statistics.median(levels[-third:]) - statistics.median(levels[:third])
-    steps = [after - before for before, after in itertools.pairwise(levels)]  # hardly touched by a drift
-    error = 1.4826 * statistics.median(map(abs, steps)) / math.sqrt(third)
+    # A drift hardly changes the steps from round to round, and a jump of the clocks only the largest.
+    steps = sorted(abs(after - before) for before, after in itertools.pairwise(levels))[:-1]
+    error = math.sqrt(statistics.fmean(step * step for step in steps) / third)
     if abs(shift) > max(MOVED, CERTAIN * error):
         share = abs(math.expm1(shift))
         return f"clocks moved: calls took {share:.1%} {'longer' if shift > 0 else 'less'} at the end than at first"
