@@ -85,8 +85,6 @@ class Campaign:
         environment: Environment,
         provenance: str,
         url: str = "",
-        poll_seconds: float = POLL_SECONDS,
-        patience_seconds: float | None = None,
     ) -> None:
         self.given_up: dict[KernelSpec, str] = {}
         """Families that nobody will try again in this run, with the reason."""
@@ -95,8 +93,6 @@ class Campaign:
         self._storage = storage
         self._url = url
         self._lacks = lacks
-        self._poll_seconds = poll_seconds
-        self._patience_seconds = patience_seconds  # None: the default
         self._families = {str(family): family for family in families}
         self._wanted = dict.fromkeys(families)
         self._held: dict[KernelSpec, _Claim] = {}
@@ -122,7 +118,7 @@ class Campaign:
     def claim(self) -> KernelSpec | None:
         """Make the next family this worker's own; None when there is none now, or it holds its share already.
 
-        After None the database is not asked again for ``poll_seconds``.
+        After None the database is not asked again for :data:`POLL_SECONDS`.
         """
         with self._turn:
             if not self.waiting or time.monotonic() < self._next_look:
@@ -132,7 +128,7 @@ class Campaign:
                     return family
                 self.finished(family)
             queued = not self._full and self._patiently(self._queue)
-            self._next_look = 0.0 if queued else time.monotonic() + self._poll_seconds
+            self._next_look = 0.0 if queued else time.monotonic() + POLL_SECONDS
             return None
 
     def holds(self, family: KernelSpec) -> bool:
@@ -330,7 +326,7 @@ class Campaign:
         self._last_beat = time.time()
 
     def _patiently(self, work: Callable[[], T]) -> T:
-        return patiently(self._url, work, self._patience_seconds)
+        return patiently(self._url, work)
 
 
 def _failures(history: Sequence[FrozenTrial]) -> int:
