@@ -64,6 +64,7 @@ from .space import Space
 from .studies import (
     Candidate,
     KernelStudy,
+    default_sampler,
     searched_with,
     study_name,
 )
@@ -83,6 +84,17 @@ _VERDICTS = (Rejected, CompileError)
 """The failures that are a property of the config: trying it again would give the same."""
 
 
+@dataclass(frozen=True)
+class StandIns:
+    """Parts of a search that a replay of recorded times replaces; None leaves a part as it is."""
+
+    pool: Callable[[Gpu, int | None], CompilePool] | None = None
+    space: Callable[[KernelSpec, Gpu], Space] | None = None
+    sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None
+    """Makes Optuna's sampler from a seed."""
+    storage: optuna.storages.BaseStorage | None = None
+
+
 def tune(
     specs: Sequence[KernelSpec],
     *,
@@ -97,6 +109,7 @@ def tune(
     known: Callable[[KernelSpec], Config | None] | None = None,
     binaries: bool = True,
     progress: SilentProgress | None = None,
+    stand_ins: StandIns | None = None,
 ) -> TuneResult:
     """Find and store the best config of every spec, as far as ``effort`` and ``timeout`` (seconds) allow.
 
@@ -104,6 +117,7 @@ def tune(
     default one for each core. ``study_storage`` is the path of a SQLite file or a URL for Optuna, by default a
     file in the user's folder. ``known`` returns a config that did well for a similar spec, which is tried early.
     ``binaries`` also stores the compiled kernels of the winners.
+    ``stand_ins`` replaces parts of the search for a replay without a compiler or a GPU.
     The evaluator is closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
     since the workers import the main module.
 
@@ -121,10 +135,11 @@ def tune(
         budget = budget.with_trials(trials)
     url = study_storage or default_study_storage()
     deadline = None if timeout is None else time.monotonic() + timeout
-    pool = CompilePool(gpu, jobs)
-    storage = open_study_storage(url)
+    given = stand_ins or StandIns()
+    pool = (given.pool or CompilePool)(gpu, jobs)
+    storage = given.storage or open_study_storage(url)
     said = progress or SilentProgress()
-    run = _Run(evaluator, store, gpu, effort, budget, storage, url, pool, known, binaries, said)
+    run = _Run(evaluator, store, gpu, effort, budget, storage, url, pool, known, binaries, said, given)
     try:
         with _interruption(run):
             run.search(list(dict.fromkeys(specs)), deadline)
@@ -191,6 +206,7 @@ class _Run:
     known: Callable[[KernelSpec], Config | None] | None
     binaries: bool
     progress: SilentProgress
+    stand_ins: StandIns
     stopped: str = ""
     fault: str = ""
 
@@ -206,7 +222,8 @@ class _Run:
 
     def search(self, specs: list[KernelSpec], deadline: float | None) -> None:
         self._deadline = deadline
-        spaces = {spec: Space(spec, self.gpu) for spec in specs}
+        space_of = self.stand_ins.space or Space
+        spaces = {spec: space_of(spec, self.gpu) for spec in specs}
         for spec in specs:
             entry = self._kept(spaces[spec])
             if entry is not None:
@@ -276,7 +293,8 @@ class _Run:
         seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
         floor = floor_us(spec, self.gpu)
         name = study_name(space, self._environment, self.evaluator.provenance)
-        study = KernelStudy(space, self.storage, name, seeds=seeds, floor_us=floor, url=self.url)
+        sampler = self.stand_ins.sampler or default_sampler
+        study = KernelStudy(space, self.storage, name, seeds=seeds, floor_us=floor, url=self.url, sampler=sampler)
         elsewhere = (self._neighbour(spec), self.known(spec) if self.known else None)
         before = self.store.get(spec)  # from an older template or a lower effort: a good start
         first = itertools.chain(

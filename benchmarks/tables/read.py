@@ -5,6 +5,8 @@ A file is gzipped JSON::
     {"schema": 1, "gpu": "h100", "env": {"gpu_name": …, "driver": …, "torch": …, "triton": …, "doratune_commit": …,
      "date": …}, "configs": [config, …],
      "specs": {spec: {"us": [[index of the config, microseconds, kind], …], "rejected": [[index, reason], …]}}}
+
+A time of kind 1 may be followed by the config's short measurement, in microseconds.
 """
 
 from __future__ import annotations
@@ -38,10 +40,14 @@ class TableError(UsageError):
 
 @dataclass(frozen=True)
 class Timing:
-    """The GPU time of a config in microseconds, and which :data:`KINDS` of measurement it is."""
+    """The GPU time of a config in microseconds, and which :data:`KINDS` of measurement it is.
+
+    ``short_us`` is the short measurement of a config that was also timed in turn, None if it was not kept.
+    """
 
     us: float
     kind: int
+    short_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,9 @@ def write_table(table: Table, path: Path | None = None) -> None:
     specs = {}
     for part in table:
         times = [
-            [numbers.setdefault(config, len(numbers)), timing.us, timing.kind] for config, timing in part.times.items()
+            [numbers.setdefault(config, len(numbers)), timing.us, timing.kind]
+            + ([] if timing.short_us is None else [timing.short_us])
+            for config, timing in part.times.items()
         ]
         rejected = [[numbers.setdefault(config, len(numbers)), reason] for config, reason in part.rejected.items()]
         specs[str(part.spec)] = {"us": times, "rejected": rejected}
@@ -215,14 +223,16 @@ class _Reader:
         )
         times: dict[Config, Timing] = {}
         for row in part["us"]:
-            self.check(isinstance(row, list) and len(row) == 3, f"{spec}: {row!r} is not [config, microseconds, kind]")
+            shaped = isinstance(row, list) and len(row) in (3, 4)
+            self.check(shaped, f"{spec}: {row!r} is not [config, microseconds, kind]")
             config = self.config(spec, row[0], configs)
-            us, kind = row[1], row[2]
-            valid = isinstance(us, (int, float)) and not isinstance(us, bool) and 0.0 < us < float("inf")
-            self.check(valid, f"{spec}: {config} takes {us!r} microseconds, not a positive number")
+            kind = row[2]
+            for us in (row[1], *row[3:]):
+                valid = isinstance(us, (int, float)) and not isinstance(us, bool) and 0.0 < us < float("inf")
+                self.check(valid, f"{spec}: {config} takes {us!r} microseconds, not a positive number")
             self.check(kind in KINDS, f"{spec}: {config} has kind {kind!r}, none of {', '.join(map(str, KINDS))}")
             self.check(config not in times, f"{spec}: {config} is there twice")
-            times[config] = Timing(float(us), kind)
+            times[config] = Timing(float(row[1]), kind, float(row[3]) if len(row) == 4 else None)
         self.check(any(timing.kind != CENSORED for timing in times.values()), f"{spec}: no config with a measured time")
         rejected: dict[Config, str] = {}
         for row in part.get("rejected", []):

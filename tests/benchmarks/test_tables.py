@@ -37,7 +37,7 @@ DATA: dict[str, Any] = {
     "configs": [str(config) for config in (FAST, NEAR, NOISY, SLOW, BROKEN)],
     "specs": {
         str(SPEC): {
-            "us": [[0, 10.0, FINAL], [1, 10.1, FINAL], [2, 9.9, SHORT], [3, 30.0, CENSORED]],
+            "us": [[0, 10.0, FINAL], [1, 10.1, FINAL, 10.3], [2, 9.9, SHORT], [3, 30.0, CENSORED]],
             "rejected": [[4, "inaccurate: y is off"]],
         }
     },
@@ -56,6 +56,7 @@ def test_a_table_gives_each_configs_time_over_the_best_that_was_timed_in_turn(tm
     part = table[SPEC]
     assert part.best == (FAST, 10.0)
     assert part.regret(NEAR) == pytest.approx(1.01)
+    assert part.times[NEAR].short_us == 10.3
     assert part.regret(NOISY) == 1.0, "a short measurement does not beat the winner of the final"
     assert part.regret(SLOW) == 3.0
     assert part.regret(BROKEN) is None
