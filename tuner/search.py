@@ -45,6 +45,7 @@ from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
 from ..codegen.variants import check_config, default_config
 from ..errors import DoratuneError
+from .campaign import Campaign
 from .effort import STANDARD, Budget, Effort
 from .evaluation import (
     BROKEN,
@@ -233,27 +234,65 @@ class _Run:
         for spec in specs:
             if spec not in self._rows:
                 families.setdefault(_family(spec), []).append(spec)
+
+        def lacks(family: KernelSpec) -> bool:
+            """Whether the store still needs a spec of the family; what other workers have tuned is a row of ours."""
+            for spec in families[family]:
+                entry = None if spec in self._rows else self._kept(spaces[spec])
+                if entry is not None:
+                    self._rows[spec] = Tuned(spec, KEPT, entry, "in the store already")
+            return any(spec not in self._rows for spec in families[family])
+
+        campaign = Campaign(
+            self.storage,
+            list(families),
+            lacks=lacks,
+            environment=self._environment,
+            provenance=self.evaluator.provenance,
+            url=self.url,
+        )
+        try:
+            self._share_out(campaign, families, spaces)
+        finally:
+            campaign.close()
+        self._time_fusions()
+        self._finish_binaries()
+
+    def _share_out(
+        self, campaign: Campaign, families: dict[KernelSpec, list[KernelSpec]], spaces: dict[KernelSpec, Space]
+    ) -> None:
+        """Search the families that the campaign gives this worker."""
         active: dict[KernelSpec, _Search] = {}
         most = max(2, _STUDIES_PER_WORKER * (self.pool.jobs or default_jobs()))
-        while (families or active) and not self._stopping():
+        while (active or campaign.waiting) and not self._stopping():
             # One search at a time in a family: the next token bucket starts from its winner.
-            for family in [f for f in families if f not in active][: most - len(active)]:
-                active[family] = self._begin(spaces[families[family].pop(0)])
-                if not families[family]:
-                    del families[family]
+            while len(active) < most and (family := campaign.claim()) is not None:
+                active[family] = self._begin(spaces[next(spec for spec in families[family] if spec not in self._rows)])
+            if not active:
+                time.sleep(POLL_SECONDS)
+                continue
             ready = next((family for family, search in active.items() if search.compiled), None)
             if ready is None:
                 waiting = [future for search in active.values() for _, _, future in search.batch if not future.done()]
                 self.pool.wait(waiting, POLL_SECONDS)
                 continue
             search = active.pop(ready)
+            if not campaign.holds(ready):
+                continue  # another worker has it
             if self._evaluate(search):
                 active[ready] = search  # at the end of the queue
+            elif not self.fault:
+                rest = [spec for spec in families[ready] if spec not in self._rows]
+                if rest:
+                    active[ready] = self._begin(spaces[rest[0]])
+                else:
+                    campaign.finished(ready)
             self._store_binaries()
         for search in active.values():
             self._cut_short(search)
-        self._time_fusions()
-        self._finish_binaries()
+        for family, reason in campaign.given_up.items():
+            for spec in families[family]:
+                self._rows.setdefault(spec, Tuned(spec, FAILED, self.store.get(spec), reason))
 
     def _break_off(self, fault: str) -> None:
         """End the run because of a fault of the machine."""

@@ -74,6 +74,14 @@ class Space:
         named = {f"{config.variant}.{name}": value for name, value in _values(config).items()}
         return {VARIANT: config.variant, **named}
 
+    def distributions(self, config: Config) -> dict[str, optuna.distributions.BaseDistribution]:
+        """The distribution of each of :meth:`params`, as :meth:`suggest` declares them."""
+        named = {f"{config.variant}.{name}": values for name, values in self.choices[config.variant].items()}
+        return {
+            name: optuna.distributions.CategoricalDistribution(values)
+            for name, values in {VARIANT: tuple(self.choices), **named}.items()
+        }
+
     def draw(self, chance: random.Random, near: Sequence[Config] = ()) -> Config:
         """A config drawn uniformly over variants and values, or one of ``near`` with up to three values drawn anew.
 

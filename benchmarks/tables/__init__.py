@@ -1,4 +1,1 @@
-"""Recorded tables: the times of (nearly) all configs of some specs on one GPU, and what is learnt from them without it.
-
-:mod:`.read` reads a table, :mod:`.replay` lets a search run over it, :mod:`.search_quality` measures such searches.
-"""
+"""Recorded tables: the measured times of most configs of some dozen specs, for replaying searches and lookups."""

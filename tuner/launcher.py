@@ -1,0 +1,74 @@
+"""Which GPU and how many cores a process takes that a launcher (torchrun, srun, mpirun) started with others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import UsageError
+
+_LOCAL_RANKS = (
+    ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun, accelerate
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI's mpirun
+    ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's and Intel's
+    ("SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),  # srun
+)
+"""The variables with a process's number on its host and how many there are, the innermost launcher first: torchrun and
+mpirun may themselves be started by srun."""
+
+
+def launcher_device(environ: Mapping[str, str], visible: int) -> str | None:
+    """The device for this process, such as ``cuda:3``, where a launcher started it; else None.
+
+    ``visible`` is how many GPUs the process sees. A launcher that gives each process a GPU of its own, as
+    ``srun --gpus-per-task=1`` does, lets it see only that one, which is then ``cuda:0`` whatever the process's number.
+
+    Raises:
+        UsageError: there are more processes than GPUs, or a launcher's variable is not a number.
+    """
+    found = _local_rank(environ)
+    if found is None or visible < 1:
+        return None
+    rank, variable = found
+    if visible == 1:
+        return "cuda:0"
+    if rank >= visible:
+        raise UsageError(
+            f"{variable}={rank}: this process sees {visible} GPUs, numbered from 0, and needs one to itself; "
+            "start no more processes than GPUs on a host, or name the GPU with --device"
+        )
+    return f"cuda:{rank}"
+
+
+def launcher_jobs(environ: Mapping[str, str], usable: int, installed: int) -> int:
+    """How many compile workers this process may use so that the launcher's processes on this host share its cores.
+
+    ``usable`` cores may run this process, of ``installed`` ones. Where a launcher binds processes to cores, ``usable``
+    is their share already.
+    """
+    found = _local_rank(environ)
+    if found is None or usable < installed:
+        return max(1, usable)
+    size = _number(environ, dict(_LOCAL_RANKS)[found[1]])
+    return max(1, usable // max(1, size or 1))
+
+
+def _local_rank(environ: Mapping[str, str]) -> tuple[int, str] | None:
+    """The process's number on its host, and the variable that says so."""
+    for variable, _ in _LOCAL_RANKS:
+        rank = _number(environ, variable)
+        if rank is not None and rank >= 0:  # some scripts set LOCAL_RANK=-1 where there is no launcher
+            return rank, variable
+    return None
+
+
+def _number(environ: Mapping[str, str], variable: str) -> int | None:
+    """The number in an environment variable; of Slurm's ``8(x2),4``, tasks on each host, the first."""
+    text = environ.get(variable, "").strip()
+    if not text:
+        return None
+    try:
+        return int(text.partition("(")[0].partition(",")[0])
+    except ValueError:
+        raise UsageError(
+            f"{variable}={text}: expected a number, as a launcher sets it; unset it or name the GPU with --device"
+        ) from None
