@@ -59,12 +59,12 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     effort.name: effort
     for effort in (
-        Effort("quick", Budget(12, 8), known=Budget(6, 4), predict=Budget(4, 3), shortlist=2, batch=4, finalists=3),
+        Effort("quick", Budget(12, 8), known=Budget(6, 4), predict=Budget(4, 3), shortlist=2, batch=4, finalists=5),
         Effort(
-            "standard", Budget(40, 20), known=Budget(14, 8), predict=Budget(8, 5), shortlist=3, batch=6, finalists=6
+            "standard", Budget(40, 20), known=Budget(14, 8), predict=Budget(8, 5), shortlist=3, batch=6, finalists=12
         ),
         Effort(
-            "full", Budget(160, 48), known=Budget(80, 24), predict=Budget(60, 24), shortlist=8, batch=12, finalists=8
+            "full", Budget(160, 48), known=Budget(80, 24), predict=Budget(60, 24), shortlist=8, batch=12, finalists=16
         ),
     )
 }

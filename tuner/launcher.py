@@ -52,6 +52,11 @@ def launcher_jobs(environ: Mapping[str, str], usable: int, installed: int) -> in
     return max(1, usable // max(1, size or 1))
 
 
+def was_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process."""
+    return _local_rank(environ) is not None
+
+
 def _local_rank(environ: Mapping[str, str]) -> tuple[int, str] | None:
     """The process's number on its host, and the variable that says so."""
     for variable, _ in _LOCAL_RANKS:

@@ -76,6 +76,7 @@ class KernelStudy:
         seeds: Sequence[Config],
         floor_us: float,
         url: str = "",
+        sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None,
     ) -> None:
         self.space = space
         self.seeds = tuple(seeds)
@@ -91,9 +92,9 @@ class KernelStudy:
         past = [trial for trial in trials if _is_judged(trial)]
         self._done = int(attributes.get(_DONE, 0))
         self._suspects: list[str] = list(attributes.get(_SUSPECTS, ()))
-        seed = int.from_bytes(hashlib.sha256(f"{space.spec}+{len(past)}".encode()).digest()[:4], "big")
+        seed = int.from_bytes(hashlib.sha256(f"{name}+{len(past)}".encode()).digest()[:4], "big")
         self._chance = random.Random(seed)
-        self._study = optuna.create_study(sampler=_sampler(seed))
+        self._study = optuna.create_study(sampler=(sampler or default_sampler)(seed))
         # A config that an earlier process got from elsewhere may lie outside the space: the sampler cannot use it.
         inside = [trial for trial in past if Config.parse(trial.user_attrs["config"]) in space]
         self._study.add_trials([self._with_params(trial) for trial in inside])
@@ -257,7 +258,8 @@ def _is_judged(trial: optuna.trial.FrozenTrial) -> bool:
     return "config" in trial.user_attrs and bool({"evaluation", _VERDICT} & trial.user_attrs.keys())
 
 
-def _sampler(seed: int) -> optuna.samplers.TPESampler:
+def default_sampler(seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler for a study: the one that does best on recorded tables (docs, "How well a search does")."""
     with warnings.catch_warnings():
         # Optuna calls the multivariate and group options experimental, on every use.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
