@@ -48,6 +48,7 @@ LEAST_HELD = 4
 POLL_SECONDS = 2.0
 """A worker that found nothing to claim asks the database again after this long."""
 
+_JOIN_SECONDS = 15.0
 _FAMILY, _WORKER = "family", "worker"
 _OPEN = (TrialState.WAITING, TrialState.RUNNING)
 _IDENTITY = ("gpu", "architecture", "gpu_name", "triton")
@@ -75,6 +76,7 @@ class Campaign:
     ``families`` are handed out in their order. With ``all_at_once`` this worker takes all that it can, which is faster
     where it is the only one; otherwise it leaves some for who comes later. ``lacks`` says whether the store still needs
     a family. ``storage`` is one of :func:`~.study_storage.open_study_storage`, ``url`` its location for messages.
+    ``lanes`` is how many GPUs this process measures on.
 
     Raises:
         StudyStorageError: the database failed, or its plan is of another GPU or Triton.
@@ -90,6 +92,7 @@ class Campaign:
         provenance: str,
         url: str = "",
         all_at_once: bool = False,
+        lanes: int = 1,
     ) -> None:
         self.given_up: dict[KernelSpec, str] = {}
         """Families that nobody will try again in this run, with the reason."""
@@ -103,7 +106,8 @@ class Campaign:
         self._families = {str(family): family for family in families}
         self._wanted = dict.fromkeys(families)
         self._held: dict[KernelSpec, _Claim] = {}
-        self._worker = {**_this_process(), "torch": environment.torch, "driver": environment.driver}
+        versions = {"torch": environment.torch, "driver": environment.driver}
+        self._worker = {**_this_process(), **versions, "lanes": lanes}
         self._state = threading.Lock()  # of _held and _wanted
         self._turn = threading.RLock()  # one thread claims at a time
         self._next_look = 0.0
@@ -165,7 +169,9 @@ class Campaign:
             return
         # Tried once: after a commit whose answer was lost, a second time could take it from its next worker. If the
         # database does not answer, the family is queued again after the grace period, since its heartbeat has ended.
-        with suppress(SQLAlchemyError, optuna.exceptions.OptunaError, KeyError):
+        with suppress(SQLAlchemyError, optuna.exceptions.OptunaError, KeyError, RuntimeError):
+            # Its next worker must not be taken for this one, which may have ended by then.
+            self._storage.set_trial_user_attr(self._trial_id(claim.number), _WORKER, {})
             self._set_state(claim.number, TrialState.WAITING)
 
     def close(self) -> None:
@@ -177,7 +183,7 @@ class Campaign:
             self.released(family)
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(HEARTBEAT.grace)
+            self._thread.join(_JOIN_SECONDS)
 
     def _join(self, environment: Environment, provenance: str) -> optuna.Study:
         study = optuna.create_study(
@@ -229,9 +235,10 @@ class Campaign:
                 return False
         except RuntimeError:  # finished meanwhile
             return False
+        # If this fails, the trial is nobody's and has no further heartbeat: it is queued again.
+        self._storage.set_trial_user_attr(trial_id, _WORKER, self._worker)
         with self._state:
             self._held[family] = _Claim(trial.number, time.monotonic())
-        self._storage.set_trial_user_attr(trial_id, _WORKER, self._worker)
         return True
 
     def _queue(self, joining: bool = False) -> bool:
@@ -348,12 +355,20 @@ def _failures(history: Sequence[FrozenTrial]) -> int:
 
 def _share(trials: Sequence[FrozenTrial], worker: dict[str, object]) -> int:
     """How many families one worker may hold now: half of its even share, so that there is work for who comes later
-    and all end at about the same time; but :data:`LEAST_HELD`, so that some can be compiled while one is measured.
+    and all end at about the same time; but :data:`LEAST_HELD` for each GPU, so that some can be compiled
+    while one is measured.
     """
-    names = ("machine", "pid", "started")
-    workers = {tuple(trial.user_attrs.get(_WORKER, {}).get(name) for name in names) for trial in trials}
-    others = workers - {(None,) * len(names), tuple(worker[name] for name in names)}
-    return max(LEAST_HELD, math.ceil(len(trials) / (2 * (1 + len(others)))))
+    names = ("machine", "pid", "started", "lanes")
+    workers = {tuple(trial.user_attrs[_WORKER].get(name) for name in names) for trial in trials if _is_taken(trial)}
+    workers.add(tuple(worker[name] for name in names))
+    lanes: dict[tuple[object, ...], int] = {known: int(str(known[-1] or 1)) for known in workers}
+    mine = lanes[tuple(worker[name] for name in names)]
+    return mine * max(LEAST_HELD, math.ceil(len(trials) / (2 * sum(lanes.values()))))
+
+
+def _is_taken(trial: FrozenTrial) -> bool:
+    """Whether a worker has the trial; one that was released still names the worker it had."""
+    return trial.state == TrialState.RUNNING and _WORKER in trial.user_attrs
 
 
 @functools.cache

@@ -241,6 +241,7 @@ class _Run:
             provenance=self.provenance,
             url=self.url,
             all_at_once=self._alone,
+            lanes=len(self.lanes),
         )
         try:
             self._share_out(campaign, families)

@@ -88,12 +88,10 @@ class Space:
 
     def distributions(self, config: Config) -> dict[str, optuna.distributions.BaseDistribution]:
         """The distribution of each of :meth:`params`, as :meth:`suggest` declares them."""
-        named: dict[str, tuple[int, ...] | tuple[str, ...]]
-        named = {f"{config.variant}.{name}": values for name, values in self.choices[config.variant].items()}
-        return {
-            name: optuna.distributions.CategoricalDistribution(values)
-            for name, values in {VARIANT: tuple(self.choices), **named}.items()
-        }
+        categorical = optuna.distributions.CategoricalDistribution
+        choices = self.choices[config.variant]
+        named = {f"{config.variant}.{name}": categorical(values) for name, values in choices.items()}
+        return {VARIANT: categorical(tuple(self.choices)), **named}
 
     def draw(self, chance: random.Random, near: Sequence[Config] = ()) -> Config:
         """A config drawn uniformly over variants and values, or one of ``near`` with up to three values drawn anew.

@@ -279,7 +279,10 @@ def join(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Join]:
     opened: list[tuple[Campaign, optuna.storages.BaseStorage]] = []
 
     def join_plan(
-        families: list[KernelSpec], done: set[KernelSpec] | None = None, environment: Environment = HERE
+        families: list[KernelSpec],
+        done: set[KernelSpec] | None = None,
+        environment: Environment = HERE,
+        lanes: int = 1,
     ) -> Campaign:
         storage = open_study_storage(url)
         stored = set() if done is None else done
@@ -290,6 +293,7 @@ def join(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Join]:
             environment=environment,
             provenance="measured",
             url=url,
+            lanes=lanes,
         )
         opened.append((joined, storage))
         return joined
@@ -305,6 +309,15 @@ def plan_states(url: str) -> Counter[TrialState]:
     try:
         study = optuna.load_study(study_name=plan_name(HERE, "measured"), storage=storage)
         return Counter(trial.state for trial in study.trials)
+    finally:
+        release(storage)
+
+
+def plan_workers(url: str) -> list[object]:
+    storage = open_study_storage(url)
+    try:
+        study = optuna.load_study(study_name=plan_name(HERE, "measured"), storage=storage)
+        return [trial.user_attrs.get("worker") for trial in study.trials]
     finally:
         release(storage)
 
@@ -350,12 +363,13 @@ def test_one_worker_does_not_take_everything(join: Join) -> None:
     assert second.claim() == FAMILIES[4]
 
 
-def test_what_is_released_is_handed_out_again(join: Join) -> None:
+def test_what_is_released_is_handed_out_again(join: Join, url: str) -> None:
     first, second = join(FAMILIES[:2]), join(FAMILIES[:2])
     assert [first.claim(), first.claim(), first.claim()] == [*FAMILIES[:2], None]
     assert second.claim() is None
     assert second.waiting
     first.close()
+    assert plan_workers(url) == [{}, {}]  # so that nobody takes its next worker for dead when this one is
     assert [second.claim(), second.claim()] == FAMILIES[:2]
 
 
@@ -528,3 +542,23 @@ def test_many_threads_of_one_worker_claim_each_family_once(join: Join) -> None:
     for thread in lanes:
         thread.join()
     assert sorted(map(str, claimed)) == sorted(map(str, families))
+
+
+def test_a_worker_with_several_gpus_holds_more_and_one_whose_claim_fails_midway_none(
+    join: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = join(FAMILIES, lanes=4)
+    attribute = wide._storage.set_trial_user_attr
+    calls: list[int] = []
+
+    def fails_once(trial_id: int, key: str, value: Any) -> None:
+        calls.append(trial_id)
+        if len(calls) == 1:
+            raise optuna.exceptions.StorageInternalError from study_storage.OperationalError("", {}, Exception("gone"))
+        attribute(trial_id, key, value)
+
+    monkeypatch.setattr(wide._storage, "set_trial_user_attr", fails_once)
+    taken = [wide.claim() for _ in FAMILIES]
+    assert taken == [*FAMILIES[1:], None]  # the first is nobody's until the grace period is over
+    assert not wide.holds(FAMILIES[0])
+    assert wide.waiting

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from doratune.errors import UsageError
-from doratune.tuner.launcher import launcher_device, launcher_jobs
+from doratune.tuner.launcher import launcher_device, launcher_hosts, launcher_jobs
 
 TORCHRUN = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
 SRUN = {"SLURM_PROCID": "11", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
@@ -65,3 +65,9 @@ def test_the_processes_of_a_host_share_its_cores(environ: dict[str, str]) -> Non
 def test_without_a_launcher_all_usable_cores_are_used() -> None:
     assert launcher_jobs({}, usable=64, installed=64) == 64
     assert launcher_jobs({"SLURM_LOCALID": "0"}, usable=64, installed=64) == 64  # no count given
+
+
+def test_the_number_of_hosts_is_known() -> None:
+    assert launcher_hosts({**TORCHRUN, "GROUP_WORLD_SIZE": "2"}) == 2
+    assert launcher_hosts({**SRUN, "SLURM_STEP_NUM_NODES": "4"}) == 4
+    assert launcher_hosts({}) == 1
