@@ -61,11 +61,11 @@ from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, Tuned, TuneResult
 from .packing import Packing
 from .predict import shortlist
 from .progress import SilentProgress
+from .sampler import ModelSampler
 from .space import Space
 from .studies import (
     Candidate,
     KernelStudy,
-    default_sampler,
     searched_with,
     study_name,
 )
@@ -91,8 +91,8 @@ class StandIns:
 
     pool: Callable[[Gpu, int | None], CompilePool] | None = None
     space: Callable[[KernelSpec, Gpu], Space] | None = None
-    sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None
-    """Makes Optuna's sampler from a seed."""
+    sampler: Callable[[Space, int], optuna.samplers.BaseSampler] | None = None
+    """Makes Optuna's sampler for a space from a seed."""
     storage: optuna.storages.BaseStorage | None = None
 
 
@@ -332,7 +332,7 @@ class _Run:
         seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
         floor = floor_us(spec, self.gpu)
         name = study_name(space, self._environment, self.evaluator.provenance)
-        sampler = self.stand_ins.sampler or default_sampler
+        sampler = self.stand_ins.sampler or ModelSampler
         study = KernelStudy(space, self.storage, name, seeds=seeds, floor_us=floor, url=self.url, sampler=sampler)
         elsewhere = (self._neighbour(spec), self.known(spec) if self.known else None)
         before = self.store.get(spec)  # from an older template or a lower effort: a good start
