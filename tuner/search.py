@@ -58,8 +58,9 @@ from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, Tuned, TuneResult
 from .packing import Packing
 from .predict import shortlist
 from .progress import SilentProgress
+from .sampler import ModelSampler
 from .space import Space
-from .studies import KernelStudy, default_sampler, searched_with, study_name
+from .studies import KernelStudy, searched_with, study_name
 from .study_storage import default_study_storage, open_study_storage, quiet, release
 from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 
@@ -80,8 +81,8 @@ class StandIns:
     pool: Callable[[Gpu, int | None], CompilePool] | None = None
     space: Callable[..., Space] | None = None
     """Takes the arguments of :class:`~.space.Space`."""
-    sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None
-    """Makes Optuna's sampler from a seed."""
+    sampler: Callable[[Space, int], optuna.samplers.BaseSampler] | None = None
+    """Makes Optuna's sampler for a space from a seed."""
     storage: optuna.storages.BaseStorage | None = None
 
 
@@ -201,7 +202,7 @@ class _Run:
         shared = "://" in url and not url.startswith("sqlite:")
         self._alone = not shared and not was_launched(os.environ)
         self._space = stand_ins.space or Space
-        self._sampler = stand_ins.sampler or default_sampler
+        self._sampler = stand_ins.sampler or ModelSampler
         self._incumbents = incumbents
         self._rows: dict[KernelSpec, Tuned] = {}
         self._deadline: float | None = None

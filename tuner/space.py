@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import optuna
 
@@ -106,6 +106,19 @@ class Space:
         choices = self.choices[start.variant]
         changed = chance.sample(tuple(choices), k=chance.randint(1, min(3, len(choices))))
         return Config.create(start.variant, **_values(start) | {name: chance.choice(choices[name]) for name in changed})
+
+    def moves(self, config: Config) -> Iterator[Config]:
+        """The configs that differ from ``config`` in one value. They may be refused."""
+        for name, values in self.choices[config.variant].items():
+            for value in values:
+                if value != _values(config)[name]:
+                    yield Config.create(config.variant, **_values(config) | {name: value})
+
+    def all(self) -> Iterator[Config]:
+        """Every config, refused ones included."""
+        for variant, choices in self.choices.items():
+            for values in itertools.product(*choices.values()):
+                yield Config.create(variant, **dict(zip(choices, values, strict=True)))
 
     def size(self) -> int:
         """The number of configs, refused ones included."""

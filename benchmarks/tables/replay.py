@@ -1,14 +1,15 @@
-"""Run searches over a recorded table instead of a GPU: nothing is compiled, and each time is the recorded one plus noise.
+"""Run searches over a recorded table instead of a GPU: nothing is compiled, and times are the recorded ones plus noise.
 
-:func:`replay` is :func:`doratune.tuner.search.tune` with three stand-ins. ``ReplayEvaluator`` answers with recorded times.
-``ReplayPool`` compiles nothing, and counts what it was asked for. ``ReplaySpace`` deals with configs that are not in the
-table. Of those,
+:func:`replay` is :func:`doratune.tuner.search.tune` with stand-ins. ``ReplayEvaluator`` answers with recorded times,
+``ReplayPool`` compiles nothing and counts what it was asked for, ``ReplayStorage`` keeps studies in memory, and
+``ReplaySpace`` deals with configs that are not in the table. Of those,
 
 * one that the model puts beyond :data:`WITHIN` times its best was left out of the table on purpose. It costs its trial
   and cannot win: the time that it is given is that far behind;
-* one that the model does not exclude (large spaces are sampled) stands for the nearest recorded config of its variant, in
-  steps of its parameters. To refuse it instead would end a search in a large space at once, since one of some hundred
-  draws is recorded. The nearest one makes the search a little easier than it is, since tables are denser near the best.
+* one that the model does not exclude (large spaces are sampled) stands for the nearest recorded config of its variant,
+  in steps of its parameters. To refuse it instead would end a search in a large space at once, since one of some
+  hundred draws is recorded. The nearest one makes the search a little easier than it is, since tables are denser near
+  the best.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy
@@ -26,7 +27,9 @@ from ...cache.entry import MEASURED, Binary, Environment, Evaluation
 from ...codegen.gpu import Gpu
 from ...codegen.render import Source
 from ...codegen.spec import Config, KernelSpec
-from ...tuner.evaluation import Evaluator, Rejected, Resources, floor_us
+from ...tuner.evaluation import ContenderFailed, Evaluator, FinalTimes, Rejected, Resources, floor_us
+from ...tuner.final import Rounds, most_rounds
+from ...tuner.machine import Machine
 from ...tuner.predict import estimate_us
 from ...tuner.space import Space
 from .read import FINAL, SpecTable
@@ -41,15 +44,18 @@ ROUND_NOISE = 0.008
 """The standard deviation of one contender's time in one round of a final, as a share. The median of 21 such rounds is
 within 0.3 % of the true time in nine of ten finals."""
 
-DRIFT = 0.01
+CALLS = 20
+"""Calls of each contender in one round of a final, for the budget of rounds."""
+
+DRIFT = 0.004
 """The standard deviation of what a whole round differs by: it meets all contenders alike."""
 
 
 class ReplaySpace(Space):
     """The search space of a spec, where a config that was not recorded is told apart; see the module's docstring."""
 
-    def __init__(self, table: SpecTable, gpu: Gpu) -> None:
-        super().__init__(table.spec, gpu)
+    def __init__(self, table: SpecTable, gpu: Gpu, also: Iterable[Config] = ()) -> None:
+        super().__init__(table.spec, gpu, also)
         self.table = table
         self.least_estimate = min(estimate_us(table.spec, config, gpu) for config in table.times)
         inside = [config for config in (*table.times, *table.rejected) if super(ReplaySpace, self).__contains__(config)]
@@ -69,7 +75,7 @@ class ReplaySpace(Space):
         return self.stand_in(super().suggest(trial))
 
     def stand_in(self, config: Config) -> Config:
-        """``config`` itself if it was recorded, is refused, or was left out as far behind; else the nearest recorded."""
+        """``config`` itself if it was recorded, is refused or is far behind; or the nearest."""
         if config in self.recorded or self.refuse(config) is not None or self.is_far(config):
             return config
         recorded, points = self._grids[config.variant]
@@ -77,6 +83,15 @@ class ReplaySpace(Space):
             return config
         steps = numpy.abs(points - numpy.array(self._point(config))).sum(axis=1)
         return recorded[int(steps.argmin())]
+
+    def draw(self, chance: random.Random, near: Sequence[Config] = ()) -> Config:
+        return self.stand_in(super().draw(chance, near))
+
+    def moves(self, config: Config) -> Iterator[Config]:
+        return map(self.stand_in, super().moves(config))
+
+    def all(self) -> Iterator[Config]:
+        return map(self.stand_in, super().all())
 
     def is_far(self, config: Config) -> bool:
         """Whether the model puts ``config`` beyond :data:`WITHIN` times its best."""
@@ -131,23 +146,32 @@ class ReplayEvaluator(Evaluator):
         us = table.us(config)
         return WITHIN * table.best_us if us is None else us
 
-    def rounds(self, spec: KernelSpec, configs: Sequence[Config], count: int) -> list[tuple[float, ...]]:
-        """``count`` microseconds for each config, sample i of each being from round i: what a final measures.
+    def final(self, sources: Sequence[Source]) -> FinalTimes:
+        """Time ``sources`` in turn, as :class:`~doratune.tuner.final.Rounds` does: each round drifts for all alike.
 
         Raises:
-            Rejected: as :meth:`true_us`.
+            ContenderFailed: one of them was rejected when the table was recorded.
         """
+        times = [self._contender_us(place, source) for place, source in enumerate(sources)]
+        silent = Machine(ask=lambda arguments: None)
+        rounds = Rounds(lambda count: self._play(times, count), silent, sleep=lambda seconds: None)
+        return rounds.times(len(times), most_rounds(sum(times) * CALLS / 1e3))
+
+    def _contender_us(self, place: int, source: Source) -> float:
+        try:
+            return self.true_us(source.spec, source.config)
+        except Rejected as reason:
+            raise ContenderFailed(place, reason) from reason
+
+    def _play(self, times: Sequence[float], count: int) -> list[list[float]]:
         drifts = [self._chance.gauss(0.0, DRIFT) for _ in range(count)]
-        return [
-            tuple(us * math.exp(drift + self._chance.gauss(0.0, ROUND_NOISE)) for drift in drifts)
-            for us in (self.true_us(spec, config) for config in configs)
-        ]
+        return [[us * math.exp(drift + self._chance.gauss(0.0, ROUND_NOISE)) for drift in drifts] for us in times]
 
 
 class ReplayPool:
     """Stands in for the compile pool: every compile is done at once, and ``compiled`` keeps the sources' code digests.
 
-    A config is compiled once for all token buckets that share its code, so ``compiled`` counts what a real run pays for.
+    A config is compiled once for all token buckets that share its code: ``compiled`` counts what a real run pays for.
     """
 
     def __init__(self, gpu: Gpu, jobs: int | None = None) -> None:
@@ -168,6 +192,13 @@ class ReplayPool:
 
     def close(self) -> None:
         """Nothing is kept."""
+
+
+class ReplayStorage(optuna.storages.InMemoryStorage):
+    """Keeps the studies of replays in memory, where no other worker needs to know that this one lives."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """Do nothing."""
 
 
 _NOTHING = (Resources("replayed", registers=0, spills=0, shared_bytes=0, num_warps=1),)
