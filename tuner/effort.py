@@ -53,19 +53,16 @@ class Effort:
         return self.measure if provenance == MEASURED else self.predict
 
 
-# A measured trial costs some 0.1 s of GPU time and a compile shared by all cores, a predicted one only the compile, but
-# without a GPU the cores are often few: hence fewer trials there. The patience of a level exceeds the trials of the
-# level before, so a winner found with less effort is always searched again (see tuner.search, "What is kept").
+# The figures come from searches replayed on recorded tables (docs, results). A measured trial costs some 30 ms of GPU
+# time and a compile shared by all cores, a predicted one only the compile, but without a GPU the cores are often few:
+# hence fewer trials there. The least patience of a level exceeds the trials of the level before, so a winner found with
+# less effort is always searched again (see tuner.search, "What is kept").
 EFFORTS: dict[str, Effort] = {
     effort.name: effort
     for effort in (
-        Effort("quick", Budget(12, 8), known=Budget(6, 4), predict=Budget(4, 3), shortlist=2, batch=4, finalists=5),
-        Effort(
-            "standard", Budget(40, 20), known=Budget(14, 8), predict=Budget(8, 5), shortlist=3, batch=6, finalists=12
-        ),
-        Effort(
-            "full", Budget(160, 48), known=Budget(80, 24), predict=Budget(60, 24), shortlist=8, batch=12, finalists=16
-        ),
+        Effort("quick", Budget(8, 8), Budget(5, 5), predict=Budget(4, 3), shortlist=0, batch=4, finalists=5),
+        Effort("standard", Budget(24, 16), Budget(12, 10), predict=Budget(8, 5), shortlist=0, batch=4, finalists=12),
+        Effort("full", Budget(60, 40), Budget(36, 28), predict=Budget(60, 24), shortlist=0, batch=6, finalists=16),
     )
 }
 
