@@ -138,8 +138,8 @@ def capture(
 ) -> torch.cuda.CUDAGraph:
     """Capture ``calls`` one after another into a CUDA graph, after running the first one to warm up.
 
-    ``pool`` is the memory pool of a graph that lives, to be shared with it; ``stream`` is where to capture, by default a
-    new one. This is ``torch.cuda.graph``, but PyTorch's unused memory is returned to the driver only where it runs
+    ``pool`` is the memory pool of a graph that lives, to be shared with it; ``stream`` is where to capture, by default
+    a new one. This is ``torch.cuda.graph``, but PyTorch's unused memory is returned to the driver only where it runs
     short: that takes longer than the capture.
     """
     stream = stream or torch.cuda.Stream()
