@@ -34,15 +34,19 @@ class Budget:
 class Effort:
     """A row of :data:`EFFORTS`.
 
-    ``shortlist`` is how many configurations the performance model proposes before Optuna's sampler takes over;
-    ``batch`` how many are compiled together before the sampler is asked again.
+    ``known`` is the budget of measured searches that begin with the winner of almost the same kernel: of a sister GPU,
+    or of the token bucket beside. ``shortlist`` is how many configurations the performance model proposes before
+    Optuna's sampler takes over; ``batch`` how many are compiled together before the sampler is asked again;
+    ``finalists`` how many of the best play in the final, beside the incumbents.
     """
 
     name: str
     measure: Budget
+    known: Budget
     predict: Budget
     shortlist: int
     batch: int
+    finalists: int
 
     def budget(self, provenance: str) -> Budget:
         """The budget for an evaluator of this provenance (``measured`` or ``predicted``)."""
@@ -55,9 +59,13 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     effort.name: effort
     for effort in (
-        Effort("quick", measure=Budget(12, 8), predict=Budget(4, 3), shortlist=2, batch=4),
-        Effort("standard", measure=Budget(40, 20), predict=Budget(8, 5), shortlist=3, batch=6),
-        Effort("full", measure=Budget(160, 48), predict=Budget(60, 24), shortlist=8, batch=12),
+        Effort("quick", Budget(12, 8), known=Budget(6, 4), predict=Budget(4, 3), shortlist=2, batch=4, finalists=3),
+        Effort(
+            "standard", Budget(40, 20), known=Budget(14, 8), predict=Budget(8, 5), shortlist=3, batch=6, finalists=6
+        ),
+        Effort(
+            "full", Budget(160, 48), known=Budget(80, 24), predict=Budget(60, 24), shortlist=8, batch=12, finalists=8
+        ),
     )
 }
 

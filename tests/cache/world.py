@@ -96,4 +96,15 @@ def a_binary(code_digest: str = "code-1", image: bytes = b"\x7fELF\x00\xff", *, 
     return Binary(code_digest, "compose_kernel", triton, "sm_90", '{"shared": 98304}', image)
 
 
-__all__ = ["ARCHITECTURES", "DEFAULT", "DEFAULT_CONFIG", "MEASURED", "PREDICTED", "a_binary", "a_final", "a_spec", "an_entry", "with_final"]
+__all__ = [
+    "ARCHITECTURES",
+    "DEFAULT",
+    "DEFAULT_CONFIG",
+    "MEASURED",
+    "PREDICTED",
+    "a_binary",
+    "a_final",
+    "a_spec",
+    "an_entry",
+    "with_final",
+]
