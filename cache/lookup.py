@@ -86,14 +86,17 @@ class Resolution:
         """Whether an entry of exactly this spec says that the kernel is faster than its unfused sequence."""
         return self.step == "exact" and self.entry is not None and self.entry.evaluation.fusion_pays
 
-    def explain(self, binary: str | None = None) -> str:
+    def explain(self, binary: str | None = None, versions: str | None = None) -> str:
         """Return lines of text: the choice, why the earlier steps gave nothing, and what is known of the loss.
 
-        ``binary`` says where the binary comes from; None leaves that line out.
+        ``binary`` says where the binary comes from, ``versions`` under which other versions the entry was measured
+        (:mod:`.upgrade`); None leaves that line out.
         """
         lines = [f"spec      {self.spec}", f"step      {self.step}: {self._choice()}", f"config    {self.config}"]
         if self.entry is not None:
             lines += [f"store     {self.store}", f"tuned     {_origin(self.entry)}"]
+        if versions is not None:
+            lines.append(f"versions  {versions}")
         lines.append(f"loss      {self._loss()}")
         if self.step == "exact" and self.entry is not None and self.entry.evaluation.unfused_us is not None:
             pays = "pays" if self.fusion_pays else "does not pay"

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy.orm import InstrumentedAttribute
+
 from ..codegen.spec import SPEC_FIELDS, Config, KernelSpec, SpecError
 from .entry import (
     DEFAULT,
@@ -133,7 +135,8 @@ def entry_of(row: EntryRow, store: str) -> Entry:
         raise _corrupt(store, row.id, values["spec"], problem) from None
 
 
-CANDIDATE_COLUMNS = (EntryRow.id, EntryRow.spec, EntryRow.config, EntryRow.template_digest, EntryRow.provenance)
+CANDIDATE_COLUMNS: tuple[InstrumentedAttribute[Any], ...] = (EntryRow.id, EntryRow.spec, EntryRow.config)
+CANDIDATE_COLUMNS += (EntryRow.template_digest, EntryRow.provenance)
 CANDIDATE_COLUMNS += (EntryRow.us, EntryRow.floor_us, EntryRow.lookup_regret)
 CANDIDATE_COLUMNS += tuple(getattr(EntryRow, name) for name in _SPEC_COLUMNS)
 

@@ -134,22 +134,25 @@ def _cuda_device(index: int) -> torch.device:
 
 def explain(spec: KernelSpec | str, store: str | None = None) -> str:
     """Say which config ``load_kernel`` would run for ``spec``, which lookup step found it, which entries were refused,
-    and which store has its binary.
+    which store has its binary, and what was upgraded since its entry was measured.
 
     Raises:
         SpecError: the text is not a spec.
     """
+    from .present import upgrade_warning
+
     resolution, _, binaries = resolve_binaries(KernelSpec.parse(spec) if isinstance(spec, str) else spec, store)
-    return resolution.explain(binaries.explain())
+    return resolution.explain(binaries.explain(), upgrade_warning(resolution))
 
 
-def resolve(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source]:
+def resolve(spec: KernelSpec, store: str | None = None, *, without: str | None = None) -> tuple[Resolution, Source]:
     """Look ``spec`` up in the stores and render the config that was found, without compiling it.
 
-    An entry that no longer renders to the text it was tuned with is refused.
+    An entry that no longer renders to the text it was tuned with is refused. ``without`` is the location of a store
+    that is read as if it had no entry of exactly ``spec``.
     """
     with _opened(store) as stack:
-        return _resolve(spec, stack)
+        return _resolve(spec, [each.without(spec) if each.location == without else each for each in stack])
 
 
 def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source, Binaries]:

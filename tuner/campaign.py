@@ -42,9 +42,13 @@ from .study_storage import HEARTBEAT, StudyStorageError, fail_stale, patiently
 RETRIES = 3
 """How often a family is queued again after a worker ended without finishing or releasing it, before it is given up."""
 
+LEAST_HELD = 4
+"""Families that a worker may hold however few are left."""
+
 POLL_SECONDS = 2.0
 """A worker that found nothing to claim asks the database again after this long."""
 
+_JOIN_SECONDS = 15.0
 _FAMILY, _WORKER = "family", "worker"
 _OPEN = (TrialState.WAITING, TrialState.RUNNING)
 _IDENTITY = ("gpu", "architecture", "gpu_name", "triton")
@@ -69,8 +73,10 @@ class _Claim:
 class Campaign:
     """A worker's part in the plan. Safe to use from several threads.
 
-    ``families`` are handed out in their order. ``lacks`` says whether the store still needs a family. ``storage`` is
-    one of :func:`~.study_storage.open_study_storage`, ``url`` its location for messages.
+    ``families`` are handed out in their order. With ``all_at_once`` this worker takes all that it can, which is faster
+    where it is the only one; otherwise it leaves some for who comes later. ``lacks`` says whether the store still needs
+    a family. ``storage`` is one of :func:`~.study_storage.open_study_storage`, ``url`` its location for messages.
+    ``lanes`` is how many GPUs this process measures on.
 
     Raises:
         StudyStorageError: the database failed, or its plan is of another GPU or Triton.
@@ -85,8 +91,8 @@ class Campaign:
         environment: Environment,
         provenance: str,
         url: str = "",
-        poll_seconds: float = POLL_SECONDS,
-        patience_seconds: float | None = None,
+        all_at_once: bool = False,
+        lanes: int = 1,
     ) -> None:
         self.given_up: dict[KernelSpec, str] = {}
         """Families that nobody will try again in this run, with the reason."""
@@ -95,12 +101,13 @@ class Campaign:
         self._storage = storage
         self._url = url
         self._lacks = lacks
-        self._poll_seconds = poll_seconds
-        self._patience_seconds = patience_seconds  # None: the default
+        self._all_at_once = all_at_once
+        self._record_heartbeat = getattr(storage, "record_heartbeat", lambda trial_id: None)  # none in memory
         self._families = {str(family): family for family in families}
         self._wanted = dict.fromkeys(families)
         self._held: dict[KernelSpec, _Claim] = {}
-        self._worker = {**_this_process(), "torch": environment.torch, "driver": environment.driver}
+        versions = {"torch": environment.torch, "driver": environment.driver}
+        self._worker = {**_this_process(), **versions, "lanes": lanes}
         self._state = threading.Lock()  # of _held and _wanted
         self._turn = threading.RLock()  # one thread claims at a time
         self._next_look = 0.0
@@ -122,7 +129,7 @@ class Campaign:
     def claim(self) -> KernelSpec | None:
         """Make the next family this worker's own; None when there is none now, or it holds its share already.
 
-        After None the database is not asked again for ``poll_seconds``.
+        After None the database is not asked again for :data:`POLL_SECONDS`.
         """
         with self._turn:
             if not self.waiting or time.monotonic() < self._next_look:
@@ -132,7 +139,7 @@ class Campaign:
                     return family
                 self.finished(family)
             queued = not self._full and self._patiently(self._queue)
-            self._next_look = 0.0 if queued else time.monotonic() + self._poll_seconds
+            self._next_look = 0.0 if queued else time.monotonic() + POLL_SECONDS
             return None
 
     def holds(self, family: KernelSpec) -> bool:
@@ -162,7 +169,9 @@ class Campaign:
             return
         # Tried once: after a commit whose answer was lost, a second time could take it from its next worker. If the
         # database does not answer, the family is queued again after the grace period, since its heartbeat has ended.
-        with suppress(SQLAlchemyError, optuna.exceptions.OptunaError, KeyError):
+        with suppress(SQLAlchemyError, optuna.exceptions.OptunaError, KeyError, RuntimeError):
+            # Its next worker must not be taken for this one, which may have ended by then.
+            self._storage.set_trial_user_attr(self._trial_id(claim.number), _WORKER, {})
             self._set_state(claim.number, TrialState.WAITING)
 
     def close(self) -> None:
@@ -174,7 +183,7 @@ class Campaign:
             self.released(family)
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(HEARTBEAT.grace)
+            self._thread.join(_JOIN_SECONDS)
 
     def _join(self, environment: Environment, provenance: str) -> optuna.Study:
         study = optuna.create_study(
@@ -202,7 +211,9 @@ class Campaign:
         with self._state:
             ours = {name: family for name, family in self._families.items() if family in self._wanted}
             held = set(self._held)
-        self._full = len(held) >= _share([trial for name, trial in first.items() if name in ours], self._worker)
+        self._full = not self._all_at_once and len(held) >= _share(
+            [trial for name, trial in first.items() if name in ours], self._worker
+        )
         if self._full:
             return None
         for trial in trials:
@@ -218,15 +229,16 @@ class Campaign:
     def _make_ours(self, trial: FrozenTrial, family: KernelSpec) -> bool:
         trial_id = self._trial_id(trial.number)
         # First the heartbeat: Optuna takes a running trial that never had one for alive, for ever.
-        self._storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]
+        self._record_heartbeat(trial_id)
         try:
             if not self._storage.set_trial_state_values(trial_id, TrialState.RUNNING):
                 return False
         except RuntimeError:  # finished meanwhile
             return False
+        # If this fails, the trial is nobody's and has no further heartbeat: it is queued again.
+        self._storage.set_trial_user_attr(trial_id, _WORKER, self._worker)
         with self._state:
             self._held[family] = _Claim(trial.number, time.monotonic())
-        self._storage.set_trial_user_attr(trial_id, _WORKER, self._worker)
         return True
 
     def _queue(self, joining: bool = False) -> bool:
@@ -320,7 +332,7 @@ class Campaign:
             running = {trial.number for trial in trials}
             for claim in held.values():
                 if claim.number in running:
-                    self._storage.record_heartbeat(self._trial_id(claim.number))  # type: ignore[attr-defined]
+                    self._record_heartbeat(self._trial_id(claim.number))
         except (SQLAlchemyError, optuna.exceptions.OptunaError, KeyError):
             return  # the next one tries again; the grace period is several intervals long
         with self._state:
@@ -330,7 +342,7 @@ class Campaign:
         self._last_beat = time.time()
 
     def _patiently(self, work: Callable[[], T]) -> T:
-        return patiently(self._url, work, self._patience_seconds)
+        return patiently(self._url, work)
 
 
 def _failures(history: Sequence[FrozenTrial]) -> int:
@@ -343,12 +355,20 @@ def _failures(history: Sequence[FrozenTrial]) -> int:
 
 def _share(trials: Sequence[FrozenTrial], worker: dict[str, object]) -> int:
     """How many families one worker may hold now: half of its even share, so that there is work for who comes later
-    and all end at about the same time; but two, so that one can be compiled while the other is measured.
+    and all end at about the same time; but :data:`LEAST_HELD` for each GPU, so that some can be compiled
+    while one is measured.
     """
-    names = ("machine", "pid", "started")
-    workers = {tuple(trial.user_attrs.get(_WORKER, {}).get(name) for name in names) for trial in trials}
-    others = workers - {(None,) * len(names), tuple(worker[name] for name in names)}
-    return max(2, math.ceil(len(trials) / (2 * (1 + len(others)))))
+    names = ("machine", "pid", "started", "lanes")
+    workers = {tuple(trial.user_attrs[_WORKER].get(name) for name in names) for trial in trials if _is_taken(trial)}
+    workers.add(tuple(worker[name] for name in names))
+    lanes: dict[tuple[object, ...], int] = {known: int(str(known[-1] or 1)) for known in workers}
+    mine = lanes[tuple(worker[name] for name in names)]
+    return mine * max(LEAST_HELD, math.ceil(len(trials) / (2 * sum(lanes.values()))))
+
+
+def _is_taken(trial: FrozenTrial) -> bool:
+    """Whether a worker has the trial; one that was released still names the worker it had."""
+    return trial.state == TrialState.RUNNING and _WORKER in trial.user_attrs
 
 
 @functools.cache

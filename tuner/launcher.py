@@ -16,6 +16,9 @@ _LOCAL_RANKS = (
 mpirun may themselves be started by srun."""
 
 
+_HOSTS = ("GROUP_WORLD_SIZE", "SLURM_STEP_NUM_NODES")
+
+
 def launcher_device(environ: Mapping[str, str], visible: int) -> str | None:
     """The device for this process, such as ``cuda:3``, where a launcher started it; else None.
 
@@ -50,6 +53,16 @@ def launcher_jobs(environ: Mapping[str, str], usable: int, installed: int) -> in
         return max(1, usable)
     size = _number(environ, dict(_LOCAL_RANKS)[found[1]])
     return max(1, usable // max(1, size or 1))
+
+
+def was_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process."""
+    return _local_rank(environ) is not None
+
+
+def launcher_hosts(environ: Mapping[str, str]) -> int:
+    """On how many hosts the launcher started processes, as far as it says so; else 1."""
+    return max([1, *(_number(environ, variable) or 1 for variable in _HOSTS)])
 
 
 def _local_rank(environ: Mapping[str, str]) -> tuple[int, str] | None:

@@ -5,6 +5,7 @@ The samples show that something did (:func:`find_disturbance`); only then the dr
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -13,7 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 MOVED = 0.02
-"""Clocks have moved if all samples of the last third of the rounds differ by this share from those of the first."""
+"""Clocks have moved if the last third of the rounds took this share longer, or less, than the first third."""
+
+CERTAIN = 8.0
+"""And if that is this many times its standard error, which a few rounds show only roughly."""
 
 SPIKE = 0.10
 """A sample this share above its contender's median is a spike."""
@@ -37,14 +41,22 @@ _SLOWED = {
 def find_disturbance(samples: Sequence[Sequence[float]]) -> str | None:
     """What the samples of a final show of a disturbance, in words; None if nothing.
 
-    ``samples`` are microseconds, for each contender one a round.
+    ``samples`` are microseconds, for each contender one a round; there are at least three rounds.
     """
-    third = max(1, len(samples[0]) // 3)
-    shifts = [math.log(statistics.median(times[-third:]) / statistics.median(times[:third])) for times in samples]
-    shift = math.expm1(statistics.median(shifts))
-    if abs(shift) > MOVED and all(value * shift > 0.0 for value in shifts):
-        return f"clocks moved: calls took {abs(shift):.1%} {'longer' if shift > 0 else 'less'} at the end than at first"
-    spikes = sum(us > (1.0 + SPIKE) * statistics.median(times) for times in samples for us in times)
+    medians = [statistics.median(times) for times in samples]
+    levels = [
+        statistics.median(math.log(us / median) for us, median in zip(of_round, medians, strict=True))
+        for of_round in zip(*samples, strict=True)
+    ]
+    third = max(3, len(levels) // 3)
+    shift = statistics.median(levels[-third:]) - statistics.median(levels[:third])
+    # A drift hardly changes the steps from round to round, and a jump of the clocks only the largest.
+    steps = sorted(abs(after - before) for before, after in itertools.pairwise(levels))[:-1]
+    error = math.sqrt(statistics.fmean(step * step for step in steps) / third)
+    if abs(shift) > max(MOVED, CERTAIN * error):
+        share = abs(math.expm1(shift))
+        return f"clocks moved: calls took {share:.1%} {'longer' if shift > 0 else 'less'} at the end than at first"
+    spikes = sum(us > (1.0 + SPIKE) * median for times, median in zip(samples, medians, strict=True) for us in times)
     share = spikes / (len(samples) * len(samples[0]))
     if share > SPIKY_SHARE:
         return f"interruptions: {share:.0%} of the calls took over {SPIKE:.0%} longer than their median"

@@ -95,7 +95,9 @@ class KernelStudy:
         seed = int.from_bytes(hashlib.sha256(f"{name}+{len(past)}".encode()).digest()[:4], "big")
         self._chance = random.Random(seed)
         self._study = optuna.create_study(sampler=sampler(space, seed))
-        self._study.add_trials([self._with_params(trial) for trial in past])
+        # A config that an earlier process got from elsewhere may lie outside the space: the sampler cannot use it.
+        inside = [trial for trial in past if Config.parse(trial.user_attrs["config"]) in space]
+        self._study.add_trials([self._with_params(trial) for trial in inside])
         for trial in past:
             self._remember(trial)
         self._pending: set[Config] = set()

@@ -35,6 +35,7 @@ _CONNECT_ARGS = {
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
 }
 
 
@@ -182,15 +183,15 @@ def explained(url: str) -> Iterator[None]:
         ) from error
 
 
-def patiently(url: str, work: Callable[[], T], seconds: float | None = None) -> T:
-    """Do ``work`` with the storage at ``url``, again and again for ``seconds`` while the database does not answer.
+def patiently(url: str, work: Callable[[], T]) -> T:
+    """Do ``work`` with the storage at ``url``, again for :data:`PATIENCE_SECONDS` while the database does not answer.
 
     ``work`` must be right to repeat: when a connection breaks during a commit, nobody knows whether it was made.
 
     Raises:
         StudyStorageError: the database refused, or did not answer in time.
     """
-    deadline = time.monotonic() + (PATIENCE_SECONDS if seconds is None else seconds)
+    deadline = time.monotonic() + PATIENCE_SECONDS
     pause = 0.1
     with explained(url):
         while True:

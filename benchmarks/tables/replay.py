@@ -54,8 +54,8 @@ DRIFT = 0.004
 class ReplaySpace(Space):
     """The search space of a spec, where a config that was not recorded is told apart; see the module's docstring."""
 
-    def __init__(self, table: SpecTable, gpu: Gpu) -> None:
-        super().__init__(table.spec, gpu)
+    def __init__(self, table: SpecTable, gpu: Gpu, also: Iterable[Config] = ()) -> None:
+        super().__init__(table.spec, gpu, also)
         self.table = table
         self.least_estimate = min(estimate_us(table.spec, config, gpu) for config in table.times)
         inside = [config for config in (*table.times, *table.rejected) if super(ReplaySpace, self).__contains__(config)]
