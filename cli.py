@@ -188,10 +188,11 @@ def emit(spec: str, config: str | None, store: str | None, as_json: bool) -> Non
 @store_option
 @json_option
 def explain(spec: str, store: str | None, as_json: bool) -> None:
-    """Say which config would run for SPEC, which step of the lookup found it, what was refused on the way, and whether
-    a store has the binary or it must be compiled."""
+    """Say which config would run for SPEC, which step of the lookup found it, what was refused on the way, whether a
+    store has the binary or it must be compiled, and what was upgraded since the entry was measured."""
     from .codegen.spec import KernelSpec
     from .runtime.loader import resolve_binaries
+    from .runtime.present import changes_since, upgrade_warning
 
     wanted = KernelSpec.parse(spec)
     resolution, _, binaries = resolve_binaries(wanted, store)
@@ -207,6 +208,7 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
                 "store": resolution.store,
                 "distance": resolution.distance,
                 "refused": [vars(refusal) for refusal in resolution.trace],
+                "upgraded": [vars(change) for change in changes_since(entry)] if entry else [],
                 "binary": {
                     "store": binaries.store,
                     "note": binaries.note,
@@ -215,7 +217,7 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
             }
         )
     else:
-        click.echo(resolution.explain(binaries.explain()))
+        click.echo(resolution.explain(binaries.explain(), upgrade_warning(resolution)))
 
 
 @main.command()
@@ -361,6 +363,51 @@ def cache_prune(other_triton: bool, store: str | None, as_json: bool) -> None:
             print_json({"store": opened.location, "pruned": count})
         else:
             click.echo(f"{count} binaries deleted from {opened.location}")
+
+
+@cache.command("drift")
+@click.option("--op", metavar="OP", help="Only this operation.")
+@click.option("--gpu", default="auto", show_default=True, metavar="NAME", help="The GPU here; others are refused.")
+@click.option("--device", metavar="DEVICE", help="The GPU to measure on, such as cuda:1.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Compile workers; one for each core by default.")
+@click.option("--all", "everything", is_flag=True, help="Also winners that were measured under the present versions.")
+@click.option("--apply", is_flag=True, help="Store the results: new winners, and the present versions of the others.")
+@click.option("--check", is_flag=True, help="Exit with code 1 if a winner is no longer the fastest.")
+@store_option
+@json_option
+def cache_drift(as_json: bool, check: bool, **options: Any) -> None:
+    """Measure your winners again after an upgrade, each against the configs that it beat.
+
+    Of your own store or the one named, the winners for the GPU here are measured whose Triton, PyTorch, driver, GPU
+    name or template differs from the present one. Without --apply nothing is written. A run with --apply that was
+    stopped continues where it was.
+
+    \b
+    Exit code 0: measured, whatever moved.
+    Exit code 1: a winner is broken (does not compile, is inaccurate) and stays in the store, or one could not be read
+    or measured; with --check, also if a winner moved and that was not applied.
+    """
+    from .tuner.drift_report import BROKEN, UNJUDGED, drift_table
+    from .tuner.drift_store import DriftRequest, drift_store
+    from .tuner.progress import standard_error_progress
+
+    result = drift_store(DriftRequest(**options), standard_error_progress("measuring"))
+    if as_json:
+        print_json(result.values())
+    elif result.rows:
+        print_table(drift_table(result.rows))
+    for row in result.rows:
+        if row.outcome in (BROKEN, UNJUDGED):
+            message(f"{row.outcome}: {row.entry.spec}: {row.notes[0]}")
+    for problem in result.damaged:
+        message(f"damaged: {problem}")
+    message(result.summary())
+    if result.stopped == "interrupt":
+        sys.exit(INTERRUPTED)
+    if result.fault:
+        raise DoratuneError(result.fault)
+    if result.failed or (check and result.outdated):
+        sys.exit(1)
 
 
 main.add_command(bench)

@@ -16,6 +16,8 @@ from .internals.versions import TESTED, installed, is_tested, tested_range
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .cache.store import Store
+
 OK, UNTESTED, MISSING, BROKEN = "ok", "untested", "missing", "broken"
 """Verdicts. doratune works here unless a finding is ``broken``."""
 
@@ -153,7 +155,7 @@ def _c_compiler() -> list[Finding]:
 
 
 def _stores(store: str | None) -> list[Finding]:
-    from .cache.stack import open_place, stack_places
+    from .cache.stack import USER, open_place, stack_places
 
     found = []
     try:
@@ -166,13 +168,29 @@ def _stores(store: str | None) -> list[Finding]:
         except DoratuneError as error:
             found.append(Finding("store", str(place), BROKEN, str(error)))
             continue
+        drifted: list[Finding] = []
         try:
             problems = opened.verify()
             count = len(opened.entries())
             remark = f"{count} entr{'y' if count == 1 else 'ies'}"
+            if place.origin == USER:
+                drifted = _drifted(opened)
         except DoratuneError as error:
             problems, remark = [str(error)], ""
         finally:
             opened.close()
         found.append(Finding("store", str(place), BROKEN if problems else OK, "; ".join(problems[:3]) or remark))
+        found += drifted
     return found
+
+
+def _drifted(store: Store) -> list[Finding]:
+    """How many of the user's entries for the GPUs here were measured under other versions, if there are any."""
+    from .runtime.present import changes_since, gpus_here
+
+    here = [entry for gpu in gpus_here() for entry in store.entries(gpu=gpu)]
+    count = sum(bool(changes_since(entry)) for entry in here)
+    if not count:
+        return []
+    remark = "were measured under other versions: `doratune cache drift` measures them again"
+    return [Finding("winners", f"{count} of {len(here)}", UNTESTED, remark)]

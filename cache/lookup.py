@@ -78,7 +78,7 @@ class Resolution:
     ``step`` is one of :data:`STEPS`. ``entry`` and ``store`` (its location) are None for the built-in default.
     ``distance`` is 0 for an exact entry and None for the default. ``trace`` holds at most :data:`REFUSALS_KEPT`
     refusals for each step, in the order of the search; ``refused`` is their full number by step. ``stack`` lists the
-    locations searched. ``weighed`` are the best offers, the chosen one first, and ``offers`` is their full number by step;
+    locations searched. ``weighed`` are the best offers, the chosen one first, and ``offers`` their full number by step;
     both are empty for an exact entry. ``bound`` says what the lookup may lose, and is None for an exact entry.
     """
 
@@ -105,14 +105,17 @@ class Resolution:
         """Whether an entry of exactly this spec says that the kernel is faster than its unfused sequence."""
         return self.step == "exact" and self.entry is not None and self.entry.evaluation.fusion_pays
 
-    def explain(self, binary: str | None = None) -> str:
+    def explain(self, binary: str | None = None, versions: str | None = None) -> str:
         """Return lines of text: the choice, why the earlier steps gave nothing, and what is known of the loss.
 
-        ``binary`` says where the binary comes from; None leaves that line out.
+        ``binary`` says where the binary comes from, ``versions`` under which other versions the entry was measured
+        (:mod:`.upgrade`); None leaves that line out.
         """
         lines = [f"spec      {self.spec}", f"step      {self.step}: {self._choice()}", f"config    {self.config}"]
         if self.entry is not None:
             lines += [f"store     {self.store}", f"tuned     {_origin(self.entry)}"]
+        if versions is not None:
+            lines.append(f"versions  {versions}")
         lines.append(f"loss      {self._loss()}")
         if self.step == "exact" and self.entry is not None and self.entry.evaluation.unfused_us is not None:
             pays = "pays" if self.fusion_pays else "does not pay"
@@ -186,10 +189,10 @@ def lookup(
     """Choose the config for ``spec`` from the stores of a ``stack``; see the module's text.
 
     ``defaults`` are the built-in configs, at least one, the default first. ``architecture`` is that of the spec's GPU
-    (``sm_90``). ``accepts`` and ``template_digest`` describe the installed templates. ``reproduces`` may refuse an exact
-    entry, the only kind whose source must be rendered as recorded. ``model`` compares configs and ``carry`` re-derives
-    them; without these offers are told apart by where they come from. Without ``exact`` the entry of this very spec is
-    left out: what would a lookup give if it were not there?
+    (``sm_90``). ``accepts`` and ``template_digest`` describe the installed templates. ``reproduces`` may refuse an
+    exact entry, the only kind whose source must be rendered as recorded. ``model`` compares configs and ``carry``
+    re-derives them; without these offers are told apart by where they come from. Without ``exact`` the entry of this
+    very spec is left out: what would a lookup give if it were not there?
 
     Raises:
         StoreError: a store cannot be read, or holds a damaged row.

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy.orm import InstrumentedAttribute
+
 from ..codegen.spec import DIMS, SPEC_FIELDS, Config, KernelSpec, SpecError
 from .distance import distance_of
 from .entry import (
@@ -158,11 +160,18 @@ def entry_of(row: EntryRow, store: str) -> Entry:
         raise _corrupt(store, row.id, values["spec"], problem) from None
 
 
-PLACE_COLUMNS = (EntryRow.id, EntryRow.spec, EntryRow.gpu, EntryRow.provenance, EntryRow.lookup_regret)
+PLACE_COLUMNS: tuple[InstrumentedAttribute[Any], ...] = (
+    EntryRow.id,
+    EntryRow.spec,
+    EntryRow.gpu,
+    EntryRow.provenance,
+    EntryRow.lookup_regret,
+)
 PLACE_COLUMNS += (EntryRow.d_out, EntryRow.d_in, EntryRow.rank, EntryRow.tokens, EntryRow.magnitude)
 """What the distance of an entry is computed from, without reading its config."""
 
-CANDIDATE_COLUMNS = (EntryRow.id, EntryRow.spec, EntryRow.config, EntryRow.template_digest, EntryRow.provenance)
+CANDIDATE_COLUMNS: tuple[InstrumentedAttribute[Any], ...] = (EntryRow.id, EntryRow.spec, EntryRow.config)
+CANDIDATE_COLUMNS += (EntryRow.template_digest, EntryRow.provenance)
 CANDIDATE_COLUMNS += (EntryRow.us, EntryRow.floor_us, EntryRow.lookup_regret, EntryRow.final)
 CANDIDATE_COLUMNS += tuple(getattr(EntryRow, name) for name in _SPEC_COLUMNS)
 

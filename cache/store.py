@@ -156,6 +156,23 @@ class Store:
             found = [entry_of(row, self.location) for row in session.scalars(query)]
         return sorted(found, key=lambda entry: str(entry.spec))  # here, because databases differ in their collation
 
+    def readable_entries(self, op: str | None = None) -> tuple[list[Entry], list[CorruptRowError]]:
+        """Return the entries, all or those of an op, sorted by spec text, and the errors of the damaged rows."""
+        query = select(EntryRow) if op is None else select(EntryRow).where(EntryRow.op == op)
+        found: list[Entry] = []
+        damaged: list[CorruptRowError] = []
+        with explained(self._where), self._reading() as session:
+            for row in session.scalars(query.order_by(EntryRow.id)):
+                try:
+                    found.append(entry_of(row, self.location))
+                except CorruptRowError as error:
+                    damaged.append(error)
+        return sorted(found, key=lambda entry: str(entry.spec)), damaged
+
+    def without(self, spec: KernelSpec) -> Store:
+        """Return this store as a lookup would see it if it had no entry of exactly ``spec``; for reading only."""
+        return _Without(self, spec)
+
     def neighbours(self, spec: KernelSpec, architecture: str, *, count: int) -> Neighbourhood:
         """Return the entries that could substitute for ``spec``, the nearest first, without ``spec`` itself.
 
@@ -313,6 +330,17 @@ class Store:
         # The two dialects' ON CONFLICT have the same methods but no common type.
         dialect = postgresql if self._engine.dialect.name == "postgresql" else sqlite
         return cast(sqlite.Insert, dialect.insert(table.__table__))
+
+
+class _Without(Store):
+    """A store in which one entry is not found."""
+
+    def __init__(self, store: Store, hidden: KernelSpec) -> None:
+        super().__init__(store._where, store._engine, readonly=True)
+        self._hidden = hidden
+
+    def get(self, spec: KernelSpec) -> Entry | None:
+        return None if spec == self._hidden else super().get(spec)
 
 
 def _matching(code_digest: str | None, triton: str | None, architecture: str | None) -> list[ColumnElement[bool]]:

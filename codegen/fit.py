@@ -1,6 +1,6 @@
 """The performance model fitted to recorded tables: which config of a spec is faster, on GPUs that were measured.
 
-The roofline model (:mod:`.cost`) knows what limits a kernel, but not how well the compiler schedules it. What is missing
+The roofline model (:mod:`.cost`) knows what limits a kernel, but not how well the compiler schedules it. The rest
 is fitted: for each variant, the logarithm of the time, relative to the other configs of the spec, is a polynomial of
 second degree in the logarithms of the parameters and of what the roofline model derives from them (:func:`features`).
 ``fit.json`` holds the coefficients; ``python -m doratune.benchmarks.tables.fit`` makes it from ``benchmarks/tables/``.

@@ -92,7 +92,10 @@ class Kernel:
         """Say which store entry and binary this kernel came from, and which others were refused and why."""
         if self._resolution is None:
             return f"{self.spec}: CPU tensors run the eager fp32-accumulating reference; no kernel is looked up"
-        return self._resolution.explain(self._binaries.explain() if self._binaries else None)
+        from .present import upgrade_warning
+
+        binary = self._binaries.explain() if self._binaries else None
+        return self._resolution.explain(binary, upgrade_warning(self._resolution))
 
     def __repr__(self) -> str:
         return f"Kernel({self.spec}, {self.config or 'eager reference'}, {self.provenance})"

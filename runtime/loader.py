@@ -134,25 +134,30 @@ def _cuda_device(index: int) -> torch.device:
 
 def explain(spec: KernelSpec | str, store: str | None = None) -> str:
     """Say which config ``load_kernel`` would run for ``spec``, which lookup step found it, which entries were refused,
-    and which store has its binary.
+    which store has its binary, and what was upgraded since its entry was measured.
 
     Raises:
         SpecError: the text is not a spec.
     """
+    from .present import upgrade_warning
+
     resolution, _, binaries = resolve_binaries(KernelSpec.parse(spec) if isinstance(spec, str) else spec, store)
-    return resolution.explain(binaries.explain())
+    return resolution.explain(binaries.explain(), upgrade_warning(resolution))
 
 
-def resolve(spec: KernelSpec, store: str | None = None, *, exact: bool = True) -> tuple[Resolution, Source]:
+def resolve(
+    spec: KernelSpec, store: str | None = None, *, without: str | None = None, exact: bool = True
+) -> tuple[Resolution, Source]:
     """Look ``spec`` up in the stores and render the config that was found, without compiling it.
 
-    An entry that no longer renders to the text it was tuned with is refused. Without ``exact`` entries of this very
-    spec are left out: the answer is what a lookup gives that must do without them.
+    An entry that no longer renders to the text it was tuned with is refused. ``without`` is the location of a store
+    that is read as if it had no entry of exactly ``spec``; without ``exact`` all stores are.
     """
     from ..codegen.render import render
 
     with _opened(store) as stack:
-        resolution = resolve_in(spec, stack, exact=exact)
+        opened = [each.without(spec) if each.location == without else each for each in stack]
+        resolution = resolve_in(spec, opened, exact=exact)
         return resolution, render(spec, resolution.config)
 
 
@@ -186,7 +191,7 @@ def _opened(store: str | None) -> Iterator[list[Store]]:
 
 
 def resolve_in(spec: KernelSpec, stack: Sequence[Store], *, exact: bool = True) -> Resolution:
-    """Look ``spec`` up in these open stores; ``exact`` as in :func:`resolve`."""
+    """Look ``spec`` up in these open stores; ``exact`` as in :func:`~doratune.cache.lookup.lookup`."""
     from ..cache.lookup import lookup
     from ..cache.weigh import Model
     from ..codegen.cost import estimate_us

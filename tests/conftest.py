@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from .postgresql import postgresql_server, postgresql_url  # noqa: F401
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")

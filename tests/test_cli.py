@@ -29,7 +29,8 @@ from doratune.cli import main
 from doratune.tuner.evaluation import Rejected
 
 from .command_line import RUNNER
-from .tuner.fakes import FakePool
+from .tuner.fakes import GPU, FakePool
+from .tuner.upgrades import FORWARD, SAME, SECOND, SWAPPED, Machine, Times, an_entry
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "kernels.json"
 SPEC = "compose_forward/d_out=64/tokens=1/activation=bf16@sm_90"
@@ -177,6 +178,7 @@ RUNS = {
     ("cache", "ls"): ["cache", "ls"],
     ("cache", "show"): ["cache", "show", SPEC],
     ("cache", "prune"): ["cache", "prune"],
+    ("cache", "drift"): None,  # measures: see below
     ("bench", "kernels"): None,  # these four measure: see tests/benchmarks and tests/gpu
     ("bench", "layer"): None,
     ("bench", "model"): None,
@@ -478,6 +480,8 @@ MISTAKES = [
     (["cache", "ls", "--gpu", "h20"], ["unknown GPU 'h20'; did you mean h200"]),
     (["cache", "ls", "--store", ""], ["not a file; use a file path"]),
     (["cache", "path", "--store", "sqlite://"], ["not a plain file", "use a file path, sqlite:////absolute/path"]),
+    (["cache", "drift", "--op", "compose_forwards"], ["'compose_forwards'; did you mean compose_forward"]),
+    (["cache", "drift", "--jobs", "0"], ["'--jobs': 0 is not in the range"]),
     (["cache", "frobnicate"], ["No such command 'frobnicate'"]),
     (["tunes"], ["No such command 'tunes'"]),
     (["explain"], ["Missing argument 'SPEC'"]),
@@ -706,6 +710,102 @@ def test_an_entry_nobody_has_is_a_failure_that_points_to_explain(tuned: Tuned) -
     other = SPEC.replace("d_out=64", "d_out=96")
     message = mistake(run("cache", "show", other, home=tuned.home), 1)
     assert message == f"no store has an entry for {other}; `doratune explain` says what would run instead"
+
+
+# After an upgrade.
+
+Upgraded = Callable[..., Result]
+
+
+@pytest.fixture
+def upgraded(home: Path, monkeypatch: pytest.MonkeyPatch) -> Upgraded:
+    """Run ``doratune cache drift`` on a store with one winner, from before an upgrade of the driver."""
+    monkeypatch.setattr("doratune.tuner.drift.CompilePool", FakePool)
+    monkeypatch.setattr(FakePool, "crashing", staticmethod(lambda config: None))
+    home.mkdir()
+    with Store.open(home / "store.sqlite", create=True) as store:
+        store.put(an_entry())
+
+    def drift(times: Times, *args: str, broken: bool = False) -> Result:
+        machine = Machine(times)
+        if broken:
+            machine.faults[FORWARD] = Rejected("inaccurate: y is off by 3")
+        monkeypatch.setattr("doratune.tuner.drift_store.choose_evaluators", lambda request: (GPU, [machine]))
+        return run("cache", "drift", *args, home=home)
+
+    return drift
+
+
+@pytest.mark.parametrize(
+    ("times", "args", "broken", "exit_code"),
+    [
+        (SAME, [], False, 0),
+        (SAME, ["--check"], False, 0),
+        (SWAPPED, [], False, 0),
+        (SWAPPED, ["--check"], False, 1),
+        (SWAPPED, ["--check", "--apply"], False, 0),
+        (SAME, [], True, 1),
+        (SAME, ["--apply"], True, 0),
+    ],
+)
+def test_the_exit_code_says_whether_the_store_can_be_left_as_it_is(
+    upgraded: Upgraded, times: Times, args: list[str], broken: bool, exit_code: int
+) -> None:
+    assert upgraded(times, *args, broken=broken).exit_code == exit_code
+
+
+def test_what_moved_is_a_table_and_a_sentence(upgraded: Upgraded) -> None:
+    result = upgraded(SWAPPED)
+    said = done(result)
+    for part in ("moved", "driver 550.54", "compose_forward/", "5."):
+        assert part in said
+    assert "1 measured again in" in result.stderr
+    assert "1 moved, the worst by 5." in result.stderr
+    assert "nothing was written; --apply writes it to the store" in result.stderr
+
+
+def test_what_moved_as_json(upgraded: Upgraded, home: Path) -> None:
+    data = json.loads(done(upgraded(SWAPPED, "--json")))
+    assert (data["schema"], data["store"], data["gpu"]) == (1, str(home / "store.sqlite"), "h200")
+    (row,) = data["rows"]
+    assert (row["outcome"], row["config"], row["fastest"]) == ("moved", str(FORWARD), str(SECOND))
+    assert row["loss"] == pytest.approx(0.05, abs=0.003)
+    assert row["changes"] == [{"what": "driver", "then": "550.54", "here": "580.1"}]
+    assert not row["adopted"]
+
+
+def test_apply_stores_the_new_winner_and_a_second_run_has_nothing_to_do(upgraded: Upgraded, home: Path) -> None:
+    assert "moved, adopted" in done(upgraded(SWAPPED, "--apply"))
+    again = upgraded(SWAPPED, "--apply")
+    assert done(again) == ""
+    assert "1 skipped: measured under the present versions" in again.stderr
+    shown = json.loads(done(run("cache", "show", str(an_entry().spec), "--json", home=home)))["entries"][0]
+    assert (shown["config"], shown["driver"]) == (str(SECOND), "580.1")
+
+
+def test_a_broken_winner_is_told_with_its_reason(upgraded: Upgraded) -> None:
+    result = upgraded(SAME, broken=True)
+    assert f"broken: {an_entry().spec}: inaccurate: y is off by 3" in result.stderr
+
+
+def test_apply_to_a_store_that_cannot_be_written_is_refused(
+    upgraded: Upgraded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    message = mistake(upgraded(SWAPPED, "--apply"), 1)
+    assert "cannot be written" in message
+    assert "store.sqlite" in message
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_nothing_can_be_measured_again(tuned: Tuned) -> None:
+    message = mistake(run("cache", "drift", home=tuned.home), 2)
+    assert message.startswith("cache drift measures kernels, and PyTorch sees no GPU")
+
+
+def test_without_a_store_there_is_nothing_to_measure_again(home: Path) -> None:
+    assert "there is no such file" in mistake(run("cache", "drift", home=home), 1)
+    assert not home.exists()
 
 
 # As a process of its own.

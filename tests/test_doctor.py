@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from doratune import doctor
+from doratune.cache.entry import PREDICTED
 from doratune.cache.store import Store
 from doratune.cli import main
 from doratune.internals import torch as torch_internals
 from doratune.internals import versions
+from doratune.runtime import present
 
 from .cache.world import a_spec, an_entry
 from .command_line import RUNNER
@@ -73,6 +77,46 @@ def test_stores_are_counted_and_broken_ones_named(tmp_path: Path) -> None:
     assert first.verdict == doctor.BROKEN
     assert str(path) in first.remark
     assert others, "the prebuilt ones are looked at all the same"
+
+
+@pytest.fixture
+def gpu_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the driver's tool prints of the GPU."""
+    monkeypatch.setattr(present, "_QUERY", ["echo", request.param])
+    present._boards.cache_clear()
+    yield
+    present._boards.cache_clear()
+
+
+@pytest.mark.usefixtures("gpu_here")
+@pytest.mark.parametrize(
+    ("gpu_here", "expected"),
+    [
+        ("NVIDIA H200, 590.2, 9.0", ["1 of 3"]),
+        ("NVIDIA H200, 580.1, 9.0", []),
+        ("NVIDIA H100 80GB HBM3, 590.2, 9.0", []),
+    ],
+    indirect=["gpu_here"],
+)
+def test_winners_from_before_an_upgrade_are_counted_in_the_users_own_store(
+    expected: list[str], home: Path, tmp_path: Path
+) -> None:
+    here = replace(present.present_environment("h200"), architecture="sm_90")
+    versions = {"triton": here.triton, "torch": here.torch}
+    entries = [
+        replace(an_entry(a_spec()), environment=replace(an_entry().environment, **versions)),  # under driver 580.1
+        replace(an_entry(a_spec(rank=64)), environment=here),
+        an_entry(a_spec("a100")),
+        an_entry(a_spec(rank=32), PREDICTED),
+    ]
+    with Store.open(tmp_path / "team.sqlite", create=True) as store:
+        store.put_all(entries)
+    assert found("winners", str(tmp_path / "team.sqlite")) == []
+    home.mkdir()
+    (tmp_path / "team.sqlite").rename(home / "store.sqlite")
+    winners = found("winners")
+    assert [finding.found for finding in winners] == expected
+    assert all(finding.verdict == doctor.UNTESTED and "cache drift" in finding.remark for finding in winners)
 
 
 def test_nothing_is_written(home: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,9 +23,9 @@ class Rejected(DoratuneError):
 
 
 class ContextLostError(Rejected):
-    """A candidate faulted and destroyed the process's GPU context: it is rejected, and the run must end.
+    """A candidate faulted and destroyed the GPU context of the process that ran it: only a new process can go on.
 
-    The same command continues in a new process without the candidate.
+    :class:`~.isolation.IsolatedEvaluator` replaces the process and raises a plain :class:`Rejected`.
     """
 
 
@@ -49,6 +49,23 @@ class LaunchFailureError(GpuLostError):
     """The GPU context ended with an error that a failing GPU or a faulty kernel can cause."""
 
 
+class ContenderFailed(DoratuneError):
+    """A source of a final failed. The caller drops it and repeats the final without it.
+
+    Attributes:
+        index: its place among the sources of the call.
+        cause: the failure, as :meth:`Evaluator.evaluate` would have raised it.
+    """
+
+    def __init__(self, index: int, cause: DoratuneError) -> None:
+        super().__init__(str(cause))
+        self.index = index
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[ContenderFailed], tuple[int, DoratuneError]]:
+        return type(self), (self.index, self.cause)
+
+
 BROKEN = (BrokenToolchainError, BrokenEnvironmentError)
 """The failures after which no candidate can be judged."""
 
@@ -68,16 +85,34 @@ class Resources:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class FinalTimes:
+    """The rounds of a final.
+
+    Attributes:
+        samples_us: microseconds of one call, for each source one a round; sample i of every source is from round i.
+        settled: the order held before the budget of rounds ended.
+        notices: what disturbed the rounds, in words; empty if nothing did.
+    """
+
+    samples_us: tuple[tuple[float, ...], ...]
+    settled: bool
+    notices: tuple[str, ...] = ()
+
+
 class Evaluator(ABC):
-    """Judges candidates, one at a time, in the process of the search.
+    """Judges candidates, one at a time. Each call blocks, and only one is under way at a time.
 
     Attributes:
         provenance: ``measured`` or ``predicted``, as in :class:`~doratune.cache.entry.Evaluation`.
         gpu: the GPU the times are for.
+        running: called right before code of a candidate runs, with its place among the sources of the call; with None
+            before several run in turn. From then on a crash or a hang is a candidate's doing.
     """
 
     provenance: ClassVar[str]
     gpu: Gpu
+    running: Callable[[int | None], None] = staticmethod(lambda index: None)
 
     @abstractmethod
     def environment(self) -> Environment:
@@ -107,6 +142,17 @@ class Evaluator(ABC):
 
         Raises:
             Rejected, CompileError: one of them does not run.
+            Undecided, ToolchainError: they could not be timed.
+        """
+        return None
+
+    def final(self, sources: Sequence[Source]) -> FinalTimes | None:
+        """Time ``sources`` of one spec in turn, in rounds, until their order is settled or the budget of rounds ends.
+
+        The order of ``sources`` does not matter for the times. An evaluator that measures nothing returns None.
+
+        Raises:
+            ContenderFailed: one of them does not run.
             Undecided, ToolchainError: they could not be timed.
         """
         return None

@@ -29,8 +29,20 @@ class SilentProgress:
     def start(self, total: int, kept: int) -> None:
         """A run of ``total`` kernels begins, ``kept`` of which the store has already."""
 
-    def current(self, spec: KernelSpec, trials: int, budget: int, best_us: float | None, floor_us: float) -> None:
-        """A kernel has seen ``trials`` of at most ``budget`` configs; ``best_us`` is the fastest so far."""
+    def current(
+        self,
+        spec: KernelSpec,
+        trials: int,
+        budget: int,
+        best_us: float | None,
+        floor_us: float,
+        incumbent_us: float | None = None,
+    ) -> None:
+        """A kernel has seen ``trials`` of at most ``budget`` configs; ``best_us`` is the fastest so far,
+        ``incumbent_us`` the time of what runs today."""
+
+    def queue(self, compiling: int) -> None:
+        """So many compiles are waited for."""
 
     def done(self, spec: KernelSpec, outcome: str, us: float | None, floor_us: float) -> None:
         """A kernel is finished: ``tuned``, ``partial`` or ``failed``."""
@@ -69,12 +81,15 @@ class LineProgress(SilentProgress):
 
 
 class BarProgress(SilentProgress):
-    """A bar on a terminal: kernels done, time left, the current kernel and its best time against its floor."""
+    """A bar on a terminal: kernels done, time left, the current kernel and its best time against its floor.
 
-    def __init__(self, console: Console) -> None:
+    ``doing`` is the word before the bar.
+    """
+
+    def __init__(self, console: Console, doing: str = "tuning") -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("tuning"),
+            TextColumn(doing),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -93,7 +108,15 @@ class BarProgress(SilentProgress):
             self.note(f"{kept} of {total} kernels kept from the store")
         self._bar.start()
 
-    def current(self, spec: KernelSpec, trials: int, budget: int, best_us: float | None, floor_us: float) -> None:
+    def current(
+        self,
+        spec: KernelSpec,
+        trials: int,
+        budget: int,
+        best_us: float | None,
+        floor_us: float,
+        incumbent_us: float | None = None,
+    ) -> None:
         if self._task is not None:
             best = "" if best_us is None else f" best {best_us:.1f} us, floor {floor_us:.1f}"
             self._bar.update(self._task, description=f"{spec} {trials}/{budget}{best}")
@@ -109,7 +132,7 @@ class BarProgress(SilentProgress):
         self._bar.stop()
 
 
-def standard_error_progress() -> SilentProgress:
+def standard_error_progress(doing: str = "tuning") -> SilentProgress:
     """The progress that suits standard error: a bar when it is a terminal, else lines."""
     console = Console(stderr=True)
-    return BarProgress(console) if console.is_terminal else LineProgress(sys.stderr)
+    return BarProgress(console, doing) if console.is_terminal else LineProgress(sys.stderr)

@@ -1,30 +1,34 @@
 """The search: from specs to winners in the store.
 
-Each spec has one Optuna study (see :mod:`.studies`). Its first configs are the variants' seeds, the winner of the
-nearest token bucket, what a store already knows, and the performance model's shortlist; after that Optuna's sampler
-proposes. Several studies are under way at once, so that the workers compile for some while this process evaluates, one
-candidate at a time, for another. Token buckets of one shape follow one another, since a winner mostly holds for its
-neighbours too.
+Each spec has one Optuna study (see :mod:`.studies`). Its first configs are the incumbents, the best of the nearest
+token bucket, what did well for similar specs, the variants' seeds and the performance model's shortlist; after that
+Optuna's sampler proposes. The best of them play a final against the incumbents (:mod:`.kernel_search`). Several
+searches are under way at once, so that the workers compile for some while each GPU, a *lane*, measures for another.
+Token buckets of one shape, a *family*, follow one another on one lane, since a winner mostly holds for its neighbours
+too; which families this process searches is decided with the other workers, if there are any (:mod:`.campaign`).
 
 **What is kept.** A winner is stored as soon as its search ends, and its binaries soon after. A spec is skipped when the
 store has an entry of the same template whose provenance is better, or equal with a finished search of at least this
-effort: the study says so, or, without the study, the entry was tuned with at least the effort's patience in trials. At
-the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
+effort: the study says so, or, without the study, the entry was tuned with at least the effort's least patience in
+trials. At the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
 kernels are timed against their unfused sequence (:mod:`.fusion`).
 
 **What fails.** Only a property of a config is recorded against it: a compile error, a limit exceeded, a compiler that
-crashes or does not end, an inaccurate result, a memory fault. Any other failure (a disk, a tool, the GPU, memory, a
-killed worker) says nothing about the config: the next run tries it again. If no candidate can be judged any more, the
-run ends and says why (``TuneResult.fault``): at once if the cause is known, else after :data:`IN_A_ROW` candidates.
+crashes or does not end, an inaccurate result, a memory fault, a kernel that hangs. Any other failure (a disk, a tool,
+the GPU, memory, a killed worker) says nothing about the config: the next run tries it again. A lane on which no
+candidate can be judged any more is given up, at once if the cause is known, else after
+:data:`~.kernel_search.IN_A_ROW` candidates; without lanes the run ends and says why (``TuneResult.fault``).
 
-**Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidate under evaluation is finished and nothing new is
-started. A search cut short stores its best so far only when all its seeds were tried, and stays open: the next run
-continues from its trials. A run that is killed loses the candidates under way.
+**Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidates under evaluation are finished and nothing new
+is started; after the time limit, searches that have tried their seeds still play their finals, for at most
+:data:`LAST_FINALS_SECONDS`. A search cut short stores its best so far only when all its seeds were tried, and stays
+open: the next run continues from its trials. A run that is killed loses the candidates under way.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import threading
 import time
@@ -32,61 +36,60 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from types import FrameType
 
 import optuna
 
 from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Entry
 from ..cache.store import Store
-from ..codegen.compile import CompileError, judge_failure
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
-from ..codegen.variants import check_config, default_config
-from ..errors import DoratuneError
+from ..codegen.variants import check_config
+from ..errors import UsageError
+from .campaign import Campaign
 from .effort import STANDARD, Budget, Effort
-from .evaluation import (
-    BROKEN,
-    ContextLostError,
-    Evaluator,
-    GpuMemoryError,
-    LaunchFailureError,
-    Rejected,
-    floor_us,
-)
+from .evaluation import BROKEN, ContextLostError, Evaluator, floor_us
 from .fusion import composition_of, needs_timing, with_unfused_time
+from .incumbents import Incumbents, built_in
+from .kernel_search import BEHIND, FINAL, OVER, TRYING, KernelSearch, Lane
+from .launcher import was_launched
 from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, Tuned, TuneResult
 from .packing import Packing
 from .predict import shortlist
 from .progress import SilentProgress
+from .sampler import ModelSampler
 from .space import Space
-from .studies import (
-    Candidate,
-    KernelStudy,
-    searched_with,
-    study_name,
-)
+from .studies import KernelStudy, searched_with, study_name
 from .study_storage import default_study_storage, open_study_storage, quiet, release
 from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 
-BEHIND = 1.25
-"""A candidate whose estimate is more than this many times the best one so far is not compiled."""
+SIBLINGS = 4
+"""How many of the best configs of the nearest token bucket are tried for the next one."""
 
-IN_A_ROW = 3
-"""After this many candidates in a row that cannot be judged the run ends; if their tensors do not fit the GPU's memory,
-only the search of that kernel."""
+LAST_FINALS_SECONDS = 20.0
+"""How long the searches that a time limit cut short may take for their finals."""
 
 _STUDIES_PER_WORKER = 2
 _RANKS = (DEFAULT, PREDICTED, MEASURED)
-_VERDICTS = (Rejected, CompileError)
-"""The failures that are a property of the config: trying it again would give the same."""
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Parts of a search that a replay of recorded times replaces; None leaves a part as it is."""
+
+    pool: Callable[[Gpu, int | None], CompilePool] | None = None
+    space: Callable[..., Space] | None = None
+    """Takes the arguments of :class:`~.space.Space`."""
+    sampler: Callable[[Space, int], optuna.samplers.BaseSampler] | None = None
+    """Makes Optuna's sampler for a space from a seed."""
+    storage: optuna.storages.BaseStorage | None = None
 
 
 def tune(
     specs: Sequence[KernelSpec],
     *,
-    evaluator: Evaluator,
+    evaluators: Sequence[Evaluator],
     store: Store,
     gpu: Gpu,
     effort: Effort = STANDARD,
@@ -94,17 +97,21 @@ def tune(
     timeout: float | None = None,
     jobs: int | None = None,
     study_storage: str | None = None,
-    known: Callable[[KernelSpec], Config | None] | None = None,
+    incumbents: Callable[[KernelSpec], Incumbents] | None = None,
     binaries: bool = True,
     progress: SilentProgress | None = None,
+    stand_ins: StandIns | None = None,
 ) -> TuneResult:
     """Find and store the best config of every spec, as far as ``effort`` and ``timeout`` (seconds) allow.
 
-    ``trials`` replaces the effort's number of configs for each kernel. ``jobs`` is the number of compile workers, by
-    default one for each core. ``study_storage`` is the path of a SQLite file or a URL for Optuna, by default a
-    file in the user's folder. ``known`` returns a config that did well for a similar spec, which is tried early.
-    ``binaries`` also stores the compiled kernels of the winners.
-    The evaluator is closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
+    Each of ``evaluators`` judges the candidates of some of the kernels at the same time as the others, on a GPU of its
+    own; all are of one GPU model and of equal provenance. ``trials`` replaces the effort's number of configs for each
+    kernel. ``jobs`` is the number of compile workers, by default one for each core. ``study_storage`` is the path of a
+    SQLite file or a URL for Optuna, by default a file in the user's folder; workers that share it share the work.
+    ``incumbents`` returns what lookups give for a spec; by default that is the entry of ``store`` and the built-in
+    default. ``binaries`` also stores the compiled kernels of the winners. ``stand_ins`` replaces parts of the search
+    for a replay without a compiler or a GPU.
+    The evaluators are closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
     since the workers import the main module.
 
     If nothing can be compiled or measured any more, the run ends and the result says why. Nothing of this is recorded:
@@ -116,15 +123,19 @@ def tune(
         UsageError: ``trials`` is below 1.
     """
     quiet()
-    budget = effort.budget(evaluator.provenance)
+    if not evaluators:
+        raise UsageError("tune needs at least one evaluator")
+    provenance = evaluators[0].provenance
+    budgets = (effort.budget(provenance), effort.known if provenance == MEASURED else effort.predict)
     if trials is not None:
-        budget = budget.with_trials(trials)
+        budgets = tuple(budget.with_trials(trials) for budget in budgets)  # type: ignore[assignment]
     url = study_storage or default_study_storage()
     deadline = None if timeout is None else time.monotonic() + timeout
-    pool = CompilePool(gpu, jobs)
-    storage = open_study_storage(url)
+    given = stand_ins or StandIns()
+    pool = (given.pool or CompilePool)(gpu, jobs)
+    storage = given.storage or open_study_storage(url)
     said = progress or SilentProgress()
-    run = _Run(evaluator, store, gpu, effort, budget, storage, url, pool, known, binaries, said)
+    run = _Run(evaluators, store, gpu, effort, budgets, storage, url, pool, incumbents, binaries, said, given)
     try:
         with _interruption(run):
             run.search(list(dict.fromkeys(specs)), deadline)
@@ -133,7 +144,8 @@ def tune(
     finally:
         run.progress.close()
         pool.close()
-        evaluator.close()
+        for lane in run.lanes:
+            lane.close()
         release(storage)
     return TuneResult(tuple(run.row(spec) for spec in specs), run.stopped, run.fault)
 
@@ -159,84 +171,189 @@ def _interruption(run: _Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@dataclass
-class _Search:
-    """A spec's search under way: its study and the batch that is being compiled."""
-
-    study: KernelStudy
-    floor_us: float
-    first: Iterator[Config]
-    best_estimate: float
-    batch: list[tuple[Candidate, Source, Future[Compiled]]]
-
-    @property
-    def spec(self) -> KernelSpec:
-        return self.study.space.spec
-
-    @property
-    def compiled(self) -> bool:
-        return all(future.done() for _, _, future in self.batch)
-
-
-@dataclass
 class _Run:
-    evaluator: Evaluator
-    store: Store
-    gpu: Gpu
-    effort: Effort
-    budget: Budget
-    storage: optuna.storages.BaseStorage
-    url: str
-    pool: CompilePool
-    known: Callable[[KernelSpec], Config | None] | None
-    binaries: bool
-    progress: SilentProgress
-    stopped: str = ""
-    fault: str = ""
+    """One call of :func:`tune`.
 
-    def __post_init__(self) -> None:
-        self._undecided_in_a_row = 0
+    ``budgets`` are that of a search from scratch and that of one which begins with the winner of almost the same
+    kernel.
+    """
+
+    def __init__(
+        self,
+        evaluators: Sequence[Evaluator],
+        store: Store,
+        gpu: Gpu,
+        effort: Effort,
+        budgets: tuple[Budget, Budget],
+        storage: optuna.storages.BaseStorage,
+        url: str,
+        pool: CompilePool,
+        incumbents: Callable[[KernelSpec], Incumbents] | None,
+        binaries: bool,
+        progress: SilentProgress,
+        stand_ins: StandIns,
+    ) -> None:
+        self.store, self.gpu, self.effort, self.progress = store, gpu, effort, progress
+        self.budget, self.known_budget = budgets
+        self.storage, self.url, self.pool, self.binaries = storage, url, pool, binaries
+        self.provenance = evaluators[0].provenance
+        self.lanes = [Lane(evaluator, self._show) for evaluator in evaluators]
+        self.stopped = self.fault = ""
+        shared = "://" in url and not url.startswith("sqlite:")
+        self._alone = not shared and not was_launched(os.environ)
+        self._space = stand_ins.space or Space
+        self._sampler = stand_ins.sampler or ModelSampler
+        self._incumbents = incumbents
         self._rows: dict[KernelSpec, Tuned] = {}
         self._deadline: float | None = None
-        self._environment = self.evaluator.environment()
-        self._packing = Packing(self.store, self.pool, self._environment, self.progress)
+        self._best: dict[KernelSpec, list[tuple[int, list[Config]]]] = {}
+        """Of each family: the token buckets finished in this run with their best configs."""
 
     def row(self, spec: KernelSpec) -> Tuned:
         return self._rows.get(spec) or Tuned(spec, UNFINISHED, self.store.get(spec), "not begun")
 
     def search(self, specs: list[KernelSpec], deadline: float | None) -> None:
         self._deadline = deadline
-        spaces = {spec: Space(spec, self.gpu) for spec in specs}
-        for spec in specs:
-            entry = self._kept(spaces[spec])
-            if entry is not None:
-                self._rows[spec] = Tuned(spec, KEPT, entry, "in the store already")
-        self.progress.start(len(specs), len(self._rows))
+        self._environment = self.lanes[0].evaluator.environment()
+        self._packing = Packing(self.store, self.pool, self._environment, self.progress)
         families: dict[KernelSpec, list[KernelSpec]] = {}
         for spec in specs:
-            if spec not in self._rows:
+            entry = self._kept(spec)
+            if entry is not None:
+                self._keep(entry)
+            else:
                 families.setdefault(_family(spec), []).append(spec)
-        active: dict[KernelSpec, _Search] = {}
-        most = max(2, _STUDIES_PER_WORKER * (self.pool.jobs or default_jobs()))
-        while (families or active) and not self._stopping():
-            # One search at a time in a family: the next token bucket starts from its winner.
-            for family in [f for f in families if f not in active][: most - len(active)]:
-                active[family] = self._begin(spaces[families[family].pop(0)])
-                if not families[family]:
-                    del families[family]
-            ready = next((family for family, search in active.items() if search.compiled), None)
-            if ready is None:
-                waiting = [future for search in active.values() for _, _, future in search.batch if not future.done()]
-                self.pool.wait(waiting, POLL_SECONDS)
-                continue
-            search = active.pop(ready)
-            if self._evaluate(search):
-                active[ready] = search  # at the end of the queue
-            self._store_binaries()
-        for search in active.values():
-            self._cut_short(search)
+        self.progress.start(len(specs), len(self._rows))
+
+        def lacks(family: KernelSpec) -> bool:
+            """Whether the store still needs a spec of the family; what other workers have tuned is a row of ours."""
+            for spec in families[family]:
+                entry = None if spec in self._rows else self._kept(spec)
+                if entry is not None:
+                    self._keep(entry)
+                    self.progress.done(spec, KEPT, entry.evaluation.us, floor_us(spec, self.gpu))
+            return any(spec not in self._rows for spec in families[family])
+
+        campaign = Campaign(
+            self.storage,
+            list(families),
+            lacks=lacks,
+            environment=self._environment,
+            provenance=self.provenance,
+            url=self.url,
+            all_at_once=self._alone,
+            lanes=len(self.lanes),
+        )
+        try:
+            self._share_out(campaign, families)
+        finally:
+            campaign.close()
         self._time_fusions()
         self._finish_binaries()
+
+    def _share_out(self, campaign: Campaign, families: dict[KernelSpec, list[KernelSpec]]) -> None:
+        """Search the families that the campaign gives this worker."""
+        active: dict[KernelSpec, tuple[KernelSearch, Lane]] = {}
+        turns: dict[Future[None], KernelSpec] = {}
+        most = max(2, _STUDIES_PER_WORKER * (self.pool.jobs or default_jobs()))
+        said = 0
+        while (active or campaign.waiting) and not self._stopping():
+            while len(active) < most and (family := campaign.claim()) is not None:
+                lane = min(self._lanes(), key=lambda lane: sum(of is lane for _, of in active.values()))
+                active[family] = self._next(families[family]), lane
+            for notice in campaign.notices[said:]:
+                self.progress.note(notice)
+            said = len(campaign.notices)
+            self._start_turns(active, turns)
+            if not active:
+                time.sleep(POLL_SECONDS)
+                continue
+            compiling = [future for search, _ in active.values() for future in search.waiting]
+            self.progress.queue(len(compiling))
+            self.pool.wait([*turns, *compiling], POLL_SECONDS)
+            for turn in [turn for turn in turns if turn.done()]:
+                family = turns.pop(turn)
+                self._after_turn(turn, family, active, campaign, families[family])
+            self._store_binaries()
+        for turn in turns:  # the candidates under evaluation are finished
+            turn.result()
+        self._last_finals(active)
+        for search, _ in active.values():
+            self._cut_short(search)
+        for family, reason in campaign.given_up.items():
+            for spec in families[family]:
+                self._rows.setdefault(spec, Tuned(spec, FAILED, self.store.get(spec), reason))
+
+    def _lanes(self) -> list[Lane]:
+        """The lanes that can still judge candidates."""
+        return [lane for lane in self.lanes if not lane.lost]
+
+    def _start_turns(
+        self, active: dict[KernelSpec, tuple[KernelSearch, Lane]], turns: dict[Future[None], KernelSpec]
+    ) -> None:
+        """Give each idle lane a search whose candidates are compiled; those that waited longest go first."""
+        for lane in self._lanes():
+            if lane.search is not None:
+                continue
+            ready = (family for family, (search, of) in active.items() if of is lane and not search.waiting)
+            family = next(ready, None)
+            if family is not None:
+                turns[lane.start(active[family][0], self._stopping)] = family
+
+    def _after_turn(
+        self,
+        turn: Future[None],
+        family: KernelSpec,
+        active: dict[KernelSpec, tuple[KernelSearch, Lane]],
+        campaign: Campaign,
+        specs: list[KernelSpec],
+    ) -> None:
+        """Take a search back from its lane and decide how it goes on."""
+        search, lane = active.pop(family)
+        lane.search = None
+        turn.result()  # raises what is no property of a candidate, such as a lost database
+        if not campaign.holds(family):
+            return  # another worker has it
+        if search.broken:
+            self._lose(lane, search.broken, active)
+            if not search.given_up and not self.fault:
+                search.broken = ""
+                active[family] = search, self._lanes()[0]
+                return
+        if search.given_up:
+            lane.evaluator.finish(search.spec)
+            self._give_up(search)
+        elif search.stage == OVER:
+            lane.evaluator.finish(search.spec)
+            self._close(search, TUNED, search.study.stop(search.budget) or "no configs left")
+        else:
+            self._go_on(search)
+            active[family] = search, lane  # at the end of the queue
+            return
+        if self.fault:
+            return
+        if any(spec not in self._rows for spec in specs):
+            active[family] = self._next(specs), lane
+        else:
+            campaign.finished(family)
+
+    def _lose(self, lane: Lane, reason: str, active: dict[KernelSpec, tuple[KernelSearch, Lane]]) -> None:
+        """Give up a lane on which nothing can be judged: its searches go to the others, or the run ends."""
+        lane.lost = reason
+        if not self._lanes():
+            self._break_off(f"{reason}. The same command continues from here")
+            return
+        self.progress.note(f"one of {len(self.lanes)} GPUs is given up: {reason}")
+        for family, (search, of) in [*active.items()]:
+            if of is lane:
+                active[family] = search, self._lanes()[0]
+
+    def _go_on(self, search: KernelSearch) -> None:
+        """Start what a search needs for its next turn."""
+        if search.batch or search.fill(self.pool, self.effort.batch):
+            return
+        search.study.finish(self.budget)
+        search.begin_final(self.pool)
 
     def _break_off(self, fault: str) -> None:
         """End the run because of a fault of the machine."""
@@ -247,180 +364,150 @@ class _Run:
             self.stopped = "timeout"
         return bool(self.stopped)
 
-    def _kept(self, space: Space) -> Entry | None:
-        entry = self.store.get(space.spec)
-        if entry is None or check_config(space.spec, entry.config, self.gpu) is not None:
+    def _keep(self, entry: Entry) -> None:
+        """Note the row of an entry that needs no search; what played in its final are starts for its neighbours."""
+        spec = entry.spec
+        self._rows[spec] = Tuned(spec, KEPT, entry, "in the store already")
+        played = entry.final.contenders if entry.final is not None else ()
+        configs = list(dict.fromkeys((entry.config, *(contender.config for contender in played))))
+        self._best.setdefault(_family(spec), []).append((spec.tokens, configs[:SIBLINGS]))
+
+    def _kept(self, spec: KernelSpec) -> Entry | None:
+        entry = self.store.get(spec)
+        if entry is None or check_config(spec, entry.config, self.gpu) is not None:
             return None
-        digest = template_digest(space.spec.op, entry.config.variant)
+        digest = template_digest(spec.op, entry.config.variant)
         if entry.template_digest != digest:
-            if render(space.spec, entry.config).digest != entry.source_digest:
+            if render(spec, entry.config).digest != entry.source_digest:
                 return None
             entry = replace(entry, template_digest=digest)  # the template changed, but not its source for this spec
             self.store.put(entry)
-        ours, theirs = _RANKS.index(self.evaluator.provenance), _RANKS.index(entry.evaluation.provenance)
+        ours, theirs = _RANKS.index(self.provenance), _RANKS.index(entry.evaluation.provenance)
         if theirs != ours:
             return entry if theirs > ours else None
         if entry.evaluation.trials >= self.budget.trials:
             return entry
-        name = study_name(space, self._environment, self.evaluator.provenance)
+        name = study_name(self._space(spec, self.gpu), self._environment, self.provenance)
         finished = searched_with(self.storage, name, self.url)
         if finished is None:
-            return entry if entry.evaluation.trials >= self.budget.patience else None
+            return entry if entry.evaluation.trials >= self.known_budget.patience else None
         return entry if finished >= self.budget.trials else None
 
-    def _begin(self, space: Space) -> _Search:
-        spec = space.spec
-        estimates = {config: self.evaluator.screen(spec, config) for config in space.seeds}
-        known = [us for us in estimates.values() if us is not None]
-        best_estimate = min(known, default=float("inf"))
+    def _next(self, specs: Sequence[KernelSpec]) -> KernelSearch:
+        """Begin the search of the first of a family's specs that has no row yet."""
+        spec = next(spec for spec in specs if spec not in self._rows)
+        incumbents = self._incumbents_of(spec)
+        space = self._space(spec, self.gpu, (*incumbents.configs, *incumbents.starts))
+        screen = self.lanes[0].evaluator.screen
+        estimates = {config: screen(spec, config) for config in space.seeds}
+        best_estimate = min((us for us in estimates.values() if us is not None), default=float("inf"))
         seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
-        floor = floor_us(spec, self.gpu)
-        name = study_name(space, self._environment, self.evaluator.provenance)
-        study = KernelStudy(space, self.storage, name, seeds=seeds, floor_us=floor, url=self.url)
-        elsewhere = (self._neighbour(spec), self.known(spec) if self.known else None)
-        before = self.store.get(spec)  # from an older template or a lower effort: a good start
+        siblings = self._siblings(spec)
+        known = self.provenance == MEASURED and (incumbents.known or bool(siblings))
+        study = KernelStudy(
+            space,
+            self.storage,
+            study_name(space, self._environment, self.provenance),
+            seeds=incumbents.configs if known else seeds,
+            floor_us=floor_us(spec, self.gpu),
+            url=self.url,
+            sampler=self._sampler,
+        )
         first = itertools.chain(
-            () if before is None else (before.config,),
+            incumbents.configs,
+            siblings,
+            incumbents.starts,
             seeds,
-            (config for config in elsewhere if config is not None),
             _lazily(lambda: shortlist(space, self.effort.shortlist)),
         )
-        search = _Search(study, floor, first, best_estimate, [])
+        search = KernelSearch(
+            study,
+            incumbents,
+            self.known_budget if known else self.budget,
+            self.effort,
+            first,
+            screen,
+            best_estimate,
+        )
         self._show(search)
-        self._fill(search, max(self.effort.batch, 1 + len(seeds) + len(elsewhere)))
+        count = len(incumbents.configs) + (len(siblings) if known else 1 + len(seeds))
+        if not search.fill(self.pool, max(self.effort.batch, count)):
+            self._go_on(search)
         return search
 
-    def _neighbour(self, spec: KernelSpec) -> Config | None:
-        """The winner of the nearest token bucket of the same shape that this run has finished or kept."""
-        found = [
-            (abs(other.tokens.bit_length() - spec.tokens.bit_length()), other.tokens, row.entry.config)
-            for other, row in self._rows.items()
-            if row.entry is not None and other != spec and _family(other) == _family(spec)
-        ]
-        return min(found)[2] if found else None
+    def _incumbents_of(self, spec: KernelSpec) -> Incumbents:
+        found = built_in(spec, self.gpu) if self._incumbents is None else self._incumbents(spec)
+        before = self.store.get(spec)  # from an older template or a lower effort
+        if before is not None and check_config(spec, before.config, self.gpu) is None:
+            stored = (before.config, "exact")
+            found = replace(found, played=tuple(dict.fromkeys((stored, *found.played))))
+        return found
 
-    def _fill(self, search: _Search, count: int) -> None:
-        """Start compiling the next candidates: at most ``count``, within the budget."""
-        study = search.study
-        room = min(count, self.budget.trials - len(study.evaluated))
-        while len(search.batch) < room and study.stop(self.budget) is None:
-            known = next(search.first, None)
-            if known is not None:
-                candidate = study.propose(known)
-            else:
-                candidate = study.ask(lambda config: self._behind(search, config))
-            if candidate is not None:
-                source = render(study.space.spec, candidate.config)
-                search.batch.append((candidate, source, self.pool.submit(source)))
+    def _siblings(self, spec: KernelSpec) -> list[Config]:
+        """The best configs of the token buckets of the same shape that this run has finished, the nearest first."""
+        found = sorted(
+            (abs(tokens.bit_length() - spec.tokens.bit_length()), tokens, configs)
+            for tokens, configs in self._best.get(_family(spec), ())
+        )
+        near = [configs[:SIBLINGS] if rank == 0 else configs[:1] for rank, (_, _, configs) in enumerate(found)]
+        return list(dict.fromkeys(config for configs in near for config in configs))
 
-    def _behind(self, search: _Search, config: Config) -> float | None:
-        """The estimate for a config that is not worth a compile, or None."""
-        us = self.evaluator.screen(search.spec, config)
-        if us is None:
-            return None
-        search.best_estimate = min(search.best_estimate, us)
-        return us if us > BEHIND * search.best_estimate else None
-
-    def _evaluate(self, search: _Search) -> bool:
-        """Evaluate a compiled batch and start the next; return whether the search continues."""
-        while search.batch:
-            if self._stopping():
-                return True
-            candidate, source, future = search.batch.pop(0)
-            try:
-                evaluation = self.evaluator.evaluate(source, future.result())
-            except Exception as error:
-                failure = error if isinstance(error, DoratuneError) else judge_failure(error, f"{source.spec} fails")
-                if isinstance(failure, _VERDICTS):
-                    self._reject(search, candidate, failure)
-                elif not self._set_aside(search, candidate, failure):
-                    return False
-            else:
-                search.study.accept(candidate, evaluation)
-                self._undecided_in_a_row = 0
-            self._show(search)
-        if self.fault:
-            return True
-        self._fill(search, self.effort.batch)
-        if search.batch:
-            return True
-        search.study.finish(self.budget)
-        self.evaluator.finish(search.spec)
-        self._close(search, TUNED, search.study.stop(self.budget) or "no configs left")
-        return False
-
-    def _reject(self, search: _Search, candidate: Candidate, verdict: DoratuneError) -> None:
-        search.study.reject(candidate, str(verdict))
-        self._undecided_in_a_row = 0
-        if isinstance(verdict, ContextLostError):
-            self._break_off(f"{verdict}. The same command continues from here without that config")
-
-    def _set_aside(self, search: _Search, candidate: Candidate, failure: DoratuneError) -> bool:
-        """Leave a candidate that could not be judged to the next run; return whether its search continues now."""
-        if isinstance(failure, LaunchFailureError) and search.study.suspect(candidate):
-            self._reject(search, candidate, ContextLostError(f"{failure}; the same happened in an earlier run"))
-            return True
-        reason = str(failure)
-        search.study.set_aside(candidate, reason)
-        self._undecided_in_a_row += 1
-        if not isinstance(failure, BROKEN) and self._undecided_in_a_row < IN_A_ROW:
-            return True
-        self._undecided_in_a_row = 0
-        if not isinstance(failure, GpuMemoryError):
-            self._break_off(f"{reason}. The same command continues from here")
-        self.evaluator.finish(search.spec)
-        self._give_up(search, reason)
-        return False
-
-    def _give_up(self, search: _Search, reason: str) -> None:
+    def _give_up(self, search: KernelSearch) -> None:
         """End a search that cannot continue in this run."""
-        if search.study.best is not None and search.study.seeded(self.budget):
-            self._close(search, PARTIAL, reason)
+        if search.study.best is not None and search.study.seeded(search.budget):
+            self._close(search, PARTIAL, search.given_up)
         else:
-            self._rows[search.spec] = Tuned(search.spec, FAILED, self.store.get(search.spec), reason)
-            self.progress.done(search.spec, FAILED, None, search.floor_us)
+            self._rows[search.spec] = Tuned(search.spec, FAILED, self.store.get(search.spec), search.given_up)
+            self.progress.done(search.spec, FAILED, None, search.study.floor_us)
 
-    def _cut_short(self, search: _Search) -> None:
+    def _last_finals(self, active: dict[KernelSpec, tuple[KernelSearch, Lane]]) -> None:
+        """Play the finals of the searches that the time limit cut short."""
+        if self.stopped != "timeout" or self.provenance != MEASURED:
+            return
+        end = time.monotonic() + LAST_FINALS_SECONDS
+        turns = []
+        for search, lane in active.values():
+            if search.stage == TRYING and search.study.best is not None and search.study.seeded(search.budget):
+                search.begin_final(self.pool)
+            if search.stage == FINAL and not search.waiting and not lane.lost:
+                turns.append(lane.start(search, lambda: time.monotonic() >= end))
+        for turn in turns:
+            turn.result()
+
+    def _cut_short(self, search: KernelSearch) -> None:
         study = search.study
-        if study.best is not None and study.seeded(self.budget):
-            self._close(search, PARTIAL, f"stopped after {len(study.evaluated)} trials")
+        note = f"stopped after {len(study.evaluated)} trials"
+        if search.spec in self._rows:
+            return
+        if study.best is not None and study.seeded(search.budget):
+            self._close(search, PARTIAL, note)
         else:
-            note = f"stopped after {len(study.evaluated)} trials"
             self._rows[search.spec] = Tuned(search.spec, UNFINISHED, self.store.get(search.spec), note)
 
-    def _close(self, search: _Search, outcome: str, note: str) -> None:
+    def _close(self, search: KernelSearch, outcome: str, note: str) -> None:
         """Store the winner of a search and note the row."""
-        spec, best = search.spec, search.study.best
-        if best is None:
-            outcome, note = FAILED, _why_none(search.study)
+        spec, entry = search.spec, search.entry(self._environment)
+        if entry is None:
+            outcome, note = FAILED, search.why_none()
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
         else:
-            config, evaluation = best
-            source = render(spec, config)
-            entry = Entry(
-                spec=spec,
-                config=config,
-                template_digest=template_digest(spec.op, config.variant),
-                source_digest=source.digest,
-                source=source.text,
-                evaluation=replace(evaluation, trials=len(search.study.evaluated)),
-                environment=self._environment,
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
             self.store.put(entry)
             undecided = search.study.undecided
             if undecided:
                 note = f"{note}; configs that could not be judged: {len(undecided)}, {[*undecided.values()][-1]}"
                 self.progress.note(f"{spec}: {note}")
+            for notice in entry.final.notices if entry.final else ():
+                self.progress.note(f"{spec}: in the final, {notice}")
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
+            self._best.setdefault(_family(spec), []).append((spec.tokens, search.best_configs(SIBLINGS)))
             if self.binaries:
                 self._packing.start(self._rows[spec].entry)
-        self.progress.done(spec, outcome, best[1].us if best else None, search.floor_us)
+        self.progress.done(spec, outcome, entry.evaluation.us if entry else None, search.study.floor_us)
 
     def _time_fusions(self) -> None:
         """Time each fused kernel against its unfused sequence if that was never done, or if its composition kernel was
         retuned."""
-        if self.evaluator.provenance != MEASURED or self._stopping():
+        if self.provenance != MEASURED or self._stopping():
             return
         pending = []
         for row in self._rows.values():
@@ -449,9 +536,10 @@ class _Run:
         try:
             for future in compiled:
                 future.result()
-            times = self.evaluator.fusion_times(*sources)
+            lane = self._lanes()[0]
+            times = lane.submit(lane.evaluator.fusion_times, *sources).result()
         except Exception as failure:
-            if isinstance(failure, (ContextLostError, *BROKEN)):
+            if isinstance(failure, (ContextLostError, *BROKEN)):  # without isolation the former is final too
                 self._break_off(f"{failure}. The same command continues from here")
             return str(failure) or type(failure).__name__
         if times is not None:
@@ -464,7 +552,7 @@ class _Run:
         entry = self.store.get(spec)
         if entry is not None and check_config(spec, entry.config, self.gpu) is None:
             return entry.config
-        return (self.known(spec) if self.known else None) or default_config(spec, self.gpu)
+        return self._incumbents_of(spec).configs[0]
 
     def _store_binaries(self) -> None:
         """Store the binaries that are made by now."""
@@ -483,22 +571,21 @@ class _Run:
             self.pool.wait(self._packing.under_way, POLL_SECONDS)
             self._store_binaries()
 
-    def _show(self, search: _Search) -> None:
-        best = search.study.best
-        tried = len(search.study.evaluated)
-        self.progress.current(search.spec, tried, self.budget.trials, best[1].us if best else None, search.floor_us)
+    def _show(self, search: KernelSearch) -> None:
+        study = search.study
+        self.progress.current(
+            search.spec,
+            len(study.evaluated),
+            search.budget.trials,
+            search.best_us,
+            study.floor_us,
+            search.incumbent_us,
+        )
 
 
 def _family(spec: KernelSpec) -> KernelSpec:
     """The spec without its token bucket: same shape, same code."""
     return replace(spec, tokens=1) if spec.tokens else spec
-
-
-def _why_none(study: KernelStudy) -> str:
-    """Why a search ended without a winner."""
-    if study.undecided:
-        return [*study.undecided.values()][-1]
-    return "every config was rejected: " + (study.reasons or ["there is none"])[-1]
 
 
 def _lazily(make: Callable[[], Sequence[Config]]) -> Iterator[Config]:

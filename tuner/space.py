@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import optuna
 
@@ -18,7 +18,7 @@ VARIANT = "variant"
 
 
 class Space:
-    """The configs that can be tried for ``spec`` on ``gpu``.
+    """The configs that can be tried for ``spec`` on ``gpu``; ``also`` adds the values of configs from elsewhere.
 
     Attributes:
         choices: for each variant, the values of each of its parameters, warps and stages included.
@@ -28,7 +28,7 @@ class Space:
         SpecError: no variant can run the spec on this GPU.
     """
 
-    def __init__(self, spec: KernelSpec, gpu: Gpu) -> None:
+    def __init__(self, spec: KernelSpec, gpu: Gpu, also: Iterable[Config] = ()) -> None:
         self.spec, self.gpu = spec, gpu
         self.choices: dict[str, dict[str, tuple[int, ...]]] = {}
         by_variant: list[list[Config]] = []
@@ -43,8 +43,20 @@ class Space:
             by_variant.append(seeds)
         if not self.choices:
             raise SpecError(f"{spec}: no variant of {spec.op} runs on {gpu.slug}")
+        self._declared = repr(self.choices)
+        for config in also:
+            self._widen(config)
         turns = itertools.chain.from_iterable(itertools.zip_longest(*by_variant))
         self.seeds: tuple[Config, ...] = tuple(dict.fromkeys(config for config in turns if config is not None))
+
+    def _widen(self, config: Config) -> None:
+        """Add the values of a valid config to the choices."""
+        choices = self.choices.get(config.variant, {})
+        values = _values(config)
+        if choices.keys() == values.keys() and self.refuse(config) is None:
+            self.choices[config.variant] = {
+                name: tuple(sorted({*given, values[name]})) for name, given in choices.items()
+            }
 
     def __contains__(self, config: Config) -> bool:
         choices = self.choices.get(config.variant, {})
@@ -52,8 +64,8 @@ class Space:
         return values.keys() == choices.keys() and all(value in choices[name] for name, value in values.items())
 
     def digest(self) -> str:
-        """SHA-256 over the space and the templates behind it: a study is only valid for one of them."""
-        digest = hashlib.sha256(repr(self.choices).encode())
+        """SHA-256 over the space, without what was added, and the templates behind it: a study is valid for one."""
+        digest = hashlib.sha256(self._declared.encode())
         for name in self.choices:
             digest.update(template_digest(self.spec.op, name).encode())
         return digest.hexdigest()
@@ -74,6 +86,13 @@ class Space:
         named = {f"{config.variant}.{name}": value for name, value in _values(config).items()}
         return {VARIANT: config.variant, **named}
 
+    def distributions(self, config: Config) -> dict[str, optuna.distributions.BaseDistribution]:
+        """The distribution of each of :meth:`params`, as :meth:`suggest` declares them."""
+        categorical = optuna.distributions.CategoricalDistribution
+        choices = self.choices[config.variant]
+        named = {f"{config.variant}.{name}": categorical(values) for name, values in choices.items()}
+        return {VARIANT: categorical(tuple(self.choices)), **named}
+
     def draw(self, chance: random.Random, near: Sequence[Config] = ()) -> Config:
         """A config drawn uniformly over variants and values, or one of ``near`` with up to three values drawn anew.
 
@@ -87,6 +106,19 @@ class Space:
         choices = self.choices[start.variant]
         changed = chance.sample(tuple(choices), k=chance.randint(1, min(3, len(choices))))
         return Config.create(start.variant, **_values(start) | {name: chance.choice(choices[name]) for name in changed})
+
+    def moves(self, config: Config) -> Iterator[Config]:
+        """The configs that differ from ``config`` in one value. They may be refused."""
+        for name, values in self.choices[config.variant].items():
+            for value in values:
+                if value != _values(config)[name]:
+                    yield Config.create(config.variant, **_values(config) | {name: value})
+
+    def all(self) -> Iterator[Config]:
+        """Every config, refused ones included."""
+        for variant, choices in self.choices.items():
+            for values in itertools.product(*choices.values()):
+                yield Config.create(variant, **dict(zip(choices, values, strict=True)))
 
     def size(self) -> int:
         """The number of configs, refused ones included."""

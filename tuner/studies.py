@@ -1,18 +1,20 @@
 """Persistent Optuna studies: one per spec, environment and template text.
 
 A study is sampled in memory; each finished trial is added to the storage in one transaction, so that a run killed at
-any moment leaves no half-made or running trials behind. (A study sampled through SQLite takes some 50 ms a trial, this
-one a fifth of that.)
+any moment leaves no half-made or running trials behind. A stored trial has the text of its config and not Optuna's
+parameters, which follow from it: each would cost three statements. (A study sampled through SQLite takes some 50 ms a
+trial; this one takes 4 ms, on PostgreSQL 6 ms and eleven round trips.)
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import random
-import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
@@ -20,8 +22,9 @@ from optuna.trial import TrialState
 from ..cache.entry import Environment, Evaluation
 from ..codegen.spec import Config
 from .effort import Budget
+from .sampler import ModelSampler
 from .space import Space
-from .study_storage import explained
+from .study_storage import patiently
 
 GAIN = 0.01
 """A new best counts as a gain, for the patience, when it is this share faster."""
@@ -73,6 +76,7 @@ class KernelStudy:
         seeds: Sequence[Config],
         floor_us: float,
         url: str = "",
+        sampler: Callable[[Space, int], optuna.samplers.BaseSampler] = ModelSampler,
     ) -> None:
         self.space = space
         self.seeds = tuple(seeds)
@@ -84,15 +88,16 @@ class KernelStudy:
         """The configs that could not be judged, with the reason. The next process tries them again."""
         self.exhausted = False
         self._url = url
-        with explained(url):
-            self._stored = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
-            past = [trial for trial in self._stored.get_trials(deepcopy=False) if _is_judged(trial)]
-            self._done = int(self._stored.user_attrs.get(_DONE, 0))
-            self._suspects: list[str] = list(self._stored.user_attrs.get(_SUSPECTS, ()))
-        seed = int.from_bytes(hashlib.sha256(f"{space.spec}+{len(past)}".encode()).digest()[:4], "big")
+        self._stored, trials, attributes = patiently(url, lambda: _load(storage, name))
+        past = [trial for trial in trials if _is_judged(trial)]
+        self._done = int(attributes.get(_DONE, 0))
+        self._suspects: list[str] = list(attributes.get(_SUSPECTS, ()))
+        seed = int.from_bytes(hashlib.sha256(f"{name}+{len(past)}".encode()).digest()[:4], "big")
         self._chance = random.Random(seed)
-        self._study = optuna.create_study(sampler=_sampler(seed))
-        self._study.add_trials(past)
+        self._study = optuna.create_study(sampler=sampler(space, seed))
+        # A config that an earlier process got from elsewhere may lie outside the space: the sampler cannot use it.
+        inside = [trial for trial in past if Config.parse(trial.user_attrs["config"]) in space]
+        self._study.add_trials([self._with_params(trial) for trial in inside])
         for trial in past:
             self._remember(trial)
         self._pending: set[Config] = set()
@@ -126,8 +131,7 @@ class KernelStudy:
         if self.undecided:
             return
         self._done = max(budget.trials, self._done)
-        with explained(self._url):
-            self._stored.set_user_attr(_DONE, self._done)
+        patiently(self._url, lambda: self._stored.set_user_attr(_DONE, self._done))
 
     def ask(self, behind: Callable[[Config], float | None]) -> Candidate | None:
         """Let the sampler pick a config that is new and valid; None when it finds none, and the space is exhausted.
@@ -190,8 +194,7 @@ class KernelStudy:
         if name in self._suspects:
             return True
         self._suspects.append(name)
-        with explained(self._url):
-            self._stored.set_user_attr(_SUSPECTS, self._suspects)
+        patiently(self._url, lambda: self._stored.set_user_attr(_SUSPECTS, self._suspects))
         return False
 
     def _candidate(self, config: Config, trial: optuna.Trial) -> Candidate:
@@ -201,10 +204,22 @@ class KernelStudy:
 
     def _record(self, candidate: Candidate, evaluation: Evaluation | None) -> None:
         frozen = self._tell(candidate.trial, evaluation)
-        with explained(self._url):
-            self._stored.add_trial(frozen)
+        stored = copy.copy(frozen)
+        stored.params, stored.distributions, stored.system_attrs = {}, {}, {}
+        # If a broken connection has it stored twice, the second is read as the same trial.
+        patiently(self._url, lambda: self._stored.add_trial(stored))
         self._pending.discard(candidate.config)
         self._remember(frozen)
+
+    def _with_params(self, trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+        """A stored trial as the sampler needs it."""
+        config = Config.parse(trial.user_attrs["config"])
+        return optuna.trial.create_trial(
+            state=trial.state,
+            value=trial.value,
+            params=self.space.params(config),
+            distributions=self.space.distributions(config),
+        )
 
     def _tell(self, trial: optuna.Trial, evaluation: Evaluation | None) -> optuna.trial.FrozenTrial:
         if evaluation is None:
@@ -232,24 +247,21 @@ class KernelStudy:
         return idle
 
 
+def _load(
+    storage: optuna.storages.BaseStorage, name: str
+) -> tuple[optuna.Study, list[optuna.trial.FrozenTrial], dict[str, Any]]:
+    study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
+    return study, study.get_trials(deepcopy=False), study.user_attrs
+
+
 def _is_judged(trial: optuna.trial.FrozenTrial) -> bool:
     return "config" in trial.user_attrs and bool({"evaluation", _VERDICT} & trial.user_attrs.keys())
 
 
-def _sampler(seed: int) -> optuna.samplers.TPESampler:
-    with warnings.catch_warnings():
-        # Optuna calls the multivariate and group options experimental, on every use.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            multivariate=True, group=True, constant_liar=True, n_startup_trials=4, seed=seed
-        )
-
-
 def searched_with(storage: optuna.storages.BaseStorage, name: str, url: str = "") -> int | None:
     """The trial budget with which this study was finished, 0 if it was not, None if there is no such study."""
-    with explained(url):
-        try:
-            study_id = storage.get_study_id_from_name(name)
-        except KeyError:
-            return None
-        return int(storage.get_study_user_attrs(study_id).get(_DONE, 0))
+    try:
+        study_id = patiently(url, lambda: storage.get_study_id_from_name(name))
+    except KeyError:
+        return None
+    return int(patiently(url, lambda: storage.get_study_user_attrs(study_id)).get(_DONE, 0))

@@ -1,14 +1,23 @@
-"""The database of the Optuna studies: a SQLite file in the user's folder, or whatever URL Optuna takes."""
+"""The database of the Optuna studies: a SQLite file in the user's folder, or whatever URL Optuna takes.
+
+Several processes may use one storage: on PostgreSQL from any host, in a SQLite file from one host. In a SQLite file
+every transaction takes the write lock at its start. Optuna reads a trial's state before it changes it, and without the
+lock two processes could both find a trial waiting and both take it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import optuna
 import sqlalchemy
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from ..cache.create import new_file, place, wait_for_claim
 from ..cache.location import Location, without_password
@@ -16,7 +25,34 @@ from ..cache.stack import home
 from ..errors import DoratuneError
 
 _SQLITE = "sqlite:///"
+_POSTGRESQL = ("postgresql://", "postgres://", "postgresql+psycopg://")
 _BUSY_SECONDS = 60
+_ADVISORY_LOCK = 0x646F7261
+
+_CONNECT_ARGS = {
+    "connect_timeout": 10,
+    # A host that went away without a word is noticed within a minute, where the default is two hours.
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+
+
+@dataclass
+class Heartbeat:
+    """Every ``interval`` seconds a worker shows that it is alive; after ``grace`` seconds without, it is not."""
+
+    interval: int
+    grace: int
+
+
+HEARTBEAT = Heartbeat(interval=15, grace=60)
+
+PATIENCE_SECONDS = 30.0
+"""How long a database that does not answer is tried again before the run ends."""
+
+T = TypeVar("T")
 
 
 class StudyStorageError(DoratuneError):
@@ -40,8 +76,10 @@ def open_study_storage(location: str | None = None) -> optuna.storages.BaseStora
     """
     location = location or default_study_storage()
     with explained(location):
+        if location.startswith(_POSTGRESQL):
+            return _postgresql_storage(location)
         if "://" in location and not location.startswith(_SQLITE):
-            return optuna.storages.RDBStorage(location)
+            return _storage(location, {"pool_pre_ping": True})
         try:
             path = Path(location.removeprefix(_SQLITE)).expanduser().absolute()
         except RuntimeError as error:  # a ~ of a user without a home
@@ -50,6 +88,53 @@ def open_study_storage(location: str | None = None) -> optuna.storages.BaseStora
             _create(path)
         wait_for_claim(path)
         return _sqlite_storage(path)
+
+
+def _storage(url: str, engine_kwargs: dict[str, object]) -> optuna.storages.RDBStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
+        return optuna.storages.RDBStorage(
+            url, engine_kwargs=engine_kwargs, heartbeat_interval=HEARTBEAT.interval, grace_period=HEARTBEAT.grace
+        )
+
+
+def fail_stale(study: optuna.Study) -> None:
+    """Fail the study's running trials without a heartbeat in the last :data:`HEARTBEAT` ``.grace`` seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+
+
+def _postgresql_storage(location: str) -> optuna.storages.RDBStorage:
+    url = f"postgresql+psycopg://{location.partition('://')[2]}"
+    try:
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=_CONNECT_ARGS)
+    except ImportError:
+        raise ValueError("the PostgreSQL driver is not installed; run: pip install 'doratune[postgres]'") from None
+    kwargs = {"pool_pre_ping": True, "connect_args": _CONNECT_ARGS}
+    with engine.begin() as connection:
+        if not _has_studies(connection):
+            # Processes that start together on an empty database would race for Optuna's tables.
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+            release(_storage(url, dict(kwargs)))
+    storage = _storage(url, kwargs)
+
+    @sqlalchemy.event.listens_for(storage.engine, "connect")
+    def in_utc(connection: object, record: object) -> None:
+        # Heartbeats are stored without a time zone, in that of the session.
+        with connection.cursor() as cursor:  # type: ignore[attr-defined]
+            cursor.execute("SET TIME ZONE 'UTC'")
+        connection.commit()  # type: ignore[attr-defined]
+
+    storage.engine.dispose()  # connections made before the listener
+    return storage
+
+
+def _has_studies(connection: sqlalchemy.Connection) -> bool:
+    """Whether Optuna's tables are complete: the last thing it writes is their version."""
+    if not sqlalchemy.inspect(connection).has_table("alembic_version"):
+        return False
+    return connection.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).first() is not None
 
 
 def _url_of(path: Path) -> sqlalchemy.URL:
@@ -68,13 +153,17 @@ def _create(path: Path) -> None:
 
 
 def _sqlite_storage(path: Path) -> optuna.storages.RDBStorage:
-    url = _url_of(path).render_as_string()
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}})
+    storage = _storage(_url_of(path).render_as_string(), {"connect_args": {"timeout": _BUSY_SECONDS}})
 
     @sqlalchemy.event.listens_for(storage.engine, "connect")
     def relax(connection: object, record: object) -> None:
         # In WAL mode NORMAL loses nothing when the process dies, and at a power cut only the latest trials.
         connection.execute("PRAGMA synchronous = NORMAL")  # type: ignore[attr-defined]
+        connection.isolation_level = None  # type: ignore[attr-defined]  # the listener below begins the transactions
+
+    @sqlalchemy.event.listens_for(storage.engine, "begin")
+    def begin(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     storage.engine.dispose()  # connections made before the listener
     return storage
@@ -92,6 +181,29 @@ def explained(url: str) -> Iterator[None]:
             f"study storage {without_password(url)}: {reason}; check the path or URL and its permissions, "
             "or name another with --study-storage"
         ) from error
+
+
+def patiently(url: str, work: Callable[[], T]) -> T:
+    """Do ``work`` with the storage at ``url``, again for :data:`PATIENCE_SECONDS` while the database does not answer.
+
+    ``work`` must be right to repeat: when a connection breaks during a commit, nobody knows whether it was made.
+
+    Raises:
+        StudyStorageError: the database refused, or did not answer in time.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    pause = 0.1
+    with explained(url):
+        while True:
+            try:
+                return work()
+            except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+                cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
+                passing = isinstance(cause, (OperationalError, InterfaceError))
+                if not passing or time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
 
 
 def release(storage: optuna.storages.BaseStorage) -> None:

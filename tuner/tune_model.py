@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..cache.entry import MEASURED
 from ..cache.stack import user_store_path
 from ..cache.store import Store
 from ..codegen.gpu import Gpu, find_gpu
-from ..codegen.spec import Config, KernelSpec
+from ..codegen.spec import KernelSpec
 from ..errors import UsageError
 from ..runtime.device import find_device, gpu_of
-from ..runtime.loader import resolve
 from .effort import find_effort
 from .evaluation import Evaluator, GpuLostError
+from .incumbents import Incumbents, incumbents_of
 from .jobs import plan_jobs
+from .launcher import check_hosts, launcher_device, launcher_jobs
 from .models import Model, requested_model
 from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from .predict import PredictEvaluator
@@ -26,6 +28,7 @@ from .progress import SilentProgress
 from .report import layer_lines
 from .search import tune
 from .study_storage import default_study_storage
+from .workers import usable_cores
 
 EVALUATORS = ("auto", "measure", "predict")
 
@@ -35,7 +38,8 @@ class Request:
     """The options of ``doratune tune``.
 
     Exactly one of ``model`` and ``config`` is given; no ``ops`` or ``tokens`` means all. ``gpu`` is ``auto`` or a name
-    for :func:`~doratune.codegen.gpu.find_gpu`; ``adapter_dtype`` None means ``dtype``; ``timeout`` is in seconds.
+    for :func:`~doratune.codegen.gpu.find_gpu`; ``adapter_dtype`` None means ``dtype``; ``timeout`` is in seconds;
+    ``device`` is a device, several with commas in between, or ``all``.
     """
 
     model: str | None = None
@@ -97,7 +101,8 @@ def tune_model(
         StoreError, StudyStorageError: a database failed.
     """
     found = (model or requested_model(request.model, request.config))()
-    gpu, evaluator = choose_evaluator(request)
+    gpu, evaluators = choose_evaluators(request)
+    provenance = evaluators[0].provenance
     specs = plan_jobs(
         found,
         ranks=request.ranks,
@@ -110,54 +115,52 @@ def tune_model(
     )
     effort = find_effort(request.effort)
     if request.trials is not None:
-        effort.budget(evaluator.provenance).with_trials(request.trials)  # raises before a store is made
+        effort.budget(provenance).with_trials(request.trials)  # raises before a store is made
     study_storage = request.study_storage or default_study_storage()  # likewise
+    check_hosts(os.environ, study_storage)
     said = progress or SilentProgress()
-    with Store.open(request.store or user_store_path(), create=True) as store:
+    location = request.store or user_store_path()
+
+    def incumbents(spec: KernelSpec) -> Incumbents:
+        return incumbents_of(spec, gpu, None if request.store is None else str(request.store))
+
+    with Store.open(location, create=True) as store:
         for line in layer_lines(found):
             said.note(line)
         result = tune(
             specs,
-            evaluator=evaluator,
+            evaluators=evaluators,
             store=store,
             gpu=gpu,
             effort=effort,
             trials=request.trials,
             timeout=request.timeout,
-            jobs=request.jobs,
+            jobs=request.jobs or launcher_jobs(os.environ, usable_cores(), os.cpu_count() or 1),
             study_storage=study_storage,
-            known=measured_elsewhere if evaluator.provenance == MEASURED else None,
+            incumbents=incumbents,
             binaries=request.binaries,
             progress=said,
         )
-        return ModelRun(found, gpu, evaluator.provenance, store.location, result)
+        return ModelRun(found, gpu, provenance, store.location, result)
 
 
-def measured_elsewhere(spec: KernelSpec) -> Config | None:
-    """The measured config that a lookup in the user's stores would give for ``spec``, or None.
+def choose_evaluators(request: Request) -> tuple[Gpu, list[Evaluator]]:
+    """The target GPU and an evaluator for each device: candidates are measured if the target is here, else predicted.
 
-    For a new rank, model or GPU of the same architecture it is a better start than a built-in seed.
-    """
-    resolution, _ = resolve(spec)
-    entry = resolution.entry
-    return entry.config if entry is not None and entry.evaluation.provenance == MEASURED else None
-
-
-def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:
-    """The target GPU and its evaluator: candidates are measured if the target is the GPU here, else predicted.
+    Without a device named, a process that a launcher started takes the GPU of its number.
 
     Raises:
-        UsageError: measuring was requested for a GPU that is not here, or there is neither a GPU nor a named target.
+        UsageError: measuring was requested for a GPU that is not here, the devices are of different models, or there
+            is neither a GPU nor a named target.
         GpuLostError: PyTorch sees a GPU that does not answer.
     """
+    from .isolation import IsolatedEvaluator
     from .measure import MeasureEvaluator, NoGpuError
 
     if request.evaluator not in EVALUATORS:
         raise UsageError(f"unknown evaluator {request.evaluator!r} (known: {', '.join(EVALUATORS)})")
-    named = find_device(request.device) if request.device is not None else None
-    if named is not None and named.type != "cuda":
-        raise UsageError(f"--device {request.device}: kernels are measured on a GPU; leave --device out to predict")
     predicting = request.evaluator == "predict" and request.gpu != "auto"
+    named = _devices(request.device)
     here = None if predicting else _gpu_here(named)
     if request.gpu == "auto":
         if here is None and request.evaluator == "measure":
@@ -175,14 +178,52 @@ def choose_evaluator(request: Request) -> tuple[Gpu, Evaluator]:
                 f"cannot measure for {target.slug}: the GPU here is {here.slug}; "
                 "leave --gpu out, or use --evaluator predict"
             )
-        return target, MeasureEvaluator(target, named or find_device("cuda"))
-    return target, PredictEvaluator(target)
+        isolated = [
+            IsolatedEvaluator(functools.partial(MeasureEvaluator, target, str(device)), target)
+            for device in named or [find_device("cuda")]
+        ]
+        for evaluator in isolated:
+            evaluator.start()
+        return target, [*isolated]
+    return target, [PredictEvaluator(target)]
 
 
-def _gpu_here(device: torch.device | None) -> Gpu | None:
-    """The GPU that PyTorch would measure on, None where it sees none."""
+def _devices(named: str | None) -> list[torch.device]:
+    """The devices of ``--device``; empty if it names none and no launcher started this process."""
+    if named is None:
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        named = launcher_device(os.environ, visible)
+        if named is None:
+            return []
+    if named == "all":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices = [find_device(name.strip()) for name in named.split(",")]
+    for name, device in zip(named.split(","), devices, strict=True):
+        if device.type != "cuda":
+            raise UsageError(f"--device {name}: kernels are measured on a GPU; leave --device out to predict")
+        if devices.count(device) > 1:
+            raise UsageError(f"--device {named}: {device} is named twice; name each GPU once")
+    return devices
+
+
+def _gpu_here(devices: Sequence[torch.device]) -> Gpu | None:
+    """The GPU that PyTorch would measure on, None where it sees none.
+
+    Raises:
+        UsageError: the devices are of different models, whose times do not compare.
+        GpuLostError: one of them does not answer.
+    """
     try:
-        return gpu_of(device or find_device("cuda")) if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return None
+        found = devices or [find_device("cuda")]
+        names = {torch.cuda.get_device_name(device) for device in found}
+        if len(names) > 1:
+            raise UsageError(
+                f"--device {','.join(map(str, found))}: these are different GPUs ({', '.join(sorted(names))}), whose "
+                "times do not compare; tune each model in a run of its own"
+            )
+        return gpu_of(found[0])
     except RuntimeError as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise GpuLostError(

@@ -61,9 +61,14 @@ class WorkerLostError(Undecided):
     """The worker ended for a reason outside the compiler; the message says how, and what to do."""
 
 
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_jobs() -> int:
     """The number of compile workers for this machine: its usable cores, one left to the search where there are many."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return cores - 1 if cores > 4 else cores
 
 
@@ -266,12 +271,12 @@ def _workers(jobs: int) -> ProcessPoolExecutor:
 
 
 def _send(pool: ProcessPoolExecutor, source: Source, gpu: Gpu, job: _Job[_Result]) -> Future[_Result]:
-    with _without_interpreter():
+    with without_interpreter():
         return pool.submit(job, str(source.spec), str(source.config), gpu.slug)
 
 
 @contextmanager
-def _without_interpreter() -> Iterator[None]:
+def without_interpreter() -> Iterator[None]:
     """Unset the switch of Triton's CPU interpreter for workers that start inside the block: with it nothing compiles.
 
     It must be unset before the worker starts: a spawned process first imports the parent's main module, which may
@@ -286,9 +291,14 @@ def _without_interpreter() -> Iterator[None]:
 
 
 def _prepare_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     for timer in (signal.SIGALRM, signal.SIGPROF):  # end the process even inside LLVM, where no Python handler runs
         signal.signal(timer, signal.SIG_DFL)
+    end_with_parent(parent)
+
+
+def end_with_parent(parent: int) -> None:
+    """Make this process end when the thread that started it does, and leave Ctrl-C to process ``parent``."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

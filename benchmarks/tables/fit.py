@@ -3,9 +3,9 @@
 Writes ``codegen/fit.json``. With ``--check`` nothing is written: each spec is left out of the fit in turn, and the
 configs of its table are ranked by what was fitted to the others.
 
-The target is the logarithm of a config's time over the best of its spec, at most :data:`FARTHEST`; each spec has a level
-of its own, so that only differences within a spec are explained. Configs near the best count more (:data:`WEIGHT_SCALE`),
-and all specs count alike. The coefficients are found by ridge regression.
+The target is the logarithm of a config's time over the best of its spec, at most :data:`FARTHEST`. Each spec has a
+level of its own, so that only differences within a spec are explained. Configs near the best count more
+(:data:`WEIGHT_SCALE`), and all specs count alike. The coefficients are found by ridge regression.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ...codegen.fit import FIT_FILE, SIDE, Fit, Polynomial, features, terms
+from ...codegen.fit import FIT_FILE, Fit, Polynomial, features, terms
 from ...codegen.gpu import find_gpu
 from ...codegen.spec import Config, KernelSpec
 from .read import TABLES, Table, read_tables, recorded
@@ -52,7 +52,8 @@ class _Rows:
         kept = [spec for spec in self.gram if spec not in without]
         gram = sum((self.gram[spec] for spec in kept), RIDGE * torch.eye(self.width, dtype=torch.float64))
         right = sum((self.right[spec] for spec in kept), torch.zeros(self.width, dtype=torch.float64))
-        return torch.linalg.solve(gram, right)
+        solved: torch.Tensor = torch.linalg.solve(gram, right)
+        return solved
 
     def fitted(self, without: Collection[KernelSpec] = ()) -> dict[str, Polynomial]:
         """The polynomial of each variant, fitted to all specs but these."""
@@ -107,14 +108,14 @@ def _rows(tables: Sequence[Table]) -> _Rows:
     entries: dict[KernelSpec, list[tuple[Config, int, list[float]]]] = {}
     for variant, rows in values.items():
         shape = polynomials[variant]
-        for spec, config, row in rows:
-            entries.setdefault(spec, []).append((config, starts[variant], terms(shape.names, shape.scaled(row))))
+        for spec, config, named in rows:
+            entries.setdefault(spec, []).append((config, starts[variant], terms(shape.names, shape.scaled(named))))
     gram, right = {}, {}
     for part in parts:
         matrix = torch.zeros(len(entries[part.spec]), width, dtype=torch.float64)
         target = torch.zeros(len(entries[part.spec]), dtype=torch.float64)
-        for index, (config, start, row) in enumerate(entries[part.spec]):
-            matrix[index, start : start + len(row)] = torch.tensor(row, dtype=torch.float64)
+        for index, (config, start, point) in enumerate(entries[part.spec]):
+            matrix[index, start : start + len(point)] = torch.tensor(point, dtype=torch.float64)
             target[index] = min(math.log(part.regret(config) or 1.0), FARTHEST)
         weights = torch.exp(-target / WEIGHT_SCALE)
         weights = SPEC_WEIGHT * weights / weights.sum()

@@ -14,9 +14,9 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...cache.bound import Bound, bound_of
@@ -130,6 +130,10 @@ def bounds(table: Table, found: Sequence[Loss]) -> list[tuple[Bound, Loss]]:
         ]
         pairs.append((bound_of(table.op, table.gpu, others), loss))
     return pairs
+
+
+def _same_dtypes(one: KernelSpec, other: KernelSpec) -> bool:
+    return all(getattr(one, role) == getattr(other, role) for role in TILE_DTYPES)
 
 
 def quantile(values: Iterable[float], share: float) -> float:

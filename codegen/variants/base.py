@@ -140,8 +140,8 @@ class Variant(ABC):
     ) -> tuple[Mapping[str, int], ...]:
         """Return the values that suit ``spec`` of the parameters that are bound to the shape, the likeliest first.
 
-        ``config`` did well for ``source`` on the same GPU or another one. Each mapping names some parameters; the others
-        keep their values. An empty one is the config as it is.
+        ``config`` did well for ``source`` on the same GPU or another one. Each mapping names some parameters; the
+        others keep their values. An empty one is the config as it is.
         """
         return ({},)
 

@@ -153,6 +153,28 @@ def test_a_removed_entry_is_gone_and_its_binary_is_pruned(store: Store) -> None:
     assert [binary.code_digest for binary in store.binaries()] == [second.code_digest]
 
 
+def test_damaged_rows_are_named_beside_the_entries_that_can_be_read(store: Store) -> None:
+    entries = [an_entry(a_spec(rank=rank)) for rank in (8, 16, 64)]
+    store.put_all(entries)
+    with store._writer.begin() as connection:
+        connection.execute(text("UPDATE doratune_entries SET config = 'tile' WHERE rank = 16"))
+    found, damaged = store.readable_entries("lora_compose")
+    assert found == sorted([entries[0], entries[2]], key=lambda entry: str(entry.spec))
+    assert [str(entries[1].spec) in str(error) for error in damaged] == [True]
+    assert store.readable_entries("weight_norm") == ([], [])
+
+
+def test_a_store_without_one_entry_has_the_others(store: Store) -> None:
+    hidden, other = an_entry(a_spec(rank=8)), an_entry(a_spec(rank=16))
+    store.put_all([hidden, other])
+    reading = store.without(hidden.spec)
+    assert (reading.location, reading.get(hidden.spec), reading.get(other.spec)) == (store.location, None, other)
+    around = reading.neighbours(hidden.spec, "sm_90", count=8)
+    assert [candidate.spec for candidate in around.candidates] == [other.spec]
+    with pytest.raises(ReadOnlyStoreError):
+        reading.put(other)
+
+
 def test_entries_whose_code_is_the_same_share_a_binary_until_the_last_is_gone(store: Store) -> None:
     entries = [an_entry(a_spec(tokens=tokens), source_digest=f"source-{tokens}") for tokens in (1, 16)]
     assert entries[0].source != entries[1].source

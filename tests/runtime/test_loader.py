@@ -439,6 +439,14 @@ def test_a_broken_store_is_never_passed_over(tmp_path: Path, monkeypatch: pytest
     assert text.read_text() == "not a database"
 
 
+def test_an_entry_can_be_left_out_to_see_what_a_lookup_would_give_without_it(store: Callable[..., str]) -> None:
+    path = store(entry_of())
+    resolution, source = resolve(SPEC, path, without=path)
+    assert (resolution.step, resolution.config) == ("default", built_in(SPEC))
+    assert source == render(SPEC, resolution.config)
+    assert resolve(SPEC, path, without="another.sqlite")[0].step == "exact"
+
+
 def test_a_kernel_for_a_gpu_names_the_entry_it_came_from(
     store: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 from doratune.cache.entry import MEASURED, Binary, Environment, Evaluation
@@ -20,7 +20,7 @@ from doratune.codegen.module import declared_kernels
 from doratune.codegen.render import Source
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.tuner import search
-from doratune.tuner.evaluation import Evaluator, Resources, floor_us
+from doratune.tuner.evaluation import Evaluator, FinalTimes, Resources, floor_us
 
 Cost = Callable[[KernelSpec, Config], float]
 GPU = find_gpu("h200")
@@ -55,7 +55,7 @@ class FakePool:
         return future
 
     def wait(self, futures: Collection[Future[tuple[Resources, ...]]], seconds: float = 0.0) -> None:
-        raise AssertionError("every compile is done at once")
+        wait(futures, timeout=seconds, return_when=FIRST_COMPLETED)
 
     def close(self) -> None:
         pass
@@ -73,6 +73,7 @@ class FakeEvaluator(Evaluator):
         self.pause = pause
         self.evaluated: list[tuple[KernelSpec, Config]] = []
         self.closed = False
+        self.finals: list[list[Config]] = []
         self.fusion: Callable[[Source, Source], tuple[float, float] | None] = lambda fused, composition: None
 
     def fusion_times(self, fused: Source, composition: Source) -> tuple[float, float] | None:
@@ -89,6 +90,11 @@ class FakeEvaluator(Evaluator):
         time.sleep(self.pause)
         us = self.cost(source.spec, source.config)
         return Evaluation(MEASURED, us=us, floor_us=floor_us(source.spec, GPU), samples_us=(us, us))
+
+    def final(self, sources: Sequence[Source]) -> FinalTimes:
+        """Times without noise."""
+        self.finals.append([source.config for source in sources])
+        return FinalTimes(tuple((self.cost(source.spec, source.config),) * 8 for source in sources), settled=True)
 
     def close(self) -> None:
         self.closed = True
@@ -122,7 +128,7 @@ def run(folder: Path) -> None:
     with Store.open(folder / "store.sqlite", create=True) as store:
         result = search.tune(
             SPECS,
-            evaluator=FakeEvaluator(steps_from(FORWARD), folder / "log", pause=0.05),
+            evaluators=[FakeEvaluator(steps_from(FORWARD), folder / "log", pause=0.05)],
             store=store,
             gpu=GPU,
             trials=TRIALS,

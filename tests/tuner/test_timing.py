@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from doratune.codegen.gpu import find_gpu
-from doratune.tuner.timing import MAX_SETS, SHORT_GRAPH_CALLS, Rotation, interleaved_us, replay_us
+from doratune.tuner.timing import (
+    MAX_SETS,
+    MIN_REPLAYS,
+    SHORT_GRAPH_CALLS,
+    Rotation,
+    Turns,
+    interleaved_us,
+    replay_us,
+)
 
 GPU = replace(find_gpu("h200"), l2_bytes=1000)
 
@@ -30,10 +38,12 @@ class Clock:
         return [self.replay_us() for _ in range(count)]
 
 
-def rotation(set_bytes: int, *, free: int = 1 << 20, short: bool = False) -> Rotation[int]:
+def rotation(set_bytes: int, *, free: int = 1 << 20, unused: int = 0, **calls: bool | int) -> Rotation[int]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 30))
-        return Rotation(lambda seed: seed, set_bytes, GPU, memory_share=0.5, short=short)
+        patch.setattr(torch.cuda, "mem_get_info", lambda: (free - unused, 1 << 30))
+        patch.setattr(torch.cuda, "memory_reserved", lambda: 1000 + unused)
+        patch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+        return Rotation(lambda seed: seed, set_bytes, GPU, memory_share=0.5, **calls)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +57,10 @@ def test_there_are_as_many_sets_as_exceed_the_l2_twice_and_fit_the_memory(
     assert rotation(set_bytes, free=free).sets == list(range(count))
 
 
+def test_memory_that_pytorch_holds_unused_is_free() -> None:
+    assert rotation(500, free=4000, unused=3000).sets == list(range(4))
+
+
 def test_every_set_takes_its_turn_and_short_calls_are_repeated() -> None:
     called: list[int] = []
     for call in rotation(500).calls(called.append):
@@ -56,6 +70,10 @@ def test_every_set_takes_its_turn_and_short_calls_are_repeated() -> None:
     for call in rotation(500, short=True).calls(called.append):
         call()
     assert called == [0, 1, 2, 3, 4] * (SHORT_GRAPH_CALLS // 5)
+    called.clear()
+    for call in rotation(500, least_calls=11).calls(called.append):
+        call()
+    assert called == [0, 1, 2, 3, 4] * 3
 
 
 def test_graphs_are_timed_in_turn_after_one_replay_each() -> None:
@@ -65,7 +83,45 @@ def test_graphs_are_timed_in_turn_after_one_replay_each() -> None:
     assert log == ["a", "b"] * 3
 
 
-@pytest.mark.parametrize(("give_up_us", "count"), [(0.0, 20), (5000.0, 20), (100.0, 1)])
-def test_a_graph_far_behind_is_replayed_once(give_up_us: float, count: int) -> None:
-    graph = Clock("a", [200.0] * 60, [])
-    assert replay_us(graph, give_up_us=give_up_us) == [200.0] * count  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("best_us", "count"), [(0.0, 5), (190.0, 5), (100.0, MIN_REPLAYS), (20.0, 1)], ids=["first", "near", "slow", "far"]
+)
+def test_a_graph_is_replayed_the_less_the_farther_it_is_behind(best_us: float, count: int) -> None:
+    graph = Clock("a", [250.0] + [200.0] * 60, [], calls=8)
+    expected = [250.0] if count == 1 else [200.0] * count
+    assert replay_us(graph, best_us=best_us, give_up=3.0) == expected  # type: ignore[arg-type]
+
+
+def test_a_short_graph_is_replayed_often_and_the_first_replay_does_not_count() -> None:
+    graph = Clock("a", [9.0] + [2.0] * 60, [], calls=100)
+    assert replay_us(graph) == [2.0] * 11  # type: ignore[arg-type]
+
+
+def test_turns_alternate_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            assert self.at == now[0], "only the last one is waited for"
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    class Ticking(Clock):
+        def replay(self) -> None:
+            super().replay()
+            now[0] += next(self.us)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    log: list[str] = []
+    graphs = [Ticking("a", [1.0, 2.0, 3.0], log, calls=10), Ticking("b", [4.0, 5.0, 6.0], log, calls=1)]
+    turns = Turns(graphs)  # type: ignore[arg-type]
+    assert turns.play(1) == [[100.0], [4000.0]]
+    assert turns.play(2) == [[200.0, 300.0], [5000.0, 6000.0]]
+    assert log == ["a", "b", "b", "a", "a", "b"]

@@ -1,0 +1,1 @@
+"""Recorded tables: the measured times of most configs of some dozen specs, for replaying searches and lookups."""
