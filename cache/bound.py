@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .rows import Regret
+from .neighbours import Regret
 
 LEVEL = 0.95
 """The share of lookups that lose no more than the bound."""

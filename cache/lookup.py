@@ -29,7 +29,7 @@ from ..codegen.spec import Config, KernelSpec
 from .bound import Bound, bound_of
 from .distance import distance
 from .entry import DEFAULT, MEASURED, PREDICTED, Entry
-from .rows import Candidate, Regret
+from .neighbours import Candidate, Regret
 from .weigh import NO_MODEL, Model, Offer, Weighed, weigh
 
 if TYPE_CHECKING:

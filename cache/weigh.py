@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from ..codegen.spec import Config
 from .entry import MEASURED
-from .rows import Candidate
+from .neighbours import Candidate
 
 
 @dataclass(frozen=True)

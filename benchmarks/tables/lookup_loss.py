@@ -23,7 +23,7 @@ from ...cache.bound import Bound, bound_of
 from ...cache.distance import distance
 from ...cache.entry import MEASURED, SEARCH, Contender, Entry, Environment, Evaluation, Final
 from ...cache.lookup import Resolution
-from ...cache.rows import Regret
+from ...cache.neighbours import Regret
 from ...cache.store import Store
 from ...codegen.gpu import find_gpu
 from ...codegen.render import template_digest

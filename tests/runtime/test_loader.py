@@ -309,7 +309,7 @@ def test_an_exact_entry_is_used(store: Callable[..., str]) -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "distance"),
-    [({"tokens": 2048}, 1.0), ({"tokens": 16384}, 2.0), ({"d_out": 8192}, 1.0), ({"rank": 128}, 2.0)],
+    [({"tokens": 2048}, 1.0), ({"tokens": 16384}, 2.0), ({"d_out": 8192}, 1.0), ({"bias": True}, 0.25)],
 )
 def test_the_nearest_entry_of_the_same_gpu_serves_another_shape(
     wanted: dict[str, Any], distance: float, store: Callable[..., str]
