@@ -23,8 +23,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from ..codegen.cost import estimate_us
 from ..codegen.spec import Config
-from .predict import estimate_us
 from .space import VARIANT, Space
 
 REACH = 3.0
