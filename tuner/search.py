@@ -135,6 +135,7 @@ def tune(
     pool = (given.pool or CompilePool)(gpu, jobs)
     storage = given.storage or open_study_storage(url)
     said = progress or SilentProgress()
+    pool.start()
     run = _Run(evaluators, store, gpu, effort, budgets, storage, url, pool, incumbents, binaries, said, given)
     try:
         with _interruption(run):
