@@ -57,8 +57,8 @@ def load_kernel(
 ) -> Kernel:
     """Return the best known kernel of ``op`` for these shapes on ``device``.
 
-    The lookup tries the exact spec, then the nearest shape on the same GPU, then the same architecture, then the
-    built-in default; ``explain()`` of the result says which one it found. Calls with equal arguments return the same
+    The lookup takes an entry of the exact spec, else the config with the least expected loss of what entries around it
+    and the package offer; ``explain()`` of the result says which, and what it may lose. Calls with equal arguments return the same
     object. On a CPU device the result is the eager fp32-accumulating reference, with ``provenance`` "reference".
 
     Args:
