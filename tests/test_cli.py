@@ -730,7 +730,7 @@ def upgraded(home: Path, monkeypatch: pytest.MonkeyPatch) -> Upgraded:
         machine = Machine(times)
         if broken:
             machine.faults[FORWARD] = Rejected("inaccurate: y is off by 3")
-        monkeypatch.setattr("doratune.tuner.drift_store.choose_evaluator", lambda request: (GPU, machine))
+        monkeypatch.setattr("doratune.tuner.drift_store.choose_evaluators", lambda request: (GPU, [machine]))
         return run("cache", "drift", *args, home=home)
 
     return drift

@@ -42,6 +42,9 @@ from .study_storage import HEARTBEAT, StudyStorageError, fail_stale, patiently
 RETRIES = 3
 """How often a family is queued again after a worker ended without finishing or releasing it, before it is given up."""
 
+LEAST_HELD = 4
+"""Families that a worker may hold however few are left."""
+
 POLL_SECONDS = 2.0
 """A worker that found nothing to claim asks the database again after this long."""
 
@@ -70,9 +73,10 @@ class _Claim:
 class Campaign:
     """A worker's part in the plan. Safe to use from several threads.
 
-    ``families`` are handed out in their order. ``lacks`` says whether the store still needs a family. ``storage`` is
-    one of :func:`~.study_storage.open_study_storage`, ``url`` its location for messages. ``lanes`` is how many GPUs
-    this process measures on.
+    ``families`` are handed out in their order. With ``all_at_once`` this worker takes all that it can, which is faster
+    where it is the only one; otherwise it leaves some for who comes later. ``lacks`` says whether the store still needs
+    a family. ``storage`` is one of :func:`~.study_storage.open_study_storage`, ``url`` its location for messages.
+    ``lanes`` is how many GPUs this process measures on.
 
     Raises:
         StudyStorageError: the database failed, or its plan is of another GPU or Triton.
@@ -87,6 +91,7 @@ class Campaign:
         environment: Environment,
         provenance: str,
         url: str = "",
+        all_at_once: bool = False,
         lanes: int = 1,
     ) -> None:
         self.given_up: dict[KernelSpec, str] = {}
@@ -96,6 +101,8 @@ class Campaign:
         self._storage = storage
         self._url = url
         self._lacks = lacks
+        self._all_at_once = all_at_once
+        self._record_heartbeat = getattr(storage, "record_heartbeat", lambda trial_id: None)  # none in memory
         self._families = {str(family): family for family in families}
         self._wanted = dict.fromkeys(families)
         self._held: dict[KernelSpec, _Claim] = {}
@@ -204,7 +211,9 @@ class Campaign:
         with self._state:
             ours = {name: family for name, family in self._families.items() if family in self._wanted}
             held = set(self._held)
-        self._full = len(held) >= _share([trial for name, trial in first.items() if name in ours], self._worker)
+        self._full = not self._all_at_once and len(held) >= _share(
+            [trial for name, trial in first.items() if name in ours], self._worker
+        )
         if self._full:
             return None
         for trial in trials:
@@ -220,7 +229,7 @@ class Campaign:
     def _make_ours(self, trial: FrozenTrial, family: KernelSpec) -> bool:
         trial_id = self._trial_id(trial.number)
         # First the heartbeat: Optuna takes a running trial that never had one for alive, for ever.
-        self._storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]
+        self._record_heartbeat(trial_id)
         try:
             if not self._storage.set_trial_state_values(trial_id, TrialState.RUNNING):
                 return False
@@ -323,7 +332,7 @@ class Campaign:
             running = {trial.number for trial in trials}
             for claim in held.values():
                 if claim.number in running:
-                    self._storage.record_heartbeat(self._trial_id(claim.number))  # type: ignore[attr-defined]
+                    self._record_heartbeat(self._trial_id(claim.number))
         except (SQLAlchemyError, optuna.exceptions.OptunaError, KeyError):
             return  # the next one tries again; the grace period is several intervals long
         with self._state:
@@ -346,14 +355,15 @@ def _failures(history: Sequence[FrozenTrial]) -> int:
 
 def _share(trials: Sequence[FrozenTrial], worker: dict[str, object]) -> int:
     """How many families one worker may hold now: half of its even share, so that there is work for who comes later
-    and all end at about the same time; but two for each GPU, so that one can be compiled while the other is measured.
+    and all end at about the same time; but :data:`LEAST_HELD` for each GPU, so that some can be compiled
+    while one is measured.
     """
     names = ("machine", "pid", "started", "lanes")
     workers = {tuple(trial.user_attrs[_WORKER].get(name) for name in names) for trial in trials if _is_taken(trial)}
     workers.add(tuple(worker[name] for name in names))
     lanes: dict[tuple[object, ...], int] = {known: int(str(known[-1] or 1)) for known in workers}
     mine = lanes[tuple(worker[name] for name in names)]
-    return mine * max(2, math.ceil(len(trials) / (2 * sum(lanes.values()))))
+    return mine * max(LEAST_HELD, math.ceil(len(trials) / (2 * sum(lanes.values()))))
 
 
 def _is_taken(trial: FrozenTrial) -> bool:

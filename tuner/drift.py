@@ -40,9 +40,9 @@ from .evaluation import (
 )
 from .final import decide
 from .fusion import composition_of, with_unfused_time
+from .kernel_search import IN_A_ROW
 from .packing import Packing
 from .progress import SilentProgress
-from .search import IN_A_ROW
 from .workers import POLL_SECONDS, Compiled, CompilePool
 
 EXACT = "exact"

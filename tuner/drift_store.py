@@ -14,7 +14,7 @@ from .drift import drift
 from .drift_report import DriftResult
 from .measure import NoGpuError
 from .progress import SilentProgress
-from .tune_model import Request, choose_evaluator
+from .tune_model import Request, choose_evaluators
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def drift_store(request: DriftRequest, progress: SilentProgress | None = None) -
     """
     if request.op is not None and request.op not in OPS:
         raise UsageError(f"unknown operation {request.op!r}{near_names(request.op, OPS)} (known: {', '.join(OPS)})")
+    if request.device is not None and (request.device == "all" or "," in request.device):
+        raise UsageError(f"--device {request.device}: cache drift measures on one GPU; name one, such as cuda:0")
     with _opened(request) as store:
         location = store.location
 
@@ -52,7 +54,7 @@ def drift_store(request: DriftRequest, progress: SilentProgress | None = None) -
             return resolution.config, resolution.step
 
         try:
-            _, evaluator = choose_evaluator(Request(gpu=request.gpu, device=request.device, evaluator="measure"))
+            _, (evaluator,) = choose_evaluators(Request(gpu=request.gpu, device=request.device, evaluator="measure"))
         except NoGpuError:
             raise UsageError(
                 "cache drift measures kernels, and PyTorch sees no GPU; run it on the machine whose store this is"

@@ -141,8 +141,8 @@ class Guarded:
             self._inside.items(), key=lambda item: min(abs(byte - item[1].start), abs(byte - item[1].stop + 1))
         )
         if byte < inside.start:
-            return f"{inside.start - byte} bytes before {name}"
-        return f"{byte - inside.stop + 1} bytes behind the end of {name}"
+            return f"byte {inside.start - byte} before {name}"
+        return f"byte {byte - inside.stop + 1} behind the end of {name}"
 
     @functools.cached_property
     def _is_guard(self) -> torch.Tensor:

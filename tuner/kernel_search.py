@@ -29,8 +29,9 @@ from .workers import Compiled, CompilePool
 
 TRYING, FINAL, OVER = "trying", "final", "over"
 
-FAR = 1.10
-"""Configs that a trial shows to be slower than this many times the best do not play in the final."""
+FAR = 1.04
+"""Configs that a trial shows to be slower than this many times the best do not play in the final: a single timing is
+off by 1 to 2 %."""
 
 BEHIND = 1.25
 """A candidate whose estimate is more than this many times the best one so far is not compiled."""

@@ -70,6 +70,11 @@ def check_hosts(environ: Mapping[str, str], study_storage: str) -> None:
         )
 
 
+def was_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process."""
+    return _local_rank(environ) is not None
+
+
 def launcher_hosts(environ: Mapping[str, str]) -> int:
     """On how many hosts the launcher started processes, as far as it says so; else 1."""
     return max([1, *(_number(environ, variable) or 1 for variable in _HOSTS)])

@@ -9,8 +9,8 @@ too; which families this process searches is decided with the other workers, if 
 
 **What is kept.** A winner is stored as soon as its search ends, and its binaries soon after. A spec is skipped when the
 store has an entry of the same template whose provenance is better, or equal with a finished search of at least this
-effort: the study says so, or, without the study, the entry was tuned with at least the effort's patience in trials. At
-the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
+effort: the study says so, or, without the study, the entry was tuned with at least the effort's least patience in
+trials. At the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
 kernels are timed against their unfused sequence (:mod:`.fusion`).
 
 **What fails.** Only a property of a config is recorded against it: a compile error, a limit exceeded, a compiler that
@@ -28,13 +28,14 @@ open: the next run continues from its trials. A run that is killed loses the can
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import optuna
@@ -52,10 +53,12 @@ from .evaluation import BROKEN, ContextLostError, Evaluator, floor_us
 from .fusion import composition_of, needs_timing, with_unfused_time
 from .incumbents import Incumbents, built_in
 from .kernel_search import BEHIND, FINAL, OVER, TRYING, KernelSearch, Lane
+from .launcher import was_launched
 from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, Tuned, TuneResult
 from .packing import Packing
 from .predict import shortlist
 from .progress import SilentProgress
+from .sampler import ModelSampler
 from .space import Space
 from .studies import KernelStudy, searched_with, study_name
 from .study_storage import default_study_storage, open_study_storage, quiet, release
@@ -69,6 +72,18 @@ LAST_FINALS_SECONDS = 20.0
 
 _STUDIES_PER_WORKER = 2
 _RANKS = (DEFAULT, PREDICTED, MEASURED)
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Parts of a search that a replay of recorded times replaces; None leaves a part as it is."""
+
+    pool: Callable[[Gpu, int | None], CompilePool] | None = None
+    space: Callable[..., Space] | None = None
+    """Takes the arguments of :class:`~.space.Space`."""
+    sampler: Callable[[Space, int], optuna.samplers.BaseSampler] | None = None
+    """Makes Optuna's sampler for a space from a seed."""
+    storage: optuna.storages.BaseStorage | None = None
 
 
 def tune(
@@ -85,6 +100,7 @@ def tune(
     incumbents: Callable[[KernelSpec], Incumbents] | None = None,
     binaries: bool = True,
     progress: SilentProgress | None = None,
+    stand_ins: StandIns | None = None,
 ) -> TuneResult:
     """Find and store the best config of every spec, as far as ``effort`` and ``timeout`` (seconds) allow.
 
@@ -93,7 +109,8 @@ def tune(
     kernel. ``jobs`` is the number of compile workers, by default one for each core. ``study_storage`` is the path of a
     SQLite file or a URL for Optuna, by default a file in the user's folder; workers that share it share the work.
     ``incumbents`` returns what lookups give for a spec; by default that is the entry of ``store`` and the built-in
-    default. ``binaries`` also stores the compiled kernels of the winners.
+    default. ``binaries`` also stores the compiled kernels of the winners. ``stand_ins`` replaces parts of the search
+    for a replay without a compiler or a GPU.
     The evaluators are closed at the end. A script that calls this needs Python's ``if __name__ == "__main__":`` guard,
     since the workers import the main module.
 
@@ -114,10 +131,11 @@ def tune(
         budgets = tuple(budget.with_trials(trials) for budget in budgets)  # type: ignore[assignment]
     url = study_storage or default_study_storage()
     deadline = None if timeout is None else time.monotonic() + timeout
-    pool = CompilePool(gpu, jobs)
-    storage = open_study_storage(url)
+    given = stand_ins or StandIns()
+    pool = (given.pool or CompilePool)(gpu, jobs)
+    storage = given.storage or open_study_storage(url)
     said = progress or SilentProgress()
-    run = _Run(evaluators, store, gpu, effort, budgets, storage, url, pool, incumbents, binaries, said)
+    run = _Run(evaluators, store, gpu, effort, budgets, storage, url, pool, incumbents, binaries, said, given)
     try:
         with _interruption(run):
             run.search(list(dict.fromkeys(specs)), deadline)
@@ -173,6 +191,7 @@ class _Run:
         incumbents: Callable[[KernelSpec], Incumbents] | None,
         binaries: bool,
         progress: SilentProgress,
+        stand_ins: StandIns,
     ) -> None:
         self.store, self.gpu, self.effort, self.progress = store, gpu, effort, progress
         self.budget, self.known_budget = budgets
@@ -180,6 +199,10 @@ class _Run:
         self.provenance = evaluators[0].provenance
         self.lanes = [Lane(evaluator, self._show) for evaluator in evaluators]
         self.stopped = self.fault = ""
+        shared = "://" in url and not url.startswith("sqlite:")
+        self._alone = not shared and not was_launched(os.environ)
+        self._space = stand_ins.space or Space
+        self._sampler = stand_ins.sampler or ModelSampler
         self._incumbents = incumbents
         self._rows: dict[KernelSpec, Tuned] = {}
         self._deadline: float | None = None
@@ -218,6 +241,7 @@ class _Run:
             environment=self._environment,
             provenance=self.provenance,
             url=self.url,
+            all_at_once=self._alone,
             lanes=len(self.lanes),
         )
         try:
@@ -363,17 +387,17 @@ class _Run:
             return entry if theirs > ours else None
         if entry.evaluation.trials >= self.budget.trials:
             return entry
-        name = study_name(Space(spec, self.gpu), self._environment, self.provenance)
+        name = study_name(self._space(spec, self.gpu), self._environment, self.provenance)
         finished = searched_with(self.storage, name, self.url)
         if finished is None:
-            return entry if entry.evaluation.trials >= self.budget.patience else None
+            return entry if entry.evaluation.trials >= self.known_budget.patience else None
         return entry if finished >= self.budget.trials else None
 
     def _next(self, specs: Sequence[KernelSpec]) -> KernelSearch:
         """Begin the search of the first of a family's specs that has no row yet."""
         spec = next(spec for spec in specs if spec not in self._rows)
         incumbents = self._incumbents_of(spec)
-        space = Space(spec, self.gpu, also=(*incumbents.configs, *incumbents.starts))
+        space = self._space(spec, self.gpu, (*incumbents.configs, *incumbents.starts))
         screen = self.lanes[0].evaluator.screen
         estimates = {config: screen(spec, config) for config in space.seeds}
         best_estimate = min((us for us in estimates.values() if us is not None), default=float("inf"))
@@ -387,6 +411,7 @@ class _Run:
             seeds=incumbents.configs if known else seeds,
             floor_us=floor_us(spec, self.gpu),
             url=self.url,
+            sampler=self._sampler,
         )
         first = itertools.chain(
             incumbents.configs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import optuna
 
@@ -88,12 +88,10 @@ class Space:
 
     def distributions(self, config: Config) -> dict[str, optuna.distributions.BaseDistribution]:
         """The distribution of each of :meth:`params`, as :meth:`suggest` declares them."""
-        named: dict[str, tuple[int, ...] | tuple[str, ...]]
-        named = {f"{config.variant}.{name}": values for name, values in self.choices[config.variant].items()}
-        return {
-            name: optuna.distributions.CategoricalDistribution(values)
-            for name, values in {VARIANT: tuple(self.choices), **named}.items()
-        }
+        categorical = optuna.distributions.CategoricalDistribution
+        choices = self.choices[config.variant]
+        named = {f"{config.variant}.{name}": categorical(values) for name, values in choices.items()}
+        return {VARIANT: categorical(tuple(self.choices)), **named}
 
     def draw(self, chance: random.Random, near: Sequence[Config] = ()) -> Config:
         """A config drawn uniformly over variants and values, or one of ``near`` with up to three values drawn anew.
@@ -108,6 +106,19 @@ class Space:
         choices = self.choices[start.variant]
         changed = chance.sample(tuple(choices), k=chance.randint(1, min(3, len(choices))))
         return Config.create(start.variant, **_values(start) | {name: chance.choice(choices[name]) for name in changed})
+
+    def moves(self, config: Config) -> Iterator[Config]:
+        """The configs that differ from ``config`` in one value. They may be refused."""
+        for name, values in self.choices[config.variant].items():
+            for value in values:
+                if value != _values(config)[name]:
+                    yield Config.create(config.variant, **_values(config) | {name: value})
+
+    def all(self) -> Iterator[Config]:
+        """Every config, refused ones included."""
+        for variant, choices in self.choices.items():
+            for values in itertools.product(*choices.values()):
+                yield Config.create(variant, **dict(zip(choices, values, strict=True)))
 
     def size(self) -> int:
         """The number of configs, refused ones included."""

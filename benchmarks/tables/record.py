@@ -6,21 +6,20 @@ once and timed for all of them. The configs of a family are those that the perfo
 the time allows. Half of each batch are neighbours of the best so far, since a search ends among these. At the end the
 winners of every other family are timed, as a lookup would carry them over, and the best of each spec are timed in turn.
 
-Kinds of times: 0 one short measurement, 1 timed in turn with the other best, 2 the first replay only, of a config that
-is far behind.
+Kinds of times: 0 one short measurement; 1 timed in turn with the other best, and then the short measurement is kept as
+a fourth value; 2 the first replay only, of a config that is far behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import itertools
 import json
 import math
-import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -28,22 +27,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...codegen.compile import CompileError
 from ...codegen.gpu import Gpu
 from ...codegen.ops import OPS
 from ...codegen.render import render
 from ...codegen.spec import Config, KernelSpec
 from ...errors import DoratuneError
-from ...runtime.binding import bind
 from ...runtime.device import find_device, gpu_of
-from ...tuner.evaluation import BROKEN, Rejected
+from ...tuner.evaluation import BROKEN, Evaluator, Rejected
+from ...tuner.isolation import IsolatedEvaluator
 from ...tuner.measure import MeasureEvaluator
-from ...tuner.measure import _gpu_answers as gpu_answers
 from ...tuner.predict import estimate_us, shortlist
 from ...tuner.space import Space
-from ...tuner.timing import Graph, interleaved_us
 from ...tuner.workers import Compiled, CompilePool
 from ..results import environment
 from .specs import recorded_specs
@@ -61,11 +56,8 @@ LEAST_POOL = 100
 """The best estimates of a spec are in its pool wherever they lie."""
 
 BATCH = 48
-TIMING_MS = 8.0
-LEAST_REPLAYS, MOST_REPLAYS = 5, 25
 BEST = 12
 """Configs of a spec that are timed in turn at the end."""
-ROUNDS = 21
 NEAR = 6
 """The best configs whose neighbours are tried."""
 
@@ -79,43 +71,20 @@ class _Table:
 
     us: dict[Config, tuple[float, int]] = field(default_factory=dict)
     rejected: dict[Config, str] = field(default_factory=dict)
+    short_us: dict[Config, float] = field(default_factory=dict)
+    """The short measurements of what was timed in turn later."""
 
     def best(self, count: int) -> list[Config]:
         timed = [(us, str(config), config) for config, (us, kind) in self.us.items() if kind != CENSORED]
         return [config for _, _, config in sorted(timed)[:count]]
 
 
-class _Timer:
-    """The inputs of one spec on the GPU, and the timing of its candidates."""
-
-    def __init__(self, spec: KernelSpec, gpu: Gpu, device: torch.device) -> None:
-        self._evaluator = MeasureEvaluator(gpu, device)
-        self._spec = spec
-        self._evaluator._prepare(spec)
-
-    def gate(self, launch: Any) -> None:
-        self._evaluator._gate(self._spec, launch)
-
-    def capture(self, launch: Any) -> Graph:
-        assert self._evaluator._rotation is not None
-        return self._evaluator._rotation.capture(lambda tensors: self._evaluator._launch(self._spec, launch, tensors))
-
-    def time(self, launch: Any, best_us: float) -> tuple[float, int]:
-        graph = self.capture(launch)
-        graph.replay()
-        first = graph.replay_us()
-        if first > WITHIN * 1.1 * best_us:
-            return first, CENSORED
-        count = int(TIMING_MS * 1000 / max(first * graph.calls, 1.0))
-        return statistics.median(graph.replays_us(max(LEAST_REPLAYS, min(MOST_REPLAYS, count)))), SHORT
-
-
 class _Family:
     """The specs that share their code, their tables, and the configs still to be tried."""
 
-    def __init__(self, specs: Sequence[KernelSpec], gpu: Gpu, device: torch.device) -> None:
+    def __init__(self, specs: Sequence[KernelSpec], gpu: Gpu, evaluator: Evaluator) -> None:
         self.specs = tuple(specs)
-        self.gpu, self.device = gpu, device
+        self.gpu, self.evaluator = gpu, evaluator
         self.spaces = {spec: Space(spec, gpu) for spec in self.specs}
         self.tables = {spec: _Table() for spec in self.specs}
         self.chance = random.Random(str(self.specs[0]))
@@ -125,7 +94,6 @@ class _Family:
         )
         self.first = list(dict.fromkeys(itertools.chain.from_iterable(starts)))
         self.pool = self._pool()
-        self._timers: dict[KernelSpec, _Timer] = {}
 
     def suits(self, config: Config) -> list[KernelSpec]:
         """The specs that can run a config of the space."""
@@ -176,62 +144,41 @@ class _Family:
                 add(self.pool.pop())
         return batch
 
-    def timer(self, spec: KernelSpec) -> _Timer:
-        if spec not in self._timers:
-            self._timers[spec] = _Timer(spec, self.gpu, self.device)
-        return self._timers[spec]
-
-    def release(self) -> None:
-        self._timers.clear()
-        torch.cuda.empty_cache()
-
     def evaluate(self, config: Config, compiled: Future[Compiled]) -> None:
         """Time one config for every spec of the family that can run it."""
-        specs = self.suits(config)
-        try:
-            compiled.result()
-            launch = bind(render(specs[0], config)).launch
-            self.timer(specs[0]).gate(launch)
-        except (Rejected, CompileError) as reason:
-            for spec in specs:
-                self.tables[spec].rejected[config] = str(reason).splitlines()[0][:120]
-            return
-        for spec in specs:
+        for spec in self.suits(config):
             table = self.tables[spec]
-            best = min((us for us, _ in table.us.values()), default=math.inf)
-            table.us[config] = self.timer(spec).time(launch, best)
-
-    def fill(self, document: dict[str, Any]) -> None:
-        """Take over what an earlier process of this run recorded."""
-        configs = [Config.parse(text) for text in document["configs"]]
-        for spec, table in self.tables.items():
-            recorded = document["specs"].get(str(spec), {"us": (), "rejected": ()})
-            table.us |= {configs[number]: (us, kind) for number, us, kind in recorded["us"]}
-            table.rejected |= {configs[number]: reason for number, reason in recorded["rejected"]}
-            self.asked |= table.us.keys() | table.rejected.keys()
+            try:
+                evaluation = self.evaluator.evaluate(render(spec, config), compiled.result())
+            except (Rejected, CompileError) as reason:
+                table.rejected[config] = str(reason).splitlines()[0][:120]
+                continue
+            assert evaluation.us is not None
+            table.us[config] = evaluation.us, SHORT if len(evaluation.samples_us) > 1 else CENSORED
 
     def begin_with(self, document: dict[str, Any]) -> None:
         """Try the configs of an older table first."""
         configs = [Config.parse(text) for text in document["configs"]]
         for spec in self.specs:
             recorded = document["specs"].get(str(spec), {"us": ()})
-            self.first += [configs[number] for number, _, kind in recorded["us"] if kind != CENSORED]
+            self.first += [configs[row[0]] for row in recorded["us"] if row[2] != CENSORED]
 
     def knows(self, config: Config) -> bool:
         """Whether a config was timed or rejected."""
         return any(config in table.us or config in table.rejected for table in self.tables.values())
 
-    def time_in_turn(self, deadline: float) -> None:
-        """Time the best of each spec in turn."""
+    def time_in_turn(self, end: float) -> None:
+        """Time the best of each spec in turn, until about ``end``."""
         for spec, table in self.tables.items():
-            if time.monotonic() > deadline:
+            configs = table.best(BEST)
+            if time.monotonic() > end or not configs:
                 return
-            graphs, configs = {}, table.best(BEST)
-            for config in configs:
-                graphs[str(config)] = self.timer(spec).capture(bind(render(spec, config)).launch)
-            samples = interleaved_us(graphs, rounds=ROUNDS)
-            for config in configs:
-                table.us[config] = (statistics.median(samples[str(config)]), IN_TURN)
+            times = self.evaluator.final([render(spec, config) for config in configs])
+            assert times is not None
+            for config, samples in zip(configs, times.samples_us, strict=True):
+                table.short_us[config] = table.us[config][0]
+                table.us[config] = statistics.median(samples), IN_TURN
+            self.evaluator.finish(spec)
 
 
 def families_of(specs: Iterable[KernelSpec]) -> list[list[KernelSpec]]:
@@ -242,16 +189,8 @@ def families_of(specs: Iterable[KernelSpec]) -> list[list[KernelSpec]]:
     return list(families.values())
 
 
-class _Lost(Exception):
-    """A candidate broke the GPU context of this process; it is recorded as rejected."""
-
-
 def record(families: Sequence[_Family], *, end: float, jobs: int, gpu: Gpu, winners: _Winners) -> None:
-    """Fill the tables of ``families`` until about ``end``, by the monotonic clock.
-
-    Raises:
-        _Lost: a candidate broke the GPU context: another process must go on.
-    """
+    """Fill the tables of ``families`` until about ``end``, by the monotonic clock."""
     began = time.monotonic()
     ends = [began + (end - began) * share for share in itertools.accumulate(_SHARES)]
     pool = CompilePool(gpu, jobs)
@@ -264,7 +203,6 @@ def record(families: Sequence[_Family], *, end: float, jobs: int, gpu: Gpu, winn
         print(f"carried over after {time.monotonic() - began:.0f} s: {_sizes(families)}", flush=True)
         for family in families:
             family.time_in_turn(end)
-            family.release()
         print(f"timed in turn after {time.monotonic() - began:.0f} s", flush=True)
     finally:
         pool.close()
@@ -349,14 +287,8 @@ def _evaluate(family: _Family, config: Config, compiled: Future[Compiled]) -> No
         family.evaluate(config, compiled)
     except BROKEN:
         raise
-    except (DoratuneError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:120]
-        print(f"{family.specs[0]} {config}: {reason}", flush=True)
-        if not gpu_answers():
-            for spec in family.suits(config):
-                family.tables[spec].us.pop(config, None)
-                family.tables[spec].rejected[config] = reason
-            raise _Lost from error
+    except DoratuneError as error:
+        print(f"{family.specs[0]} {config}: {str(error).splitlines()[0]}", flush=True)
 
 
 def _document(op: str, families: Sequence[_Family], gpu: Gpu, commit: str | None) -> dict[str, Any]:
@@ -367,7 +299,8 @@ def _document(op: str, families: Sequence[_Family], gpu: Gpu, commit: str | None
             if spec.op == op and table.us:
                 specs[str(spec)] = {
                     "us": [
-                        [numbers.setdefault(config, len(numbers)), float(f"{us:.5g}"), kind]
+                        [numbers.setdefault(config, len(numbers)), _rounded(us), kind]
+                        + [_rounded(table.short_us[config])] * (config in table.short_us)
                         for config, (us, kind) in table.us.items()
                     ],
                     "rejected": [
@@ -381,6 +314,10 @@ def _document(op: str, families: Sequence[_Family], gpu: Gpu, commit: str | None
         "configs": [str(config) for config in numbers],
         "specs": specs,
     }
+
+
+def _rounded(us: float) -> float:
+    return float(f"{us:.5g}")
 
 
 def _read(folder: Path | None, op: str) -> dict[str, Any]:
@@ -401,10 +338,7 @@ def _write(folder: Path, families: Sequence[_Family], gpu: Gpu, commit: str | No
 
 
 def main() -> None:
-    """Parse the command line, record, write a file for each operation.
-
-    Where a candidate breaks the GPU context, what is recorded is written, and the process replaced by one that goes on.
-    """
+    """Parse the command line, record, write a file for each operation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--ops", nargs="*", help="only these operations")
@@ -415,27 +349,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--jobs", type=int, default=15)
     parser.add_argument("--commit", help="the commit measured; read from git by default")
-    parser.add_argument("--continue", dest="going_on", action="store_true", help="continue what --output holds")
     given = parser.parse_args()
     end = time.monotonic() + given.seconds
     device = find_device("cuda")
     gpu = gpu_of(device)
     specs = [spec for spec in recorded_specs(gpu.slug) if not given.ops or spec.op in given.ops]
     groups = families_of(specs)[given.part :: given.parts]
-    families = [_Family(group, gpu, device) for group in groups]
+    evaluator = IsolatedEvaluator(functools.partial(MeasureEvaluator, gpu, str(device)), gpu)
+    evaluator.start()
+    families = [_Family(group, gpu, evaluator) for group in groups]
     for family in families:
-        op = family.specs[0].op
-        family.begin_with(_read(given.begin_with, op))
-        family.fill(_read(given.output if given.going_on else None, op))
+        family.begin_with(_read(given.begin_with, family.specs[0].op))
     winners = _Winners(given.shared or given.output / "winners", given.part, given.parts)
     try:
         record(families, end=end, jobs=given.jobs, gpu=gpu, winners=winners)
-    except _Lost:
+    finally:
+        evaluator.close()
         _write(given.output, families, gpu, given.commit)
-        left = ["--seconds", str(end - time.monotonic())]
-        again = [sys.executable, "-m", "doratune.benchmarks.tables.record", *sys.argv[1:], *left, "--continue"]
-        os.execv(sys.executable, again)
-    _write(given.output, families, gpu, given.commit)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,14 @@ class AdapterBackwardRows(Variant):
                 num_warps=warps,
                 num_stages=2,
             )
-            for block_n, block_r, warps in ((16, 128, 4), (8, 128, 4), (16, 64, 2), (16, 16, 1), (4, 16, 1))
+            for block_n, block_r, warps in (
+                (16, 128, 4),
+                (4, 512, 4),
+                (8, 512, 8),
+                (16, 512, 8),
+                (32, 64, 8),
+                (64, 16, 8),
+            )
         )
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:

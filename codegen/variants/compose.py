@@ -49,7 +49,7 @@ class ForwardTile(Variant):
                 num_warps=warps,
                 num_stages=2,
             )
-            for block_t, block_n, warps in ((4, 1024, 4), (1, 1024, 4), (1, 256, 1), (8, 512, 8), (1, 64, 1))
+            for block_t, block_n, warps in ((4, 1024, 4), (2, 512, 8), (16, 128, 2), (32, 64, 8), (4, 256, 8))
         )
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
@@ -93,16 +93,18 @@ class BackwardColumns(Variant):
                 chunk=fit(chunk, spec.tokens, smallest=1),
                 block_t=fit(block_t, spec.tokens, smallest=1),
                 block_n=fit(block_n, spec.d_out, smallest=64),
-                reduce_c=32,
-                reduce_n=fit(64, spec.d_out, smallest=32),
+                reduce_c=reduce_c,
+                reduce_n=fit(reduce_n, spec.d_out, smallest=32),
                 num_warps=warps,
                 num_stages=stages,
             )
-            for chunk, block_t, block_n, warps, stages in (
-                (64, 4, 512, 4, 2),
-                (32, 4, 256, 4, 2),
-                (128, 4, 1024, 4, 1),
-                (16, 4, 256, 2, 1),
+            for chunk, block_t, block_n, reduce_c, reduce_n, warps, stages in (
+                (64, 4, 512, 32, 64, 4, 2),
+                (16, 16, 128, 64, 32, 1, 4),
+                (4, 4, 128, 8, 32, 1, 3),
+                (64, 16, 128, 64, 32, 1, 1),
+                (64, 16, 64, 16, 32, 1, 4),
+                (64, 16, 128, 8, 32, 2, 3),
             )
         )
 

@@ -39,16 +39,19 @@ class BackwardExactTiles(Variant):
                 chunk=fit(chunk, spec.tokens),
                 block_t=fit(block_t, spec.tokens),
                 block_n=fit(block_n, spec.d_out),
-                block_k=block_k if narrow else 32,
-                k_share=128,
-                finish_n=fit(256, spec.d_out, smallest=64),
-                num_warps=warps,
-                num_stages=2,
+                block_k=block_k if narrow else min(block_k, 32),
+                k_share=k_share,
+                finish_n=fit(finish_n, spec.d_out, smallest=64),
+                num_warps=4,
+                num_stages=stages if narrow else 2,
             )
-            for chunk, block_t, block_n, block_k, warps in (
-                (256, 32, 64, 32, 4),
-                (1024, 64, 64, 64, 8),
-                (256, 32, 32, 32, 4),
+            for chunk, block_t, block_n, block_k, k_share, finish_n, stages in (
+                (256, 32, 64, 32, 128, 256, 2),
+                (4096, 128, 64, 64, 512, 256, 3),
+                (1024, 128, 128, 16, 256, 64, 2),
+                (1024, 64, 32, 16, 128, 256, 2),
+                (1024, 16, 128, 64, 512, 256, 2),
+                (256, 32, 32, 32, 128, 256, 2),
             )
         )
 

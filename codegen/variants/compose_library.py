@@ -61,7 +61,7 @@ class _ComposedProducts(Variant):
                 num_warps=4,
                 num_stages=2,
             )
-            for block_t, block_n in ((4, 512), (1, 1024), (8, 128))
+            for block_t, block_n in ((4, 512), (8, 128))
         )
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:

@@ -83,7 +83,7 @@ class DoraLinearTile(Variant):
         narrow = _narrow(spec)
         shapes: tuple[tuple[int, int, int, int, int], ...]
         if spec.tokens <= FEW_TOKENS:
-            shapes = ((64, 64, 64, 4, 4), (16, 32, 128, 4, 4), (128, 64, 64, 4, 4))
+            shapes = ((64, 64, 64, 4, 4), (16, 64, 128, 4, 5), (16, 32, 128, 4, 4))
         elif narrow:
             shapes = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (256, 128, 64, 8, 3))
         else:  # the split parts of fp32 operands take registers
@@ -162,21 +162,21 @@ class DoraLinearTmaPersistent(DoraLinearTile):
                 self.name,
                 block_t=fit(block_t, spec.tokens),
                 block_n=fit(block_n, spec.d_out, smallest=32),
-                block_k=fit(64, spec.d_in),
-                group_t=8,
+                block_k=fit(block_k, spec.d_in),
+                group_t=group_t,
                 programs=rounds * gpu.multiprocessors,
                 parts=parts,
                 num_warps=warps,
                 num_stages=stages,
             )
-            for block_t, block_n, rounds, parts, warps, stages in (
-                (128, 256, 1, 2, 8, 4),
-                (128, 256, 1, 2, 8, 3),
-                (128, 128, 2, 1, 4, 3),
-                (256, 128, 1, 1, 8, 3),
-                (128, 128, 1, 1, 8, 4),
-                (128, 128, 1, 1, 8, 2),
-                (64, 64, 1, 1, 4, 2),
+            for block_t, block_n, block_k, group_t, rounds, parts, warps, stages in (
+                (128, 256, 64, 8, 1, 2, 8, 4),
+                (128, 256, 64, 16, 1, 1, 8, 3),
+                (128, 256, 32, 4, 1, 2, 8, 5),
+                (128, 128, 64, 8, 1, 1, 4, 5),
+                (64, 64, 128, 8, 2, 1, 4, 5),
+                (128, 128, 64, 8, 1, 1, 8, 2),
+                (64, 64, 64, 8, 1, 1, 4, 2),
             )
         )
 
@@ -235,17 +235,17 @@ class DoraLinearSplitK(Variant):
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         narrow = _narrow(spec)
-        block_t = fit(FEW_TOKENS, min(spec.tokens, FEW_TOKENS))
         configs = []
-        for block_n, block_k, rounds, warps, stages in (
-            (64, 128, 2, 4, 4),
-            (64, 128, 4, 4, 3),
-            (32, 256, 2, 4, 3),
-            (128, 64, 1, 4, 5),
-            (64, 64, 2, 4, 3),
-            (64, 32, 2, 4, 2),
+        for widest, block_n, block_k, rounds, warps, stages in (
+            (128, 64, 128, 2, 4, 4),
+            (64, 64, 64, 1, 8, 5),
+            (32, 32, 128, 2, 4, 3),
+            (16, 64, 64, 4, 4, 4),
+            (128, 64, 64, 2, 4, 3),
+            (128, 64, 32, 2, 4, 2),
         ):
-            tiles = ceil_div(spec.d_out, block_n)
+            block_t = fit(widest, spec.tokens)
+            tiles = ceil_div(min(spec.tokens, FEW_TOKENS), block_t) * ceil_div(spec.d_out, block_n)
             wanted = max(1, min(rounds * gpu.multiprocessors // tiles, 32, spec.d_in // 128))
             configs.append(
                 Config.create(

@@ -54,20 +54,32 @@ class LoraComposeTile(Variant):
         narrow = dtype_bytes(spec.activation) == 2 and spec.adapter == spec.activation
         shapes: tuple[tuple[int, int, int, int, int], ...]
         if spec.tokens <= FEW_TOKENS:
-            shapes = ((16, 32, 128, 4, 4), (16, 64, 64, 4, 4), (32, 32, 128, 4, 3), (64, 64, 64, 4, 3))
+            shapes = (
+                (16, 32, 128, 4, 4),
+                (64, 32, 64, 4, 5),
+                (64, 16, 128, 4, 4),
+                (64, 64, 64, 4, 5),
+                (32, 32, 64, 8, 3),
+            )
         elif narrow and gpu.has_tma:
-            shapes = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3))
+            shapes = (
+                (128, 128, 64, 8, 3),
+                (32, 64, 64, 4, 3),
+                (64, 32, 64, 2, 3),
+                (64, 32, 64, 4, 4),
+                (64, 64, 64, 4, 2),
+            )
         elif narrow:  # before Hopper the operands of a product pass through registers, which a deep tile fills
             shapes = ((128, 128, 32, 8, 4), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3))
         else:  # the split parts of fp32 operands take registers
-            shapes = ((64, 128, 32, 8, 2), (128, 128, 32, 8, 2), (64, 64, 32, 4, 2))
-        shapes = (*shapes, (64, 64, 32, 4, 2))
+            shapes = ((64, 128, 32, 8, 2), (128, 128, 32, 8, 2), (64, 32, 32, 4, 4), (64, 64, 64, 4, 2))
+        shapes = (*shapes, (32, 32, 32, 2, 3) if spec.tokens <= FEW_TOKENS else (64, 64, 32, 4, 2))
         return tuple(
             Config.create(
                 self.name,
                 block_t=fit(block_t, spec.tokens),
                 block_n=fit(block_n, spec.d_out),
-                block_k=fit(block_k if narrow else min(block_k, 32), spec.rank),
+                block_k=fit(block_k if narrow or spec.autocast else min(block_k, 32), spec.rank),
                 num_warps=warps,
                 num_stages=stages if narrow else 2,
             )
@@ -132,8 +144,12 @@ class LoraComposeTma(LoraComposeTile):
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         if spec.tokens <= FEW_TOKENS:
-            return super().seeds(spec, gpu)
+            few = super().seeds(spec, gpu)[0]
+            wide = {"block_t": fit(128, spec.tokens), "block_n": fit(64, spec.d_out), "block_k": fit(64, spec.rank)}
+            return (few, Config.create(self.name, **wide, num_warps=4, num_stages=4))
         shapes: tuple[tuple[int, int, int], ...] = ((128, 128, 4), (128, 128, 8), (128, 64, 4), (64, 128, 4))
+        if gpu.architecture == "sm_90":  # where specialised warps are faster
+            shapes = shapes[:2]
         if gpu.architecture == "sm_100":  # the sum leaves tensor memory at once: too much for four warps
             shapes = ((128, 128, 8), *shapes)
         return tuple(
@@ -210,9 +226,9 @@ class LoraComposeWarpSpecialized(Variant):
             )
             for block_t, block_n, consumers, stages in (
                 (64, 128, 2, 6),
-                (64, 64, 3, 6),
+                (64, 128, 2, 8),
                 (128, 64, 2, 6),
-                (64, 64, 2, 4),
+                (64, 128, 3, 8),
                 (64, 32, 2, 4),
             )
         )

@@ -96,7 +96,7 @@ class WeightNormFused(Variant):
             (128, 2, 128, 8, 3),
             (64, 2, 32, 4, 3),
             (32, 2, 32, 4, 2),
-        ):
+        )[: 2 if spec.weight == "bf16" and gpu.has_tma else None]:  # the variants with tensor descriptors are faster
             tiles = ceil_div(spec.d_out, block_m) * ceil_div(spec.rank, block_n)
             wanted = max(1, split_rounds * gpu.multiprocessors // tiles)
             split_k = 1

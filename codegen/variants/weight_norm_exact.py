@@ -56,12 +56,19 @@ class WeightNormExactRows(Variant):
                 self.name,
                 apart=apart,
                 block_m=fit(block_m, spec.d_out),
-                block_r=fit(128 if apart else 32, spec.rank),
-                block_k=fit(256, spec.d_in, smallest=128),
-                num_warps=4,
-                num_stages=2,
+                block_r=fit(block_r, spec.rank),
+                block_k=fit(block_k, spec.d_in, smallest=128),
+                num_warps=warps,
+                num_stages=stages,
             )
-            for apart, block_m in ((int(not small), 32), (1, 32), (1, 64), (0, 64))
+            for apart, block_m, block_r, block_k, warps, stages in (
+                (int(not small), 32, 32 if small else 128, 256, 4, 2),
+                (1, 16, 32, 512, 4, 2),
+                (1, 16, 64, 512, 8, 2),
+                (1, 16, 128, 128, 2, 2),
+                (1, 32, 64, 256, 2, 3),
+                (0, 128, 16, 512, 8, 2),
+            )
         )
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:

@@ -97,7 +97,9 @@ class WeightNormLibrary(Variant):
                 num_warps=warps,
                 num_stages=2,
             )
-            for block_m, block_n, warps in ((8, 128, 4), (4, 128, 2), (16, 64, 4))
+            for block_m, block_n, warps in ((8, 128, 4), (4, 128, 2), (16, 64, 4))[
+                : 1 if spec.weight == "bf16" else None
+            ]
         )
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:

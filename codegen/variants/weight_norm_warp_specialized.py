@@ -84,31 +84,40 @@ class WeightNormWarpSpecialized(Variant):
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         rank_block = 64 if spec.rank <= 64 else 128
-        rank_tiles = min(3, ceil_div(spec.rank, rank_block))
-        programs = ceil_div(spec.d_out, ROWS) * ceil_div(spec.rank, rank_block * rank_tiles)
-        few = max(1, min(gpu.multiprocessors // programs, 8, spec.d_in // 256))
-        splits = dict.fromkeys((few, min(2 * few, max(1, spec.d_in // 256), 8)))
-        return tuple(
-            Config.create(
+        every = ceil_div(spec.rank * spec.rank, SUM_BLOCK)
+        most = max(1, min(8, spec.d_in // 256))
+
+        def seed(
+            tile: int, tiles: int, share: int, programs: int, stages: int, rounds: int = 1, gram_stages: int = 6
+        ) -> Config:
+            tiles = min(tiles, ceil_div(spec.rank, tile))
+            one_round = gpu.multiprocessors // (ceil_div(spec.d_out, ROWS) * ceil_div(spec.rank, tile * tiles))
+            return Config.create(
                 self.name,
-                rank_block=rank_block,
-                rank_tiles=rank_tiles,
-                split_k=split_k,
+                rank_block=tile,
+                rank_tiles=tiles,
+                split_k=min(rounds * max(1, min(one_round, most)), most),
                 gram_block=64,
                 gram_block_k=128,
-                gram_share=gram_share,
-                gram_stages=6,
-                gram_programs=gram_programs,
+                gram_share=share,
+                gram_stages=gram_stages,
+                gram_programs=programs,
                 num_warps=8,
-                num_stages=3,
+                num_stages=stages,
             )
-            for split_k in splits
-            for gram_share, gram_programs in (
-                (1024, ceil_div(spec.rank * spec.rank, SUM_BLOCK)),
-                (1024, 4),
-                (self._one_wave(spec, gpu), ceil_div(spec.rank * spec.rank, SUM_BLOCK)),
-            )
-        )
+
+        found = [seed(rank_block, 3, 1024, every, 3)]
+        if spec.rank <= 64:
+            found += [seed(64, 1, 1024, 4, 5), seed(64, 1, 256, 8, 4, gram_stages=3), seed(64, 1, 1024, 4, 5, rounds=2)]
+        else:
+            found += [
+                seed(128, 3, self._one_wave(spec, gpu), every, 3),
+                seed(128, 3, 1024, 4, 3),
+                seed(64, 3, 1024, every, 3, gram_stages=4),
+                seed(128, 3, 1024, every, 3, rounds=2),
+                seed(64, 1, 512, 4, 6),
+            ]
+        return tuple(dict.fromkeys(found))
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         rank_block, rank_tiles = config["rank_block"], config["rank_tiles"]

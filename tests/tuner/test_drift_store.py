@@ -34,7 +34,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """The GPU here, on which the runner-up has become the fastest."""
     machine = Machine(SWAPPED)
-    monkeypatch.setattr(module, "choose_evaluator", lambda request: (GPU, machine))
+    monkeypatch.setattr(module, "choose_evaluators", lambda request: (GPU, [machine]))
     monkeypatch.setattr("doratune.tuner.drift.CompilePool", FakePool)
     monkeypatch.setattr(FakePool, "crashing", staticmethod(lambda config: None))
     return machine
@@ -87,7 +87,7 @@ def test_the_gpu_and_the_device_are_those_that_are_asked_for(home: Path, monkeyp
         raise UsageError("chosen")
 
     put(home / "store.sqlite", an_entry())
-    monkeypatch.setattr(module, "choose_evaluator", choose)
+    monkeypatch.setattr(module, "choose_evaluators", choose)
     with pytest.raises(UsageError, match="chosen"):
         drift_store(DriftRequest(gpu="h200", device="cuda:1"))
 

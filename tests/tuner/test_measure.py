@@ -32,7 +32,7 @@ from doratune.tuner.final import CHECK_ROUNDS
 from doratune.tuner.machine import Machine
 from doratune.tuner.measure import MeasureEvaluator
 from doratune.tuner.timing import MIN_REPLAYS, SHORT_GRAPH_CALLS, Turns
-from doratune.tuner.tune_model import Request, choose_evaluator
+from doratune.tuner.tune_model import Request, choose_evaluators
 
 from .fake_cuda import FakeCuda
 from .fakes import COMPILED
@@ -167,8 +167,8 @@ def test_a_gpu_that_does_not_answer_at_the_start_is_named(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("doratune.tuner.tune_model.find_device", fail)
     with pytest.raises(GpuLostError, match=r"does not answer PyTorch: CUDA unknown error.*nvidia-smi"):
-        choose_evaluator(Request(model="llama-8b"))
-    assert choose_evaluator(Request(model="llama-8b", gpu="h200", evaluator="predict"))[0] == GPU
+        choose_evaluators(Request(model="llama-8b"))
+    assert choose_evaluators(Request(model="llama-8b", gpu="h200", evaluator="predict"))[0] == GPU
 
 
 @pytest.fixture
