@@ -53,8 +53,8 @@ class Effort:
         return self.measure if provenance == MEASURED else self.predict
 
 
-# The measured budgets are chosen on recorded tables (docs, "How good a search is"): a kernel's seeds are some dozen, and
-# 30 trials find a config within 1 % of the best in 19 of 20 searches. Where there is no GPU the cores are often few,
+# The measured budgets are chosen on recorded tables (docs, "How good a search is"): a kernel's seeds are some dozen,
+# and 30 trials find a config within 1 % of the best in 19 of 20 searches. Where there is no GPU the cores are often few,
 # and a predicted trial costs the compile all the same: hence fewer. The least patience of a level exceeds the trials of
 # the level before, so a winner found with less effort is always searched again (see tuner.search, "What is kept").
 EFFORTS: dict[str, Effort] = {
