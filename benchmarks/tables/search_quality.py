@@ -105,11 +105,13 @@ class Searches:
     ) -> list[Searched]:
         """Search every spec once, as ``doratune tune`` does in an empty store."""
         evaluator = ReplayEvaluator(self.tables.values(), self.gpu, seed=seed)
-        stand_ins = StandIns(ReplayPool, lambda spec, gpu: self._spaces[spec], find_sampler(sampler), ReplayStorage())
+        stand_ins = StandIns(
+            ReplayPool, lambda spec, gpu, also=(): self._spaces[spec], find_sampler(sampler), ReplayStorage()
+        )
         with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder) / "store.sqlite", create=True) as store:
             result = tune(
                 list(self.tables),
-                evaluator=evaluator,
+                evaluators=[evaluator],
                 store=store,
                 gpu=self.gpu,
                 effort=effort,
