@@ -53,20 +53,16 @@ class Effort:
         return self.measure if provenance == MEASURED else self.predict
 
 
-# The measured budgets are chosen on recorded tables (docs, "How good a search is"): a kernel's seeds are some dozen, and
-# 30 trials find a config within 1 % of the best in 19 of 20 searches. Where there is no GPU the cores are often few,
-# and a predicted trial costs the compile all the same: hence fewer. The patience of a level exceeds the trials of the
-# level before, so a winner found with less effort is always searched again (see tuner.search, "What is kept").
+# The measured budgets are chosen on recorded tables (docs, "How good a search is"): a kernel's seeds are some dozen,
+# and 30 trials find a config within 1 % of the best in 19 of 20 searches. Where there is no GPU the cores are often
+# few, and a predicted trial costs the compile all the same: hence fewer. The least patience of a level exceeds the
+# trials of the level before, so a winner found with less effort is always searched again (see tuner.search).
 EFFORTS: dict[str, Effort] = {
     effort.name: effort
     for effort in (
-        Effort("quick", Budget(12, 8), known=Budget(6, 4), predict=Budget(4, 3), shortlist=0, batch=4, finalists=5),
-        Effort(
-            "standard", Budget(30, 20), known=Budget(14, 8), predict=Budget(8, 5), shortlist=0, batch=3, finalists=12
-        ),
-        Effort(
-            "full", Budget(60, 40), known=Budget(30, 24), predict=Budget(60, 24), shortlist=0, batch=6, finalists=16
-        ),
+        Effort("quick", Budget(10, 8), Budget(6, 5), predict=Budget(4, 3), shortlist=0, batch=4, finalists=5),
+        Effort("standard", Budget(30, 20), Budget(12, 11), predict=Budget(8, 5), shortlist=0, batch=4, finalists=12),
+        Effort("full", Budget(60, 40), Budget(40, 31), predict=Budget(60, 24), shortlist=0, batch=6, finalists=16),
     )
 }
 

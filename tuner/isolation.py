@@ -244,6 +244,11 @@ class IsolatedEvaluator(Evaluator):
         except _NotMade as failure:
             self._discard()
             raise failure.error from failure
+        except DoratuneError:
+            raise
+        except BaseException:  # such as Ctrl-C: the answer would come to the next call
+            self._discard()
+            raise
 
     def _replace(self) -> None:
         """End the child and start the next one, which becomes ready while the caller goes on."""

@@ -9,6 +9,7 @@ the *final*, and the search is *over*. Its owner changes: the run's main thread 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -133,6 +134,7 @@ class KernelSearch:
 
     def turn(self, lane: Lane, stopping: Callable[[], bool]) -> None:
         """Evaluate the compiled batch, or play the final, on a lane."""
+        began, stage = time.monotonic(), self.stage
         try:
             if self.stage == TRYING:
                 self._evaluate_batch(lane, stopping)
@@ -140,6 +142,8 @@ class KernelSearch:
                 self._play(lane)
         except BROKEN as failure:
             self.broken = str(failure)
+        finally:
+            lane.busy_seconds[stage] += time.monotonic() - began
 
     def _evaluate_batch(self, lane: Lane, stopping: Callable[[], bool]) -> None:
         while self.batch and not stopping():
@@ -273,6 +277,7 @@ class Lane:
         search: the search whose turn it is, None while the lane is idle.
         undecided_in_a_row: candidates that could not be judged since the last one that was.
         lost: why nothing can be judged here any more, empty while it can.
+        busy_seconds: how long the evaluator worked, by the stage of the searches.
     """
 
     def __init__(self, evaluator: Evaluator, show: Callable[[KernelSearch], None] = lambda search: None) -> None:
@@ -281,6 +286,7 @@ class Lane:
         self.search: KernelSearch | None = None
         self.undecided_in_a_row = 0
         self.lost = ""
+        self.busy_seconds = {TRYING: 0.0, FINAL: 0.0}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="doratune-lane")
 
     def start(self, search: KernelSearch, stopping: Callable[[], bool]) -> Future[None]:

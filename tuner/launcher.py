@@ -42,17 +42,32 @@ def launcher_device(environ: Mapping[str, str], visible: int) -> str | None:
     return f"cuda:{rank}"
 
 
-def launcher_jobs(environ: Mapping[str, str], usable: int, installed: int) -> int:
-    """How many compile workers this process may use so that the launcher's processes on this host share its cores.
+def launcher_jobs(environ: Mapping[str, str], usable: int, installed: int) -> int | None:
+    """How many compile workers this process may have so that the launcher's processes on this host share its cores.
 
-    ``usable`` cores may run this process, of ``installed`` ones. Where a launcher binds processes to cores, ``usable``
-    is their share already.
+    ``usable`` cores may run this process, of ``installed`` ones. None where there is nothing to share: no launcher, or
+    one that bound each process to cores of its own.
     """
     found = _local_rank(environ)
     if found is None or usable < installed:
-        return max(1, usable)
-    size = _number(environ, dict(_LOCAL_RANKS)[found[1]])
-    return max(1, usable // max(1, size or 1))
+        return None
+    size = _number(environ, dict(_LOCAL_RANKS)[found[1]]) or 1
+    return max(1, usable // size) if size > 1 else None
+
+
+def check_hosts(environ: Mapping[str, str], study_storage: str) -> None:
+    """Refuse a study storage in a file where the launcher started processes on several hosts.
+
+    Raises:
+        UsageError: on a folder that the hosts share, they would damage the file, since SQLite's locks work on one
+            host; in a folder of its own, each host would tune every kernel.
+    """
+    hosts = launcher_hosts(environ)
+    if hosts > 1 and ("://" not in study_storage or study_storage.startswith("sqlite")):
+        raise UsageError(
+            f"the launcher started processes on {hosts} hosts, and the study storage {study_storage} is a SQLite file, "
+            "which serves one host; name a database with --study-storage postgresql://… and --store postgresql://…"
+        )
 
 
 def was_launched(environ: Mapping[str, str]) -> bool:

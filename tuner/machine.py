@@ -19,6 +19,9 @@ MOVED = 0.02
 CERTAIN = 8.0
 """And if that is this many times its standard error, which a few rounds show only roughly."""
 
+CLOCKS_MOVED = "clocks moved"
+"""How a disturbance by moving clocks begins."""
+
 SPIKE = 0.10
 """A sample this share above its contender's median is a spike."""
 
@@ -55,7 +58,7 @@ def find_disturbance(samples: Sequence[Sequence[float]]) -> str | None:
     error = math.sqrt(statistics.fmean(step * step for step in steps) / third)
     if abs(shift) > max(MOVED, CERTAIN * error):
         share = abs(math.expm1(shift))
-        return f"clocks moved: calls took {share:.1%} {'longer' if shift > 0 else 'less'} at the end than at first"
+        return f"{CLOCKS_MOVED}: calls took {share:.1%} {'longer' if shift > 0 else 'less'} at the end than at first"
     spikes = sum(us > (1.0 + SPIKE) * median for times, median in zip(samples, medians, strict=True) for us in times)
     share = spikes / (len(samples) * len(samples[0]))
     if share > SPIKY_SHARE:

@@ -275,6 +275,7 @@ class MeasureEvaluator(Evaluator):
         """
         spec = source.spec
         with _judged(_name(source), spec, started=False):
+            torch.cuda.set_device(self.device)  # the calling thread's
             gate, timed = self._gate(spec), self._timed(spec)
         with _judged(_name(source), spec):
             launch = self._bind(source)
@@ -309,6 +310,7 @@ class MeasureEvaluator(Evaluator):
             raise ValueError("the sources of a final are of one spec")
         which = f"the final of {spec}"
         with _judged(which, spec, started=False):
+            torch.cuda.set_device(self.device)
             timed = self._timed(spec)
         graphs = []
         for index, source in enumerate(sources):
@@ -337,6 +339,7 @@ class MeasureEvaluator(Evaluator):
         spec = fused.spec
         try:
             with _judged(_name(fused), spec):
+                torch.cuda.set_device(self.device)
                 timed = self._timed(spec)
                 launch, compose = self._bind(fused), self._bind(composition)
                 self.running(0)

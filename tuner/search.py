@@ -9,8 +9,8 @@ too; which families this process searches is decided with the other workers, if 
 
 **What is kept.** A winner is stored as soon as its search ends, and its binaries soon after. A spec is skipped when the
 store has an entry of the same template whose provenance is better, or equal with a finished search of at least this
-effort: the study says so, or, without the study, the entry was tuned with at least the effort's patience in trials. At
-the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
+effort: the study says so, or, without the study, the entry was tuned with at least the effort's least patience in
+trials. At the end, binaries that the store lacks for the installed Triton are made, also for such entries, and fused
 kernels are timed against their unfused sequence (:mod:`.fusion`).
 
 **What fails.** Only a property of a config is recorded against it: a compile error, a limit exceeded, a compiler that
@@ -390,7 +390,7 @@ class _Run:
         name = study_name(self._space(spec, self.gpu), self._environment, self.provenance)
         finished = searched_with(self.storage, name, self.url)
         if finished is None:
-            return entry if entry.evaluation.trials >= self.budget.patience else None
+            return entry if entry.evaluation.trials >= self.known_budget.patience else None
         return entry if finished >= self.budget.trials else None
 
     def _next(self, specs: Sequence[KernelSpec]) -> KernelSearch:

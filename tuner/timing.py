@@ -111,10 +111,12 @@ class GraphPool:
 
     def __init__(self) -> None:
         self._latest: torch.cuda.CUDAGraph | None = None  # keeps the memory until another graph has taken it over
+        self._stream: torch.cuda.Stream | None = None  # cuBLAS has a workspace for each stream
 
     def capture(self, calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
         """As the function of this name."""
-        self._latest = capture(calls, None if self._latest is None else self._latest.pool())
+        self._stream = self._stream or torch.cuda.Stream()
+        self._latest = capture(calls, None if self._latest is None else self._latest.pool(), self._stream)
         return self._latest
 
 
@@ -129,13 +131,18 @@ def rotations(set_bytes: int, l2_bytes: int) -> int:
     return max(2, min(MAX_SETS, -(-2 * l2_bytes // max(set_bytes, 1)) + 1))
 
 
-def capture(calls: Sequence[Callable[[], object]], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+def capture(
+    calls: Sequence[Callable[[], object]],
+    pool: tuple[int, int] | None = None,
+    stream: torch.cuda.Stream | None = None,
+) -> torch.cuda.CUDAGraph:
     """Capture ``calls`` one after another into a CUDA graph, after running the first one to warm up.
 
-    ``pool`` is the memory pool of a graph that lives, to be shared with it. This is ``torch.cuda.graph``, but
-    PyTorch's unused memory is returned to the driver only where it runs short: that takes longer than the capture.
+    ``pool`` is the memory pool of a graph that lives, to be shared with it; ``stream`` is where to capture, by default
+    a new one. This is ``torch.cuda.graph``, but PyTorch's unused memory is returned to the driver only where it runs
+    short: that takes longer than the capture.
     """
-    stream = torch.cuda.Stream()
+    stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls[0]()

@@ -20,7 +20,7 @@ from .effort import find_effort
 from .evaluation import Evaluator, GpuLostError
 from .incumbents import Incumbents, incumbents_of
 from .jobs import plan_jobs
-from .launcher import launcher_device, launcher_jobs
+from .launcher import check_hosts, launcher_device, launcher_jobs
 from .models import Model, requested_model
 from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from .predict import PredictEvaluator
@@ -28,7 +28,7 @@ from .progress import SilentProgress
 from .report import layer_lines
 from .search import tune
 from .study_storage import default_study_storage
-from .workers import default_jobs
+from .workers import usable_cores
 
 EVALUATORS = ("auto", "measure", "predict")
 
@@ -117,6 +117,7 @@ def tune_model(
     if request.trials is not None:
         effort.budget(provenance).with_trials(request.trials)  # raises before a store is made
     study_storage = request.study_storage or default_study_storage()  # likewise
+    check_hosts(os.environ, study_storage)
     said = progress or SilentProgress()
     location = request.store or user_store_path()
 
@@ -134,7 +135,7 @@ def tune_model(
             effort=effort,
             trials=request.trials,
             timeout=request.timeout,
-            jobs=request.jobs or launcher_jobs(os.environ, default_jobs(), os.cpu_count() or 1),
+            jobs=request.jobs or launcher_jobs(os.environ, usable_cores(), os.cpu_count() or 1),
             study_storage=study_storage,
             incumbents=incumbents,
             binaries=request.binaries,

@@ -61,9 +61,14 @@ class WorkerLostError(Undecided):
     """The worker ended for a reason outside the compiler; the message says how, and what to do."""
 
 
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_jobs() -> int:
     """The number of compile workers for this machine: its usable cores, one left to the search where there are many."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return cores - 1 if cores > 4 else cores
 
 

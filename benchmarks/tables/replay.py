@@ -25,13 +25,13 @@ import numpy
 import optuna
 
 from ...cache.entry import MEASURED, Binary, Environment, Evaluation
+from ...codegen.cost import estimate_us
 from ...codegen.gpu import Gpu
 from ...codegen.render import Source
 from ...codegen.spec import Config, KernelSpec
 from ...tuner.evaluation import ContenderFailed, Evaluator, FinalTimes, Rejected, Resources, floor_us
 from ...tuner.final import Rounds, most_rounds
 from ...tuner.machine import Machine
-from ...tuner.predict import estimate_us
 from ...tuner.space import Space
 from .read import FINAL, SpecTable
 
@@ -92,6 +92,9 @@ class ReplaySpace(Space):
 
     def moves(self, config: Config) -> Iterator[Config]:
         return map(self.stand_in, super().moves(config))
+
+    def steps(self, config: Config) -> Iterator[Config]:
+        return map(self.stand_in, super().steps(config))
 
     def all(self) -> Iterator[Config]:
         return map(self.stand_in, super().all())

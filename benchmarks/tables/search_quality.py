@@ -19,11 +19,11 @@ from pathlib import Path
 import optuna
 
 from ...cache.store import Store
+from ...codegen.cost import estimate_us
 from ...codegen.gpu import Gpu, find_gpu
 from ...codegen.spec import Config, KernelSpec
 from ...errors import UsageError, near_names
 from ...tuner.effort import EFFORTS, STANDARD, Effort
-from ...tuner.predict import estimate_us
 from ...tuner.sampler import ModelSampler
 from ...tuner.search import StandIns, tune
 from ...tuner.space import Space

@@ -74,7 +74,7 @@ def run(options: Options) -> None:
         with Store.open(options.store, create=True) as store:
             result = search.tune(
                 specs,
-                evaluator=LoggingEvaluator(options),
+                evaluators=[LoggingEvaluator(options)],
                 store=store,
                 gpu=GPU,
                 trials=options.trials,

@@ -249,8 +249,22 @@ def interruptions(played: int) -> float:
     return 1.5 if played % 3 == 1 else 1.0
 
 
-def test_clocks_that_moved_are_waited_for_and_told() -> None:
+def test_clocks_that_moved_while_the_order_held_are_told_and_nothing_is_repeated() -> None:
     played = Played(1, clock_change)
+    times = played.times({"clocks_event_reasons": "0x0000000000000004\n"})
+    assert times.notices == (
+        "clocks moved: calls took 30.0% longer at the end than at first, the GPU is slowed by the power limit",
+        "the order held all the same",
+    )
+    assert times.settled
+    assert played.slept == []
+
+
+def test_clocks_that_moved_before_the_order_was_settled_are_waited_for_and_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    played = Played(1, lambda played: 1.0 if played < MOST_ROUNDS // 2 else 1.3)
+    monkeypatch.setattr("doratune.tuner.final.settled", lambda samples: played.repetition > 0)
     times = played.times({"clocks_event_reasons": "0x0000000000000024\n"})
     assert times.notices == (
         "clocks moved: calls took 30.0% longer at the end than at first, "

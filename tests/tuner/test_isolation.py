@@ -248,6 +248,17 @@ def test_a_call_costs_less_than_a_millisecond(isolated: IsolatedEvaluator) -> No
     assert best < 1e-3
 
 
+def test_a_call_that_is_interrupted_leaves_no_answer_to_the_next_one(isolated: IsolatedEvaluator) -> None:
+    def interrupt(index: int | None) -> None:
+        raise KeyboardInterrupt
+
+    isolated.running = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        isolated.evaluate(candidate("interrupted"), COMPILED)
+    isolated.running = lambda index: None
+    assert_goes_on(isolated)
+
+
 def alive(process: int) -> bool:
     stat = Path(f"/proc/{process}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from doratune.errors import UsageError
-from doratune.tuner.launcher import launcher_device, launcher_hosts, launcher_jobs
+from doratune.tuner.launcher import check_hosts, launcher_device, launcher_hosts, launcher_jobs
 
 TORCHRUN = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
 SRUN = {"SLURM_PROCID": "11", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
@@ -58,16 +58,24 @@ def test_a_variable_that_is_no_number_is_an_error(variable: str) -> None:
 @LAUNCHERS
 def test_the_processes_of_a_host_share_its_cores(environ: dict[str, str]) -> None:
     assert launcher_jobs(environ, usable=64, installed=64) == 8
-    assert launcher_jobs(environ, usable=8, installed=64) == 8  # bound to them by the launcher
+    assert launcher_jobs(environ, usable=8, installed=64) is None  # bound to them by the launcher
     assert launcher_jobs(environ, usable=4, installed=4) == 1
 
 
 def test_without_a_launcher_all_usable_cores_are_used() -> None:
-    assert launcher_jobs({}, usable=64, installed=64) == 64
-    assert launcher_jobs({"SLURM_LOCALID": "0"}, usable=64, installed=64) == 64  # no count given
+    assert launcher_jobs({}, usable=64, installed=64) is None
+    assert launcher_jobs({"SLURM_LOCALID": "0"}, usable=64, installed=64) is None  # no count given
 
 
 def test_the_number_of_hosts_is_known() -> None:
     assert launcher_hosts({**TORCHRUN, "GROUP_WORLD_SIZE": "2"}) == 2
     assert launcher_hosts({**SRUN, "SLURM_STEP_NUM_NODES": "4"}) == 4
     assert launcher_hosts({}) == 1
+
+
+@pytest.mark.parametrize("location", ["/home/ada/studies.sqlite", "sqlite:////home/ada/studies.sqlite"])
+def test_a_file_is_refused_on_several_hosts(location: str) -> None:
+    with pytest.raises(UsageError, match=r"4 hosts.*studies.sqlite is a SQLite file.*--study-storage postgresql://"):
+        check_hosts({**SRUN, "SLURM_STEP_NUM_NODES": "4"}, location)
+    check_hosts({**SRUN, "SLURM_STEP_NUM_NODES": "4"}, "postgresql://ada@db/kernels")
+    check_hosts({**SRUN, "SLURM_STEP_NUM_NODES": "1"}, location)
