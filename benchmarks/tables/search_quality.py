@@ -109,7 +109,9 @@ class Searches:
         evaluator = ReplayEvaluator(self.tables.values(), self.gpu, seed=seed)
         stand_ins = StandIns(
             ReplayPool,  # type: ignore[arg-type]
-            lambda spec, gpu, also=(): self._spaces[spec], find_sampler(sampler), ReplayStorage()
+            lambda spec, gpu, also=(): self._spaces[spec],
+            find_sampler(sampler),
+            ReplayStorage(),
         )
         with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder) / "store.sqlite", create=True) as store:
             result = tune(
