@@ -64,10 +64,6 @@ from .studies import KernelStudy, searched_with, study_name
 from .study_storage import default_study_storage, open_study_storage, quiet, release
 from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 
-NEAR_TOKENS = 4
-"""A token bucket's winner is a start that makes few trials enough for buckets within this factor. On recorded tables 12
-trials after a bucket 8 times as large find a config within 1 % in three of four searches only."""
-
 SIBLINGS = 4
 """How many of the best configs of the nearest token bucket are tried for the next one."""
 
@@ -139,6 +135,7 @@ def tune(
     pool = (given.pool or CompilePool)(gpu, jobs)
     storage = given.storage or open_study_storage(url)
     said = progress or SilentProgress()
+    pool.start()
     run = _Run(evaluators, store, gpu, effort, budgets, storage, url, pool, incumbents, binaries, said, given)
     try:
         with _interruption(run):
@@ -407,12 +404,12 @@ class _Run:
         best_estimate = min((us for us in estimates.values() if us is not None), default=float("inf"))
         seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
         siblings = self._siblings(spec)
-        known = self.provenance == MEASURED and (incumbents.known or self._has_near_sibling(spec))
+        known = self.provenance == MEASURED and incumbents.known
         study = KernelStudy(
             space,
             self.storage,
             study_name(space, self._environment, self.provenance),
-            seeds=incumbents.configs if known else seeds,
+            seeds=incumbents.configs if known or siblings else seeds,
             floor_us=floor_us(spec, self.gpu),
             url=self.url,
             sampler=self._sampler,
@@ -434,7 +431,7 @@ class _Run:
             best_estimate,
         )
         self._show(search)
-        count = len(incumbents.configs) + (len(siblings) if known else 1 + len(seeds))
+        count = len(incumbents.configs) + len(siblings) + (0 if known or siblings else 1 + len(seeds))
         if not search.fill(self.pool, max(self.effort.batch, count)):
             self._go_on(search)
         return search
@@ -455,11 +452,6 @@ class _Run:
         )
         near = [configs[:SIBLINGS] if rank == 0 else configs[:1] for rank, (_, _, configs) in enumerate(found)]
         return list(dict.fromkeys(config for configs in near for config in configs))
-
-    def _has_near_sibling(self, spec: KernelSpec) -> bool:
-        """Whether a token bucket within a factor of :data:`NEAR_TOKENS` is finished: its winner mostly holds here."""
-        finished = [tokens for tokens, _ in self._best.get(_family(spec), ())]
-        return any(max(tokens, spec.tokens) <= NEAR_TOKENS * min(tokens, spec.tokens) for tokens in finished)
 
     def _give_up(self, search: KernelSearch) -> None:
         """End a search that cannot continue in this run."""

@@ -189,6 +189,9 @@ class ReplayPool:
         self.jobs = jobs or 1
         self.compiled: set[str] = set()
 
+    def start(self) -> None:
+        """There is nothing to start."""
+
     def submit(self, source: Source) -> Future[tuple[Resources, ...]]:
         self.compiled.add(source.code_digest)
         future: Future[tuple[Resources, ...]] = Future()
