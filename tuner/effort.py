@@ -34,8 +34,8 @@ class Budget:
 class Effort:
     """A row of :data:`EFFORTS`.
 
-    ``known`` is the budget of measured searches that begin with the winner of the same kernel on a sister GPU, or of one
-    that differs in a flag only. ``shortlist`` is how many configurations the performance model proposes before
+    ``known`` is the budget of measured searches that begin with the winner of the same kernel on a sister GPU, or of
+    one that differs in a flag only. ``shortlist`` is how many configurations the performance model proposes before
     Optuna's sampler takes over; ``batch`` how many are compiled together before the sampler is asked again;
     ``finalists`` how many of the best play in the final, beside the incumbents.
     """
