@@ -233,8 +233,9 @@ def search(gpu: str | None, output: Path | None, commit: str | None, as_json: bo
     from .tables.search_quality import bench_search, quality_table
 
     gpus = [gpu] if gpu is not None else [*recorded()]
-    if output is not None and len(gpus) > 1:
-        raise UsageError(f"--output takes the results of one GPU; name one with --gpu ({', '.join(gpus)})")
+    if (output is not None or as_json) and len(gpus) > 1:
+        option = "--json" if as_json else "--output"
+        raise UsageError(f"{option} takes the results of one GPU; name one with --gpu ({', '.join(gpus)})")
     for slug in gpus:
         rows, env = bench_search(slug, progress=message, **request)
         text = document({**env, "doratune_commit": measured_commit(commit)}, rows)

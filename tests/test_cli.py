@@ -183,6 +183,10 @@ RUNS = {
     ("bench", "layer"): None,
     ("bench", "model"): None,
     ("bench", "host"): None,
+    ("bench", "search"): [
+        *("bench", "search", "--gpu", "h100-sxm", "--op", "compose_forward"),
+        *("--effort", "quick", "--seeds", "1", "--jobs", "1"),
+    ],
     ("bench", "targets"): ["bench", "targets", str(RESULTS)],
 }
 

@@ -23,7 +23,6 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from ..codegen.cost import estimate_us
 from ..codegen.spec import Config
 from .space import VARIANT, Space
 
@@ -70,6 +69,8 @@ class ModelSampler(optuna.samplers.BaseSampler):
         self._names = sorted({name for choices in space.choices.values() for name in choices})
         self._estimates: dict[Config, float] = {}
         """log(estimate) of each candidate that is not refused."""
+        self._names = sorted({name for choices in space.choices.values() for name in choices})
+        self._coordinates: dict[Config, list[float]] = {}
         self._around: set[Config] = set()
         self._drawn = False
         self._turn = 0
@@ -138,7 +139,7 @@ class ModelSampler(optuna.samplers.BaseSampler):
     def _add(self, configs: Iterable[Config]) -> None:
         for config in configs:
             if config not in self._estimates and self._space.refuse(config) is None:
-                us = estimate_us(self._space.spec, config, self._space.gpu)
+                us = self._space.estimate(config)
                 self._estimates[config] = math.log(us) if us < math.inf else math.inf
 
     def _most_promising(
@@ -149,58 +150,59 @@ class ModelSampler(optuna.samplers.BaseSampler):
         cut = min(self._estimates.values()) + math.log(FARTHEST)
         known = [config for config in tried if config in self._estimates]
         coming = [config for config in pending if config in self._estimates]
-        tried_first, end = [*known, *coming], len(known) + len(coming)
-        means = numpy.array([min(self._estimates[config], cut) for config in (*tried_first, *left)])
-        points = self._points([*tried_first, *left])
-        among = self._covariance(points[:end], points[:end])
+        configs = [*known, *coming, *left]
+        means = numpy.array([min(self._estimates[config], cut) for config in configs])
+        covariance = self._covariance([*known, *coming], configs)
         logs = [None if (us := tried[config]) is None else math.log(us) for config in known]
         y = numpy.array([FAILED_Y if log is None else log - mean for log, mean in zip(logs, means, strict=False)])
-        if coming:  # counts as tried, with the time that is predicted
-            predicted, _ = _posterior(among[: len(y), : len(y)], among[: len(y), len(y) :], y)
-            y = numpy.concatenate([y, predicted])
-        predicted, deviations = _posterior(among, self._covariance(points[:end], points[end:]), y)
+        predicted, _ = _posterior(covariance, y, len(known) + len(coming))
+        y = numpy.concatenate([y, predicted])
+        predicted, deviations = _posterior(covariance, y, len(configs))
         best = min((log for log in logs if log is not None), default=math.inf)
-        expected = means[end:] + predicted
+        expected = means[len(y) :] + predicted
         if best == math.inf:
             return left[int(expected.argmin())]
         return left[int(_improvement(best - expected, deviations).argmax())]
 
-    def _points(self, configs: Sequence[Config]) -> Array:
-        """A row for each config: its variant, then the logarithms of its parameters to base 2."""
-        names = {name: column for column, name in enumerate(self._names, 1)}
-        variants = {variant: place for place, variant in enumerate(self._space.choices)}
-        points = numpy.zeros((len(configs), 1 + len(names)))
-        for row, config in enumerate(configs):
-            points[row, 0] = variants[config.variant]
-            values = (*config.params, ("num_warps", config.num_warps), ("num_stages", config.num_stages))
-            for name, value in values:
-                points[row, names[name]] = math.log2(value) if value else -1.0
-        return points
-
-    def _covariance(self, rows: Array, columns: Array) -> Array:
-        """Of y at every pair of points."""
-        same = rows[:, :1] == columns[:, 0]
-        left, right = rows[:, 1:], columns[:, 1:]
-        squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1) - 2.0 * left @ right.T
-        distances = numpy.sqrt(numpy.maximum(squares, 0.0))
+    def _covariance(self, some: Sequence[Config], configs: Sequence[Config]) -> Array:
+        """Of y at each of ``some`` with y at each of ``configs``."""
+        points, others = self._points(configs), self._points(some)
+        squares = (points**2).sum(axis=1)
+        apart = (others**2).sum(axis=1)[:, None] + squares - 2.0 * others @ points.T
+        distances = numpy.sqrt(numpy.maximum(apart, 0.0))
+        places = {variant: place for place, variant in enumerate(self._space.choices)}
+        variants = numpy.array([places[config.variant] for config in configs])
+        same = numpy.array([places[config.variant] for config in some], dtype=int)[:, None] == variants
         covariance: Array = same * (SHAPE_SD**2 * numpy.exp(-distances / REACH) + VARIANT_SD**2) + LEVEL_SD**2
         return covariance
 
+    def _points(self, configs: Sequence[Config]) -> Array:
+        """The parameters of each config in doublings; 0 where its variant lacks one."""
+        for config in configs:
+            if config not in self._coordinates:
+                values = {**dict(config.params), "num_warps": config.num_warps, "num_stages": config.num_stages}
+                self._coordinates[config] = [
+                    (math.log2(values[name]) if values[name] else -1.0) if name in values else 0.0
+                    for name in self._names
+                ]
+        rows = [self._coordinates[config] for config in configs]
+        return numpy.array(rows, dtype=float).reshape(len(rows), len(self._names))
 
-def _posterior(among: Array, across: Array, y: Array) -> tuple[Array, Array]:
-    """The means and standard deviations of y at other points, given ``y`` at some.
 
-    ``among`` is the covariance at those that are given, ``across`` that between them and the others.
+def _posterior(covariance: Array, y: Array, end: int) -> tuple[Array, Array]:
+    """The means and standard deviations of what follows the known ``y``, up to the column ``end``.
+
+    ``covariance`` has a row for each known value, and maybe more, and a column for each value.
     """
-    prior = SHAPE_SD**2 + VARIANT_SD**2 + LEVEL_SD**2
-    if not len(y):
-        count = across.shape[1]
-        return numpy.zeros(count), numpy.full(count, math.sqrt(prior))
-    factor = numpy.linalg.cholesky(among + NOISE**2 * numpy.eye(len(y)))
+    known = len(y)
+    total = SHAPE_SD**2 + VARIANT_SD**2 + LEVEL_SD**2
+    if not known:
+        return numpy.zeros(end), numpy.full(end, math.sqrt(total))
+    factor = numpy.linalg.cholesky(covariance[:known, :known] + NOISE**2 * numpy.eye(known))
     middle = y.mean()
-    reduced = numpy.linalg.solve(factor, across)
-    means = middle + reduced.T @ numpy.linalg.solve(factor, y - middle)
-    variances = prior - (reduced**2).sum(axis=0)
+    across = numpy.linalg.solve(factor, covariance[:known, known:end])
+    means = middle + across.T @ numpy.linalg.solve(factor, y - middle)
+    variances = total - (across**2).sum(axis=0)
     return means, numpy.sqrt(numpy.maximum(variances, 1e-12))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import optuna
 
+from ..codegen.cost import estimate_us
 from ..codegen.gpu import Gpu
 from ..codegen.render import template_digest
 from ..codegen.spec import Config, KernelSpec, SpecError
@@ -73,6 +74,10 @@ class Space:
     def refuse(self, config: Config) -> str | None:
         """Why ``config`` cannot be used, as far as that is known without compiling, or None."""
         return check_config(self.spec, config, self.gpu)
+
+    def estimate(self, config: Config) -> float:
+        """The performance model's microseconds for ``config``; infinite if its guessed resources do not fit."""
+        return estimate_us(self.spec, config, self.gpu)
 
     def suggest(self, trial: optuna.Trial) -> Config:
         """Let a trial pick a config."""

@@ -55,7 +55,10 @@ DRIFT = 0.004
 
 
 class ReplaySpace(Space):
-    """The search space of a spec, where a config that was not recorded is told apart; see the module's docstring."""
+    """The search space of a spec, where a config that was not recorded is told apart; see the module's docstring.
+
+    It remembers what it worked out about a config, for the next search in it.
+    """
 
     def __init__(self, table: SpecTable, gpu: Gpu, also: Iterable[Config] = ()) -> None:
         super().__init__(table.spec, gpu, also)
@@ -69,6 +72,9 @@ class ReplaySpace(Space):
             self._grids[variant] = recorded, points
         self.recorded = frozenset(inside)
         self.seeds = tuple(seed for seed in self.seeds if seed in self.recorded)
+        self._refusals: dict[Config, str | None] = {}
+        self._known_estimates: dict[Config, float] = {}
+        self._stand_ins: dict[Config, Config] = {}
 
     def __contains__(self, config: Config) -> bool:
         """Whether ``config`` was recorded: what is proposed by name must be."""
@@ -77,12 +83,25 @@ class ReplaySpace(Space):
     def suggest(self, trial: optuna.Trial) -> Config:
         return self.stand_in(super().suggest(trial))
 
+    def refuse(self, config: Config) -> str | None:
+        if config not in self._refusals:
+            self._refusals[config] = super().refuse(config)
+        return self._refusals[config]
+
+    def estimate(self, config: Config) -> float:
+        if config not in self._known_estimates:
+            self._known_estimates[config] = super().estimate(config)
+        return self._known_estimates[config]
+
     def stand_in(self, config: Config) -> Config:
         """``config`` itself if it was recorded, is refused or is far behind; or the nearest."""
-        if config in self.recorded or self.refuse(config) is not None or self.is_far(config):
-            return config
+        if config not in self._stand_ins:
+            self._stand_ins[config] = self._nearest(config)
+        return self._stand_ins[config]
+
+    def _nearest(self, config: Config) -> Config:
         recorded, points = self._grids[config.variant]
-        if not recorded:
+        if not recorded or config in self.recorded or self.refuse(config) is not None or self.is_far(config):
             return config
         steps = numpy.abs(points - numpy.array(self._point(config))).sum(axis=1)
         return recorded[int(steps.argmin())]
@@ -101,7 +120,7 @@ class ReplaySpace(Space):
 
     def is_far(self, config: Config) -> bool:
         """Whether the model puts ``config`` beyond :data:`WITHIN` times its best."""
-        return estimate_us(self.spec, config, self.gpu) > WITHIN * self.least_estimate
+        return self.estimate(config) > WITHIN * self.least_estimate
 
     def _point(self, config: Config) -> list[int]:
         values = {**dict(config.params), "num_warps": config.num_warps, "num_stages": config.num_stages}
