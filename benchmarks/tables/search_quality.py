@@ -25,7 +25,6 @@ from ...codegen.gpu import Gpu, find_gpu
 from ...codegen.spec import Config, KernelSpec
 from ...errors import UsageError, near_names
 from ...tuner.effort import EFFORTS, STANDARD, Effort
-from ...tuner.sampler import ModelSampler
 from ...tuner.search import StandIns, tune
 from ...tuner.space import Space
 from ..results import Row
@@ -57,8 +56,8 @@ def _tpe(space: Space, seed: int) -> optuna.samplers.BaseSampler:
         )
 
 
-SAMPLERS: dict[str, MakeSampler] = {
-    "model": ModelSampler,
+SAMPLERS: dict[str, MakeSampler | None] = {
+    "model": None,
     "tpe": _tpe,
     "tpe-univariate": lambda space, seed: optuna.samplers.TPESampler(n_startup_trials=4, seed=seed),
     "gp": lambda space, seed: optuna.samplers.GPSampler(n_startup_trials=4, seed=seed, warn_independent_sampling=False),
@@ -67,7 +66,7 @@ SAMPLERS: dict[str, MakeSampler] = {
     ),
     "random": lambda space, seed: optuna.samplers.RandomSampler(seed=seed),
 }
-"""Ways to propose configs after the seeds: doratune's own, and Optuna's. Its ``gp`` needs scipy, ``cma-es`` cmaes."""
+"""Ways to propose configs after the seeds: doratune's own (None), and Optuna's. Its ``gp`` needs scipy, ``cma-es`` cmaes."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ class Searched:
     seen: float
 
 
-def find_sampler(name: str) -> MakeSampler:
-    """The sampler of this name.
+def find_sampler(name: str) -> MakeSampler | None:
+    """The sampler of this name, None for doratune's own.
 
     Raises:
         UsageError: there is none.
