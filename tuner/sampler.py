@@ -76,7 +76,6 @@ class ModelSampler(optuna.samplers.BaseSampler):
         self._names = sorted({name for choices in space.choices.values() for name in choices})
         self._estimates: dict[Config, float] = {}
         """log(estimate) of each candidate that is not refused."""
-        self._names = sorted({name for choices in space.choices.values() for name in choices})
         self._coordinates: dict[Config, list[float]] = {}
         self._around: set[Config] = set()
         self._drawn = False
