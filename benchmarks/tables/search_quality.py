@@ -66,7 +66,8 @@ SAMPLERS: dict[str, MakeSampler | None] = {
     ),
     "random": lambda space, seed: optuna.samplers.RandomSampler(seed=seed),
 }
-"""Ways to propose configs after the seeds: doratune's own (None), and Optuna's. ``gp`` needs scipy, ``cma-es`` cmaes."""
+"""Ways to propose configs after the seeds: doratune's own (None), and Optuna's; ``gp`` needs scipy, ``cma-es`` cmaes.
+"""
 
 
 @dataclass(frozen=True)
