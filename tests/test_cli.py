@@ -220,7 +220,12 @@ def test_a_run_ends_with_a_row_for_each_kernel(tuned: Tuned) -> None:
         assert row["provenance"] == "predicted"
         assert row["us"] >= row["floor_us"] > 0
         assert row["registers"] > 0
+        assert row["over_floor"] == row["us"] / row["floor_us"]
+    assert (data["outcomes"]["tuned"], data["trials"], data["rejected"]) == (2, 4, {})
+    assert data["gains"]["median"] is None, "nothing predicted passes for a gain"
     assert "2 tuned in" in tuned.result.stderr
+    assert "2 of 2 kernels after" in tuned.result.stderr
+    assert "\x1b" not in tuned.result.output
 
 
 def test_a_second_run_keeps_the_kernels_without_searching(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +236,10 @@ def test_a_second_run_keeps_the_kernels_without_searching(tuned: Tuned, monkeypa
     monkeypatch.setattr("doratune.tuner.workers.CompilePool.binaries", compiled)
     before = json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home)))
     again = tune_tiny(tuned.home, tuned.config, "--json")
-    assert json.loads(done(again)) == json.loads(tuned.result.stdout)
+    first, second = json.loads(tuned.result.stdout), json.loads(done(again))
+    assert [row.pop("outcome") for row in [*first["rows"], *second["rows"]]] == ["tuned"] * 2 + ["kept"] * 2
+    assert second["rows"] == first["rows"]
+    assert (second["outcomes"]["kept"], second["trials"]) == (2, 0)
     assert "2 kept in" in again.stderr
     assert json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home))) == before
     table = tune_tiny(tuned.home, tuned.config)
@@ -272,12 +280,13 @@ def test_kernels_that_fail_are_told_with_their_reasons(tiny: Path, home: Path, m
         raise Rejected("no program fits a multiprocessor")
 
     monkeypatch.setattr("doratune.tuner.predict.PredictEvaluator.evaluate", reject)
-    for options in ((), ("--json",)):
-        result = tune_tiny(home, tiny, *options)
+    first, second = tune_tiny(home, tiny), tune_tiny(home, tiny, "--json")
+    assert "rejected: 4 of 4 configs: 4 no program fits a multiprocessor" in first.stderr
+    for result in (first, second):
         assert result.exit_code == 1
         assert result.stderr.count(": every config was rejected: no program fits a multiprocessor") == 2
         assert "Error" not in result.stderr
-    assert [row["reason"] for row in json.loads(result.stdout)["failed"]] == [
+    assert [row["reason"] for row in json.loads(second.stdout)["failed"]] == [
         "every config was rejected: no program fits a multiprocessor"
     ] * 2
 

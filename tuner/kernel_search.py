@@ -63,6 +63,8 @@ class KernelSearch:
         final: the outcome of the final, None before it and where none is played.
         given_up: why the search cannot go on in this run, if so.
         broken: why nothing can be judged any more on this lane, if so.
+        trials_here: how many configs this run has tried.
+        rejected_here: why each of those that are rejected is out.
     """
 
     study: KernelStudy
@@ -79,6 +81,7 @@ class KernelSearch:
     given_up: str = ""
     broken: str = ""
     trials_here: int = 0
+    rejected_here: list[str] = field(default_factory=list)
 
     @property
     def spec(self) -> KernelSpec:
@@ -156,6 +159,7 @@ class KernelSearch:
                     failure = Rejected(f"{failure}; the same happened in an earlier run")
                 if isinstance(failure, _VERDICTS):
                     self.study.reject(candidate, str(failure))
+                    self.rejected_here.append(str(failure))
                     lane.undecided_in_a_row = 0
                 elif not self._set_aside(lane, candidate, failure):
                     return
