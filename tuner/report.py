@@ -14,6 +14,7 @@ from ..cache.store import Store
 from .gain import Gains, gain, gains_of, percent, ran_before
 from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from .projections import LeftOut, Model, Projection
+from .tally import duration
 
 _SHAPE = ("d_out", "d_in", "rank", "tokens")
 
@@ -99,9 +100,11 @@ def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[st
 
 
 def closing_lines(result: TuneResult) -> list[str]:
-    """What a run gained, what was rejected and why, and what disturbed its finals: a line each, if there was any."""
+    """What a run tried and gained, what was rejected and why, and what disturbed its finals: a line each, if there was any."""
     gains = gains_of(result.tuned).sentence()
-    lines = [f"gains: {gains}"] if gains else []
+    lines = [f"tried: {result.trials} configs in {duration(result.seconds)}"] if result.trials else []
+    if gains:
+        lines.append(f"gains: {gains}")
     if result.rejected:
         rejected = sum(result.rejected.values())
         lines.append(f"rejected: {rejected} of {result.trials} configs: {_counts(result.rejected)}")

@@ -57,8 +57,8 @@ class Tally:
         self.trials += trials - search.trials
         search.trials = trials
         if search.here or not self.latest:
-            best = f", best {best_us:.1f} µs ({_beside(floor_us, incumbent_us)})" if best_us is not None else ""
-            self.latest = [f"{spec}: {trials} of {budget} trials{best}"]
+            best = f", best {_us(best_us)} µs ({_beside(floor_us, incumbent_us)})" if best_us is not None else ""
+            self.latest = [f"{trials} of {budget} trials{best}: {spec}"]  # a narrow terminal cuts the end
 
     def finish(self, spec: KernelSpec, outcome: str, us: float | None, floor_us: float) -> None:
         """Count a finished kernel. Those that another worker tuned took no time here, but are done all the same."""
@@ -67,8 +67,8 @@ class Tally:
         if outcome == KEPT:
             return
         self._by_us.append(search or _Search(0, 0, 1))
-        time = f": {us:.1f} µs ({_beside(floor_us, None)})" if us is not None and outcome != FAILED else ""
-        self.latest = [f"{outcome} {spec}{time}"]
+        time = f" to {_us(us)} µs ({_beside(floor_us, None)})" if us is not None and outcome != FAILED else ""
+        self.latest = [f"{outcome}{time}: {spec}"]
 
     def seconds_left(self, now: float) -> float | None:
         """How long the other kernels will take, None before the first is finished.
@@ -120,5 +120,9 @@ def duration(seconds: float) -> str:
 
 def _beside(floor_us: float, incumbent_us: float | None) -> str:
     """What a time is compared with: the floor, and what runs today."""
-    today = "" if incumbent_us is None else f", today {incumbent_us:.1f}"
-    return f"floor {floor_us:.1f}{today}"
+    today = "" if incumbent_us is None else f", today {_us(incumbent_us)}"
+    return f"floor {_us(floor_us)}{today}"
+
+
+def _us(value: float) -> str:
+    return f"{value:.{1 if value >= 10.0 else 2}f}"

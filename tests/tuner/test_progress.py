@@ -68,7 +68,7 @@ def test_a_line_says_what_is_done_awaited_and_left_and_how_the_last_kernel_fares
     assert stream.getvalue().splitlines()[0] == "8 kernels, 2 of them kept from the store"
     assert last(stream) == (
         "1 of 6 kernels after 60 s; about 2 min left; 20 trials, 0.3 a second; 14 compiles waited for; 2 GPUs; "
-        f"{SPECS[1]}: 10 of 10 trials, best 12.3 µs (floor 9.0, today 12.9)"
+        f"10 of 10 trials, best 12.3 µs (floor 9.00, today 12.9): {SPECS[1]}"
     )
 
 
@@ -82,14 +82,14 @@ def test_the_line_after_the_last_kernel_says_how_it_ended_and_has_no_time_left(
     lines.queue(0)
     assert stream.getvalue().splitlines() == [
         "1 kernel",
-        f"1 of 1 kernel after 2 s; 3 trials, 1.5 a second; tuned {SPECS[0]}: 12.3 µs (floor 9.0)",
+        f"1 of 1 kernel after 2 s; 3 trials, 1.5 a second; tuned to 12.3 µs (floor 9.00): {SPECS[0]}",
     ]
 
 
 def test_a_kernel_that_failed_has_no_time(lines: LineProgress, stream: io.StringIO) -> None:
     lines.start(1, kept=0)
     lines.done(SPECS[0], FAILED, None, 9.0)
-    assert last(stream).endswith(f"failed {SPECS[0]}")
+    assert last(stream).endswith(f"; failed: {SPECS[0]}")
 
 
 def test_a_kernel_without_a_trial_does_not_take_the_place_of_one_that_was_tried(
@@ -99,7 +99,7 @@ def test_a_kernel_without_a_trial_does_not_take_the_place_of_one_that_was_tried(
     search(lines, SPECS[0], 2)
     clock.now += LINE_SECONDS
     search(lines, SPECS[1], 0)
-    assert f"{SPECS[0]}: 2 of 10 trials" in last(stream)
+    assert f"2 of 10 trials, best 12.3 µs (floor 9.00, today 12.9): {SPECS[0]}" in last(stream)
 
 
 def test_lines_come_at_most_every_fifteen_seconds_and_are_plain(
@@ -218,7 +218,7 @@ def test_a_terminal_has_a_bar_with_two_lines_below(clock: Clock) -> None:
     assert "tuning" in first
     assert "1/3" in first
     assert second == "about 20 s left; 10 trials, 1.0 a second; 3 compiles waited…"
-    assert third.startswith(f"tuned {SPECS[0]}"[:59])
+    assert third == f"tuned to 12.3 µs (floor 9.00): {SPECS[0]}"[:59] + "…"
 
 
 def test_notices_appear_above_the_bar_once(clock: Clock) -> None:

@@ -330,10 +330,14 @@ def test_what_was_rejected_and_disturbed_is_a_line_each() -> None:
     result = TuneResult(
         tuple(Tuned(entry.spec, TUNED, entry) for entry in entries),
         trials=40,
+        seconds=100.0,
         rejected={"inaccurate": 12, "did not end": 1},
         undecided={"too little GPU memory": 2},
     )
-    assert closing_lines(result)[1:] == [
+    tried, gains, *others = closing_lines(result)
+    assert tried == "tried: 40 configs in 2 min"
+    assert gains.startswith("gains: 0 of 3 kernels stayed")
+    assert others == [
         "rejected: 13 of 40 configs: 12 inaccurate, 1 did not end",
         "could not be judged, tried again in the next run: 2 too little GPU memory",
         "clocks moved in 2 finals; `doratune cache show SPEC` says more",
