@@ -1,15 +1,17 @@
 """Choose the config for a spec from a stack of stores, and say why.
 
-The steps, tried in order; the first that has an acceptable entry decides:
-
 1. ``exact``: an entry of exactly this spec. A measured one in any store goes before a predicted one in any store, and a
    predicted one before a stored default; among equals the earlier store wins.
-2. ``nearest``: an entry of the same op and dtypes on the same GPU, with other dims, flags or magnitude.
-3. ``architecture``: the same on another GPU of the same architecture: first the same dims and flags, then the nearest.
-4. ``default``: the built-in default config.
+2. Without one, the config with the least expected loss (:mod:`.weigh`) of all that the stores and the package offer:
 
-Within steps 2 and 3 measured goes before predicted before default, then the smaller :func:`distance`, then the earlier
-store, then the spec's text: the same stores always give the same answer.
+   - ``nearest``: entries of the same op and dtypes on the same GPU, with other dims, flags or magnitude;
+   - ``architecture``: such entries of the other GPUs of the architecture, those of the very shape included;
+   - ``default``: the built-in configs.
+
+   Entries' configs are offered as they are and with the parameters re-derived that are bound to the shape. Stores are
+   equal here: one more store brings more offers, and hides none.
+
+The same stores always give the same answer. What the lookup may lose is :mod:`.bound`'s to say.
 
 An entry is refused if its config does not suit the spec, or if its template is not the installed one and the installed
 one renders another text. An entry that was tuned under another Triton version is used, because its config is rendered
@@ -18,28 +20,34 @@ and compiled again; ``explain`` names the version.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..codegen.spec import DIMS, FLAGS, Config, KernelSpec
+from ..codegen.spec import Config, KernelSpec
+from .bound import Bound, bound_of
+from .distance import distance
 from .entry import DEFAULT, MEASURED, PREDICTED, Entry
+from .rows import Candidate, Regret
+from .weigh import NO_MODEL, Model, Offer, Weighed, weigh
 
 if TYPE_CHECKING:
     from .store import Store
 
+__all__ = ["STEPS", "Refusal", "Resolution", "distance", "lookup"]
+
 STEPS = ("exact", "nearest", "architecture", "default")
-DIM_WEIGHTS = {"d_out": 1.0, "d_in": 1.0, "rank": 2.0, "tokens": 1.0}
-"""What a factor of two in a dim adds to the distance. The rank counts double: it is a side of the tiles themselves
-(so it decides what fits into shared memory), where the others mostly change how many tiles there are."""
-FLAG_PENALTY = 0.25
-"""What each differing flag adds: it adds or drops one operand, which matters less than any halving of a dim."""
+NEIGHBOURS, ALL = 8, 1 << 20
+"""Entries of each GPU that a store is asked for: the nearest, and where none of those suits, all."""
+CARRIED = 4
+"""The nearest entries of each GPU whose configs are also offered re-derived."""
 TEXTS_COMPARED = 4
 """Entries of another template that one lookup renders at most: to compare a text takes some milliseconds."""
 REFUSALS_KEPT = 5
 """Refusals listed for each step; any further ones are only counted."""
+WEIGHED_KEPT = 5
+"""Offers listed in a resolution."""
 
 _PROVENANCE_ORDER = {MEASURED: 0, PREDICTED: 1, DEFAULT: 2}
 
@@ -47,6 +55,8 @@ Accepts = Callable[[KernelSpec, Config], "str | None"]
 """Return why a config does not suit a spec, or None when it does."""
 Reproduces = Callable[[Entry], "str | None"]
 """Return why an entry's source is not what its config renders to here, or None when it is."""
+Carry = Callable[[Config, KernelSpec], Sequence[Config]]
+"""Return the configs for the wanted spec that follow from a config that did well for this one."""
 TemplateDigest = Callable[[str, str], "str | None"]
 """Return the digest of the installed template for an op and a variant, or None when there is no such variant."""
 
@@ -68,7 +78,8 @@ class Resolution:
     ``step`` is one of :data:`STEPS`. ``entry`` and ``store`` (its location) are None for the built-in default.
     ``distance`` is 0 for an exact entry and None for the default. ``trace`` holds at most :data:`REFUSALS_KEPT`
     refusals for each step, in the order of the search; ``refused`` is their full number by step. ``stack`` lists the
-    locations searched.
+    locations searched. ``weighed`` are the best offers, the chosen one first, and ``offers`` their full number by step;
+    both are empty for an exact entry. ``bound`` says what the lookup may lose, and is None for an exact entry.
     """
 
     spec: KernelSpec
@@ -80,6 +91,14 @@ class Resolution:
     trace: tuple[Refusal, ...]
     refused: tuple[tuple[str, int], ...]
     stack: tuple[str, ...]
+    weighed: tuple[Weighed, ...] = ()
+    offers: tuple[tuple[str, int], ...] = ()
+    bound: Bound | None = None
+
+    @property
+    def rederived(self) -> bool:
+        """Whether the config is not the entry's own: its shape-bound parameters were re-derived for this spec."""
+        return self.entry is not None and self.config != self.entry.config
 
     @property
     def fusion_pays(self) -> bool:
@@ -103,83 +122,96 @@ class Resolution:
             lines.append(f"fusion    {pays}: {self.entry.evaluation.unfused_us:.4g} us unfused")
         if binary is not None:
             lines.append(f"binary    {binary}")
-        lines += self._refusal_lines()
+        lines += self._weighed_lines() + self._refusal_lines()
         return "\n".join(lines)
 
     def _choice(self) -> str:
-        if self.entry is None:
-            return "the built-in default"
         if self.step == "exact":
             return "an entry of exactly this spec"
+        if self.entry is None:
+            return "a built-in config"
         where = "the same GPU" if self.step == "nearest" else f"another {self.entry.environment.architecture} GPU"
-        return f"{self.entry.spec} on {where}, distance {self.distance:.2f}"
+        changed = ", re-derived for this shape" if self.rederived else ""
+        return f"{self.entry.spec} on {where}, distance {self.distance:.2f}{changed}"
 
     def _loss(self) -> str:
+        if self.step == "exact" and self.entry is not None:
+            provenance, against = self.entry.evaluation.provenance, _against_floor(self.entry)
+            if provenance == MEASURED:
+                return f"0 %: the winner measured for this spec{against}"
+            return f"unknown: {provenance}, never timed{against}"
+        known = self.bound is not None and self.bound.loss is not None
+        bound = str(self.bound or "unknown") + ("" if known else "; tune this spec")
         if self.entry is None:
-            return "unknown: no entry suits, and the default was never timed; tune this spec"
-        provenance = self.entry.evaluation.provenance
-        if self.step == "exact" and provenance == MEASURED:
-            return f"0 %: the winner measured for this spec{_against_floor(self.entry)}"
-        if self.step == "exact":
-            return f"unknown: {provenance}, never timed{_against_floor(self.entry)}"
-        own = f" (on its own shape: {provenance}{_against_floor(self.entry)})"
-        return f"unknown: not measured for this spec{own}"
+            return bound
+        return f"{bound} (on its own shape: {self.entry.evaluation.provenance}{_against_floor(self.entry)})"
+
+    def _weighed_lines(self) -> list[str]:
+        total = sum(count for _, count in self.offers)
+        if total < 2:
+            return []
+        lines = [f"weighed   {total} configs; expected loss of the best:"]
+        for each in self.weighed:
+            source = each.offer.candidate
+            origin = "built in" if source is None else f"{source.spec}{', re-derived' if each.offer.rederived else ''}"
+            lines.append(f"  {100 * each.loss:5.1f} %  {each.offer.config} ({each.offer.step}: {origin})")
+        return lines
 
     def _refusal_lines(self) -> list[str]:
-        counts = dict(self.refused)
-        tried = STEPS[: STEPS.index(self.step) + 1]
+        counts, offered = dict(self.refused), dict(self.offers)
         lines: list[str] = []
-        for step in tried:
-            if step == "default" or (step == self.step and not counts.get(step)):
-                continue
+        for step in STEPS[:1] if self.step == "exact" else STEPS[:-1]:
             listed = [refusal for refusal in self.trace if refusal.step == step]
             if not listed:
-                lines.append(f"{step}: no entry in {_stores(self.stack)}")
+                if step != self.step and not offered.get(step):
+                    lines.append(f"{step}: no entry in {_stores(self.stack)}")
                 continue
-            lines.append(f"{step}: not used:")
+            lines.append(f"{step}: {'also refused' if offered.get(step) else 'not used'}:")
             lines += [f"  {refusal.candidate} in {refusal.store}: {refusal.reason}" for refusal in listed]
             if counts.get(step, 0) > len(listed):
                 lines.append(f"  and {counts[step] - len(listed)} more")
         return lines
 
 
-def distance(wanted: KernelSpec, other: KernelSpec) -> float:
-    """Return the distance of two specs of one op: ``sum(weight * |log2(ratio)|)`` over the dims, plus flag penalties.
-
-    A different or missing magnitude dtype counts as a flag. Dims the op does not depend on, and
-    the GPU, add nothing.
-    """
-    pairs = ((DIM_WEIGHTS[dim], getattr(wanted, dim), getattr(other, dim)) for dim in DIMS)
-    dims = sum(weight * abs(math.log2(a / b)) for weight, a, b in pairs if a and b)
-    flags = sum(bool(getattr(wanted, flag) != getattr(other, flag)) for flag in (*FLAGS, "magnitude"))
-    return float(dims + FLAG_PENALTY * flags)
-
-
 def lookup(
     spec: KernelSpec,
     stack: Sequence[Store],
     *,
-    default: Config,
+    defaults: Sequence[Config],
     architecture: str,
     accepts: Accepts,
     template_digest: TemplateDigest,
     reproduces: Reproduces = lambda entry: None,
+    model: Model = NO_MODEL,
+    carry: Carry = lambda config, source: (),
+    exact: bool = True,
 ) -> Resolution:
-    """Choose the config for ``spec`` from the stores of a ``stack``, searched in that order; see the module's text.
+    """Choose the config for ``spec`` from the stores of a ``stack``; see the module's text.
 
-    ``default`` is the built-in config. ``architecture`` is that of the spec's GPU (``sm_90``). ``accepts`` and
-    ``template_digest`` describe the installed templates. ``reproduces`` may refuse an exact entry, the only kind whose
-    source must be rendered as recorded.
+    ``defaults`` are the built-in configs, at least one, the default first. ``architecture`` is that of the spec's GPU
+    (``sm_90``). ``accepts`` and ``template_digest`` describe the installed templates. ``reproduces`` may refuse an
+    exact entry, the only kind whose source must be rendered as recorded. ``model`` compares configs and ``carry``
+    re-derives them; without these offers are told apart by where they come from. Without ``exact`` the entry of this
+    very spec is left out: what would a lookup give if it were not there?
 
     Raises:
         StoreError: a store cannot be read, or holds a damaged row.
     """
     search = _Search(spec, stack, architecture, accepts, template_digest, reproduces)
-    for step in STEPS[:-1]:
-        found = search.run(step)
-        if found is not None:
-            return search.resolution(step, found.entry.config, found)
-    return search.resolution("default", default, None)
+    found = search.exact() if exact else None
+    if found is not None:
+        return search.resolution("exact", found.entry.config, found)
+    offers, regrets = search.offers(defaults, carry)
+    weighed = weigh(offers, model)
+    bound = bound_of(spec.op, spec.gpu, regrets)
+    while weighed:
+        chosen = weighed[0].offer
+        found = search.fetch(chosen)
+        if found is not None or chosen.candidate is None:
+            resolution = search.resolution(chosen.step, chosen.config, found)
+            return replace(resolution, weighed=tuple(weighed[:WEIGHED_KEPT]), offers=_by_step(offers), bound=bound)
+        del weighed[0]  # a writer has replaced its entry since
+    return replace(search.resolution("default", defaults[0], None), bound=bound)
 
 
 @dataclass(frozen=True)
@@ -211,9 +243,6 @@ class _Search:
         self.refused: dict[str, int] = {}
         self._texts_compared = 0
 
-    def run(self, step: str) -> _Found | None:
-        return self._exact() if step == "exact" else self._near(step)
-
     def resolution(self, step: str, config: Config, found: _Found | None) -> Resolution:
         return Resolution(
             spec=self.spec,
@@ -227,7 +256,7 @@ class _Search:
             stack=tuple(store.location for store in self.stack),
         )
 
-    def _exact(self) -> _Found | None:
+    def exact(self) -> _Found | None:
         usable: list[_Found] = []
         for store in self.stack:
             entry = store.get(self.spec)
@@ -251,38 +280,78 @@ class _Search:
             self._refuse("exact", self.spec, other.store, passed_over)
         return best
 
-    def _near(self, step: str) -> _Found | None:
-        architecture = self.architecture if step == "architecture" else None
-        ranked = []
-        for index, store in enumerate(self.stack):
-            for candidate in store.candidates(self.spec, architecture=architecture):
-                apart = distance(self.spec, candidate.spec)
-                order = (apart > 0, _PROVENANCE_ORDER[candidate.provenance], apart, index, str(candidate.spec))
-                ranked.append((order, candidate))
-        for (_, _, apart, index, _), candidate in sorted(ranked, key=lambda pair: pair[0]):
-            store = self.stack[index]
-            reason = self._objection(
-                candidate.config,
-                candidate.template_digest,
-                partial(self._is_unchanged, store, candidate.spec),
-            )
+    def offers(self, defaults: Sequence[Config], carry: Carry) -> tuple[list[Offer], list[Regret]]:
+        """Every config that could serve, and the regrets of the measured entries of such specs."""
+        offers = [Offer(config, "default") for config in defaults]
+        regrets: list[Regret] = []
+        for store in self.stack:
+            around = store.neighbours(self.spec, self.architecture, count=NEIGHBOURS)
+            usable, refused = self._usable(store, around.candidates)
+            if not usable and len(around.candidates) >= NEIGHBOURS:  # those that suit may be farther away
+                around = store.neighbours(self.spec, self.architecture, count=ALL)
+                usable, refused = self._usable(store, around.candidates)
+            regrets += around.regrets
+            for candidate, reason in refused:
+                self._refuse(self._step(candidate), candidate.spec, store.location, reason)
+            seen: dict[str, int] = {}
+            for candidate in usable:
+                rank = seen[candidate.spec.gpu] = seen.get(candidate.spec.gpu, 0) + 1
+                offers += self._offered(candidate, store.location, carry if rank <= CARRIED else None)
+        return offers, regrets
+
+    def _usable(
+        self, store: Store, candidates: Sequence[Candidate]
+    ) -> tuple[list[Candidate], list[tuple[Candidate, str]]]:
+        """The candidates whose templates are the installed ones, and those that are refused, with the reason."""
+        usable, refused = [], []
+        for candidate in candidates:
+            unchanged = partial(self._is_unchanged, store, candidate.spec)
+            reason = self._outdated(candidate.config, candidate.template_digest, unchanged)
+            if reason is None:
+                usable.append(candidate)
+                reason = self.accepts(self.spec, candidate.config)
             if reason is not None:
-                self._refuse(step, candidate.spec, store.location, reason)
-                continue
-            entry = store.get(candidate.spec)
-            # A writer may have replaced or removed the entry between the two reads.
-            if entry is not None and entry.config == candidate.config:
-                return _Found(entry, store.location, apart)
-        return None
+                refused.append((candidate, reason))
+        return usable, refused
+
+    def _offered(self, candidate: Candidate, store: str, carry: Carry | None) -> list[Offer]:
+        step = self._step(candidate)
+        behind = {candidate.config: 1.0, **dict(candidate.beaten)}
+        found = [Offer(config, step, candidate, store, behind=each) for config, each in behind.items()]
+        if carry is not None:
+            found += [
+                Offer(config, step, candidate, store, rederived=True, behind=each)
+                for won, each in behind.items()
+                for config in carry(won, candidate.spec)
+                if config != won
+            ]
+        return [offer for offer in found if self.accepts(self.spec, offer.config) is None]
+
+    def fetch(self, offer: Offer) -> _Found | None:
+        """The entry of an offer; None if it has none, or if a writer has replaced it since."""
+        if offer.candidate is None:
+            return None
+        store = next(store for store in self.stack if store.location == offer.store)
+        entry = store.get(offer.candidate.spec)
+        if entry is None or entry.config != offer.candidate.config:
+            return None
+        return _Found(entry, store.location, offer.candidate.distance)
+
+    def _step(self, candidate: Candidate) -> str:
+        return "nearest" if candidate.spec.gpu == self.spec.gpu else "architecture"
 
     def _objection(self, config: Config, digest: str, unchanged: Callable[[], bool]) -> str | None:
         """Why ``config`` cannot be used, or None. ``unchanged`` says whether its entry still renders to its text."""
+        return self._outdated(config, digest, unchanged) or self.accepts(self.spec, config)
+
+    def _outdated(self, config: Config, digest: str, unchanged: Callable[[], bool]) -> str | None:
+        """Why what was measured with ``config`` says nothing of the installed templates, or None."""
         installed = self.template_digest(self.spec.op, config.variant)
         if installed is None:
             return f"no variant {config.variant!r} of {self.spec.op} is installed"
         if installed != digest and not unchanged():
             return f"tuned with another template {config.variant!r} ({digest[:12]}, installed is {installed[:12]})"
-        return self.accepts(self.spec, config)
+        return None
 
     def _is_unchanged(self, store: Store, spec: KernelSpec) -> bool:
         """Whether the installed template, though another one, renders the text that was tuned for ``spec``."""
@@ -294,6 +363,11 @@ class _Search:
         self.refused[step] = self.refused.get(step, 0) + 1
         if self.refused[step] <= REFUSALS_KEPT:
             self.trace.append(Refusal(step, str(spec), store, reason))
+
+
+def _by_step(offers: Sequence[Offer]) -> tuple[tuple[str, int], ...]:
+    configs = {(offer.step, offer.config) for offer in offers}
+    return tuple((step, sum(of == step for of, _ in configs)) for step in STEPS[1:])
 
 
 def _origin(entry: Entry) -> str:

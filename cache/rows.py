@@ -16,7 +16,8 @@ from typing import Any
 
 from sqlalchemy.orm import InstrumentedAttribute
 
-from ..codegen.spec import SPEC_FIELDS, Config, KernelSpec, SpecError
+from ..codegen.spec import DIMS, SPEC_FIELDS, Config, KernelSpec, SpecError
+from .distance import distance_of
 from .entry import (
     DEFAULT,
     MEASURED,
@@ -53,7 +54,11 @@ _MOST_IMAGE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Candidate:
-    """The part of an entry that lookup ranks it by, without source text and samples."""
+    """The part of an entry that lookup weighs it by, without source text and samples.
+
+    ``distance`` is that from the wanted spec. ``beaten`` are the runners-up of the final that the config won, with
+    their times over the winner's.
+    """
 
     spec: KernelSpec
     config: Config
@@ -62,6 +67,26 @@ class Candidate:
     us: float | None = None
     floor_us: float | None = None
     lookup_regret: float | None = None
+    distance: float = 0.0
+    beaten: tuple[tuple[Config, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Regret:
+    """What a lookup without it would have cost at a measured spec: the entry's ``lookup_regret``, and where that is."""
+
+    gpu: str
+    spec: str
+    distance: float
+    regret: float
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """What a store has for specs like the wanted one: the nearest ``candidates``, and the ``regrets`` of all."""
+
+    candidates: tuple[Candidate, ...]
+    regrets: tuple[Regret, ...]
 
 
 class _BadValue(ValueError):
@@ -87,10 +112,10 @@ def entry_values(entry: Entry) -> dict[str, Any]:
         "samples_us": json.dumps(list(evaluation.samples_us)),
         "tuned_gpu": environment.gpu,
         "created_at": entry.created_at,
-        "final": None if entry.final is None else _final_text(entry.final),
         "lookup_regret": entry.lookup_regret,
     }
     try:
+        values["final"] = None if entry.final is None else _final_text(entry.final)
         _check(values)
         _samples(values["samples_us"])
         _final(values["final"])
@@ -135,14 +160,43 @@ def entry_of(row: EntryRow, store: str) -> Entry:
         raise _corrupt(store, row.id, values["spec"], problem) from None
 
 
+PLACE_COLUMNS: tuple[InstrumentedAttribute[Any], ...] = (
+    EntryRow.id,
+    EntryRow.spec,
+    EntryRow.gpu,
+    EntryRow.provenance,
+    EntryRow.lookup_regret,
+)
+PLACE_COLUMNS += (EntryRow.d_out, EntryRow.d_in, EntryRow.rank, EntryRow.tokens, EntryRow.magnitude)
+"""What the distance of an entry is computed from, without reading its config."""
+
 CANDIDATE_COLUMNS: tuple[InstrumentedAttribute[Any], ...] = (EntryRow.id, EntryRow.spec, EntryRow.config)
 CANDIDATE_COLUMNS += (EntryRow.template_digest, EntryRow.provenance)
-CANDIDATE_COLUMNS += (EntryRow.us, EntryRow.floor_us, EntryRow.lookup_regret)
+CANDIDATE_COLUMNS += (EntryRow.us, EntryRow.floor_us, EntryRow.lookup_regret, EntryRow.final)
 CANDIDATE_COLUMNS += tuple(getattr(EntryRow, name) for name in _SPEC_COLUMNS)
 
 
-def candidate_of(row: Mapping[Any, Any], store: str) -> Candidate:
-    """Return the candidate in a row of :data:`CANDIDATE_COLUMNS`.
+def distance_to(wanted: KernelSpec, row: Any, store: str) -> float:
+    """The distance from ``wanted`` of a row of :data:`PLACE_COLUMNS`.
+
+    Raises:
+        CorruptRowError: its dims are no whole numbers of at least 0, or its regret is no ratio of times.
+    """
+    try:
+        dims = {dim: getattr(row, dim) for dim in DIMS}
+        for dim, value in dims.items():
+            if not isinstance(value, int) or value < 0:
+                raise _BadValue(f"{dim} must be a whole number of at least 0, got {value!r}")
+        if row.lookup_regret is not None:
+            _check_figure("lookup_regret", row.lookup_regret)
+        flags = str(row.spec).partition("@")[0].split("/")
+        return distance_of(wanted, dims, row.magnitude, flags)
+    except _BadValue as problem:
+        raise _corrupt(store, row.id, row.spec, problem) from None
+
+
+def candidate_of(row: Mapping[Any, Any], distance: float, store: str) -> Candidate:
+    """Return the candidate in a row of :data:`CANDIDATE_COLUMNS`, which is this far from the wanted spec.
 
     Raises:
         CorruptRowError: the row does not hold a valid one.
@@ -155,10 +209,22 @@ def candidate_of(row: Mapping[Any, Any], store: str) -> Candidate:
             if value is not None:
                 _check_figure(name, value)
         return Candidate(
-            _spec(values), _config(values["config"]), values["template_digest"], values["provenance"], **figures
+            _spec(values),
+            _config(values["config"]),
+            values["template_digest"],
+            values["provenance"],
+            distance=distance,
+            beaten=_beaten(_final(values["final"])),
+            **figures,
         )
     except (_BadValue, SpecError) as problem:
         raise _corrupt(store, values["id"], values["spec"], problem) from None
+
+
+def _beaten(final: Final | None) -> tuple[tuple[Config, float], ...]:
+    if final is None or final.winner.us <= 0:
+        return ()
+    return tuple((contender.config, contender.us / final.winner.us) for contender in final.beaten)
 
 
 def binary_values(binary: Binary) -> dict[str, Any]:
@@ -300,12 +366,17 @@ def _final_text(final: Final) -> str:
         {
             "config": contender.config.to_dict(),
             "origins": list(contender.origins),
-            "samples_us": [float(f"{us:.{_SAMPLE_DIGITS}g}") for us in contender.samples_us],
+            "samples_us": [_shortened(us) for us in contender.samples_us],
         }
         for contender in final.contenders
     ]
     values = {name: getattr(final, name) for name in ("confidence", "noise", "settled")}
     return json.dumps({"contenders": contenders, **values, "notices": list(final.notices)})
+
+
+def _shortened(us: float) -> float:
+    _check_figure("a sample", us)
+    return float(f"{us:.{_SAMPLE_DIGITS}g}")
 
 
 def _final(text: object) -> Final | None:
@@ -322,8 +393,7 @@ def _final(text: object) -> Final | None:
     contenders = tuple(_contender(value) for value in _list(data["contenders"], "contenders"))
     if not contenders:
         raise _BadValue("final has no contenders")
-    notices = tuple(str(notice) for notice in _list(data["notices"], "notices"))
-    return Final(contenders, data["confidence"], data["noise"], data["settled"], notices)
+    return Final(contenders, data["confidence"], data["noise"], data["settled"], _texts(data, "notices"))
 
 
 def _contender(data: Any) -> Contender:
@@ -335,7 +405,15 @@ def _contender(data: Any) -> Contender:
     if not samples:
         raise _BadValue("a contender has no samples")
     config = _config(json.dumps(data["config"]))
-    return Contender(config, tuple(str(origin) for origin in _list(data["origins"], "origins")), tuple(samples))
+    return Contender(config, _texts(data, "origins"), tuple(samples))
+
+
+def _texts(data: dict[str, Any], name: str) -> tuple[str, ...]:
+    texts = _list(data[name], name)
+    for each in texts:
+        if not isinstance(each, str):
+            raise _BadValue(f"an element of {name} must be text, got {str(each)[:80]!r}")
+    return tuple(texts)
 
 
 def _list(data: Any, name: str) -> list[Any]:

@@ -22,16 +22,19 @@ from ..codegen.digest import code_digest
 from ..codegen.spec import TILE_DTYPES, KernelSpec
 from . import create as making
 from .connect import connect, explained, for_writing, sqlite_engine
-from .entry import Binary, BinaryKey, Entry
+from .entry import MEASURED, Binary, BinaryKey, Entry
 from .errors import CorruptRowError, LocationError, OlderStoreError, ReadOnlyStoreError, StoreAccessError
 from .location import Location
 from .rows import (
     CANDIDATE_COLUMNS,
+    PLACE_COLUMNS,
     PROVENANCES,
-    Candidate,
+    Neighbourhood,
+    Regret,
     binary_of,
     binary_values,
     candidate_of,
+    distance_to,
     entry_of,
     entry_values,
 )
@@ -170,26 +173,35 @@ class Store:
         """Return this store as a lookup would see it if it had no entry of exactly ``spec``; for reading only."""
         return _Without(self, spec)
 
-    def candidates(self, spec: KernelSpec, *, architecture: str | None = None) -> list[Candidate]:
-        """Return the entries that could substitute for ``spec``, sorted by spec text.
+    def neighbours(self, spec: KernelSpec, architecture: str, *, count: int) -> Neighbourhood:
+        """Return the entries that could substitute for ``spec``, the nearest first, without ``spec`` itself.
 
-        They have the same op and dtypes, and other dims or flags. The magnitude's dtype may differ: it is one more
-        vector, whereas the other dtypes determine the tiles. They are for the same GPU; with ``architecture``, for the
-        other GPUs of it, where the dims may be equal too.
+        They have the same op and dtypes, and are for the same GPU or for another one of ``architecture``. The
+        magnitude's dtype may differ: it is one more vector, whereas the other dtypes determine the tiles. ``count`` of
+        each GPU are read at most, measured ones before others. The regrets are those of all measured entries.
 
         Raises:
-            CorruptRowError: a row is damaged.
+            CorruptRowError: a row that is read is damaged.
         """
-        query = select(*CANDIDATE_COLUMNS).where(EntryRow.op == spec.op, EntryRow.spec != str(spec))
+        query = select(*PLACE_COLUMNS).where(EntryRow.op == spec.op, EntryRow.spec != str(spec))
+        query = query.where(or_(EntryRow.gpu == spec.gpu, EntryRow.architecture == architecture))
         for role in TILE_DTYPES:
             query = query.where(getattr(EntryRow, role) == getattr(spec, role))
-        if architecture is None:
-            query = query.where(EntryRow.gpu == spec.gpu)
-        else:
-            query = query.where(EntryRow.architecture == architecture, EntryRow.gpu != spec.gpu)
         with explained(self._where), self._reading() as session:
-            found = [candidate_of(row, self.location) for row in session.execute(query).mappings()]
-        return sorted(found, key=lambda candidate: str(candidate.spec))
+            ranked: dict[str, list[tuple[int, float, str, int]]] = {}
+            regrets = []
+            for row in session.execute(query):
+                apart = distance_to(spec, row, self.location)
+                order = PROVENANCES.index(row.provenance) if row.provenance in PROVENANCES else len(PROVENANCES)
+                ranked.setdefault(row.gpu, []).append((order, apart, str(row.spec), row.id))
+                if row.lookup_regret is not None and row.provenance == MEASURED:
+                    regrets.append(Regret(row.gpu, str(row.spec), apart, row.lookup_regret))
+            distances = {row_id: apart for rows in ranked.values() for _, apart, _, row_id in sorted(rows)[:count]}
+            chosen = select(*CANDIDATE_COLUMNS).where(EntryRow.id.in_(distances))
+            rows = session.execute(chosen).mappings() if distances else ()
+            found = [candidate_of(row, distances[row["id"]], self.location) for row in rows]
+        nearest = sorted(found, key=lambda candidate: (candidate.distance, str(candidate.spec)))
+        return Neighbourhood(tuple(nearest), tuple(sorted(regrets, key=lambda regret: regret.spec)))
 
     def remove(self, spec: KernelSpec) -> bool:
         """Delete the entry of exactly this spec; return whether there was one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -145,14 +145,20 @@ def explain(spec: KernelSpec | str, store: str | None = None) -> str:
     return resolution.explain(binaries.explain(), upgrade_warning(resolution))
 
 
-def resolve(spec: KernelSpec, store: str | None = None, *, without: str | None = None) -> tuple[Resolution, Source]:
+def resolve(
+    spec: KernelSpec, store: str | None = None, *, without: str | None = None, exact: bool = True
+) -> tuple[Resolution, Source]:
     """Look ``spec`` up in the stores and render the config that was found, without compiling it.
 
     An entry that no longer renders to the text it was tuned with is refused. ``without`` is the location of a store
-    that is read as if it had no entry of exactly ``spec``.
+    that is read as if it had no entry of exactly ``spec``; without ``exact`` all stores are.
     """
+    from ..codegen.render import render
+
     with _opened(store) as stack:
-        return _resolve(spec, [each.without(spec) if each.location == without else each for each in stack])
+        opened = [each.without(spec) if each.location == without else each for each in stack]
+        resolution = resolve_in(spec, opened, exact=exact)
+        return resolution, render(spec, resolution.config)
 
 
 def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source, Binaries]:
@@ -162,10 +168,12 @@ def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolu
     """
     from ..cache.stack import trusted_locations
     from ..codegen.gpu import find_gpu
+    from ..codegen.render import render
     from .binaries import find_binaries
 
     with _opened(store) as stack:
-        resolution, source = _resolve(spec, stack)
+        resolution = resolve_in(spec, stack)
+        source = render(spec, resolution.config)
         trusted = {resolution.store, *trusted_locations()}
         return resolution, source, find_binaries(source, stack, find_gpu(spec.gpu), trusted)
 
@@ -182,11 +190,15 @@ def _opened(store: str | None) -> Iterator[list[Store]]:
             each.close()
 
 
-def _resolve(spec: KernelSpec, stack: list[Store]) -> tuple[Resolution, Source]:
+def resolve_in(spec: KernelSpec, stack: Sequence[Store], *, exact: bool = True) -> Resolution:
+    """Look ``spec`` up in these open stores; ``exact`` as in :func:`~doratune.cache.lookup.lookup`."""
     from ..cache.lookup import lookup
+    from ..cache.weigh import Model
+    from ..codegen.cost import estimate_us
+    from ..codegen.fit import fitted
     from ..codegen.gpu import UnknownGpuError, find_gpu
     from ..codegen.render import render, template_digest
-    from ..codegen.variants import check_config, default_config, refuse_padding
+    from ..codegen.variants import carried, check_config, default_configs, refuse_padding
 
     if spec.gpu == CPU:
         raise SpecError(f"{spec} has no kernel: CPU tensors run the eager reference; name a GPU after the @")
@@ -210,16 +222,30 @@ def _resolve(spec: KernelSpec, stack: list[Store]) -> tuple[Resolution, Source]:
             return None
         return f"renders to {digest[:12]}, but was tuned as {entry.source_digest[:12]}"
 
-    resolution = lookup(
+    fit = fitted()
+    covered = fit.covers(spec, gpu)
+
+    def relative_us(config: Config) -> float:
+        return fit.relative_us(spec, config, gpu) if covered else estimate_us(spec, config, gpu)
+
+    def carry(config: Config, source: KernelSpec) -> tuple[Config, ...]:
+        try:
+            return carried(config, source, spec, gpu)
+        except SpecError:  # an entry whose config has other parameters than the installed template
+            return ()
+
+    return lookup(
         spec,
         stack,
-        default=default_config(spec, gpu),
+        defaults=default_configs(spec, gpu),
         architecture=gpu.architecture,
         accepts=lambda wanted, config: check_config(wanted, config, gpu) or refuse_padding(wanted, config, gpu),
         template_digest=installed_digest,
         reproduces=differs,
+        model=Model(relative_us, covered),
+        carry=carry,
+        exact=exact,
     )
-    return resolution, render(spec, resolution.config)
 
 
 def emit(spec: KernelSpec | str, *, config: str | None = None, store: str | None = None) -> tuple[str, Source]:

@@ -34,8 +34,8 @@ class Budget:
 class Effort:
     """A row of :data:`EFFORTS`.
 
-    ``known`` is the budget of measured searches that begin with the winner of almost the same kernel: of a sister GPU,
-    or of the token bucket beside. ``shortlist`` is how many configurations the performance model proposes before
+    ``known`` is the budget of measured searches that begin with the winner of the same kernel on a sister GPU, or of one
+    that differs in a flag only. ``shortlist`` is how many configurations the performance model proposes before
     Optuna's sampler takes over; ``batch`` how many are compiled together before the sampler is asked again;
     ``finalists`` how many of the best play in the final, beside the incumbents.
     """
@@ -54,9 +54,9 @@ class Effort:
 
 
 # The measured budgets are chosen on recorded tables (docs, "How good a search is"): a kernel's seeds are some dozen,
-# and 30 trials find a config within 1 % of the best in 19 of 20 searches. Where there is no GPU the cores are often few,
-# and a predicted trial costs the compile all the same: hence fewer. The least patience of a level exceeds the trials of
-# the level before, so a winner found with less effort is always searched again (see tuner.search, "What is kept").
+# and 30 trials find a config within 1 % of the best in 19 of 20 searches. Where there is no GPU the cores are often
+# few, and a predicted trial costs the compile all the same: hence fewer. The least patience of a level exceeds the
+# trials of the level before, so a winner found with less effort is always searched again (see tuner.search).
 EFFORTS: dict[str, Effort] = {
     effort.name: effort
     for effort in (

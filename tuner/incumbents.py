@@ -72,4 +72,4 @@ def incumbents_of(spec: KernelSpec, gpu: Gpu, store: str | None = None) -> Incum
 
 
 KNOWN_DISTANCE = 0.5
-"""Distance (:func:`~doratune.cache.weigh.distance`) of an entry up to which its winner makes few trials enough."""
+"""Distance (:func:`~doratune.cache.distance.distance`) of an entry up to which its winner makes few trials enough."""

@@ -23,8 +23,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from ..codegen.cost import estimate_us
 from ..codegen.spec import Config
-from .predict import estimate_us
 from .space import VARIANT, Space
 
 REACH = 3.0
@@ -47,6 +47,10 @@ DRAWN, DRAWN_NEAR, NEAR = 240, 60, 3
 """Candidates drawn from anywhere, and around each of the best :data:`NEAR` configs. The one-parameter moves from these
 are candidates too."""
 
+LOCAL_TURN = 3
+"""Every so many times only the neighbours of the best configs are considered, one step of one parameter away: where the
+model is wrong about a parameter, the expected improvement may never lead there."""
+
 ENUMERATED = 512
 """A space of at most this many configs is considered as a whole."""
 
@@ -67,6 +71,7 @@ class ModelSampler(optuna.samplers.BaseSampler):
         """log(estimate) of each candidate that is not refused."""
         self._around: set[Config] = set()
         self._drawn = False
+        self._turn = 0
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._distributions
@@ -82,6 +87,10 @@ class ModelSampler(optuna.samplers.BaseSampler):
         self._extend([config for _, _, config in best])
         known = tried.keys() | pending
         left = [config for config in self._estimates if config not in known]
+        self._turn += 1
+        if self._turn % LOCAL_TURN == 0:
+            beside = {move for _, _, config in best for move in self._space.steps(config)}
+            left = [config for config in left if config in beside] or left
         return dict(self._space.params(self._most_promising(left, tried, pending))) if left else {}
 
     def sample_independent(

@@ -137,6 +137,7 @@ def tune(
     pool = (given.pool or CompilePool)(gpu, jobs)
     storage = given.storage or open_study_storage(url)
     said = progress or SilentProgress()
+    pool.start()
     run = _Run(evaluators, store, gpu, effort, budgets, storage, url, pool, incumbents, binaries, said, given)
     try:
         with _interruption(run):
@@ -418,12 +419,12 @@ class _Run:
         best_estimate = min((us for us in estimates.values() if us is not None), default=float("inf"))
         seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
         siblings = self._siblings(spec)
-        known = self.provenance == MEASURED and (incumbents.known or bool(siblings))
+        known = self.provenance == MEASURED and incumbents.known
         study = KernelStudy(
             space,
             self.storage,
             study_name(space, self._environment, self.provenance),
-            seeds=incumbents.configs if known else seeds,
+            seeds=incumbents.configs if known or siblings else seeds,
             floor_us=floor_us(spec, self.gpu),
             url=self.url,
             sampler=self._sampler,
@@ -445,7 +446,7 @@ class _Run:
             best_estimate,
         )
         self._show(search)
-        count = len(incumbents.configs) + (len(siblings) if known else 1 + len(seeds))
+        count = len(incumbents.configs) + len(siblings) + (0 if known or siblings else 1 + len(seeds))
         if not search.fill(self.pool, max(self.effort.batch, count)):
             self._go_on(search)
         return search

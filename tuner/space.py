@@ -114,6 +114,14 @@ class Space:
                 if value != _values(config)[name]:
                     yield Config.create(config.variant, **_values(config) | {name: value})
 
+    def steps(self, config: Config) -> Iterator[Config]:
+        """The :meth:`moves` to the next larger or smaller value of a parameter."""
+        values = _values(config)
+        for name, choices in self.choices[config.variant].items():
+            place = choices.index(values[name])
+            for next_value in (*choices[max(0, place - 1) : place], *choices[place + 1 : place + 2]):
+                yield Config.create(config.variant, **values | {name: next_value})
+
     def all(self) -> Iterator[Config]:
         """Every config, refused ones included."""
         for variant, choices in self.choices.items():

@@ -11,6 +11,7 @@ winner, nothing is compiled again.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import multiprocessing
@@ -89,6 +90,16 @@ class CompilePool:
         self._suspects: queue.SimpleQueue[tuple[Source, Future[Compiled]]] = queue.SimpleQueue()
         self._suspect: tuple[Source, Future[Compiled], Future[Compiled]] | None = None
         self._compiles = False  # whether the compiler has finished any source
+
+    def start(self) -> None:
+        """Start the workers without waiting for them, so that they import Triton while the caller does else.
+
+        A machine that cannot start them says so at the first :meth:`submit`.
+        """
+        with contextlib.suppress(OSError, ImportError, NotImplementedError), without_interpreter():
+            if self._pool is None:
+                self._pool = _workers(self.jobs)
+            self._pool.submit(_nothing)
 
     def submit(self, source: Source) -> Future[Compiled]:
         """Queue ``source`` for compiling, or return the future of the same code.
@@ -304,6 +315,10 @@ def end_with_parent(parent: int) -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
+
+
+def _nothing() -> None:
+    """A job that starts a worker."""
 
 
 def compile_job(spec: str, config: str, gpu: str) -> Compiled:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ...codegen.compile import CompileError
+from ...codegen.cost import estimate_us
 from ...codegen.gpu import Gpu
 from ...codegen.ops import OPS
 from ...codegen.render import render
@@ -37,7 +38,7 @@ from ...runtime.device import find_device, gpu_of
 from ...tuner.evaluation import BROKEN, Evaluator, Rejected
 from ...tuner.isolation import IsolatedEvaluator
 from ...tuner.measure import MeasureEvaluator
-from ...tuner.predict import estimate_us, shortlist
+from ...tuner.predict import shortlist
 from ...tuner.space import Space
 from ...tuner.workers import Compiled, CompilePool
 from ..results import environment

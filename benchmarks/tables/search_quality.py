@@ -19,11 +19,11 @@ from pathlib import Path
 import optuna
 
 from ...cache.store import Store
+from ...codegen.cost import estimate_us
 from ...codegen.gpu import Gpu, find_gpu
 from ...codegen.spec import Config, KernelSpec
 from ...errors import UsageError, near_names
 from ...tuner.effort import EFFORTS, STANDARD, Effort
-from ...tuner.predict import estimate_us
 from ...tuner.sampler import ModelSampler
 from ...tuner.search import StandIns, tune
 from ...tuner.space import Space
@@ -105,11 +105,13 @@ class Searches:
     ) -> list[Searched]:
         """Search every spec once, as ``doratune tune`` does in an empty store."""
         evaluator = ReplayEvaluator(self.tables.values(), self.gpu, seed=seed)
-        stand_ins = StandIns(ReplayPool, lambda spec, gpu: self._spaces[spec], find_sampler(sampler), ReplayStorage())
+        stand_ins = StandIns(
+            ReplayPool, lambda spec, gpu, also=(): self._spaces[spec], find_sampler(sampler), ReplayStorage()
+        )
         with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder) / "store.sqlite", create=True) as store:
             result = tune(
                 list(self.tables),
-                evaluator=evaluator,
+                evaluators=[evaluator],
                 store=store,
                 gpu=self.gpu,
                 effort=effort,

@@ -6,7 +6,7 @@ from ...errors import near_names
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec, SpecError
 from .adapter_backward import AdapterBackwardRows
-from .base import STAGES, WARPS, LibraryCall, Variant, Work
+from .base import STAGES, WARPS, LibraryCall, Variant, Work, nearest
 from .compose import BackwardColumns, ForwardTile
 from .compose_backward_exact import BackwardExactTiles
 from .compose_library import DoraLinearLibrary, LoraComposeLibrary
@@ -22,8 +22,10 @@ __all__ = [
     "LibraryCall",
     "Variant",
     "Work",
+    "carried",
     "check_config",
     "default_config",
+    "default_configs",
     "find_variant",
     "refuse_padding",
     "variants_of",
@@ -49,6 +51,11 @@ VARIANTS: tuple[Variant, ...] = (
     AdapterBackwardRows(),
 )
 
+MOST_CARRIED = 6
+"""Configs that :func:`carried` returns at most."""
+
+_BY_NAME = {(variant.op, variant.name): variant for variant in VARIANTS}
+
 
 def variants_of(spec: KernelSpec, gpu: Gpu) -> tuple[Variant, ...]:
     """Return the variants that can run ``spec`` on ``gpu``, in the order of :data:`VARIANTS`."""
@@ -61,23 +68,34 @@ def find_variant(op: str, name: str) -> Variant:
     Raises:
         SpecError: ``op`` has no such variant; the message lists those it has.
     """
-    known = {variant.name: variant for variant in VARIANTS if variant.op == op}
-    if name not in known:
+    variant = _BY_NAME.get((op, name))
+    if variant is None:
+        known = [variant.name for variant in VARIANTS if variant.op == op]
         raise SpecError(f"{op} has no variant {name!r}{near_names(name, known)} (known: {', '.join(known)})")
-    return known[name]
+    return variant
 
 
-def default_config(spec: KernelSpec, gpu: Gpu) -> Config:
-    """Return the built-in config for ``spec`` on ``gpu``: the first seed that fits, variants in ``default_order``.
+def default_configs(spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+    """Return the built-in configs for ``spec`` on ``gpu``: the seeds that fit, variants in ``default_order``.
 
     Raises:
         SpecError: no seed of any variant fits the GPU.
     """
-    for variant in sorted(variants_of(spec, gpu), key=lambda v: v.default_order(spec)):
-        for config in variant.seeds(spec, gpu):
-            if check_config(spec, config, gpu) is None:
-                return config
-    raise SpecError(f"no built-in config of {spec.op} fits {gpu.slug}")
+    variants = sorted(variants_of(spec, gpu), key=lambda v: v.default_order(spec))
+    seeds = dict.fromkeys(config for variant in variants for config in variant.seeds(spec, gpu))
+    fitting = tuple(config for config in seeds if check_config(spec, config, gpu) is None)
+    if not fitting:
+        raise SpecError(f"no built-in config of {spec.op} fits {gpu.slug}")
+    return fitting
+
+
+def default_config(spec: KernelSpec, gpu: Gpu) -> Config:
+    """Return the built-in config for ``spec`` on ``gpu``: the first of :func:`default_configs`.
+
+    Raises:
+        SpecError: no seed of any variant fits the GPU.
+    """
+    return default_configs(spec, gpu)[0]
 
 
 def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
@@ -110,6 +128,33 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     if config.num_stages not in STAGES:
         return f"num_stages must be between {STAGES[0]} and {STAGES[-1]}, got {config.num_stages}"
     return variant.refuse(spec, config, gpu)
+
+
+def carried(config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+    """Return the configs for ``spec`` on ``gpu`` that follow from ``config``, which did well for ``source``.
+
+    The parameters that are bound to the shape (:meth:`~.base.Variant.rederived`) take the values that suit ``spec``;
+    others that are no choice for ``spec`` take the nearest one that is. At most :data:`MOST_CARRIED`, valid ones only,
+    the likeliest first; ``config`` itself may be one of them.
+
+    Raises:
+        SpecError: ``config`` is of no variant of ``spec.op``, or its parameters are not those of the variant.
+    """
+    variant = find_variant(spec.op, config.variant)
+    if variant.unavailable(spec, gpu) is not None:
+        return ()
+    choices = variant.choices(spec, gpu)
+    given = {**dict(config.params), "num_warps": config.num_warps, "num_stages": config.num_stages}
+    if given.keys() != choices.keys():
+        raise SpecError(f"{variant.name} takes {', '.join(sorted(choices))}, got {', '.join(sorted(given))}")
+    kept = {
+        name: value if value in choices[name] or not value else nearest(choices[name], value)
+        for name, value in given.items()
+    }
+    found = dict.fromkeys(
+        Config.create(variant.name, **{**kept, **values}) for values in variant.rederived(config, source, spec, gpu)
+    )
+    return tuple(each for each in found if check_config(spec, each, gpu) is None)[:MOST_CARRIED]
 
 
 def refuse_padding(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:

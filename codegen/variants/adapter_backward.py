@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
-from .base import Variant, Work, ceil_div, dtype_bytes, fit, up_to
+from .base import Variant, Work, ceil_div, dtype_bytes, fit, tiles_for, up_to
 from .compose import refuse_tile
 
 
@@ -42,6 +42,12 @@ class AdapterBackwardRows(Variant):
                 (64, 16, 8),
             )
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        return tiles_for(config, source, spec, gpu, choices, {"block_n": "d_out", "block_r": "rank"})
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         return refuse_tile(config["block_n"], config["block_r"], config.num_warps)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..gpu import Gpu
+from ..gpu import Gpu, UnknownGpuError, find_gpu
 from ..ops import DTYPE_BYTES
 from ..spec import Config, KernelSpec
 
@@ -46,6 +47,10 @@ ADAPTER_ELEMENTS, ADAPTER_COLS = 2048, 512
 
 ADAPTER_CONSTANTS = {"adapter_elements": ADAPTER_ELEMENTS, "adapter_cols": ADAPTER_COLS}
 """Constants of every template that includes _adapter_parts.j2."""
+
+MOST_REFILLED = 1.5
+"""From this change of the programs on a multiprocessor on, a config that is carried to another shape is also tried with
+tiles of another size."""
 
 WARPS = (1, 2, 4, 8, 16)
 STAGES = tuple(range(1, 9))
@@ -130,6 +135,16 @@ class Variant(ABC):
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         """Return configs known to be good, to try first; the first one that fits is the default."""
 
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        """Return the values that suit ``spec`` of the parameters that are bound to the shape, the likeliest first.
+
+        ``config`` did well for ``source`` on the same GPU or another one. Each mapping names some parameters; the
+        others keep their values. An empty one is the config as it is.
+        """
+        return ({},)
+
     @abstractmethod
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         """Return why ``config`` cannot work for ``spec`` on ``gpu``, judged without compiling, or None."""
@@ -157,6 +172,78 @@ def up_to(values: tuple[int, ...], extent: int) -> tuple[int, ...]:
     """The tile sizes up to the first one that covers ``extent``; larger ones would only add padding."""
     covering = next((value for value in values if value >= extent), values[-1])
     return tuple(value for value in values if value <= covering)
+
+
+def nearest(values: Sequence[int], wanted: float) -> int:
+    """The value with the least ratio to ``wanted``, the smaller one of two."""
+    return min(values, key=lambda value: (abs(math.log(value / wanted)), value))
+
+
+def around(values: Sequence[int], wanted: float) -> tuple[int, ...]:
+    """The values next to ``wanted``, the nearest first: one below or equal and one above."""
+    below = max((value for value in values if value <= wanted), default=None)
+    above = min((value for value in values if value > wanted), default=None)
+    found = [value for value in (below, above) if value is not None]
+    return tuple(sorted(found, key=lambda value: (abs(math.log(value / wanted)), value)))
+
+
+def covering(values: Sequence[int], value: int, there: int, here: int) -> int:
+    """The tile side for an extent of ``here``: the whole of it where ``value`` covered all of ``there``."""
+    covers = (each for each in values if each >= here)
+    return next(covers, values[-1]) if value >= there else nearest(values, value)
+
+
+def split_for(
+    split: int, tiles: tuple[int, int], inner: tuple[int, int], multiprocessors: tuple[int, int], values: Sequence[int]
+) -> tuple[int, ...]:
+    """The values of a ``split_k`` that fit another shape, the likeliest first. Each pair is (there, here).
+
+    Two keep the number of programs a multiprocessor, one the length of a share. ``tiles`` are the tiles of the output,
+    ``inner`` the length of the sum that is split.
+    """
+    filled = split * tiles[0] / multiprocessors[0] * multiprocessors[1] / tiles[1]
+    return tuple(dict.fromkeys((*around(values, filled), nearest(values, split * inner[1] / inner[0]))))
+
+
+def tiles_for(
+    config: Config,
+    source: KernelSpec,
+    spec: KernelSpec,
+    gpu: Gpu,
+    choices: Mapping[str, tuple[int, ...]],
+    sides: Mapping[str, str],
+) -> tuple[Mapping[str, int], ...]:
+    """The sizes of output tiles that fit another shape: as before, and twice or half as large.
+
+    ``sides`` names the dim of each tile parameter. The other sizes are only tried where the number of programs on a
+    multiprocessor would change by more than :data:`MOST_REFILLED`, and keep it.
+    """
+
+    def extent(of: KernelSpec, name: str) -> int:
+        return int(getattr(of, sides[name]))
+
+    same = {
+        name: covering(choices[name], config[name], source.rank, spec.rank)
+        if sides[name] == "rank"
+        else nearest(choices[name], config[name])
+        for name in sides
+    }
+    found = [same]
+    before = math.prod(ceil_div(extent(source, name), config[name]) for name in sides)
+    now = math.prod(ceil_div(extent(spec, name), same[name]) for name in sides)
+    ratio = now / before * multiprocessors_of(source, gpu) / gpu.multiprocessors
+    if not 1 / MOST_REFILLED < ratio < MOST_REFILLED:
+        scale = 2.0 if ratio > 1 else 0.5
+        found += [{**same, name: nearest(choices[name], scale * same[name])} for name in sides]
+    return tuple(found)
+
+
+def multiprocessors_of(spec: KernelSpec, otherwise: Gpu) -> int:
+    """The multiprocessors of the spec's GPU, or of another one if it is not listed."""
+    try:
+        return find_gpu(spec.gpu).multiprocessors
+    except UnknownGpuError:
+        return otherwise.multiprocessors
 
 
 def fit(value: int, extent: int, smallest: int = MIN_DOT) -> int:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
-from .base import Variant, Work, ceil_div, dtype_bytes, fit, up_to
+from .base import Variant, Work, ceil_div, dtype_bytes, fit, tiles_for, up_to
 
 MAX_ELEMENTS = 64
 """Elements of a tile per thread for each operand; more leaves no registers for loads in flight."""
@@ -51,6 +51,12 @@ class ForwardTile(Variant):
             )
             for block_t, block_n, warps in ((4, 1024, 4), (2, 512, 8), (16, 128, 2), (32, 64, 8), (4, 256, 8))
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        return tiles_for(config, source, spec, gpu, choices, {"block_t": "tokens", "block_n": "d_out"})
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         return refuse_tile(config["block_t"], config["block_n"], config.num_warps)
@@ -107,6 +113,13 @@ class BackwardColumns(Variant):
                 (64, 16, 128, 8, 32, 2, 3),
             )
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        found = tiles_for(config, source, spec, gpu, choices, {"chunk": "tokens", "block_n": "d_out"})
+        return tuple({**values, "block_t": min(config["block_t"], values["chunk"])} for values in found)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         if config["block_t"] > config["chunk"]:

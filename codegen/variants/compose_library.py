@@ -18,6 +18,7 @@ from .base import (
     fit,
     library_products,
     library_unavailable,
+    tiles_for,
     up_to,
 )
 
@@ -63,6 +64,12 @@ class _ComposedProducts(Variant):
             )
             for block_t, block_n in ((4, 512), (8, 128))
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        return tiles_for(config, source, spec, gpu, choices, {"block_t": "tokens", "block_n": "d_out"})
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         each = config["block_t"] * config["block_n"] // (config.num_warps * 32)

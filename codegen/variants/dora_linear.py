@@ -12,11 +12,16 @@ from .base import (
     Variant,
     Work,
     ceil_div,
+    covering,
     dot_passes,
     dtype_bytes,
     fit,
+    multiprocessors_of,
+    nearest,
     refuse_dot_tile,
     refuse_shared_memory,
+    split_for,
+    tiles_for,
     tma_unavailable,
     up_to,
 )
@@ -102,6 +107,12 @@ class DoraLinearTile(Variant):
             for block_t, block_n, block_k, warps, stages in shapes
         )
 
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        return tiles_for(config, source, spec, gpu, choices, {"block_t": "tokens", "block_n": "d_out"})
+
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
         wide = max(dtype_bytes(spec.weight), dtype_bytes(spec.adapter))
@@ -179,6 +190,12 @@ class DoraLinearTmaPersistent(DoraLinearTile):
                 (64, 64, 64, 8, 1, 1, 4, 2),
             )
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        rounds = config["programs"] / multiprocessors_of(source, gpu)
+        return ({"programs": nearest(self.choices(spec, gpu)["programs"], rounds * gpu.multiprocessors)},)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
@@ -260,6 +277,19 @@ class DoraLinearSplitK(Variant):
                 )
             )
         return tuple(configs)
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        block_t = covering(choices["block_t"], config["block_t"], source.tokens, spec.tokens)
+        tiles = (
+            ceil_div(source.tokens, config["block_t"]) * ceil_div(source.d_out, config["block_n"]),
+            ceil_div(spec.tokens, block_t) * ceil_div(spec.d_out, config["block_n"]),
+        )
+        inner, busy = (source.d_in, spec.d_in), (multiprocessors_of(source, gpu), gpu.multiprocessors)
+        splits = split_for(config["split_k"], tiles, inner, busy, choices["split_k"])
+        return tuple({"block_t": block_t, "split_k": split} for split in splits)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]

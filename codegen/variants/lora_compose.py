@@ -18,11 +18,13 @@ from .base import (
     adapter_parts,
     adapter_parts_work,
     ceil_div,
+    covering,
     dot_passes,
     dtype_bytes,
     fit,
     refuse_dot_tile,
     refuse_shared_memory,
+    tiles_for,
     tma_unavailable,
     up_to,
     warp_specialization_unavailable,
@@ -85,6 +87,14 @@ class LoraComposeTile(Variant):
             )
             for block_t, block_n, block_k, warps, stages in shapes
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        block_k = covering(choices["block_k"], config["block_k"], source.rank, spec.rank)
+        found = tiles_for(config, source, spec, gpu, choices, {"block_t": "tokens", "block_n": "d_out"})
+        return tuple({**values, "block_k": block_k} for values in found)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]
@@ -232,6 +242,20 @@ class LoraComposeWarpSpecialized(Variant):
                 (64, 32, 2, 4),
             )
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        found: list[Mapping[str, int]] = []
+        for block_n in (config["block_n"], max(config["block_n"] // 2, 32)):
+            # The block of B stays in shared memory: a larger rank leaves room for fewer stages, or for narrower tiles.
+            values = {**dict(config.params), "block_k": self.choices(spec, gpu)["block_k"][0], "block_n": block_n}
+            for stages in range(config.num_stages, 1, -1):
+                fewer = Config.create(self.name, **values, num_warps=config.num_warps, num_stages=stages)
+                if self.refuse(spec, fewer, gpu) is None:
+                    found.append({**values, "num_stages": stages})
+                    break
+        return tuple(found)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]

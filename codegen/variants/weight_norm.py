@@ -19,8 +19,11 @@ from .base import (
     dot_passes,
     dtype_bytes,
     fit,
+    multiprocessors_of,
+    nearest,
     refuse_dot_tile,
     refuse_shared_memory,
+    split_for,
     tma_unavailable,
     up_to,
 )
@@ -115,6 +118,33 @@ class WeightNormFused(Variant):
                 )
             )
         return tuple(configs)
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        found: list[Mapping[str, int]] = []
+        for ranks in self._rank_blocks(config, source, spec, gpu):
+            block_n = ranks["block_n"] * ranks.get("rank_tiles", 1)
+            before = config["block_n"] * dict(config.params).get("rank_tiles", 1)
+            tiles = (
+                ceil_div(source.d_out, config["block_m"]) * ceil_div(source.rank, before),
+                ceil_div(spec.d_out, config["block_m"]) * ceil_div(spec.rank, block_n),
+            )
+            inner, busy = (source.d_in, spec.d_in), (multiprocessors_of(source, gpu), gpu.multiprocessors)
+            splits = split_for(config["split_k"], tiles, inner, busy, choices["split_k"])
+            found += [{**ranks, "split_k": split} for split in splits]
+        return tuple(found)
+
+    def _rank_blocks(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        """How the ranks can be divided: as before, and in one block where one covered them before."""
+        choices = self.choices(spec, gpu)["block_n"]
+        found = [nearest(choices, config["block_n"])]
+        if config["block_n"] >= source.rank:
+            found.append(choices[-1])
+        return tuple({"block_n": block_n} for block_n in dict.fromkeys(found))
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
@@ -281,6 +311,18 @@ class WeightNormTma(WeightNormFused):
                 )
             )
         return tuple(configs)
+
+    def _rank_blocks(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        found: list[Mapping[str, int]] = []
+        for block_n in dict.fromkeys((nearest(choices["block_n"], config["block_n"]), fit(128, spec.rank))):
+            most = ceil_div(spec.rank, block_n)
+            ranks = config["block_n"] * config["rank_tiles"]
+            wanted = most if ranks >= source.rank else max(1, round(ranks / block_n))
+            found.append({"block_n": block_n, "rank_tiles": min(wanted, most, max(choices["rank_tiles"]))})
+        return tuple(found)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]

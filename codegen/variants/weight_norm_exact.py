@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
-from .base import Variant, Work, ceil_div, dtype_bytes, fit, up_to
+from .base import Variant, Work, ceil_div, covering, dtype_bytes, fit, up_to
 
 RANKS = 8
 """Ranks that one step of an exact row adds."""
@@ -70,6 +70,13 @@ class WeightNormExactRows(Variant):
                 (0, 128, 16, 512, 8, 2),
             )
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        block_r = covering(choices["block_r"], config["block_r"], source.rank, spec.rank)
+        return tuple({"apart": apart, "block_r": block_r} for apart in (config["apart"], 1 - config["apart"]))
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         threads = config.num_warps * gpu.warp_size

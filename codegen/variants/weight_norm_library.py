@@ -21,6 +21,7 @@ from .base import (
     library_product,
     library_products,
     library_unavailable,
+    nearest,
     up_to,
 )
 from .weight_norm import SQUARE_COLS, SUM_BLOCK
@@ -101,6 +102,13 @@ class WeightNormLibrary(Variant):
                 : 1 if spec.weight == "bf16" else None
             ]
         )
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        lengths = {name: source.d_in / config[name] for name in ("split_k", "gram_split")}
+        return ({name: nearest(choices[name], spec.d_in / length) for name, length in lengths.items()},)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         for name in ("split_k", "gram_split"):

@@ -15,8 +15,11 @@ from .base import (
     Work,
     adapter_parts_work,
     ceil_div,
+    multiprocessors_of,
+    nearest,
     power_of_two,
     refuse_shared_memory,
+    split_for,
     tma_unavailable,
     up_to,
     warp_specialization_unavailable,
@@ -118,6 +121,37 @@ class WeightNormWarpSpecialized(Variant):
                 seed(64, 1, 512, 4, 6),
             ]
         return tuple(dict.fromkeys(found))
+
+    def rederived(
+        self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
+    ) -> tuple[Mapping[str, int], ...]:
+        choices = self.choices(spec, gpu)
+        programs, sums = config["gram_programs"], ceil_div(source.rank * source.rank, SUM_BLOCK)
+        # One share of G for each program, or a program for each block of its sum: both follow the shape.
+        gram = {
+            "gram_share": self._one_wave(spec, gpu)
+            if config["gram_share"] == self._one_wave(source, gpu)
+            else nearest(choices["gram_share"], config["gram_share"]),
+            "gram_programs": ceil_div(spec.rank * spec.rank, SUM_BLOCK)
+            if programs == sums
+            else nearest(choices["gram_programs"], programs),
+        }
+        ranks = config["rank_block"] * config["rank_tiles"]
+        found: list[Mapping[str, int]] = []
+        for rank_block in dict.fromkeys(
+            (nearest(choices["rank_block"], config["rank_block"]), choices["rank_block"][-1])
+        ):
+            most = ceil_div(spec.rank, rank_block)
+            wanted = most if ranks >= source.rank else max(1, round(ranks / rank_block))
+            rank_tiles = min(wanted, most, 3)
+            tiles = (
+                ceil_div(source.d_out, ROWS) * ceil_div(source.rank, ranks),
+                ceil_div(spec.d_out, ROWS) * ceil_div(spec.rank, rank_block * rank_tiles),
+            )
+            inner, busy = (source.d_in, spec.d_in), (multiprocessors_of(source, gpu), gpu.multiprocessors)
+            splits = split_for(config["split_k"], tiles, inner, busy, choices["split_k"])
+            found += [{**gram, "rank_block": rank_block, "rank_tiles": rank_tiles, "split_k": each} for each in splits]
+        return tuple(found)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         rank_block, rank_tiles = config["rank_block"], config["rank_tiles"]

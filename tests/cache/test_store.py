@@ -5,6 +5,7 @@ The same tests run over a SQLite file and PostgreSQL; those that only read also 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from doratune.cache.distance import distance
+from doratune.cache.entry import Contender
 from doratune.cache.errors import CorruptRowError, InvalidEntryError, LocationError, ReadOnlyStoreError
-from doratune.cache.rows import binary_values
+from doratune.cache.rows import binary_values, entry_values
 from doratune.cache.store import Store
 
-from .world import DEFAULT, MEASURED, PREDICTED, a_binary, a_spec, an_entry
+from .world import DEFAULT, MEASURED, PREDICTED, a_binary, a_spec, an_entry, with_final
 
 READERS = ["writable", "read-only", "exported"]
 
@@ -71,14 +74,43 @@ def test_entries_are_found_by_op_gpu_and_architecture(store: Store, reader: Call
         assert len(reading.entries(op="lora_compose")) == 3
 
 
-def test_candidates_share_op_and_dtypes_and_leave_the_spec_itself_out(
+def test_neighbours_share_op_and_dtypes_and_leave_the_spec_itself_out(
     store: Store, reader: Callable[[], Store]
 ) -> None:
-    near, other_gpu = a_spec(rank=64), a_spec("h100")
-    store.put_all(map(an_entry, (a_spec(), near, other_gpu, a_spec(dtype="fp16"), a_spec("a100"))))
+    near, nearer, sister = a_spec(rank=64), a_spec(tokens=2048, bias=True), a_spec("h100")
+    store.put_all(map(an_entry, (a_spec(), near, nearer, sister, a_spec(dtype="fp16"), a_spec("a100"))))
     with reader() as reading:
-        assert [candidate.spec for candidate in reading.candidates(a_spec())] == [near]
-        assert [candidate.spec for candidate in reading.candidates(a_spec(), architecture="sm_90")] == [other_gpu]
+        found = reading.neighbours(a_spec(), "sm_90", count=8).candidates
+        assert [(candidate.spec, candidate.distance) for candidate in found] == [
+            (sister, 0.0),
+            (nearer, 1.25),
+            (near, distance(a_spec(), near)),
+        ]
+        assert [candidate.spec for candidate in reading.neighbours(a_spec(), "sm_90", count=1).candidates] == [
+            sister,
+            nearer,
+        ]
+
+
+def test_of_many_neighbours_the_measured_ones_are_read(store: Store) -> None:
+    predicted = [an_entry(a_spec(rank=rank), PREDICTED) for rank in (380, 388)]
+    store.put_all([*predicted, an_entry(a_spec(rank=16))])
+    assert [each.spec.rank for each in store.neighbours(a_spec(), "sm_90", count=1).candidates] == [16]
+    assert len(store.neighbours(a_spec(), "sm_90", count=8).candidates) == 3
+
+
+def test_neighbours_bring_their_runners_up_and_the_regrets_of_all(store: Store, reader: Callable[[], Store]) -> None:
+    near, far, sister = a_spec(rank=256), a_spec(rank=16), a_spec("h100")
+    store.put_all([with_final(an_entry(near)), with_final(an_entry(far), lookup_regret=1.3), an_entry(sister)])
+    with reader() as reading:
+        found = reading.neighbours(a_spec(), "sm_90", count=1)
+    [own] = [candidate for candidate in found.candidates if candidate.spec.gpu == "h200"]
+    [(beaten, behind)] = own.beaten
+    assert (beaten.num_warps, behind, own.lookup_regret) == (8, 21.0 / 20.0, 1.05)
+    assert [(each.spec, each.gpu, each.regret) for each in found.regrets] == [
+        (str(far), "h200", 1.3),
+        (str(near), "h200", 1.05),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +169,8 @@ def test_a_store_without_one_entry_has_the_others(store: Store) -> None:
     store.put_all([hidden, other])
     reading = store.without(hidden.spec)
     assert (reading.location, reading.get(hidden.spec), reading.get(other.spec)) == (store.location, None, other)
-    assert [candidate.spec for candidate in reading.candidates(hidden.spec)] == [other.spec]
+    around = reading.neighbours(hidden.spec, "sm_90", count=8)
+    assert [candidate.spec for candidate in around.candidates] == [other.spec]
     with pytest.raises(ReadOnlyStoreError):
         reading.put(other)
 
@@ -253,6 +286,42 @@ def test_a_store_cannot_be_made_read_only(place: str) -> None:
         Store.open(place, create=True, readonly=True)
 
 
+BAD_FINALS = [
+    ({"contenders": []}, "final has no contenders"),
+    ({"contenders": {}}, "contenders must be a list"),
+    ({"contenders": None}, "contenders must be a list"),
+    ({"contenders": [1]}, "a contender must be an object"),
+    ({"contenders": [{}]}, "a contender must be an object"),
+    ({"confidence": "high"}, "confidence must be a finite number"),
+    ({"confidence": True}, "confidence must be a finite number"),
+    ({"confidence": float("nan")}, "confidence must be a finite number"),
+    ({"noise": -0.1}, "noise must be a finite number"),
+    ({"noise": float("inf")}, "noise must be a finite number"),
+    ({"settled": 1}, "settled must be true or false"),
+    ({"settled": None}, "settled must be true or false"),
+    ({"notices": "none"}, "notices must be a list"),
+    ({"notices": [1]}, "an element of notices must be text"),
+    ({"contender": {"config": 3}}, "expected an object with variant"),
+    ({"contender": {"config": {"variant": "tile"}}}, "expected an object with variant"),
+    ({"contender": {"config": {"variant": "a b", "num_warps": 1, "num_stages": 1}}}, "variant must be a name"),
+    ({"contender": {"origins": "search"}}, "origins must be a list"),
+    ({"contender": {"origins": [None]}}, "an element of origins must be text"),
+    ({"contender": {"samples_us": []}}, "a contender has no samples"),
+    ({"contender": {"samples_us": [1.0, -1.0]}}, "a sample must be a finite number"),
+    ({"contender": {"samples_us": ["1"]}}, "a sample must be a finite number"),
+    ({"contender": {"samples_us": {}}}, "samples_us must be a list"),
+    ({"extra": 1}, "final must be an object with confidence, contenders"),
+]
+"""Changes of a good final's JSON, and what is said of them."""
+
+
+def _final_with(contender: dict[str, object] | None = None, **changes: object) -> str:
+    """The JSON of a final with some values, or some of its first contender's, replaced."""
+    data = json.loads(str(entry_values(with_final())["final"]))
+    data["contenders"][0] |= contender or {}
+    return json.dumps(data | changes)
+
+
 @pytest.mark.parametrize(
     ("column", "value", "complaint"),
     [
@@ -267,6 +336,11 @@ def test_a_store_cannot_be_made_read_only(place: str) -> None:
         ("samples_us", "[1, null]", "sample"),
         ("us", -3.0, "us"),
         ("template_digest", "", "template_digest"),
+        ("lookup_regret", -0.5, "lookup_regret must be a finite number"),
+        ("final", "{not json", "final must be JSON"),
+        ("final", "[" * 100_000, "final must be JSON"),
+        ("final", "[]", "final must be an object with confidence, contenders"),
+        *(("final", _final_with(**change), complaint) for change, complaint in BAD_FINALS),
     ],
 )
 def test_a_damaged_row_is_an_error_that_names_row_and_store(
@@ -343,3 +417,59 @@ def test_equal_entries_export_to_equal_bytes_whatever_their_history(store: Store
 def _spoil(store: Store, statement: str, value: object) -> None:
     with store._writer.begin() as connection:
         connection.execute(text(statement), {"value": value})
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("final", "complaint"),
+    [
+        ({"contenders": ()}, "final has no contenders"),
+        ({"confidence": NAN}, "confidence must be a finite number"),
+        ({"confidence": -1.0}, "confidence must be a finite number"),
+        ({"noise": INFINITE}, "noise must be a finite number"),
+        ({"noise": True}, "noise must be a finite number"),
+        ({"settled": "yes"}, "settled must be true or false"),
+        ({"notices": (3,)}, "an element of notices must be text"),
+        ({"contenders": (Contender(an_entry().config, ("search",), ()),)}, "a contender has no samples"),
+        ({"contenders": (Contender(an_entry().config, ("search",), (NAN,)),)}, "a sample must be a finite number"),
+        ({"contenders": (Contender(an_entry().config, (7,), (1.0,)),)}, "an element of origins must be text"),  # type: ignore[arg-type]
+    ],
+)
+def test_an_invalid_final_is_not_stored(store: Store, final: dict[str, object], complaint: str) -> None:
+    entry = with_final()
+    assert entry.final is not None
+    with pytest.raises(InvalidEntryError, match=complaint) as caught:
+        store.put(replace(entry, final=replace(entry.final, **final)))  # type: ignore[arg-type]
+    assert str(entry.spec) in str(caught.value)
+    assert store.entries() == []
+
+
+@pytest.mark.parametrize("regret", [-1.0, NAN, INFINITE, True, "1.05"])
+def test_an_invalid_regret_is_not_stored(store: Store, regret: object) -> None:
+    with pytest.raises(InvalidEntryError, match="lookup_regret must be a finite number") as caught:
+        store.put(replace(an_entry(), lookup_regret=regret))  # type: ignore[arg-type]
+    assert str(an_entry().spec) in str(caught.value)
+    assert store.entries() == []
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "complaint"),
+    [
+        ("final", '{"contenders": []}', "final must be an object"),
+        ("lookup_regret", -2.0, "lookup_regret"),
+        ("config", "[]", "config"),
+        ("us", -1.0, "us"),
+        ("d_out", -4096, "d_out"),
+    ],
+)
+def test_a_damaged_neighbour_is_an_error_that_names_row_and_store(
+    store: Store, column: str, value: object, complaint: str
+) -> None:
+    store.put(with_final(an_entry(a_spec(rank=64))))
+    _spoil(store, f"UPDATE doratune_entries SET {column} = :value", value)
+    with pytest.raises(CorruptRowError, match=complaint) as caught:
+        store.neighbours(a_spec(), "sm_90", count=8)
+    assert store.location in str(caught.value)
+    assert "entry 1" in str(caught.value)

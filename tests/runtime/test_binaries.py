@@ -269,7 +269,7 @@ def test_a_store_without_the_entry_gives_no_binary(
     holder: str | None, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if it is searched first, or the built-in default is chosen."""
-    monkeypatch.setattr("doratune.codegen.variants.default_config", lambda spec, gpu: source_of(SPEC).config)
+    monkeypatch.setattr("doratune.codegen.variants.default_configs", lambda spec, gpu: (source_of(SPEC).config,))
     at = whole_stack(monkeypatch, tmp_path, {"stranger": (False, compiled)} | ({holder: (True, ())} if holder else {}))
     resolution, source, binaries = resolve_binaries(SPEC)
     assert resolution.store == (at[holder] if holder else None)

@@ -21,11 +21,12 @@ from doratune import Kernel, load_kernel
 from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
 from doratune.cache.errors import MissingStoreError, NotAStoreError
 from doratune.cache.store import Store
+from doratune.codegen.fit import fitted
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.render import render, template_digest
 from doratune.codegen.spec import Config, KernelSpec, SpecError
-from doratune.codegen.variants import default_config, find_variant
+from doratune.codegen.variants import carried, default_configs, find_variant
 from doratune.runtime import loader
 from doratune.runtime.device import DeviceError
 from doratune.runtime.loader import emit, resolve
@@ -237,6 +238,14 @@ def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
 
 SPEC = KernelSpec.parse("lora_compose/d_out=4096/rank=64/tokens=4096/activation=bf16/adapter=bf16@h200")
 TILE = Config.parse("tile:block_k=64,block_n=64,block_t=64,num_warps=4,num_stages=2")
+GOOD = Config.parse("tma:block_k=64,block_n=64,block_t=128,num_warps=4,num_stages=3")
+"""What searches on an H200 chose for SPEC."""
+
+
+def built_in(spec: KernelSpec) -> Config:
+    """The built-in config that the fitted model puts first."""
+    gpu = find_gpu(spec.gpu)
+    return min(default_configs(spec, gpu), key=lambda config: fitted().relative_us(spec, config, gpu))
 
 
 def entry_of(
@@ -278,7 +287,7 @@ def store(tmp_path: Path) -> Callable[..., str]:
 
 
 def test_these_entries_are_not_what_the_default_would_give() -> None:
-    assert default_config(SPEC, find_gpu("h200")) != TILE
+    assert built_in(SPEC) != TILE
 
 
 def test_an_exact_entry_is_used(store: Callable[..., str]) -> None:
@@ -305,17 +314,20 @@ def test_an_exact_entry_is_used(store: Callable[..., str]) -> None:
 def test_the_nearest_entry_of_the_same_gpu_serves_another_shape(
     wanted: dict[str, Any], distance: float, store: Callable[..., str]
 ) -> None:
-    path = store(entry_of(), entry_of(replace(SPEC, d_out=1 << 18, tokens=1)))
+    path = store(entry_of(config=GOOD), entry_of(replace(SPEC, d_out=1 << 18, tokens=1), config=GOOD))
     spec = replace(SPEC, **wanted)
     resolution, source = resolve(spec, path)
-    assert (resolution.step, resolution.config, resolution.distance) == ("nearest", TILE, distance)
+    assert (resolution.step, resolution.distance) == ("nearest", distance)
     assert resolution.entry is not None
     assert resolution.entry.spec == SPEC
-    assert source == render(spec, TILE)  # the entry's config, the wanted shape
+    assert resolution.config in (GOOD, *carried(GOOD, SPEC, spec, find_gpu("h200")))
+    assert source == render(spec, resolution.config)  # for the wanted shape
     said = doratune.explain(spec, path)
     assert f"{SPEC} on the same GPU, distance {distance:.2f}" in said
     assert "exact: no entry in 1 store" in said
-    assert "not measured for this spec" in said
+    assert "unknown: no measured lookups of lora_compose on h200; tune this spec" in said
+    assert resolution.weighed[0].offer.config == resolution.config
+    assert len(said.split("expected loss of the best:")[1].split("exact:")[0].strip().splitlines()) == 5
 
 
 def test_an_entry_of_the_same_architecture_serves_another_gpu(store: Callable[..., str]) -> None:
@@ -330,7 +342,7 @@ def test_an_entry_of_the_same_architecture_serves_another_gpu(store: Callable[..
 def test_without_entries_the_built_in_default_is_used(tmp_path: Path) -> None:
     resolution, source = resolve(SPEC)
     assert (resolution.step, resolution.entry, resolution.store, resolution.distance) == ("default", None, None, None)
-    assert resolution.config == default_config(SPEC, find_gpu("h200"))
+    assert resolution.config == built_in(SPEC)
     assert source == render(SPEC, resolution.config)
     assert "tune this spec" in resolution.explain()
 
@@ -345,7 +357,7 @@ def test_every_operation_has_a_default_on_every_kind_of_gpu(op: str, gpu: str) -
 def test_an_entry_that_renders_to_another_text_than_was_tuned_is_refused(store: Callable[..., str]) -> None:
     path = store(entry_of(source="0123456789abcdef"))
     resolution, source = resolve(SPEC, path)
-    default = default_config(SPEC, find_gpu("h200"))
+    default = built_in(SPEC)
     assert (resolution.step, resolution.config, resolution.entry, resolution.distance) == (
         "default",
         default,
@@ -361,9 +373,10 @@ def test_an_entry_that_renders_to_another_text_than_was_tuned_is_refused(store: 
 
 def test_the_search_continues_after_a_refused_entry(store: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     broken = store(entry_of(source="0123456789abcdef"), name="first")
-    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{broken}:{store(entry_of(replace(SPEC, tokens=2048)), name='second')}")
+    near = store(entry_of(replace(SPEC, tokens=2048), config=GOOD), name="second")
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{broken}:{near}")
     resolution, _ = resolve(SPEC)
-    assert (resolution.step, resolution.config, resolution.distance) == ("nearest", TILE, 1.0)
+    assert (resolution.step, resolution.config, resolution.distance) == ("nearest", GOOD, 1.0)
     assert [refusal.step for refusal in resolution.trace] == ["exact"]
     sound = store(entry_of(provenance=PREDICTED), name="third")
     monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{broken}:{sound}")
@@ -429,7 +442,7 @@ def test_a_broken_store_is_never_passed_over(tmp_path: Path, monkeypatch: pytest
 def test_an_entry_can_be_left_out_to_see_what_a_lookup_would_give_without_it(store: Callable[..., str]) -> None:
     path = store(entry_of())
     resolution, source = resolve(SPEC, path, without=path)
-    assert (resolution.step, resolution.config) == ("default", default_config(SPEC, find_gpu("h200")))
+    assert (resolution.step, resolution.config) == ("default", built_in(SPEC))
     assert source == render(SPEC, resolution.config)
     assert resolve(SPEC, path, without="another.sqlite")[0].step == "exact"
 
@@ -448,7 +461,7 @@ def test_a_kernel_for_a_gpu_names_the_entry_it_came_from(
     assert str(TILE) in repr(kernel)
     assert load_kernel("lora_compose", **shape, tokens=4096, store=path) is kernel
     default = load_kernel("lora_compose", **shape, tokens=4096)
-    assert (default.provenance, default.config) == ("default", default_config(SPEC, find_gpu("h200")))
+    assert (default.provenance, default.config) == ("default", built_in(SPEC))
 
 
 def test_finding_a_tuned_kernel_imports_neither_the_tuner_nor_optuna(store: Callable[..., str], tmp_path: Path) -> None:
@@ -470,7 +483,7 @@ def test_finding_a_tuned_kernel_imports_neither_the_tuner_nor_optuna(store: Call
 def test_emitting_prints_what_would_run_or_the_config_given(store: Callable[..., str]) -> None:
     path = store(entry_of(provenance=PREDICTED))
     assert emit(str(SPEC), store=path) == ("predicted", render(SPEC, TILE))
-    assert emit(SPEC) == ("default", render(SPEC, default_config(SPEC, find_gpu("h200"))))
+    assert emit(SPEC) == ("default", render(SPEC, built_in(SPEC)))
     assert emit(SPEC, config=str(TILE)) == ("given", render(SPEC, TILE))
     with pytest.raises(SpecError, match=r"config tile:.* cannot serve .*: num_warps must be one of 1, 2, .*, got 3"):
         emit(SPEC, config=str(replace(TILE, num_warps=3)))

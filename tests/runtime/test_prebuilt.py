@@ -82,14 +82,14 @@ def test_the_norm_that_also_gives_g_takes_the_config_of_the_plain_one() -> None:
 def test_an_untuned_shape_says_so() -> None:
     text = doratune.explain("lora_compose/d_out=5120/rank=320/tokens=4096/activation=bf16/adapter=bf16@h200")
     assert "nearest" in text
-    assert "not measured for this spec" in text
+    assert "(on its own shape: measured" in text
 
 
-def test_a_config_for_many_tokens_is_not_taken_for_few() -> None:
+def test_a_config_for_many_tokens_is_not_taken_for_few_as_it_is() -> None:
     """The only fp32 compositions are of 4096 tokens: at 16, seven rows of eight in their tiles would be padding."""
     sizes = {"d_out": 4096, "rank": 384, "dtype": "fp32", "adapter": "fp32", "gpu": "h200"}
     few, _ = resolve(KernelSpec.create("lora_compose", tokens=16, **sizes))  # type: ignore[arg-type]
-    assert few.step == "default"
+    assert few.rederived
     assert few.config["block_t"] == 16
     assert "block_t must be at most 16 for 16 tokens, got 128" in few.explain()
     many, _ = resolve(KernelSpec.create("lora_compose", tokens=1024, **sizes))  # type: ignore[arg-type]

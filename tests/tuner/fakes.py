@@ -35,6 +35,9 @@ class FakePool:
     def __init__(self, gpu: Gpu, jobs: int | None = None) -> None:
         self.jobs = 1
 
+    def start(self) -> None:
+        pass
+
     def submit(self, source: Source) -> Future[tuple[Resources, ...]]:
         future: Future[tuple[Resources, ...]] = Future()
         error = type(self).crashing(source.config)

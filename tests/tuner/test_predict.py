@@ -8,20 +8,14 @@ import statistics
 import pytest
 
 from doratune.cache.entry import PREDICTED
+from doratune.codegen.cost import LAUNCH_GAP_US, estimate_us, resident_programs
 from doratune.codegen.gpu import Gpu, find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.render import render
 from doratune.codegen.spec import TOKEN_BUCKETS, Config, KernelSpec
 from doratune.codegen.variants import default_config, find_variant
 from doratune.tuner.evaluation import Rejected, Resources, floor_us
-from doratune.tuner.predict import (
-    LAUNCH_GAP_US,
-    PredictEvaluator,
-    estimate_us,
-    predict_us,
-    resident_programs,
-    shortlist,
-)
+from doratune.tuner.predict import PredictEvaluator, predict_us, shortlist
 from doratune.tuner.space import Space
 
 GPUS = ("h200", "a100", "rtx4090", "b200", "mi300x")
