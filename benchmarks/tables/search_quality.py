@@ -56,8 +56,10 @@ SAMPLERS: dict[str, MakeSampler] = {
     "model": ModelSampler,
     "tpe": _tpe,
     "tpe-univariate": lambda space, seed: optuna.samplers.TPESampler(n_startup_trials=4, seed=seed),
-    "gp": lambda space, seed: optuna.samplers.GPSampler(n_startup_trials=4, seed=seed, deterministic_objective=False),
-    "cma-es": lambda space, seed: optuna.samplers.CmaEsSampler(n_startup_trials=4, seed=seed),
+    "gp": lambda space, seed: optuna.samplers.GPSampler(n_startup_trials=4, seed=seed, warn_independent_sampling=False),
+    "cma-es": lambda space, seed: optuna.samplers.CmaEsSampler(
+        n_startup_trials=4, seed=seed, warn_independent_sampling=False
+    ),
     "random": lambda space, seed: optuna.samplers.RandomSampler(seed=seed),
 }
 """Ways to propose configs after the seeds: doratune's own, and Optuna's. Its ``gp`` needs scipy, ``cma-es`` cmaes."""
@@ -106,7 +108,10 @@ class Searches:
         """Search every spec once, as ``doratune tune`` does in an empty store."""
         evaluator = ReplayEvaluator(self.tables.values(), self.gpu, seed=seed)
         stand_ins = StandIns(
-            ReplayPool, lambda spec, gpu, also=(): self._spaces[spec], find_sampler(sampler), ReplayStorage()
+            ReplayPool,  # type: ignore[arg-type]
+            lambda spec, gpu, also=(): self._spaces[spec],
+            find_sampler(sampler),
+            ReplayStorage(),
         )
         with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder) / "store.sqlite", create=True) as store:
             result = tune(

@@ -86,25 +86,30 @@ class DoraLinearTile(Variant):
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         narrow = _narrow(spec)
-        shapes: tuple[tuple[int, int, int, int, int], ...]
+        shapes: tuple[tuple[int, int, int, int, int, int], ...]
         if spec.tokens <= FEW_TOKENS:
-            shapes = ((64, 64, 64, 4, 4), (16, 64, 128, 4, 5), (16, 32, 128, 4, 4))
+            shapes = ((64, 64, 64, 8, 4, 4), (16, 64, 128, 4, 4, 5), (16, 128, 64, 4, 4, 5))
         elif narrow:
-            shapes = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (256, 128, 64, 8, 3))
+            shapes = (
+                (128, 256, 64, 8, 8, 3),
+                (128, 128, 64, 8, 8, 3),
+                (128, 128, 32, 8, 4, 4),
+                (256, 128, 64, 8, 8, 3),
+            )
         else:  # the split parts of fp32 operands take registers
-            shapes = ((64, 128, 32, 8, 2), (128, 128, 32, 8, 2))
-        shapes = (*shapes, (64, 64, 32, 4, 2))
+            shapes = ((64, 128, 32, 8, 8, 2), (128, 128, 32, 8, 8, 2))
+        shapes = (*shapes, (64, 64, 32, 8, 4, 2))
         return tuple(
             Config.create(
                 self.name,
                 block_t=fit(block_t, spec.tokens),
                 block_n=fit(block_n, spec.d_out),
                 block_k=fit(_deepest(spec, block_k), spec.d_in),
-                group_t=8,
+                group_t=group_t,
                 num_warps=warps,
                 num_stages=stages if narrow else 2,
             )
-            for block_t, block_n, block_k, warps, stages in shapes
+            for block_t, block_n, block_k, group_t, warps, stages in shapes
         )
 
     def rederived(

@@ -70,6 +70,7 @@ class LoraComposeTile(Variant):
                 (64, 32, 64, 2, 3),
                 (64, 32, 64, 4, 4),
                 (64, 64, 64, 4, 2),
+                (16, 64, 64, 8, 5),
             )
         elif narrow:  # before Hopper the operands of a product pass through registers, which a deep tile fills
             shapes = ((128, 128, 32, 8, 4), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3))

@@ -63,6 +63,7 @@ class LoggingEvaluator(FakeEvaluator):
 
 def run(options: Options) -> None:
     sys.stderr = open(f"{options.folder}/{options.name}.stderr", "w", buffering=1)  # noqa: SIM115
+    os.environ["LOCAL_RANK"] = "0"  # as a launcher does: it is not alone
     search.CompilePool = FakePool  # type: ignore[misc, assignment]
     campaign.POLL_SECONDS = 0.2
     study_storage.HEARTBEAT.interval, study_storage.HEARTBEAT.grace = options.interval, options.grace

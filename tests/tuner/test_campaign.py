@@ -185,7 +185,7 @@ def test_what_a_killed_worker_held_is_finished_by_another(workers: Workers) -> N
     under_way = [what for worker, _, what in workers.evaluated() if worker == "killed"][-1]
     end = workers.end("other")
     assert end["stopped"] == ""
-    assert {outcome for outcome, _ in end["rows"].values()} == {TUNED, KEPT}
+    assert {outcome for outcome, _ in end["rows"].values()} <= {TUNED, KEPT}
     assert set(workers.twice()) <= {under_way}
     assert workers.stored() == len({what for _, _, what in workers.evaluated()})  # what was evaluated is not lost
     all_stored(workers)
@@ -197,13 +197,13 @@ def test_the_same_command_on_the_same_host_need_not_wait_for_the_heartbeat(worke
     workers.wait_until(8, "killed")
     workers.stop("killed", signal.SIGKILL)
     workers.start("again", **patient)
-    assert {outcome for outcome, _ in workers.end("again")["rows"].values()} == {TUNED, KEPT}
+    assert {outcome for outcome, _ in workers.end("again")["rows"].values()} <= {TUNED, KEPT}
     assert len(workers.twice()) <= 1
     all_stored(workers)
 
 
 def test_workers_come_and_go(workers: Workers) -> None:
-    long: dict[str, Any] = {"last": 8, "interval": 100, "grace": 1000}  # no heartbeat is waited for
+    long: dict[str, Any] = {"last": 10, "pause": 0.1, "interval": 100, "grace": 1000}  # no heartbeat is waited for
     workers.start("first", "second", **long)
     workers.wait_until(6, "first")
     workers.stop("first", signal.SIGTERM)
@@ -214,11 +214,11 @@ def test_workers_come_and_go(workers: Workers) -> None:
     assert workers.twice() == []
     assert {worker for worker, _, _ in workers.evaluated()} == {"first", "second", "late"}
     assert workers.stored() == len(workers.evaluated())
-    all_stored(workers, last=8)
+    all_stored(workers, last=10)
 
 
-def test_eight_workers_started_at_one_moment_do_nothing_twice(workers: Workers) -> None:
-    names = [f"w{n}" for n in range(8)]
+def test_five_workers_started_at_one_moment_do_nothing_twice(workers: Workers) -> None:
+    names = [f"w{n}" for n in range(5)]
     workers.start(*names, grace=60)
     for name in names:
         assert {outcome for outcome, _ in workers.end(name)["rows"].values()} <= {TUNED, KEPT}
@@ -282,7 +282,7 @@ def join(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Join]:
         families: list[KernelSpec],
         done: set[KernelSpec] | None = None,
         environment: Environment = HERE,
-        lanes: int = 1,
+        **options: Any,
     ) -> Campaign:
         storage = open_study_storage(url)
         stored = set() if done is None else done
@@ -293,7 +293,7 @@ def join(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Join]:
             environment=environment,
             provenance="measured",
             url=url,
-            lanes=lanes,
+            **options,
         )
         opened.append((joined, storage))
         return joined
@@ -361,6 +361,11 @@ def test_one_worker_does_not_take_everything(join: Join) -> None:
     assert len(taken) == 4
     second = join(FAMILIES)
     assert second.claim() == FAMILIES[4]
+
+
+def test_a_worker_that_is_alone_takes_everything_at_once(join: Join) -> None:
+    first = join(FAMILIES, all_at_once=True)
+    assert [first.claim() for _ in FAMILIES] == FAMILIES
 
 
 def test_what_is_released_is_handed_out_again(join: Join, url: str) -> None:
@@ -486,7 +491,7 @@ def test_a_failure_of_the_database_ends_no_heartbeat(join: Join, monkeypatch: py
     monkeypatch.setattr(study_storage.HEARTBEAT, "interval", 0.01)
     worker = join(FAMILIES[:1])
     assert worker.claim() == FAMILIES[0]
-    record, calls = worker._storage.record_heartbeat, []  # type: ignore[attr-defined]
+    record, calls = worker._record_heartbeat, []
 
     def fails_once(trial_id: int) -> None:
         calls.append(trial_id)
@@ -494,7 +499,7 @@ def test_a_failure_of_the_database_ends_no_heartbeat(join: Join, monkeypatch: py
             raise optuna.exceptions.StorageInternalError("gone")
         record(trial_id)
 
-    monkeypatch.setattr(worker._storage, "record_heartbeat", fails_once)
+    monkeypatch.setattr(worker, "_record_heartbeat", fails_once)
     deadline = time.monotonic() + 30
     while len(calls) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -562,3 +567,29 @@ def test_a_worker_with_several_gpus_holds_more_and_one_whose_claim_fails_midway_
     assert taken == [*FAMILIES[1:], None]  # the first is nobody's until the grace period is over
     assert not wide.holds(FAMILIES[0])
     assert wide.waiting
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_no_connection_is_left_behind(join: Join, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psycopg
+
+    monkeypatch.setattr(study_storage.HEARTBEAT, "interval", 0.01)
+
+    def others() -> int:
+        with psycopg.connect(url) as connection:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'doratune' AND pid <> pg_backend_pid()"
+            row = connection.execute(query).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    before = others()
+    worker = join(FAMILIES)
+    worker.claim()
+    time.sleep(0.1)  # the heartbeat has a connection, too
+    assert others() > before
+    worker.close()
+    release(worker._storage)
+    deadline = time.monotonic() + 10
+    while others() > before and time.monotonic() < deadline:  # a server notices a closed connection a little later
+        time.sleep(0.02)
+    assert others() == before

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from doratune.errors import UsageError
@@ -79,3 +83,21 @@ def test_a_file_is_refused_on_several_hosts(location: str) -> None:
         check_hosts({**SRUN, "SLURM_STEP_NUM_NODES": "4"}, location)
     check_hosts({**SRUN, "SLURM_STEP_NUM_NODES": "4"}, "postgresql://ada@db/kernels")
     check_hosts({**SRUN, "SLURM_STEP_NUM_NODES": "1"}, location)
+
+
+REPORT = """
+import os
+from doratune.tuner.launcher import launcher_device, launcher_hosts, launcher_jobs
+environ = os.environ
+os.write(1, f"{launcher_device(environ, 2)} {launcher_jobs(environ, 8, 8)} {launcher_hosts(environ)}\\n".encode())
+"""
+
+
+def test_a_real_torchrun_gives_each_process_its_gpu_and_half_of_the_cores() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [*command, sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == ["", "cuda:0 4 1", "cuda:1 4 1"]
