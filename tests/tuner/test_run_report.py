@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from doratune.cache.entry import Evaluation
+from doratune.cache.entry import Binary, Evaluation
 from doratune.cache.store import Store
 from doratune.codegen.compile import CompileError
 from doratune.codegen.render import Source
@@ -175,6 +178,7 @@ class Heard(SilentProgress):
         self.began: tuple[int, int, int] | None = None
         self.calls: list[tuple[KernelSpec, int, float | None, float | None]] = []
         self.finished: Counter[str] = Counter()
+        self.queued: list[int] = []
 
     def start(self, total: int, kept: int, lanes: int = 1) -> None:
         self.began = total, kept, lanes
@@ -189,6 +193,9 @@ class Heard(SilentProgress):
         incumbent_us: float | None = None,
     ) -> None:
         self.calls.append((spec, trials, best_us, incumbent_us))
+
+    def queue(self, compiling: int) -> None:
+        self.queued.append(compiling)
 
     def done(self, spec: KernelSpec, outcome: str, us: float | None, floor_us: float) -> None:
         self.finished[outcome] += 1
@@ -207,3 +214,41 @@ def test_a_run_says_how_many_kernels_and_gpus_it_has_and_each_trial(tune: Tune) 
     assert result.trials == sum(len(evaluator.evaluated) for evaluator in evaluators)
     default = {spec: evaluators[0].cost(spec, default_config(spec, GPU)) for spec in specs}
     assert all(incumbent == default[spec] for spec, trials, _, incumbent in heard.calls if trials)
+
+
+class SlowPool(FakePool):
+    """A pool whose jobs are done, one at a time, only while they are waited for."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.under_way: dict[Future[Any], Future[Any]] = {}
+
+    def submit(self, source: Source) -> Future[tuple[Resources, ...]]:
+        return self._later(super().submit(source))
+
+    def binaries(self, source: Source) -> Future[tuple[Binary, ...]]:
+        return self._later(super().binaries(source))
+
+    def _later(self, made: Future[Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.under_way[future] = made
+        return future
+
+    def wait(self, futures: Collection[Future[Any]], seconds: float = 0.0) -> None:
+        first = next((future for future in futures if future in self.under_way), None)
+        if first is not None:
+            first.set_result(self.under_way.pop(first).result())
+        else:
+            super().wait(futures, seconds)
+
+
+@pytest.mark.parametrize("binaries", [False, True])
+def test_a_run_says_how_many_compiles_it_waits_for(tune: Tune, monkeypatch: pytest.MonkeyPatch, binaries: bool) -> None:
+    monkeypatch.setattr(search, "CompilePool", SlowPool)
+    heard = Heard()
+    assert tune(ONE, Judging(), progress=heard, binaries=binaries).count(TUNED) == 1
+    seeds = len(Space(ONE[0], GPU).seeds)
+    assert max(heard.queued) >= min(seeds, 4)
+    falls = [after for before, after in itertools.pairwise(heard.queued) if after == before - 1]
+    assert len(falls) > 3, "each compile that ends is one less"
+    assert (heard.queued[-1] == 1) == binaries, "the last one is the winner's binary"
