@@ -34,7 +34,8 @@ class Budget:
 class Effort:
     """A row of :data:`EFFORTS`.
 
-    ``known`` is the budget of measured searches that begin with the winner of the same kernel on a sister GPU, or of one
+    ``measure`` is the budget of measured searches from scratch; ``beside`` of those that begin with the winners of a
+    token bucket beside; ``sister`` of those that begin with the winner of the same kernel on a sister GPU, or of one
     that differs in a flag only. ``shortlist`` is how many configurations the performance model proposes before
     Optuna's sampler takes over; ``batch`` how many are compiled together before the sampler is asked again;
     ``finalists`` how many of the best play in the final, beside the incumbents.
@@ -42,7 +43,8 @@ class Effort:
 
     name: str
     measure: Budget
-    known: Budget
+    beside: Budget
+    sister: Budget
     predict: Budget
     shortlist: int
     batch: int
@@ -54,19 +56,18 @@ class Effort:
 
 
 # The measured budgets are chosen on recorded tables (docs, "How good a search is"): a kernel's seeds are some dozen,
-# and 30 trials find a config within 1 % of the best in 19 of 20 searches. Where there is no GPU the cores are often
-# few, and a predicted trial costs the compile all the same: hence fewer. The least patience of a level exceeds the
-# trials of the level before, so a winner found with less effort is always searched again (see tuner.search).
-EFFORTS: dict[str, Effort] = {
-    effort.name: effort
-    for effort in (
-        Effort("quick", Budget(10, 8), Budget(6, 5), predict=Budget(4, 3), shortlist=0, batch=4, finalists=5),
-        Effort("standard", Budget(30, 20), Budget(12, 11), predict=Budget(8, 5), shortlist=0, batch=4, finalists=12),
-        Effort("full", Budget(60, 40), Budget(40, 31), predict=Budget(60, 24), shortlist=0, batch=6, finalists=16),
-    )
-}
+# and 36 trials find a config within 1 % of the best in 19 of 20 searches. Without a GPU the cores are often few,
+# and a predicted trial costs the compile all the same: hence fewer. The least patience of a level exceeds the trials of
+# the level before, so a winner found with less effort is always searched again (see tuner.search).
+_QUICK = Effort("quick", Budget(7, 7), Budget(6, 6), Budget(5, 5), Budget(4, 3), shortlist=0, batch=4, finalists=5)
+STANDARD = Effort(
+    "standard", Budget(36, 30), Budget(16, 14), Budget(9, 8), Budget(8, 5), shortlist=0, batch=4, finalists=12
+)
+_FULL = Effort(
+    "full", Budget(60, 48), Budget(48, 42), Budget(40, 37), Budget(60, 24), shortlist=0, batch=6, finalists=16
+)
 
-STANDARD = EFFORTS["standard"]
+EFFORTS: dict[str, Effort] = {effort.name: effort for effort in (_QUICK, STANDARD, _FULL)}
 
 
 def find_effort(name: str) -> Effort:

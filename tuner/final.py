@@ -46,7 +46,7 @@ CHECK_ROUNDS = 8
 """Rounds between two checks whether the order is settled, and the fewest of a final."""
 
 MOST_ROUNDS = 60
-BUDGET_MS = 350.0
+BUDGET_MS = 200.0
 """GPU time of a final's rounds; the first :data:`CHECK_ROUNDS` are played in any case."""
 
 REPEATS = 2

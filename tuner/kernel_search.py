@@ -30,9 +30,9 @@ from .workers import Compiled, CompilePool
 
 TRYING, FINAL, OVER = "trying", "final", "over"
 
-FAR = 1.04
+FAR = 1.025
 """Configs that a trial shows to be slower than this many times the best do not play in the final: a single timing is
-off by 1 to 2 %."""
+off by less, but for very short kernels."""
 
 BEHIND = 1.25
 """A candidate whose estimate is more than this many times the best one so far is not compiled."""
@@ -89,8 +89,8 @@ class KernelSearch:
 
     @property
     def waiting(self) -> list[Future[Compiled]]:
-        """The compiles that the next turn waits for."""
-        jobs = [future for _, _, future in (self.batch if self.stage == TRYING else self.finalists)]
+        """The compiles that the next turn waits for: that of the first candidate, or those of all finalists."""
+        jobs = [future for _, _, future in (self.batch[:1] if self.stage == TRYING else self.finalists)]
         return [future for future in jobs if not future.done()]
 
     @property
@@ -149,7 +149,7 @@ class KernelSearch:
             lane.busy_seconds[stage] += time.monotonic() - began
 
     def _evaluate_batch(self, lane: Lane, stopping: Callable[[], bool]) -> None:
-        while self.batch and not stopping():
+        while self.batch and self.batch[0][2].done() and not stopping():
             candidate, source, future = self.batch.pop(0)
             try:
                 evaluation = lane.evaluator.evaluate(source, future.result())

@@ -67,6 +67,7 @@ class ModelSampler(optuna.samplers.BaseSampler):
         for variant, choices in space.choices.items():
             some = Config.create(variant, **{name: values[0] for name, values in choices.items()})
             self._distributions |= space.distributions(some)
+        self._names = sorted({name for choices in space.choices.values() for name in choices})
         self._estimates: dict[Config, float] = {}
         """log(estimate) of each candidate that is not refused."""
         self._around: set[Config] = set()
@@ -148,45 +149,58 @@ class ModelSampler(optuna.samplers.BaseSampler):
         cut = min(self._estimates.values()) + math.log(FARTHEST)
         known = [config for config in tried if config in self._estimates]
         coming = [config for config in pending if config in self._estimates]
-        configs = [*known, *coming, *left]
-        means = numpy.array([min(self._estimates[config], cut) for config in configs])
-        covariance = self._covariance(configs)
+        tried_first, end = [*known, *coming], len(known) + len(coming)
+        means = numpy.array([min(self._estimates[config], cut) for config in (*tried_first, *left)])
+        points = self._points([*tried_first, *left])
+        among = self._covariance(points[:end], points[:end])
         logs = [None if (us := tried[config]) is None else math.log(us) for config in known]
         y = numpy.array([FAILED_Y if log is None else log - mean for log, mean in zip(logs, means, strict=False)])
-        predicted, _ = _posterior(covariance, y, len(known), len(known) + len(coming))
-        y = numpy.concatenate([y, predicted[: len(coming)]])
-        predicted, deviations = _posterior(covariance, y, len(y), len(configs))
+        if coming:  # counts as tried, with the time that is predicted
+            predicted, _ = _posterior(among[: len(y), : len(y)], among[: len(y), len(y) :], y)
+            y = numpy.concatenate([y, predicted])
+        predicted, deviations = _posterior(among, self._covariance(points[:end], points[end:]), y)
         best = min((log for log in logs if log is not None), default=math.inf)
-        expected = means[len(y) :] + predicted
+        expected = means[end:] + predicted
         if best == math.inf:
             return left[int(expected.argmin())]
         return left[int(_improvement(best - expected, deviations).argmax())]
 
-    def _covariance(self, configs: Sequence[Config]) -> Array:
-        """Of y at every pair of ``configs``."""
-        names = sorted({name for choices in self._space.choices.values() for name in choices})
-        points = numpy.zeros((len(configs), len(names)))
+    def _points(self, configs: Sequence[Config]) -> Array:
+        """A row for each config: its variant, then the logarithms of its parameters to base 2."""
+        names = {name: column for column, name in enumerate(self._names, 1)}
+        variants = {variant: place for place, variant in enumerate(self._space.choices)}
+        points = numpy.zeros((len(configs), 1 + len(names)))
         for row, config in enumerate(configs):
-            values = {**dict(config.params), "num_warps": config.num_warps, "num_stages": config.num_stages}
-            for name, value in values.items():
-                points[row, names.index(name)] = math.log2(value) if value else -1.0
-        variants = numpy.array([list(self._space.choices).index(config.variant) for config in configs])
-        squares = (points**2).sum(axis=1)
-        distances = numpy.sqrt(numpy.maximum(squares[:, None] + squares - 2.0 * points @ points.T, 0.0))
-        same = variants[:, None] == variants
+            points[row, 0] = variants[config.variant]
+            values = (*config.params, ("num_warps", config.num_warps), ("num_stages", config.num_stages))
+            for name, value in values:
+                points[row, names[name]] = math.log2(value) if value else -1.0
+        return points
+
+    def _covariance(self, rows: Array, columns: Array) -> Array:
+        """Of y at every pair of points."""
+        same = rows[:, :1] == columns[:, 0]
+        left, right = rows[:, 1:], columns[:, 1:]
+        squares = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1) - 2.0 * left @ right.T
+        distances = numpy.sqrt(numpy.maximum(squares, 0.0))
         covariance: Array = same * (SHAPE_SD**2 * numpy.exp(-distances / REACH) + VARIANT_SD**2) + LEVEL_SD**2
         return covariance
 
 
-def _posterior(covariance: Array, y: Array, known: int, end: int) -> tuple[Array, Array]:
-    """The means and standard deviations of the rows from ``known`` to ``end``, given the ``y`` of those before."""
-    if not known:
-        return numpy.zeros(end), numpy.sqrt(covariance.diagonal()[:end])
-    factor = numpy.linalg.cholesky(covariance[:known, :known] + NOISE**2 * numpy.eye(known))
+def _posterior(among: Array, across: Array, y: Array) -> tuple[Array, Array]:
+    """The means and standard deviations of y at other points, given ``y`` at some.
+
+    ``among`` is the covariance at those that are given, ``across`` that between them and the others.
+    """
+    prior = SHAPE_SD**2 + VARIANT_SD**2 + LEVEL_SD**2
+    if not len(y):
+        count = across.shape[1]
+        return numpy.zeros(count), numpy.full(count, math.sqrt(prior))
+    factor = numpy.linalg.cholesky(among + NOISE**2 * numpy.eye(len(y)))
     middle = y.mean()
-    across = numpy.linalg.solve(factor, covariance[:known, known:end])
-    means = middle + across.T @ numpy.linalg.solve(factor, y - middle)
-    variances = covariance.diagonal()[known:end] - (across**2).sum(axis=0)
+    reduced = numpy.linalg.solve(factor, across)
+    means = middle + reduced.T @ numpy.linalg.solve(factor, y - middle)
+    variances = prior - (reduced**2).sum(axis=0)
     return means, numpy.sqrt(numpy.maximum(variances, 1e-12))
 
 

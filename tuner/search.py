@@ -30,6 +30,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -68,8 +69,15 @@ from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 SIBLINGS = 4
 """How many of the best configs of the nearest token bucket are tried for the next one."""
 
+NEAR_BUCKET = 2
+"""Doublings of the tokens within which a bucket's winners make few trials enough for the next."""
+
 LAST_FINALS_SECONDS = 20.0
 """How long the searches that a time limit cut short may take for their finals."""
+
+SWITCH_SECONDS = 0.0005
+"""How long the main thread keeps Python's lock while a lane wants it, in place of 5 ms: a lane needs it several times
+for each candidate."""
 
 _STUDIES_PER_WORKER = 2
 _RANKS = (DEFAULT, PREDICTED, MEASURED)
@@ -127,9 +135,9 @@ def tune(
     if not evaluators:
         raise UsageError("tune needs at least one evaluator")
     provenance = evaluators[0].provenance
-    budgets = (effort.budget(provenance), effort.known if provenance == MEASURED else effort.predict)
+    budgets = [effort.measure, effort.beside, effort.sister] if provenance == MEASURED else [effort.predict] * 3
     if trials is not None:
-        budgets = tuple(budget.with_trials(trials) for budget in budgets)  # type: ignore[assignment]
+        budgets = [budget.with_trials(trials) for budget in budgets]
     url = study_storage or default_study_storage()
     began = time.monotonic()
     deadline = None if timeout is None else began + timeout
@@ -138,6 +146,8 @@ def tune(
     storage = given.storage or open_study_storage(url)
     said = progress or SilentProgress()
     pool.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
     run = _Run(evaluators, store, gpu, effort, budgets, storage, url, pool, incumbents, binaries, said, given)
     try:
         with _interruption(run):
@@ -145,6 +155,7 @@ def tune(
     except KeyboardInterrupt:  # a second Ctrl-C: at once
         run.stopped = "interrupt"
     finally:
+        sys.setswitchinterval(interval)
         run.progress.close()
         pool.close()
         for lane in run.lanes:
@@ -185,8 +196,7 @@ def _interruption(run: _Run) -> Iterator[None]:
 class _Run:
     """One call of :func:`tune`.
 
-    ``budgets`` are that of a search from scratch and that of one which begins with the winner of almost the same
-    kernel.
+    ``budgets`` are those of :class:`~.effort.Effort`: from scratch, beside a token bucket, from a sister GPU's winner.
     """
 
     def __init__(
@@ -195,7 +205,7 @@ class _Run:
         store: Store,
         gpu: Gpu,
         effort: Effort,
-        budgets: tuple[Budget, Budget],
+        budgets: Sequence[Budget],
         storage: optuna.storages.BaseStorage,
         url: str,
         pool: CompilePool,
@@ -205,7 +215,7 @@ class _Run:
         stand_ins: StandIns,
     ) -> None:
         self.store, self.gpu, self.effort, self.progress = store, gpu, effort, progress
-        self.budget, self.known_budget = budgets
+        self.budget, self.beside_budget, self.sister_budget = budgets
         self.storage, self.url, self.pool, self.binaries = storage, url, pool, binaries
         self.provenance = evaluators[0].provenance
         self.lanes = [Lane(evaluator, self._show) for evaluator in evaluators]
@@ -406,7 +416,8 @@ class _Run:
         name = study_name(self._space(spec, self.gpu), self._environment, self.provenance)
         finished = searched_with(self.storage, name, self.url)
         if finished is None:
-            return entry if entry.evaluation.trials >= self.known_budget.patience else None
+            least = min(budget.patience for budget in (self.budget, self.beside_budget, self.sister_budget))
+            return entry if entry.evaluation.trials >= least else None
         return entry if finished >= self.budget.trials else None
 
     def _next(self, specs: Sequence[KernelSpec]) -> KernelSearch:
@@ -418,13 +429,18 @@ class _Run:
         estimates = {config: screen(spec, config) for config in space.seeds}
         best_estimate = min((us for us in estimates.values() if us is not None), default=float("inf"))
         seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
-        siblings = self._siblings(spec)
-        known = self.provenance == MEASURED and incumbents.known
+        siblings, near = self._siblings(spec)
+        budget = self.budget
+        if near:
+            budget = self.beside_budget
+        if incumbents.known:
+            budget = self.sister_budget
+        known = budget is not self.budget
         study = KernelStudy(
             space,
             self.storage,
             study_name(space, self._environment, self.provenance),
-            seeds=incumbents.configs if known or siblings else seeds,
+            seeds=incumbents.configs if known else seeds,
             floor_us=floor_us(spec, self.gpu),
             url=self.url,
             sampler=self._sampler,
@@ -439,14 +455,14 @@ class _Run:
         search = KernelSearch(
             study,
             incumbents,
-            self.known_budget if known else self.budget,
+            budget,
             self.effort,
             first,
             screen,
             best_estimate,
         )
         self._show(search)
-        count = len(incumbents.configs) + len(siblings) + (0 if known or siblings else 1 + len(seeds))
+        count = len(incumbents.configs) + len(siblings) + (0 if known else len(seeds))
         if not search.fill(self.pool, max(self.effort.batch, count)):
             self._go_on(search)
         return search
@@ -459,14 +475,17 @@ class _Run:
             found = replace(found, played=tuple(dict.fromkeys((stored, *found.played))))
         return found
 
-    def _siblings(self, spec: KernelSpec) -> list[Config]:
-        """The best configs of the token buckets of the same shape that this run has finished, the nearest first."""
+    def _siblings(self, spec: KernelSpec) -> tuple[list[Config], bool]:
+        """The best configs of the token buckets of the same shape that this run has finished, the nearest first, and
+        whether the nearest has so few times more or fewer tokens that its best are likely to be the best here.
+        """
         found = sorted(
             (abs(tokens.bit_length() - spec.tokens.bit_length()), tokens, configs)
             for tokens, configs in self._best.get(_family(spec), ())
         )
         near = [configs[:SIBLINGS] if rank == 0 else configs[:1] for rank, (_, _, configs) in enumerate(found)]
-        return list(dict.fromkeys(config for configs in near for config in configs))
+        siblings = list(dict.fromkeys(config for configs in near for config in configs))
+        return siblings, bool(found) and found[0][0] <= NEAR_BUCKET
 
     def _give_up(self, search: KernelSearch) -> None:
         """End a search that cannot continue in this run."""
