@@ -100,7 +100,7 @@ def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[st
 
 
 def closing_lines(result: TuneResult) -> list[str]:
-    """What a run tried and gained, what was rejected and why, and what disturbed its finals: a line for each there is."""
+    """What a run tried and gained, what was rejected and why, what disturbed its finals: a line for each there is."""
     gains = gains_of(result.tuned).sentence()
     lines = [f"tried: {result.trials} configs in {duration(result.seconds)}"] if result.trials else []
     if gains:
