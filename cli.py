@@ -213,6 +213,19 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
                 "entry": str(entry.spec) if entry else None,
                 "store": resolution.store,
                 "distance": resolution.distance,
+                "rederived": resolution.rederived,
+                "bound": vars(resolution.bound) if resolution.bound else None,
+                "weighed": [
+                    {
+                        "config": str(each.offer.config),
+                        "step": each.offer.step,
+                        "entry": str(each.offer.candidate.spec) if each.offer.candidate else None,
+                        "store": each.offer.store,
+                        "rederived": each.offer.rederived,
+                        "expected_loss": each.loss,
+                    }
+                    for each in resolution.weighed
+                ],
                 "refused": [vars(refusal) for refusal in resolution.trace],
                 "upgraded": [vars(change) for change in changes_since(entry)] if entry else [],
                 "binary": {

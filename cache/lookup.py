@@ -29,7 +29,7 @@ from ..codegen.spec import Config, KernelSpec
 from .bound import Bound, bound_of
 from .distance import distance
 from .entry import DEFAULT, MEASURED, PREDICTED, Entry
-from .rows import Candidate, Regret
+from .neighbours import Candidate, Regret
 from .weigh import NO_MODEL, Model, Offer, Weighed, weigh
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ Accepts = Callable[[KernelSpec, Config], "str | None"]
 Reproduces = Callable[[Entry], "str | None"]
 """Return why an entry's source is not what its config renders to here, or None when it is."""
 Carry = Callable[[Config, KernelSpec], Sequence[Config]]
-"""Return the configs for the wanted spec that follow from a config that did well for this one."""
+"""Return the configs for the wanted spec that follow from one that did well for this one; itself first, if it suits."""
 TemplateDigest = Callable[[str, str], "str | None"]
 """Return the digest of the installed template for an op and a variant, or None when there is no such variant."""
 
@@ -183,7 +183,7 @@ def lookup(
     template_digest: TemplateDigest,
     reproduces: Reproduces = lambda entry: None,
     model: Model = NO_MODEL,
-    carry: Carry = lambda config, source: (),
+    carry: Carry = lambda config, source: (config,),
     exact: bool = True,
 ) -> Resolution:
     """Choose the config for ``spec`` from the stores of a ``stack``; see the module's text.
@@ -296,7 +296,7 @@ class _Search:
             seen: dict[str, int] = {}
             for candidate in usable:
                 rank = seen[candidate.spec.gpu] = seen.get(candidate.spec.gpu, 0) + 1
-                offers += self._offered(candidate, store.location, carry if rank <= CARRIED else None)
+                offers += self._offered(candidate, store.location, carry, rank <= CARRIED)
         return offers, regrets
 
     def _usable(
@@ -314,18 +314,14 @@ class _Search:
                 refused.append((candidate, reason))
         return usable, refused
 
-    def _offered(self, candidate: Candidate, store: str, carry: Carry | None) -> list[Offer]:
-        step = self._step(candidate)
-        behind = {candidate.config: 1.0, **dict(candidate.beaten)}
-        found = [Offer(config, step, candidate, store, behind=each) for config, each in behind.items()]
-        if carry is not None:
-            found += [
-                Offer(config, step, candidate, store, rederived=True, behind=each)
-                for won, each in behind.items()
-                for config in carry(won, candidate.spec)
-                if config != won
-            ]
-        return [offer for offer in found if self.accepts(self.spec, offer.config) is None]
+    def _offered(self, candidate: Candidate, store: str, carry: Carry, near: bool) -> list[Offer]:
+        """The configs of an entry and of its final's runners-up, and those re-derived from them if it is ``near``."""
+        step, found = self._step(candidate), []
+        for won, behind in ((candidate.config, 1.0), *candidate.beaten):
+            for config in carry(won, candidate.spec)[: None if near else 1]:
+                if self.accepts(self.spec, config) is None:
+                    found.append(Offer(config, step, candidate, store, config != won, behind))
+        return found
 
     def fetch(self, offer: Offer) -> _Found | None:
         """The entry of an offer; None if it has none, or if a writer has replaced it since."""

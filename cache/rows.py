@@ -11,7 +11,6 @@ import json
 import lzma
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.orm import InstrumentedAttribute
@@ -31,6 +30,7 @@ from .entry import (
     Final,
 )
 from .errors import CorruptRowError, InvalidEntryError
+from .neighbours import Candidate
 from .schema import BinaryRow, EntryRow
 
 PROVENANCES = (MEASURED, PREDICTED, DEFAULT)
@@ -50,43 +50,6 @@ _SEAL = b"doratune-1\0"
 _SEAL_BYTES = len(_SEAL) + hashlib.sha256().digest_size
 _MOST_IMAGE_BYTES = 1 << 26
 """A limit, because a few kilobytes of xz can unpack to any size. This package's cubins have up to 150 kB."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The part of an entry that lookup weighs it by, without source text and samples.
-
-    ``distance`` is that from the wanted spec. ``beaten`` are the runners-up of the final that the config won, with
-    their times over the winner's.
-    """
-
-    spec: KernelSpec
-    config: Config
-    template_digest: str
-    provenance: str
-    us: float | None = None
-    floor_us: float | None = None
-    lookup_regret: float | None = None
-    distance: float = 0.0
-    beaten: tuple[tuple[Config, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Regret:
-    """What a lookup without it would have cost at a measured spec: the entry's ``lookup_regret``, and where that is."""
-
-    gpu: str
-    spec: str
-    distance: float
-    regret: float
-
-
-@dataclass(frozen=True)
-class Neighbourhood:
-    """What a store has for specs like the wanted one: the nearest ``candidates``, and the ``regrets`` of all."""
-
-    candidates: tuple[Candidate, ...]
-    regrets: tuple[Regret, ...]
 
 
 class _BadValue(ValueError):

@@ -25,12 +25,11 @@ from .connect import connect, explained, for_writing, sqlite_engine
 from .entry import MEASURED, Binary, BinaryKey, Entry
 from .errors import CorruptRowError, LocationError, OlderStoreError, ReadOnlyStoreError, StoreAccessError
 from .location import Location
+from .neighbours import Neighbourhood, Regret
 from .rows import (
     CANDIDATE_COLUMNS,
     PLACE_COLUMNS,
     PROVENANCES,
-    Neighbourhood,
-    Regret,
     binary_of,
     binary_values,
     candidate_of,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from ..codegen.spec import Config
 from .entry import MEASURED
-from .rows import Candidate
+from .neighbours import Candidate
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Weights:
     built_in: float
 
 
-FITTED = Weights(trust=1.0, per_distance=0.04, farthest=2.0, rederived=0.005, unmeasured=0.1, built_in=0.18)
+FITTED = Weights(trust=1.0, per_distance=0.08, farthest=2.0, rederived=0.005, unmeasured=0.1, built_in=0.26)
 ROOFLINE = Weights(trust=0.1, per_distance=0.01, farthest=6.0, rederived=0.01, unmeasured=0.2, built_in=0.4)
 UNKNOWN = 0.2
 """The modelled loss of a config of which the model knows nothing, while it knows others."""

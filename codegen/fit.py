@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ class Polynomial:
 
     def __call__(self, values: Mapping[str, float]) -> float:
         """The logarithm of the relative time."""
-        return sum(map(float.__mul__, self.coefficients, terms(self.names, self.scaled(values))))
+        return math.fsum(map(operator.mul, self.coefficients, terms(self.names, self.scaled(values))))
 
 
 def terms(names: tuple[str, ...], scaled: list[float]) -> list[float]:

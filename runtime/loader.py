@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..cache.entry import Entry
     from ..cache.lookup import Resolution
     from ..cache.store import Store
+    from ..codegen.fit import Fit
     from ..codegen.render import Source
     from .binaries import Binaries
 
@@ -56,9 +57,9 @@ def load_kernel(
 ) -> Kernel:
     """Return the best known kernel of ``op`` for these shapes on ``device``.
 
-    The lookup tries the exact spec, then the nearest shape on the same GPU, then the same architecture, then the
-    built-in default; ``explain()`` of the result says which one it found. Calls with equal arguments return the same
-    object. On a CPU device the result is the eager fp32-accumulating reference, with ``provenance`` "reference".
+    The lookup takes an entry of the exact spec, else the config with the least expected loss of what entries around it
+    and the package offer; ``explain()`` of the result says which, and what it may lose. Calls with equal arguments
+    return the same object. On a CPU device the result is the eager fp32-accumulating reference, with ``provenance`` "reference".
 
     Args:
         op: a name of :data:`~doratune.codegen.ops.OPS`: ``weight_norm``, ``lora_compose``, ``compose_backward``, …
@@ -190,8 +191,11 @@ def _opened(store: str | None) -> Iterator[list[Store]]:
             each.close()
 
 
-def resolve_in(spec: KernelSpec, stack: Sequence[Store], *, exact: bool = True) -> Resolution:
-    """Look ``spec`` up in these open stores; ``exact`` as in :func:`~doratune.cache.lookup.lookup`."""
+def resolve_in(spec: KernelSpec, stack: Sequence[Store], *, exact: bool = True, fit: Fit | None = None) -> Resolution:
+    """Look ``spec`` up in these open stores; ``exact`` as in :func:`~doratune.cache.lookup.lookup`.
+
+    ``fit`` replaces the performance model that comes with the package.
+    """
     from ..cache.lookup import lookup
     from ..cache.weigh import Model
     from ..codegen.cost import estimate_us
@@ -222,7 +226,7 @@ def resolve_in(spec: KernelSpec, stack: Sequence[Store], *, exact: bool = True) 
             return None
         return f"renders to {digest[:12]}, but was tuned as {entry.source_digest[:12]}"
 
-    fit = fitted()
+    fit = fit or fitted()
     covered = fit.covers(spec, gpu)
 
     def relative_us(config: Config) -> float:

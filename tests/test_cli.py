@@ -373,6 +373,7 @@ def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
     data = json.loads(done(run("explain", SPEC, "--json", home=tuned.home)))
     assert (data["spec"], data["entry"], data["step"], data["provenance"]) == (SPEC, SPEC, "exact", "predicted")
     assert (data["distance"], data["refused"]) == (0.0, [])
+    assert (data["bound"], data["weighed"], data["rederived"]) == (None, [], False)
     assert data["store"] == str(tuned.home / "store.sqlite")
     said = done(run("explain", SPEC, home=tuned.home))
     assert data["config"] in said
@@ -383,7 +384,10 @@ def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
 def test_explain_says_which_neighbour_serves_a_kernel_that_was_not_tuned(tuned: Tuned) -> None:
     other = SPEC.replace("tokens=1/", "tokens=16/")
     data = json.loads(done(run("explain", other, "--json", home=tuned.home)))
-    assert (data["step"], data["entry"], data["distance"]) == ("nearest", SPEC, 4.0)
+    assert SPEC in {each["entry"] for each in data["weighed"]}
+    assert data["weighed"][0]["config"] == data["config"]
+    assert data["weighed"][0]["step"] == data["step"]
+    assert (data["bound"]["loss"], data["bound"]["measured"]) == (None, 0)
 
 
 def test_without_a_store_explain_says_default(home: Path) -> None:

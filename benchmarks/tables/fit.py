@@ -76,6 +76,7 @@ class Fitting:
         self.by_op: dict[str, list[Table]] = {}
         for table in tables:
             self.by_op.setdefault(table.op, []).append(table)
+        self.gpus = tuple(dict.fromkeys(table.gpu for tables in self.by_op.values() for table in tables))
         self._rows: dict[str, _Rows] = {}
 
     def fit(self, without: Collection[KernelSpec] = (), ops: Collection[str] | None = None) -> Fit:

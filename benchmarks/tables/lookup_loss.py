@@ -1,8 +1,8 @@
 """What a lookup loses without tuning, on recorded tables: ``python -m doratune.benchmarks.tables.lookup_loss``.
 
 For each spec of a table the lookup is asked as if the spec had never been measured: the stores hold the winners of all
-other specs (and, with ``--sister``, those of another GPU, the same shape included). The loss is the table's time of the
-chosen config over the table's best.
+other specs (and, with ``--sister``, those of another GPU, the same shape included), and the performance model is fitted
+without it. The loss is the table's time of the chosen config over the table's best.
 
 A chosen config that is not in the table counts as the measured one of the same variant that differs in the fewest
 parameters, and is reported as *missing*.
@@ -16,20 +16,32 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...cache.bound import Bound, bound_of
 from ...cache.distance import distance
 from ...cache.entry import MEASURED, SEARCH, Contender, Entry, Environment, Evaluation, Final
 from ...cache.lookup import Resolution
-from ...cache.rows import Regret
+from ...cache.neighbours import Regret
 from ...cache.store import Store
 from ...codegen.gpu import find_gpu
 from ...codegen.render import template_digest
 from ...codegen.spec import TILE_DTYPES, Config, KernelSpec
 from ...runtime.loader import resolve_in
-from .read import TABLES, SpecTable, Table, read_table, recorded, table_path
+from .fit import Fitting
+from .read import (
+    SHORT,
+    TABLES,
+    SpecTable,
+    Table,
+    Timing,
+    read_table,
+    read_tables,
+    recorded,
+    table_path,
+    write_table,
+)
 
 FINALISTS = 3
 """Contenders that an entry keeps of its final."""
@@ -81,8 +93,11 @@ def _entry(part: SpecTable, *, finals: bool) -> Entry:
     )
 
 
-def losses(table: Table, stores: Sequence[Iterable[Entry]]) -> list[Loss]:
-    """What a lookup loses at each spec of ``table`` with these stores; an entry of the very spec is left out."""
+def losses(table: Table, stores: Sequence[Iterable[Entry]], fitting: Fitting) -> list[Loss]:
+    """What a lookup loses at each spec of ``table`` with these stores.
+
+    An entry of the very spec is left out, and the model is fitted without the spec, on whatever GPU.
+    """
     with ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         stack = []
@@ -90,7 +105,11 @@ def losses(table: Table, stores: Sequence[Iterable[Entry]]) -> list[Loss]:
             store = opened.enter_context(Store.open(folder / f"{index}.sqlite", create=True))
             store.put_all(entries)
             stack.append(store)
-        return [loss_of(part, resolve_in(part.spec, stack, exact=False)) for part in table]
+        found = []
+        for part in table:
+            fit = fitting.fit([replace(part.spec, gpu=gpu) for gpu in fitting.gpus], [table.op])
+            found.append(loss_of(part, resolve_in(part.spec, stack, exact=False, fit=fit)))
+        return found
 
 
 def loss_of(part: SpecTable, resolution: Resolution) -> Loss:
@@ -157,6 +176,17 @@ def summary(table: Table, found: Sequence[Loss]) -> str:
     return text + (f"  {missing} missing" if missing else "") + (f"  {rejected} rejected" if rejected else "")
 
 
+def _write_missing(table: Table, found: Sequence[Loss], folder: Path) -> None:
+    """Write a table of the missing configs. Its times are those of their neighbours and mean nothing."""
+    missing = {
+        loss.spec: SpecTable(loss.spec, {loss.config: Timing(loss.regret * table[loss.spec].best_us, SHORT)})
+        for loss in found
+        if loss.missing and math.isfinite(loss.regret)
+    }
+    if missing:
+        write_table(replace(table, specs=missing), table_path(".", table.op, folder))
+
+
 def main() -> None:
     """Parse the command line, print a line for each table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -166,7 +196,11 @@ def main() -> None:
     parser.add_argument("--sister", metavar="GPU", help="also with the winners of this GPU")
     parser.add_argument("--no-finals", action="store_true", help="entries without the runners-up of their finals")
     parser.add_argument("--verbose", action="store_true", help="print each spec")
+    parser.add_argument(
+        "--missing", type=Path, metavar="FOLDER", help="write the missing configs there, for record --begin-with"
+    )
     given = parser.parse_args()
+    fitting = Fitting(table for gpu in recorded(given.folder) for table in read_tables(gpu, given.folder))
     for gpu, ops in recorded(given.folder).items():
         for op in ops:
             if given.gpu not in (None, gpu) or (given.ops and op not in given.ops):
@@ -177,8 +211,10 @@ def main() -> None:
                 stores.append(
                     winners(read_table(table_path(given.sister, op, given.folder)), finals=not given.no_finals)
                 )
-            found = losses(table, stores)
+            found = losses(table, stores, fitting)
             print(summary(table, found))
+            if given.missing:
+                _write_missing(table, found, given.missing)
             for loss in sorted(found, key=lambda loss: -loss.regret) if given.verbose else ():
                 note = " missing" if loss.missing else ""
                 print(f"    {loss.regret:.3f} {loss.spec} {loss.step}: {loss.config}{note}")

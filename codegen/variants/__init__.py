@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 from ...errors import near_names
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec, SpecError
@@ -133,9 +136,9 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
 def carried(config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
     """Return the configs for ``spec`` on ``gpu`` that follow from ``config``, which did well for ``source``.
 
-    The parameters that are bound to the shape (:meth:`~.base.Variant.rederived`) take the values that suit ``spec``;
-    others that are no choice for ``spec`` take the nearest one that is. At most :data:`MOST_CARRIED`, valid ones only,
-    the likeliest first; ``config`` itself may be one of them.
+    The first is ``config`` itself, unless one of its values is no choice for ``spec``. In the others the parameters
+    that are bound to the shape (:meth:`~.base.Variant.rederived`) take the values that suit ``spec``, and values that
+    are no choice the nearest one that is. At most :data:`MOST_CARRIED`, valid ones only.
 
     Raises:
         SpecError: ``config`` is of no variant of ``spec.op``, or its parameters are not those of the variant.
@@ -143,7 +146,7 @@ def carried(config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu) -> t
     variant = find_variant(spec.op, config.variant)
     if variant.unavailable(spec, gpu) is not None:
         return ()
-    choices = variant.choices(spec, gpu)
+    choices = _choices(variant, spec, gpu)
     given = {**dict(config.params), "num_warps": config.num_warps, "num_stages": config.num_stages}
     if given.keys() != choices.keys():
         raise SpecError(f"{variant.name} takes {', '.join(sorted(choices))}, got {', '.join(sorted(given))}")
@@ -151,10 +154,20 @@ def carried(config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu) -> t
         name: value if value in choices[name] or not value else nearest(choices[name], value)
         for name, value in given.items()
     }
-    found = dict.fromkeys(
-        Config.create(variant.name, **{**kept, **values}) for values in variant.rederived(config, source, spec, gpu)
-    )
+    found = dict.fromkeys([config] if kept == given else [])
+    for values in variant.rederived(config, source, spec, gpu):
+        found[Config.create(variant.name, **{**kept, **values})] = None
     return tuple(each for each in found if check_config(spec, each, gpu) is None)[:MOST_CARRIED]
+
+
+@functools.lru_cache(maxsize=64)
+def _choices(variant: Variant, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+    """The values of each parameter that a search would try: the variant's choices, and those of its seeds."""
+    values = {name: dict.fromkeys(given) for name, given in variant.choices(spec, gpu).items()}
+    for seed in variant.seeds(spec, gpu):
+        for name, value in (*seed.params, ("num_warps", seed.num_warps), ("num_stages", seed.num_stages)):
+            values[name][value] = None
+    return {name: tuple(given) for name, given in values.items()}
 
 
 def refuse_padding(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:

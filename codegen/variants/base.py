@@ -175,8 +175,8 @@ def up_to(values: tuple[int, ...], extent: int) -> tuple[int, ...]:
 
 
 def nearest(values: Sequence[int], wanted: float) -> int:
-    """The value with the least ratio to ``wanted``, the smaller one of two."""
-    return min(values, key=lambda value: (abs(math.log(value / wanted)), value))
+    """The value with the least ratio to ``wanted``, the smaller one of two; 0 only where there is no other."""
+    return min(values, key=lambda value: (abs(math.log(value / wanted)) if value else math.inf, value))
 
 
 def around(values: Sequence[int], wanted: float) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..gpu import Gpu
 from ..spec import Config, KernelSpec
-from .base import Variant, Work, ceil_div, dtype_bytes, fit, refuse_dot_tile, refuse_shared_memory, tiles_for, up_to
+from .base import Variant, Work, ceil_div, dtype_bytes, fit, nearest, refuse_dot_tile, refuse_shared_memory, up_to
 
 
 class BackwardExactTiles(Variant):
@@ -58,9 +58,8 @@ class BackwardExactTiles(Variant):
     def rederived(
         self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
     ) -> tuple[Mapping[str, int], ...]:
-        choices = self.choices(spec, gpu)
-        found = tiles_for(config, source, spec, gpu, choices, {"chunk": "tokens", "block_n": "d_out"})
-        return tuple({**values, "block_t": min(config["block_t"], values["chunk"])} for values in found)
+        chunk = nearest(self.choices(spec, gpu)["chunk"], config["chunk"])
+        return ({"chunk": chunk, "block_t": min(config["block_t"], chunk)},)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         block_t, block_n, block_k = config["block_t"], config["block_n"], config["block_k"]

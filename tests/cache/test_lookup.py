@@ -1,5 +1,5 @@
-"""Lookup goes exact, nearest on the GPU, same architecture, default; it says why, claims no figure nobody measured, and
-the same stores always give the same answer, whatever kind they are."""
+"""An exact entry goes before all; else the least expected loss decides. The lookup says why, claims no figure nobody
+measured, and gives the same answer for the same stores, whatever kind they are."""
 
 from __future__ import annotations
 

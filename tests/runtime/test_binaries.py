@@ -39,7 +39,7 @@ pytest.importorskip("triton.experimental.gluon.language")  # while the interpret
 
 GPU = find_gpu("h200")
 SPEC = KernelSpec.create("compose_backward", d_out=512, tokens=4096, dtype="bf16", gpu="h200")
-OTHER_TOKENS = replace(SPEC, tokens=16)
+OTHER_TOKENS = replace(SPEC, tokens=8192)
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +222,10 @@ def test_a_kernel_with_its_binary_is_launched_without_a_compile(
     assert gpu.launched == [(3, 2, 1, 7, 1001, gpu.launched[0][5], None, None, None, "x")]
 
 
-def test_a_neighbouring_token_bucket_needs_no_binary_of_its_own(store: Store, gpu: FakeGpu) -> None:
+def test_a_neighbouring_token_bucket_needs_no_binary_of_its_own(
+    store: Store, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("doratune.codegen.variants.default_configs", lambda spec, gpu: (source_of(SPEC).config,))
     resolution, source, binaries = resolve_binaries(OTHER_TOKENS, store.location)
     assert resolution.step == "nearest"
     assert source.digest != source_of(SPEC).digest
@@ -312,6 +315,7 @@ def test_explain_names_the_store_of_the_binary_and_those_passed_over(
 def test_your_own_store_stays_yours_where_it_is_also_named(
     gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("doratune.codegen.variants.default_configs", lambda spec, gpu: (source_of(SPEC).config,))
     at = whole_stack(monkeypatch, tmp_path, {"team": (True, ()), "user": (False, compiled)})
     monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{at['user']}:{at['team']}")
     assert resolve_binaries(SPEC)[2].store == at["user"]

@@ -1,0 +1,139 @@
+"""On the recorded tables a lookup without tuning loses little, its bound holds, and one more store does no harm.
+
+Each spec is left out in turn, of the stores and of what the performance model is fitted to.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from doratune.benchmarks.tables.fit import Fitting, document
+from doratune.benchmarks.tables.lookup_loss import Loss, bounds, losses, nearest_measured, quantile, winners
+from doratune.benchmarks.tables.read import SHORT, SpecTable, Table, Timing, read_tables, recorded
+from doratune.cache.entry import Entry
+from doratune.codegen.fit import FIT_FILE, read_fit
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.spec import Config, KernelSpec
+
+TABLES = {gpu: read_tables(gpu) for gpu in recorded()}
+ALL = [table for tables in TABLES.values() for table in tables]
+MOST_MISSING = 0.35
+"""Share of the lookups whose config is not in a table, at most. These are told apart: their times are a neighbour's."""
+
+
+@functools.cache
+def fitting() -> Fitting:
+    return Fitting(ALL)
+
+
+@functools.cache
+def lost(gpu: str) -> dict[str, list[Loss]]:
+    """What lookups lose on one GPU with the winners of this GPU, by operation."""
+    return {table.op: losses(table, [winners(table)], fitting()) for table in TABLES[gpu]}
+
+
+@pytest.mark.parametrize("gpu", TABLES)
+def test_a_lookup_of_a_spec_that_was_never_measured_loses_little(gpu: str) -> None:
+    every = [loss for found in lost(gpu).values() for loss in found]
+    known = [loss for loss in every if not loss.missing]
+    assert not [loss for loss in every if loss.rejected]
+    assert len(every) - len(known) <= MOST_MISSING * len(every)
+    regrets = [loss.regret for loss in known]
+    assert statistics.median(regrets) <= 1.03
+    assert quantile(regrets, 0.95) <= 1.12
+    assert max(regrets) <= 1.25
+    for op, found in lost(gpu).items():
+        assert statistics.median(loss.regret for loss in found) <= 1.035, op
+
+
+@pytest.mark.parametrize("gpu", TABLES)
+def test_the_printed_bound_holds_for_19_lookups_of_20(gpu: str) -> None:
+    tables = {table.op: table for table in TABLES[gpu]}
+    pairs = [pair for op, found in lost(gpu).items() for pair in bounds(tables[op], found)]
+    known = [(bound.loss, loss.regret - 1.0) for bound, loss in pairs if bound.loss is not None]
+    assert len(known) >= 0.9 * len(pairs)
+    assert sum(loss <= bound for bound, loss in known) >= 0.95 * len(known)
+
+
+def _norms_of_llama(spec: KernelSpec) -> bool:
+    return spec.rank in (0, 384) and spec.d_out in (1024, 4096, 14336)
+
+
+def _small_models(spec: KernelSpec) -> bool:
+    return spec.d_out in (896, 1152, 2048, 4864)
+
+
+@pytest.mark.parametrize("model", [_norms_of_llama, _small_models])
+@pytest.mark.parametrize("gpu", TABLES)
+def test_one_more_store_makes_hardly_a_lookup_slower(gpu: str, model: Callable[[KernelSpec], bool]) -> None:
+    """A store with the winners of one model in front: of the other specs few lose, and more gain."""
+    slower, faster, count = [], 0, 0
+    for table in TABLES[gpu]:
+        tuned = [entry for entry in winners(table) if model(entry.spec)]
+        others: list[Entry] = [entry for entry in winners(table) if not model(entry.spec)]
+        rest = replace(table, specs={spec: part for spec, part in table.specs.items() if not model(spec)})
+        if not tuned or not rest.specs:
+            continue
+        for before, after in zip(
+            losses(rest, [others], fitting()), losses(rest, [tuned, others], fitting()), strict=True
+        ):
+            if not before.missing and not after.missing:
+                count += 1
+                ratio = after.regret / before.regret
+                faster += ratio < 1 / 1.02
+                if ratio > 1.02:
+                    slower.append((ratio, after))
+    assert count > 30
+    assert len(slower) <= max(0.06 * count, 2)
+    assert len(slower) <= faster
+    assert max((ratio for ratio, _ in slower), default=1.0) <= 1.25
+
+
+def test_the_shipped_fit_is_that_of_the_committed_tables() -> None:
+    """Fitted again, it ranks as the shipped one (the last digits depend on the machine)."""
+    made = read_fit(document(fitting().fit(), []))
+    shipped = read_fit(json.loads(FIT_FILE.read_text(encoding="utf-8")))
+    assert made.polynomials.keys() == shipped.polynomials.keys()
+    for table in ALL:
+        part = next(iter(table))
+        gpu = find_gpu(table.gpu)
+        for config in list(part.times)[:20]:
+            assert made.relative_us(part.spec, config, gpu) == pytest.approx(
+                shipped.relative_us(part.spec, config, gpu), rel=1e-3
+            )
+
+
+SPEC = KernelSpec.parse("compose_forward/d_out=4096/tokens=128/activation=bf16@h100-sxm")
+
+
+def config(block_n: int, warps: int) -> Config:
+    return Config.create("tile", block_t=4, block_n=block_n, num_warps=warps, num_stages=2)
+
+
+def test_a_missing_config_counts_as_the_nearest_measured_one() -> None:
+    times = {config(256, 4): 3.0, config(512, 4): 4.0, config(1024, 8): 5.0}
+    part = SpecTable(SPEC, {each: Timing(us, SHORT) for each, us in times.items()})
+    assert nearest_measured(part, config(1024, 4)) == config(
+        1024, 8
+    )  # of two that differ by a factor of two, the slower
+    assert nearest_measured(part, config(128, 4)) == config(256, 4)
+    assert nearest_measured(part, replace(config(512, 8), variant="other")) is None
+
+
+def test_the_bound_of_a_spec_does_not_use_its_own_loss() -> None:
+    specs = [replace(SPEC, d_out=1024 * index) for index in range(1, 8)]
+    found = [Loss(spec, config(256, 4), "nearest", 1.02) for spec in specs[:-1]]
+    found.append(Loss(specs[-1], config(256, 4), "nearest", 3.0))
+    table = Table(FIT_FILE, "h100-sxm", "compose_forward", {}, {})
+    pairs = bounds(table, found)
+    assert pairs[-1][0].loss is not None
+    assert pairs[-1][0].loss < 0.1
+    assert not math.isinf(pairs[-1][1].regret)
+    assert all(bound.loss is not None and bound.loss > 1.0 for bound, _ in pairs[:-1])
