@@ -185,6 +185,7 @@ RUNS = {
     ("bench", "layer"): None,
     ("bench", "model"): None,
     ("bench", "host"): None,
+    ("bench", "search"): None,  # takes minutes: see tests/benchmarks
     ("bench", "targets"): ["bench", "targets", str(RESULTS)],
 }
 

@@ -65,6 +65,7 @@ class KernelSearch:
         broken: why nothing can be judged any more on this lane, if so.
         trials_here: how many configs this run has tried.
         rejected_here: why each of those that are rejected is out.
+        compiled: the configs that the run has compiled for this kernel or another token bucket of its shape.
     """
 
     study: KernelStudy
@@ -82,6 +83,7 @@ class KernelSearch:
     broken: str = ""
     trials_here: int = 0
     rejected_here: list[str] = field(default_factory=list)
+    compiled: set[Config] = field(default_factory=set)
 
     @property
     def spec(self) -> KernelSpec:
@@ -92,6 +94,11 @@ class KernelSearch:
         """The compiles that the next turn waits for: that of the first candidate, or those of all finalists."""
         jobs = [future for _, _, future in (self.batch[:1] if self.stage == TRYING else self.finalists)]
         return [future for future in jobs if not future.done()]
+
+    @property
+    def compiling(self) -> int:
+        """How many of its compiles are not done yet."""
+        return sum(not future.done() for _, _, future in (*self.batch, *self.finalists))
 
     @property
     def best_us(self) -> float | None:
@@ -113,6 +120,7 @@ class KernelSearch:
             if candidate is not None:
                 source = render(self.spec, candidate.config)
                 self.batch.append((candidate, source, pool.submit(source)))
+                self.compiled.add(candidate.config)
         return bool(self.batch)
 
     def _behind(self, config: Config) -> float | None:
