@@ -133,8 +133,9 @@ def tune(as_json: bool, **options: Any) -> None:
 
     model = requested_model(options["model"], options["config"])  # read while PyTorch is imported here
 
+    from .tuner.gain import gains_of
     from .tuner.progress import standard_error_progress
-    from .tuner.report import report, report_table
+    from .tuner.report import closing_lines, gains_table, report, report_table
     from .tuner.tune_model import Request, tune_model
 
     run = tune_model(Request(**options), standard_error_progress(), model)
@@ -143,8 +144,13 @@ def tune(as_json: bool, **options: Any) -> None:
     else:
         entries = [row.entry for row in run.result.rows if row.entry is not None]
         print_table(report_table(entries, model=run.model.name, gpu=run.gpu.slug))
+        gains = gains_of(run.result.tuned)
+        if gains.moved:
+            print_table(gains_table(gains))
     for row in run.result.failed:
         message(f"failed: {row.spec}: {row.note}")
+    for line in closing_lines(run.result):
+        message(line)
     message(run.summary())
     if run.result.stopped == "interrupt":
         sys.exit(INTERRUPTED)
@@ -329,7 +335,7 @@ def cache_ls(op: str | None, gpu: str | None, store: str | None, as_json: bool) 
 def cache_show(spec: str, source: bool, store: str | None, as_json: bool) -> None:
     """Show the stored entry of SPEC in each store that has one."""
     from .codegen.spec import KernelSpec
-    from .tuner.report import StoredEntry
+    from .tuner.report import StoredEntry, final_table
 
     wanted = KernelSpec.parse(spec)
     with _stores(store) as stores:
@@ -341,20 +347,15 @@ def cache_show(spec: str, source: bool, store: str | None, as_json: bool) -> Non
     if not found:
         raise DoratuneError(f"no store has an entry for {wanted}; `doratune explain` says what would run instead")
     if as_json:
-        print_json(
-            {
-                "entries": [
-                    {**one.facts(), "binaries": [key._asdict() for key in one.binaries], "source": one.entry.source}
-                    for one in found
-                ]
-            }
-        )
+        print_json({"entries": [one.values() for one in found]})
         return
     for one in found:
         for name, value in one.facts().items():
             click.echo(f"{name:16} {'-' if value in (None, '') else value}")
         for key in one.binaries:
             click.echo(f"{'binary':16} {key.kernel}, Triton {key.triton}, {key.architecture}")
+        if one.entry.final is not None:
+            print_table(final_table(one.entry.final))
         if source:
             click.echo(f"\n{one.entry.source}", nl=False)
 

@@ -26,10 +26,12 @@ from click.testing import Result
 from doratune import __version__
 from doratune.cache.store import Store
 from doratune.cli import main
+from doratune.codegen.gpu import Gpu
 from doratune.tuner.evaluation import Rejected
 
 from .command_line import RUNNER
-from .tuner.fakes import GPU, FakePool
+from .tuner.fakes import FORWARD as BEST
+from .tuner.fakes import GPU, FakeEvaluator, FakePool, steps_from
 from .tuner.upgrades import FORWARD, SAME, SECOND, SWAPPED, Machine, Times, an_entry
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "kernels.json"
@@ -183,10 +185,7 @@ RUNS = {
     ("bench", "layer"): None,
     ("bench", "model"): None,
     ("bench", "host"): None,
-    ("bench", "search"): [
-        *("bench", "search", "--gpu", "h100-sxm", "--op", "compose_forward"),
-        *("--effort", "quick", "--seeds", "1", "--jobs", "1"),
-    ],
+    ("bench", "search"): None,  # takes minutes: see tests/benchmarks
     ("bench", "targets"): ["bench", "targets", str(RESULTS)],
 }
 
@@ -224,7 +223,12 @@ def test_a_run_ends_with_a_row_for_each_kernel(tuned: Tuned) -> None:
         assert row["provenance"] == "predicted"
         assert row["us"] >= row["floor_us"] > 0
         assert row["registers"] > 0
+        assert row["over_floor"] == row["us"] / row["floor_us"]
+    assert (data["outcomes"]["tuned"], data["trials"], data["rejected"]) == (2, 4, {})
+    assert data["gains"]["median"] is None, "nothing predicted passes for a gain"
     assert "2 tuned in" in tuned.result.stderr
+    assert "2 of 2 kernels after" in tuned.result.stderr
+    assert "\x1b" not in tuned.result.output
 
 
 def test_a_second_run_keeps_the_kernels_without_searching(tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +239,10 @@ def test_a_second_run_keeps_the_kernels_without_searching(tuned: Tuned, monkeypa
     monkeypatch.setattr("doratune.tuner.workers.CompilePool.binaries", compiled)
     before = json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home)))
     again = tune_tiny(tuned.home, tuned.config, "--json")
-    assert json.loads(done(again)) == json.loads(tuned.result.stdout)
+    first, second = json.loads(tuned.result.stdout), json.loads(done(again))
+    assert [row.pop("outcome") for row in [*first["rows"], *second["rows"]]] == ["tuned"] * 2 + ["kept"] * 2
+    assert second["rows"] == first["rows"]
+    assert (second["outcomes"]["kept"], second["trials"]) == (2, 0)
     assert "2 kept in" in again.stderr
     assert json.loads(done(run("cache", "show", SPEC, "--json", home=tuned.home))) == before
     table = tune_tiny(tuned.home, tuned.config)
@@ -276,14 +283,79 @@ def test_kernels_that_fail_are_told_with_their_reasons(tiny: Path, home: Path, m
         raise Rejected("no program fits a multiprocessor")
 
     monkeypatch.setattr("doratune.tuner.predict.PredictEvaluator.evaluate", reject)
-    for options in ((), ("--json",)):
-        result = tune_tiny(home, tiny, *options)
+    first, second = tune_tiny(home, tiny), tune_tiny(home, tiny, "--json")
+    assert "rejected: 4 of 4 configs: 4 no program fits a multiprocessor" in first.stderr
+    for result in (first, second):
         assert result.exit_code == 1
         assert result.stderr.count(": every config was rejected: no program fits a multiprocessor") == 2
         assert "Error" not in result.stderr
-    assert [row["reason"] for row in json.loads(result.stdout)["failed"]] == [
+    assert [row["reason"] for row in json.loads(second.stdout)["failed"]] == [
         "every config was rejected: no program fits a multiprocessor"
     ] * 2
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
+    """An H200 on which kernels take the longer, the farther their config is from one that is no default."""
+    monkeypatch.setattr(FakePool, "crashing", staticmethod(lambda config: None))
+
+    def evaluators(request: object) -> tuple[Gpu, list[FakeEvaluator]]:
+        return GPU, [FakeEvaluator(steps_from(BEST))]
+
+    monkeypatch.setattr("doratune.tuner.tune_model.choose_evaluators", evaluators)
+
+
+MEASURE = ["tune", "--op", "compose_forward", "--tokens", "1", "--trials", "10", "--config"]
+MEASURED = "compose_forward/d_out=128/tokens=1/activation=bf16@h200"
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_measured_run_ends_with_what_it_gained_and_a_second_one_gains_nothing(tiny: Path, home: Path) -> None:
+    first = run(*MEASURE, str(tiny), home=home)
+    said = done(first)
+    for part in ("gained over what ran before", "µs before", "× floor", "gain", MEASURED):
+        assert part in said
+    assert "gains: 0 of 2 kernels stayed with what ran before, median gain " in first.stderr
+    assert " where the config changed\n2 tuned in " in first.stderr
+    second = run(*MEASURE, str(tiny), home=home)
+    assert "gained over" not in done(second)
+    assert "gains:" not in second.stderr
+    data = json.loads(done(run(*MEASURE, str(tiny), "--json", home=home)))
+    assert data["gains"]["kernels"] == 0
+    assert [row["gain"] > 1.0 for row in data["rows"]] == [True, True]
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_gains_of_a_run_as_json(tiny: Path, home: Path) -> None:
+    result = run(*MEASURE, str(tiny), "--json", home=home)
+    data = json.loads(done(result))
+    gains = data["gains"]
+    assert (gains["kernels"], gains["stayed"], gains["unknown"]) == (2, 0, 0)
+    rows = {row["spec"]: row for row in data["rows"]}
+    for one in gains["best"]:
+        assert one["gain"] == one["before_us"] / one["us"] == rows[one["spec"]]["gain"] > 1.0
+        assert one["origins"][0] == "default"
+    assert "gained over" not in result.output
+
+
+@pytest.mark.usefixtures("measured")
+def test_cache_show_tells_of_the_final_and_cache_ls_of_the_gain(tiny: Path, home: Path) -> None:
+    done(run(*MEASURE, str(tiny), home=home))
+    said = done(run("cache", "show", MEASURED, "--source", home=home))
+    (entry,) = json.loads(done(run("cache", "show", MEASURED, "--json", home=home)))["entries"]
+    final = entry["final"]
+    for part in ("final", "origins", "rounds", "confidence 1.000", final["contenders"][1]["config"]):
+        assert part in said
+    assert said.endswith(entry["source"])
+    assert final["contenders"][0]["config"] == entry["config"]
+    assert any(one["origins"][0] == "default" for one in final["contenders"])
+    assert entry["lookup_regret"] > 1.0
+    listing = ["cache", "ls", "--store", str(home / "store.sqlite")]
+    rows = json.loads(done(run(*listing, "--json", home=home)))["rows"]
+    listed = done(run(*listing, home=home))
+    assert "gain" in listed
+    for row in rows:
+        assert f"{100 * (row['gain'] - 1):.1f} %" in listed
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -63,6 +63,8 @@ class KernelSearch:
         final: the outcome of the final, None before it and where none is played.
         given_up: why the search cannot go on in this run, if so.
         broken: why nothing can be judged any more on this lane, if so.
+        trials_here: how many configs this run has tried.
+        rejected_here: why each of those that are rejected is out.
         compiled: the configs that the run has compiled for this kernel or another token bucket of its shape.
     """
 
@@ -80,6 +82,7 @@ class KernelSearch:
     given_up: str = ""
     broken: str = ""
     trials_here: int = 0
+    rejected_here: list[str] = field(default_factory=list)
     compiled: set[Config] = field(default_factory=set)
 
     @property
@@ -91,6 +94,11 @@ class KernelSearch:
         """The compiles that the next turn waits for: that of the first candidate, or those of all finalists."""
         jobs = [future for _, _, future in (self.batch[:1] if self.stage == TRYING else self.finalists)]
         return [future for future in jobs if not future.done()]
+
+    @property
+    def compiling(self) -> int:
+        """How many of its compiles are not done yet."""
+        return sum(not future.done() for _, _, future in (*self.batch, *self.finalists))
 
     @property
     def best_us(self) -> float | None:
@@ -159,6 +167,7 @@ class KernelSearch:
                     failure = Rejected(f"{failure}; the same happened in an earlier run")
                 if isinstance(failure, _VERDICTS):
                     self.study.reject(candidate, str(failure))
+                    self.rejected_here.append(str(failure))
                     lane.undecided_in_a_row = 0
                 elif not self._set_aside(lane, candidate, failure):
                     return

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from ..cache.entry import MEASURED, PREDICTED, BinaryKey, Entry
+from ..cache.entry import MEASURED, PREDICTED, BinaryKey, Entry, Final
 from ..cache.store import Store
-from .outcome import TuneResult
+from .gain import Gains, gain, gains_of, percent, ran_before
+from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from .projections import LeftOut, Model, Projection
+from .tally import duration
 
 _SHAPE = ("d_out", "d_in", "rank", "tokens")
 
 
 def row_of(entry: Entry) -> dict[str, Any]:
     """One entry as a row of the JSON report; what does not apply to its operation is null. Times are microseconds."""
-    spec, evaluation = entry.spec, entry.evaluation
+    spec, evaluation, final = entry.spec, entry.evaluation, entry.final
+    before = ran_before(final) if final is not None else None
     return {
         "op": spec.op,
         "spec": str(spec),
@@ -31,6 +35,12 @@ def row_of(entry: Entry) -> dict[str, Any]:
         "shared_bytes": evaluation.shared_bytes,
         "us": evaluation.us,
         "floor_us": evaluation.floor_us,
+        "over_floor": _over_floor(entry),
+        "before": str(before.config) if before is not None else None,
+        "before_us": before.us if before is not None else None,
+        "gain": gain(entry),
+        "margin": final.margin if final is not None else None,
+        "confidence": final.confidence if final is not None else None,
         "unfused_us": evaluation.unfused_us,
         "provenance": evaluation.provenance,
     }
@@ -67,13 +77,21 @@ def left_out_text(left: LeftOut) -> str:
 def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[str, Any]:
     """The whole report as values for JSON: model, GPU slug, store, a row for each entry, and the model's linear layers.
 
-    ``failed`` has the specs without a winner and why; ``stopped`` and ``fault`` are those of the result.
+    ``outcomes`` counts the specs by outcome; ``gains`` are those of the kernels that this run tuned; ``failed`` has the
+    specs without a winner and why; the other counts, ``stopped`` and ``fault`` are those of the result.
     """
     return {
         "model": model.name,
         "gpu": gpu,
         "store": store,
-        "rows": [row_of(row.entry) for row in result.rows if row.entry is not None],
+        "rows": [{**row_of(row.entry), "outcome": row.outcome} for row in result.rows if row.entry is not None],
+        "outcomes": {outcome: result.count(outcome) for outcome in (TUNED, KEPT, PARTIAL, UNFINISHED, FAILED)},
+        "gains": gains_of(result.tuned).values(),
+        "trials": result.trials,
+        "seconds": round(result.seconds, 3),
+        "rejected": dict(result.rejected),
+        "undecided": dict(result.undecided),
+        "disturbed_finals": result.disturbed,
         "failed": [{"spec": str(row.spec), "reason": row.note} for row in result.failed],
         "stopped": result.stopped,
         "fault": result.fault,
@@ -81,12 +99,34 @@ def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[st
     }
 
 
+def closing_lines(result: TuneResult) -> list[str]:
+    """What a run tried and gained, what was rejected and why, what disturbed its finals: a line for each there is."""
+    gains = gains_of(result.tuned).sentence()
+    lines = [f"tried: {result.trials} configs in {duration(result.seconds)}"] if result.trials else []
+    if gains:
+        lines.append(f"gains: {gains}")
+    if result.rejected:
+        rejected = sum(result.rejected.values())
+        lines.append(f"rejected: {rejected} of {result.trials} configs: {_counts(result.rejected)}")
+    if result.undecided:
+        lines.append(f"could not be judged, tried again in the next run: {_counts(result.undecided)}")
+    for kind, count in result.disturbed.items():
+        finals = "final" if count == 1 else "finals"
+        lines.append(f"{kind} in {count} {finals}; `doratune cache show SPEC` says more")
+    return lines
+
+
 def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:
-    """A table of the entries for a terminal; its title says when times are predicted and not measured."""
+    """A table of the entries for a terminal; its title says when times are predicted and not measured.
+
+    The column ``gain`` is there only if an entry has a final with what ran before its search.
+    """
+    gains = any(gain(entry) is not None for entry in entries)
     table = Table(title=f"{model} on {gpu}: {_how_known(entries)}")
     for name in ("op", "shape", "tokens", "variant", "config"):
         table.add_column(name, overflow="fold")
-    for name in ("reg/spill/smem", _time_column(entries), "floor µs"):
+    numbers = ("reg/spill/smem", _time_column(entries), "floor µs", "× floor", *(("gain",) if gains else ()))
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("provenance")
     for entry in entries:
@@ -103,8 +143,28 @@ def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:
             "/".join("-" if value is None else str(value) for value in used),
             _us(evaluation.us),
             _us(evaluation.floor_us),
+            _ratio(_over_floor(entry)),
+            *((_gain(entry),) if gains else ()),
             evaluation.provenance,
         )
+    return table
+
+
+def gains_table(gains: Gains) -> Table:
+    """The kernels that gained least and most among those that run another config than before, the worst first.
+
+    The column ``before`` says which steps of a lookup gave what ran before.
+    """
+    table = Table(title="gained over what ran before")
+    table.add_column("spec", overflow="fold")
+    table.add_column("before")
+    for name in ("µs before", "µs now", "gain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for of_kind in (gains.worst, gains.best[::-1]):
+        for one in of_kind:
+            before = ", ".join(one.before.origins)
+            table.add_row(str(one.spec), before, _us(one.before.us), _us(one.now.us), percent(one.gain))
+        table.add_section()
     return table
 
 
@@ -145,7 +205,7 @@ class StoredEntry:
         return sorted({f"{key.triton} {key.architecture}" for key in self.binaries})
 
     def facts(self) -> dict[str, Any]:
-        """All that is known of the entry, without its source and the samples of its time."""
+        """What is known of the entry in single values, without its source and its final."""
         entry = self.entry
         return {
             "store": self.store,
@@ -156,7 +216,55 @@ class StoredEntry:
             "template_digest": entry.template_digest,
             "source_digest": entry.source_digest,
             "created_at": entry.created_at,
+            "lookup_regret": entry.lookup_regret,
         }
+
+    def values(self) -> dict[str, Any]:
+        """All that is known of the entry, as values for JSON."""
+        final = self.entry.final
+        return {
+            **self.facts(),
+            "final": None if final is None else final_values(final),
+            "binaries": [key._asdict() for key in self.binaries],
+            "source": self.entry.source,
+        }
+
+
+def final_values(final: Final) -> dict[str, Any]:
+    """A final as values for JSON: its contenders with their samples, the winner first. Times are microseconds."""
+    return {
+        "confidence": final.confidence,
+        "margin": final.margin,
+        "noise": final.noise,
+        "settled": final.settled,
+        "notices": list(final.notices),
+        "contenders": [
+            {
+                "config": str(contender.config),
+                "origins": list(contender.origins),
+                "us": contender.us,
+                "slower": contender.us / final.winner.us - 1.0,
+                "samples_us": list(contender.samples_us),
+            }
+            for contender in final.contenders
+        ],
+    }
+
+
+def final_table(final: Final) -> Table:
+    """A line for each contender of a final, the winner first, and below how sure the outcome is."""
+    order = "the order held before the rounds ended" if final.settled else "the rounds ended before the order held"
+    caption = f"confidence {final.confidence:.3f}, differences below {100.0 * final.noise:.1f} % are ties; {order}"
+    table = Table(title="final", caption=Text("\n".join((caption, *final.notices))))
+    table.add_column("config", overflow="fold")
+    table.add_column("origins")
+    for name in ("µs", "slower", "rounds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for contender in final.contenders:
+        slower = "" if contender is final.winner else percent(contender.us / final.winner.us)
+        rounds = str(len(contender.samples_us))
+        table.add_row(str(contender.config), ", ".join(contender.origins), f"{contender.us:.2f}", slower, rounds)
+    return table
 
 
 def entries_of(store: Store, *, op: str | None = None, gpu: str | None = None) -> list[StoredEntry]:
@@ -171,14 +279,18 @@ def entries_of(store: Store, *, op: str | None = None, gpu: str | None = None) -
 
 
 def entries_table(found: Iterable[StoredEntry]) -> Table:
-    """A line for each stored entry."""
-    table = Table("spec", "config", "µs", "floor µs", "provenance", "tuned on", "binaries", "store")
-    for stored in found:
+    """A line for each stored entry. The column ``gain`` is there only if an entry has a final that tells."""
+    listed = list(found)
+    gains = any(gain(stored.entry) is not None for stored in listed)
+    columns = ("spec", "config", "µs", "floor µs", *(("gain",) if gains else ()))
+    table = Table(*columns, "provenance", "tuned on", "binaries", "store")
+    for stored in listed:
         entry, evaluation = stored.entry, stored.entry.evaluation
         table.add_row(
             str(entry.spec),
             str(entry.config),
             *("" if us is None else f"{us:.2f}" for us in (evaluation.us, evaluation.floor_us)),
+            *((_gain(entry),) if gains else ()),
             evaluation.provenance,
             entry.environment.gpu_name or entry.environment.gpu,
             ", ".join(stored.made_for),
@@ -205,3 +317,21 @@ def _time_column(entries: Sequence[Entry]) -> str:
 
 def _us(value: float | None) -> str:
     return "-" if value is None else f"{value:.{1 if value >= 1 else 2}f}"
+
+
+def _over_floor(entry: Entry) -> float | None:
+    us, floor = entry.evaluation.us, entry.evaluation.floor_us
+    return us / floor if us is not None and floor else None
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _gain(entry: Entry) -> str:
+    found = gain(entry)
+    return "-" if found is None else percent(found)
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())

@@ -34,6 +34,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ from .fusion import composition_of, needs_timing, with_unfused_time
 from .incumbents import Incumbents, built_in
 from .kernel_search import BEHIND, FINAL, OVER, TRYING, KernelSearch, Lane
 from .launcher import was_launched
-from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, Tuned, TuneResult
+from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, Tuned, TuneResult, disturbances, kind_of_reason
 from .packing import Packing
 from .predict import shortlist
 from .progress import SilentProgress
@@ -142,7 +143,8 @@ def tune(
     if trials is not None:
         budgets = [budget.with_trials(trials) for budget in budgets]
     url = study_storage or default_study_storage()
-    deadline = None if timeout is None else time.monotonic() + timeout
+    began = time.monotonic()
+    deadline = None if timeout is None else began + timeout
     given = stand_ins or StandIns()
     pool = (given.pool or CompilePool)(gpu, jobs)
     storage = given.storage or open_study_storage(url)
@@ -163,7 +165,15 @@ def tune(
         for lane in run.lanes:
             lane.close()
         release(storage)
-    return TuneResult(tuple(run.row(spec) for spec in specs), run.stopped, run.fault)
+    return TuneResult(
+        tuple(run.row(spec) for spec in specs),
+        run.stopped,
+        run.fault,
+        trials=run.trials,
+        seconds=time.monotonic() - began,
+        rejected=dict(run.rejected.most_common()),
+        undecided=dict(run.undecided.most_common()),
+    )
 
 
 @contextmanager
@@ -214,6 +224,9 @@ class _Run:
         self.provenance = evaluators[0].provenance
         self.lanes = [Lane(evaluator, self._show) for evaluator in evaluators]
         self.stopped = self.fault = ""
+        self.trials = 0
+        self.rejected: Counter[str] = Counter()
+        self.undecided: Counter[str] = Counter()
         shared = "://" in url and not url.startswith("sqlite:")
         self._alone = not shared and not was_launched(os.environ)
         self._space = stand_ins.space or Space
@@ -240,7 +253,7 @@ class _Run:
                 self._keep(entry)
             else:
                 families.setdefault(_family(spec), []).append(spec)
-        self.progress.start(len(specs), len(self._rows))
+        self.progress.start(len(specs), len(self._rows), len(self.lanes))
 
         def lacks(family: KernelSpec) -> bool:
             """Whether the store still needs a spec of the family; what other workers have tuned is a row of ours."""
@@ -286,7 +299,7 @@ class _Run:
                 time.sleep(POLL_SECONDS)
                 continue
             compiling = [future for search, _ in active.values() for future in search.waiting]
-            self.progress.queue(len(compiling))
+            self.progress.queue(sum(search.compiling for search, _ in active.values()))
             self.pool.wait([*turns, *compiling], POLL_SECONDS)
             for turn in [turn for turn in turns if turn.done()]:
                 family = turns.pop(turn)
@@ -296,6 +309,7 @@ class _Run:
             turn.result()
         self._last_finals(active)
         for search, _ in active.values():
+            self._count(search)
             self._cut_short(search)
         for family, reason in campaign.given_up.items():
             for spec in families[family]:
@@ -330,6 +344,7 @@ class _Run:
         lane.search = None
         turn.result()  # raises what is no property of a candidate, such as a lost database
         if not campaign.holds(family):
+            self._count(search)
             return  # another worker has it
         if search.broken:
             self._lose(lane, search.broken, active)
@@ -337,16 +352,16 @@ class _Run:
                 search.broken = ""
                 active[family] = search, self._lanes()[0]
                 return
-        if search.given_up:
-            lane.evaluator.finish(search.spec)
-            self._give_up(search)
-        elif search.stage == OVER:
-            lane.evaluator.finish(search.spec)
-            self._close(search, TUNED, search.study.stop(search.budget) or "no configs left")
-        else:
+        if not search.given_up and search.stage != OVER:
             self._go_on(search)
             active[family] = search, lane  # at the end of the queue
             return
+        lane.evaluator.finish(search.spec)
+        self._count(search)
+        if search.given_up:
+            self._give_up(search)
+        else:
+            self._close(search, TUNED, search.study.stop(search.budget) or "no configs left")
         if self.fault:
             return
         if any(spec not in self._rows for spec in specs):
@@ -502,6 +517,12 @@ class _Run:
         for turn in turns:
             turn.result()
 
+    def _count(self, search: KernelSearch) -> None:
+        """Add what a search tried to the counts of the run, once, when it ends."""
+        self.trials += search.trials_here
+        self.rejected.update(map(kind_of_reason, search.rejected_here))
+        self.undecided.update(map(kind_of_reason, search.study.undecided.values()))
+
     def _cut_short(self, search: KernelSearch) -> None:
         study = search.study
         note = f"stopped after {len(study.evaluated)} trials"
@@ -523,9 +544,9 @@ class _Run:
             undecided = search.study.undecided
             if undecided:
                 note = f"{note}; configs that could not be judged: {len(undecided)}, {[*undecided.values()][-1]}"
-                self.progress.note(f"{spec}: {note}")
-            for notice in entry.final.notices if entry.final else ():
-                self.progress.note(f"{spec}: in the final, {notice}")
+                self.progress.notice("undecided", f"{spec}: {note}")
+            for kind, notice in disturbances(entry.final).items() if entry.final else ():
+                self.progress.notice(kind, f"{spec}: in the final, {notice}")
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
             self._best.setdefault(_family(spec), []).append((spec.tokens, search.best_configs(SIBLINGS)))
             if self.binaries:
@@ -596,6 +617,7 @@ class _Run:
                 self.progress.note(f"{lacking} kernels kept from the store lack their binary; compiling them")
         self._store_binaries()
         while self._packing.under_way and not self._stopping():
+            self.progress.queue(len(self._packing.under_way))
             self.pool.wait(self._packing.under_way, POLL_SECONDS)
             self._store_binaries()
 
