@@ -198,6 +198,55 @@ def host(rounds: int) -> Measured:
     return bench_host(rounds=rounds, progress=message), {}
 
 
+@bench.command()
+@click.option("--gpu", metavar="GPU", help="The GPU whose recorded tables are searched; by default every one.")
+@click.option("--op", "ops", multiple=True, metavar="OP", help="Only this operation; repeatable.")
+@click.option(
+    "--sampler",
+    "samplers",
+    multiple=True,
+    default=("model",),
+    show_default=True,
+    metavar="NAME",
+    help="model (doratune's own), tpe, tpe-univariate, random, gp (needs scipy), cma-es (needs cmaes); repeatable.",
+)
+@click.option(
+    "--effort",
+    "efforts",
+    multiple=True,
+    default=("quick", "standard", "full"),
+    show_default=True,
+    metavar="LEVEL",
+    help="How hard the searches try; repeatable.",
+)
+@click.option("--trials", type=click.IntRange(min=1), help="Instead of the effort's number of configs for each kernel.")
+@click.option("--seeds", type=click.IntRange(min=1), default=30, show_default=True, help="Searches of each kernel.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes; by default one for each core.")
+@click.option("--output", type=_PATH, metavar="FILE", help="Write the results here as JSON.")
+@click.option("--commit", help="The commit measured; read from git by default.")
+@json_option
+def search(gpu: str | None, output: Path | None, commit: str | None, as_json: bool, **request: Any) -> None:
+    """How good the tuner's search is: replayed over recorded tables, against the best config of each. Needs no GPU."""
+    from ..errors import UsageError
+    from .results import document, measured_commit
+    from .tables.read import recorded
+    from .tables.search_quality import bench_search, quality_table
+
+    gpus = [gpu] if gpu is not None else [*recorded()]
+    if output is not None and len(gpus) > 1:
+        raise UsageError(f"--output takes the results of one GPU; name one with --gpu ({', '.join(gpus)})")
+    for slug in gpus:
+        rows, env = bench_search(slug, progress=message, **request)
+        text = document({**env, "doratune_commit": measured_commit(commit)}, rows)
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(text, encoding="utf-8")
+        if as_json:
+            click.echo(text, nl=False)
+        else:
+            print_table(quality_table(slug, rows))
+
+
 @bench.command("targets")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @json_option

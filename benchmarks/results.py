@@ -96,13 +96,15 @@ def environment(commit: str | None = None, **peers: str) -> dict[str, str]:
         "driver": driver_version() if gpu else "none",
         **versions,
         **peers,
-        "doratune_commit": commit or _commit(),
+        "doratune_commit": measured_commit(commit),
         "date": date.today().isoformat(),
     }
 
 
-def _commit() -> str:
-    """The commit of the checkout that this file is tracked in, or the version."""
+def measured_commit(commit: str | None = None) -> str:
+    """``commit``, or that of the checkout that this file is tracked in, or the version."""
+    if commit is not None:
+        return commit
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent

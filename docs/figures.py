@@ -83,6 +83,8 @@ def _tables(bench: str, op: str, cases: Cases) -> list[Table]:
     names = list(dict.fromkeys(name for by_name in cases.values() for name in by_name))
     if bench == "kernels":
         return [_beside_peers(op, names, cases)]
+    if bench == "search":
+        return [_searches(op, cases)]
     if bench == "host":
         return [_every(f"{op}: host time of a call, µs", cases, {name: _cell(name, "cpu_us", 1) for name in names})]
     if bench in ("model", "layer"):
@@ -118,6 +120,35 @@ def _beside_peers(op: str, names: Sequence[str], cases: Cases) -> Table:
     columns["variant"] = lambda by_name: (by_name[OURS]["config"] or "").split(":")[0]
     measured = {case: by_name for case, by_name in cases.items() if OURS in by_name}
     return _every(f"{op}: doratune's GPU time, and the peers' as multiples of it", measured, columns)
+
+
+_SEARCH_FIGURES: dict[str, Callable[[Row], str]] = {
+    "searches": lambda row: f"{row['searches']}",
+    "kernels": lambda row: f"{row['specs']}",
+    "regret ≤ 1.01": lambda row: f"{row['within_1']:.1%}",
+    "95 % interval": lambda row: f"{row['within_1_low']:.1%} to {row['within_1_high']:.1%}",
+    "regret, median": lambda row: f"{row['median']:.3f}",
+    "regret, 95th percentile": lambda row: f"{row['p95']:.3f}",
+    "regret, worst": lambda row: f"{row['worst']:.3f}",
+    "candidates evaluated, mean": lambda row: f"{row['evaluated']:.1f}",
+    "of them compiled for this kernel": lambda row: f"{row['compiled']:.1f}",
+    "candidates until one is within 1 %, median": lambda row: "" if row["until"] is None else f"{row['until']:.0f}",
+}
+
+
+def _searches(op: str, cases: Cases) -> Table:
+    """A column for each way to search, a line for each figure; what needs no search lacks some."""
+    (by_name,) = cases.values()
+    lines = []
+    for figure, text in _SEARCH_FIGURES.items():
+        cells = []
+        for row in by_name.values():
+            try:
+                cells.append(text(row))
+            except KeyError:
+                cells.append("")
+        lines.append((figure, "", *cells))
+    return Table(f"{op}: searches on recorded tables", (("figure", "", *by_name), *lines))
 
 
 def _every(title: str, cases: Cases, columns: dict[str, Cell]) -> Table:

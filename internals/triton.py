@@ -7,6 +7,7 @@ its recording. Only :func:`compile_for`, which compiles for a GPU that is not pr
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -187,6 +188,18 @@ class _Binary(NamedTuple):
 def launch_hooks() -> Any:
     """The argument of :func:`is_hooked`; None if this Triton does not have it."""
     return find("triton.knobs.runtime")
+
+
+def prepare_launcher(compiled: Any) -> None:
+    """Put the C launcher of a compiled kernel into Triton's cache, so that the first start need not compile it.
+
+    Triton up to 3.6 compiles one for each signature, with the C compiler, in a third of a second. Elsewhere, and where
+    that fails, nothing happens: the first start does it.
+    """
+    if find("triton.backends.nvidia.driver.make_launcher") is None:
+        return
+    with contextlib.suppress(Exception):
+        find("triton.backends.nvidia.driver.CudaLauncher")(compiled.src, compiled.metadata)
 
 
 def is_hooked(hooks: Any) -> bool:

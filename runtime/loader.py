@@ -59,7 +59,8 @@ def load_kernel(
 
     The lookup takes an entry of the exact spec, else the config with the least expected loss of what entries around it
     and the package offer; ``explain()`` of the result says which, and what it may lose. Calls with equal arguments
-    return the same object. On a CPU device the result is the eager fp32-accumulating reference, with ``provenance`` "reference".
+    return the same object. On a CPU device the result is the eager fp32-accumulating reference, with ``provenance``
+    "reference".
 
     Args:
         op: a name of :data:`~doratune.codegen.ops.OPS`: ``weight_norm``, ``lora_compose``, ``compose_backward``, …

@@ -63,6 +63,7 @@ class KernelSearch:
         final: the outcome of the final, None before it and where none is played.
         given_up: why the search cannot go on in this run, if so.
         broken: why nothing can be judged any more on this lane, if so.
+        compiled: the configs that the run has compiled for this kernel or another token bucket of its shape.
     """
 
     study: KernelStudy
@@ -79,6 +80,7 @@ class KernelSearch:
     given_up: str = ""
     broken: str = ""
     trials_here: int = 0
+    compiled: set[Config] = field(default_factory=set)
 
     @property
     def spec(self) -> KernelSpec:
@@ -110,6 +112,7 @@ class KernelSearch:
             if candidate is not None:
                 source = render(self.spec, candidate.config)
                 self.batch.append((candidate, source, pool.submit(source)))
+                self.compiled.add(candidate.config)
         return bool(self.batch)
 
     def _behind(self, config: Config) -> float | None:

@@ -60,7 +60,7 @@ from .timing import (
 CHECKED_ROWS = 64
 """Rows of the full-size output that are compared with fp64 after timing."""
 
-GIVE_UP = 3.0
+GIVE_UP = 1.6
 """A candidate whose first replay takes this many times the best so far is not timed further."""
 
 MEMORY_SHARE = 0.7

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -47,6 +47,9 @@ DRAWN, DRAWN_NEAR, NEAR = 240, 60, 3
 """Candidates drawn from anywhere, and around each of the best :data:`NEAR` configs. The one-parameter moves from these
 are candidates too."""
 
+PREFERENCE = 2.0
+"""The expected improvement of a config that is compiled already counts this many times."""
+
 LOCAL_TURN = 3
 """Every so many times only the neighbours of the best configs are considered, one step of one parameter away: where the
 model is wrong about a parameter, the expected improvement may never lead there."""
@@ -58,10 +61,14 @@ Array = numpy.typing.NDArray[numpy.float64]
 
 
 class ModelSampler(optuna.samplers.BaseSampler):
-    """Optuna's sampler for the study of one space; see the module's docstring."""
+    """Optuna's sampler for the study of one space; see the module's docstring.
 
-    def __init__(self, space: Space, seed: int) -> None:
+    ``compiled`` are configs that cost less than others to try, since another token bucket has compiled their code.
+    """
+
+    def __init__(self, space: Space, seed: int, compiled: Collection[Config] = ()) -> None:
         self._space = space
+        self._compiled = compiled
         self._chance = random.Random(seed)
         self._distributions: dict[str, BaseDistribution] = {}
         for variant, choices in space.choices.items():
@@ -163,7 +170,8 @@ class ModelSampler(optuna.samplers.BaseSampler):
         expected = means[end:] + predicted
         if best == math.inf:
             return left[int(expected.argmin())]
-        return left[int(_improvement(best - expected, deviations).argmax())]
+        cheap = numpy.array([PREFERENCE if config in self._compiled else 1.0 for config in left])
+        return left[int((cheap * _improvement(best - expected, deviations)).argmax())]
 
     def _points(self, configs: Sequence[Config]) -> Array:
         """A row for each config: its variant, then the logarithms of its parameters to base 2."""

@@ -27,6 +27,7 @@ open: the next run continues from its trials. A run that is killed loses the can
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -67,6 +68,9 @@ from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 
 SIBLINGS = 4
 """How many of the best configs of the nearest token bucket are tried for the next one."""
+
+STARTS = 2
+"""How many configs of similar specs are tried beside the winner of a sister GPU."""
 
 NEAR_BUCKET = 2
 """Doublings of the tokens within which a bucket's winners make few trials enough for the next."""
@@ -213,12 +217,14 @@ class _Run:
         shared = "://" in url and not url.startswith("sqlite:")
         self._alone = not shared and not was_launched(os.environ)
         self._space = stand_ins.space or Space
-        self._sampler = stand_ins.sampler or ModelSampler
+        self._sampler = stand_ins.sampler
         self._incumbents = incumbents
         self._rows: dict[KernelSpec, Tuned] = {}
         self._deadline: float | None = None
         self._best: dict[KernelSpec, list[tuple[int, list[Config]]]] = {}
         """Of each family: the token buckets finished in this run with their best configs."""
+        self._compiled: dict[KernelSpec, set[Config]] = {}
+        """Of each family: the configs that this run has compiled. Its token buckets share their code."""
 
     def row(self, spec: KernelSpec) -> Tuned:
         return self._rows.get(spec) or Tuned(spec, UNFINISHED, self.store.get(spec), "not begun")
@@ -415,6 +421,7 @@ class _Run:
         best_estimate = min((us for us in estimates.values() if us is not None), default=float("inf"))
         seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
         siblings, near = self._siblings(spec)
+        compiled = self._compiled.setdefault(_family(spec), set())
         budget = self.budget
         if near:
             budget = self.beside_budget
@@ -428,12 +435,12 @@ class _Run:
             seeds=incumbents.configs if known else seeds,
             floor_us=floor_us(spec, self.gpu),
             url=self.url,
-            sampler=self._sampler,
+            sampler=self._sampler or functools.partial(ModelSampler, compiled=compiled),
         )
         first = itertools.chain(
             incumbents.configs,
             siblings,
-            incumbents.starts,
+            incumbents.starts[:STARTS] if incumbents.known else incumbents.starts,
             seeds,
             _lazily(lambda: shortlist(space, self.effort.shortlist)),
         )
@@ -445,6 +452,7 @@ class _Run:
             first,
             screen,
             best_estimate,
+            compiled=compiled,
         )
         self._show(search)
         count = len(incumbents.configs) + len(siblings) + (0 if known else len(seeds))

@@ -21,13 +21,16 @@ from ..codegen.gpu import Gpu
 TIMING_BUDGET_MS = 10.0
 """GPU time spent on the replays of one candidate: enough to choose who plays in the final, which times precisely."""
 
-MIN_REPLAYS, MAX_REPLAYS = 5, 50
+MIN_REPLAYS, MAX_REPLAYS = 3, 50
 
 BEHIND = 1.2
 """A candidate whose first replay takes this many times the best so far is replayed :data:`MIN_REPLAYS` times only."""
 
 LAUNCH_US = 1000.0
 """What a single call takes at most on top of its GPU time, between two events, on a slow host."""
+
+FLUSHING = 6
+"""A call that reads and writes this many times the L2 leaves hardly anything there of what it touched first."""
 
 MAX_SETS = 32
 """Input sets at most."""
@@ -127,7 +130,9 @@ def free_bytes() -> int:
 
 
 def rotations(set_bytes: int, l2_bytes: int) -> int:
-    """The number of input sets after which the first one has left the L2."""
+    """The number of input sets after which the first one has left the L2; one of many times the L2 needs no others."""
+    if set_bytes >= FLUSHING * l2_bytes:
+        return 1
     return max(2, min(MAX_SETS, -(-2 * l2_bytes // max(set_bytes, 1)) + 1))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 
@@ -31,8 +32,12 @@ from ..results import Row
 from .read import TABLES, SpecTable, Table, read_tables
 from .replay import ReplayEvaluator, ReplayPool, ReplaySpace, ReplayStorage
 
-NEAR, FAR = 1.01, 1.03
-"""The target: of a standard search's regrets 95 % are at most :data:`NEAR`, and none is above :data:`FAR`."""
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+NEAR, FAR, WANTED = 1.01, 1.03, 0.95
+"""The target: of the regrets of standard searches the share :data:`WANTED` is at most :data:`NEAR`, and none is above
+:data:`FAR`."""
 
 RESAMPLES = 1000
 """Resamplings for the intervals."""
@@ -177,6 +182,15 @@ def share_near(regrets: Sequence[float]) -> float:
     return sum(regret <= NEAR for regret in regrets) / len(regrets)
 
 
+def shortfalls(regrets: Sequence[float]) -> list[str]:
+    """How the regrets of standard searches miss the target, in words; empty if they meet it."""
+    share = share_near(regrets)
+    missed = [f"{share:.1%} of the winners are within {NEAR}, fewer than {WANTED:.0%}"] if share < WANTED else []
+    return missed + (
+        [f"the worst winner takes {max(regrets):.3f} of the best, over {FAR}"] if max(regrets) > FAR else []
+    )
+
+
 def quality_row(op: str, name: str, searched: Sequence[Searched]) -> Row:
     """A row of results: the figures of searches of one operation, or of all."""
     by_spec: dict[KernelSpec, list[float]] = {}
@@ -211,6 +225,29 @@ def _regret_row(op: str, name: str, regrets: Sequence[float], specs: int) -> Row
         "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
         "worst": ordered[-1],
     }
+
+
+def quality_table(gpu: str, rows: Iterable[Row]) -> RichTable:
+    """One line a row."""
+    from rich.table import Table as RichTable
+
+    table = RichTable("operation", "search", "searches", "≤ 1.01", "median", "95 %", "worst", "evaluated", "until 1 %")
+    table.title = f"Regret of searches on recorded tables, {gpu}"
+    for row in rows:
+        share = f"{row['within_1']:.1%}"
+        if "within_1_low" in row:
+            share += f" ({row['within_1_low']:.1%} to {row['within_1_high']:.1%})"
+        until = row.get("until")
+        table.add_row(
+            row["op"],
+            row["impl"],
+            str(row["searches"]),
+            share,
+            *(f"{row[name]:.3f}" for name in ("median", "p95", "worst")),
+            f"{row['evaluated']:.1f}" if "evaluated" in row else "",
+            "" if until is None else f"{until:.0f}",
+        )
+    return table
 
 
 ALL = "all operations"

@@ -237,7 +237,7 @@ def test_a_launch_failure_is_held_against_a_config_only_when_it_comes_again_in_a
         assert ("unspecified launch failure" in result.fault) == (not expected)
         assert (str(bad) in {trial.user_attrs["config"] for trial in trials(tmp_path)}) == expected
     third = sound()
-    assert tune(ONE, third).rows[0].outcome == TUNED
+    assert tune(ONE, third, trials=2 * TRIALS).rows[0].outcome == TUNED
     assert bad not in [config for _, config in third.evaluated]
 
 
