@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
+from doratune.cache.entry import MEASURED, Entry, Environment, Evaluation
 from doratune.cache.store import Store
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.render import render, template_digest
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import default_config, variants_of
 from doratune.tuner.incumbents import incumbents_of
+from doratune.tuner.space import Space
 
 
 def spec_of(rank: int, gpu: str = "l40s") -> KernelSpec:
@@ -34,17 +36,18 @@ def entry_of(spec: KernelSpec, config: Config, provenance: str) -> Entry:
 
 @pytest.mark.parametrize(
     ("provenance", "gpu", "known"),
-    [(MEASURED, "l40s", True), (MEASURED, "rtx4090", True), (MEASURED, "a100", False), (PREDICTED, "l40s", False)],
+    [(MEASURED, "l40s", True), (MEASURED, "rtx4090", True), (MEASURED, "a100", False)],
 )
-def test_the_nearest_measured_config_is_known_and_a_predicted_one_is_not(
+def test_the_config_of_a_near_kernel_of_the_architecture_is_tried_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provenance: str, gpu: str, known: bool
 ) -> None:
     monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
     path = tmp_path / "team.sqlite"
     monkeypatch.setenv("DORATUNE_CACHE_PATH", str(path))
     there = spec_of(128, gpu)
-    config = variants_of(there, find_gpu(gpu))[0].seeds(there, find_gpu(gpu))[-1]
-    assert config != default_config(spec_of(96), find_gpu("l40s"))
+    seeds = Space(spec_of(96), find_gpu("l40s")).seeds
+    config = replace(seeds[0], num_stages=5)
+    assert config not in seeds
     with Store.open(path, create=True) as store:
         store.put(entry_of(there, config, provenance))
     found = incumbents_of(spec_of(96), find_gpu("l40s"))
@@ -80,4 +83,5 @@ def test_the_entry_of_the_very_spec_is_the_first_incumbent_and_left_out_of_the_l
         store.put(entry_of(spec_of(96), seeds[-1], MEASURED))
     found = incumbents_of(spec_of(96), gpu, str(tmp_path / "named.sqlite"))
     assert found.played[0] == (seeds[-1], "exact")
-    assert found.without == default_config(spec_of(96), gpu)
+    assert found.without != seeds[-1]
+    assert (found.without, "default") in found.played
