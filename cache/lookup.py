@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["STEPS", "Refusal", "Resolution", "distance", "lookup"]
 
 STEPS = ("exact", "nearest", "architecture", "default")
-NEIGHBOURS, ALL = 8, 1 << 20
-"""Entries of each GPU that a store is asked for: the nearest, and where none of those suits, all."""
+NEIGHBOURS, MORE = 8, 1000
+"""Entries of each GPU that a store is asked for: at first, and where none of these suits."""
 CARRIED = 4
 """The nearest entries of each GPU whose configs are also offered re-derived."""
 TEXTS_COMPARED = 4
@@ -288,7 +288,7 @@ class _Search:
             around = store.neighbours(self.spec, self.architecture, count=NEIGHBOURS)
             usable, refused = self._usable(store, around.candidates)
             if not usable and len(around.candidates) >= NEIGHBOURS:  # those that suit may be farther away
-                around = store.neighbours(self.spec, self.architecture, count=ALL)
+                around = store.neighbours(self.spec, self.architecture, count=MORE)
                 usable, refused = self._usable(store, around.candidates)
             regrets += around.regrets
             for candidate, reason in refused:

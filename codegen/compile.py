@@ -12,12 +12,20 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DoratuneError
-from ..internals.triton import assembler_output, cache_folder, compile_for, cuobjdump, frontend_complaint, source_for
+from ..internals.triton import (
+    assembler_output,
+    cache_folder,
+    compile_for,
+    cuobjdump,
+    frontend_complaint,
+    prepare_launcher,
+    source_for,
+)
 from .gpu import Gpu
 from .module import kernel_names, load_module
 from .ops import ALIGNMENT, DTYPE_BYTES
@@ -186,6 +194,12 @@ def signature_of(source: Source, kernel: str) -> dict[str, str]:
             layout = gl.NVMMASharedLayout.get_default_for([int(match[2]), int(match[3])], dtypes[match[1]])
             signature[name] = f"{type_[:-1]},{layout!r}>"
     return signature
+
+
+def prepare_launchers(compiled: Iterable[CompiledKernel]) -> None:
+    """Make what Triton needs to start compiled kernels besides their binaries, where that takes long."""
+    for kernel in compiled:
+        prepare_launcher(kernel.handle)
 
 
 def compile_source(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:

@@ -28,11 +28,10 @@ from typing import Any, TypeVar
 
 from ..cache.entry import Binary
 from ..codegen.binary import check, pack
-from ..codegen.compile import CompiledKernel, CompileError, compile_source
+from ..codegen.compile import CompiledKernel, CompileError, compile_source, prepare_launchers
 from ..codegen.gpu import Gpu, find_gpu
 from ..codegen.render import Source, render
 from ..codegen.spec import Config, KernelSpec
-from ..internals.triton import prepare_launcher
 from .evaluation import BrokenEnvironmentError, Resources, Undecided
 
 COMPILE_SECONDS = 60
@@ -329,8 +328,7 @@ def compile_job(spec: str, config: str, gpu: str) -> Compiled:
         CompileError, ToolchainError: as :func:`~doratune.codegen.compile.compile_source`.
     """
     compiled = _compiled(render(KernelSpec.parse(spec), Config.parse(config)), find_gpu(gpu))
-    for kernel in compiled:
-        prepare_launcher(kernel.handle)
+    prepare_launchers(compiled)
     return tuple(Resources(k.name, k.registers, k.spills, k.shared_bytes, k.num_warps) for k in compiled)
 
 

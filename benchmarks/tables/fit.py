@@ -26,7 +26,7 @@ from ...codegen.spec import Config, KernelSpec
 from .read import TABLES, Table, read_tables, recorded
 
 FARTHEST = math.log(2.5)
-WEIGHT_SCALE = 0.3
+WEIGHT_SCALE = 0.2
 """The weight of a config falls by a factor e for each so much of the target."""
 RIDGE = 10.0
 SPEC_WEIGHT = 100.0

@@ -47,7 +47,7 @@ def test_a_lookup_of_a_spec_that_was_never_measured_loses_little(gpu: str) -> No
     assert len(every) - len(known) <= MOST_MISSING * len(every)
     regrets = [loss.regret for loss in known]
     assert statistics.median(regrets) <= 1.03
-    assert quantile(regrets, 0.95) <= 1.12
+    assert quantile(regrets, 0.95) <= 1.10
     assert max(regrets) <= 1.25
     for op, found in lost(gpu).items():
         assert statistics.median(loss.regret for loss in found) <= 1.035, op
@@ -97,7 +97,10 @@ def test_one_more_store_makes_hardly_a_lookup_slower(gpu: str, model: Callable[[
 
 
 def test_the_shipped_fit_is_that_of_the_committed_tables() -> None:
-    """Fitted again, it ranks as the shipped one (the last digits depend on the machine)."""
+    """Fitted again, it ranks as the shipped one (the last digits depend on the machine).
+
+    After new tables run ``python -m doratune.benchmarks.tables.fit``.
+    """
     made = read_fit(document(fitting().fit(), []))
     shipped = read_fit(json.loads(FIT_FILE.read_text(encoding="utf-8")))
     assert made.polynomials.keys() == shipped.polynomials.keys()

@@ -9,6 +9,7 @@ import torch
 
 from doratune.codegen.gpu import find_gpu
 from doratune.tuner.timing import (
+    FLUSHING,
     MAX_SETS,
     MIN_REPLAYS,
     SHORT_GRAPH_CALLS,
@@ -48,8 +49,15 @@ def rotation(set_bytes: int, *, free: int = 1 << 20, unused: int = 0, **calls: b
 
 @pytest.mark.parametrize(
     ("set_bytes", "free", "count"),
-    [(500, 1 << 20, 5), (1, 1 << 20, MAX_SETS), (10_000, 1 << 20, 2), (500, 4000, 4), (10_000, 4000, 1)],
-    ids=["twice the L2", "at most", "at least two", "that fit", "one in any case"],
+    [
+        (500, 1 << 20, 5),
+        (1, 1 << 20, MAX_SETS),
+        (5_000, 1 << 20, 2),
+        (FLUSHING * 1000, 1 << 20, 1),
+        (500, 4000, 4),
+        (5_000, 4000, 1),
+    ],
+    ids=["twice the L2", "at most", "at least two", "one that flushes the L2", "that fit", "one in any case"],
 )
 def test_there_are_as_many_sets_as_exceed_the_l2_twice_and_fit_the_memory(
     set_bytes: int, free: int, count: int
@@ -84,7 +92,7 @@ def test_graphs_are_timed_in_turn_after_one_replay_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("best_us", "count"), [(0.0, 5), (190.0, 5), (100.0, MIN_REPLAYS), (20.0, 1)], ids=["first", "near", "slow", "far"]
+    ("best_us", "count"), [(0.0, 5), (210.0, 5), (190.0, MIN_REPLAYS), (20.0, 1)], ids=["first", "near", "slow", "far"]
 )
 def test_a_graph_is_replayed_the_less_the_farther_it_is_behind(best_us: float, count: int) -> None:
     graph = Clock("a", [250.0] + [200.0] * 60, [], calls=8)
