@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 
 from ...errors import near_names
 from ..gpu import Gpu
@@ -81,22 +82,34 @@ def find_variant(op: str, name: str) -> Variant:
 def default_configs(spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
     """Return the built-in configs for ``spec`` on ``gpu``: the seeds that fit, variants in ``default_order``.
 
+    A tiny shape that no seed fits gets the first valid config of the choices.
+
     Raises:
-        SpecError: no seed of any variant fits the GPU.
+        SpecError: no config of any variant fits the GPU.
     """
     variants = sorted(variants_of(spec, gpu), key=lambda v: v.default_order(spec))
     seeds = dict.fromkeys(config for variant in variants for config in variant.seeds(spec, gpu))
     fitting = tuple(config for config in seeds if check_config(spec, config, gpu) is None)
     if not fitting:
+        every = (config for variant in variants for config in _all_of(variant, spec, gpu))
+        fitting = tuple(itertools.islice((config for config in every if check_config(spec, config, gpu) is None), 1))
+    if not fitting:
         raise SpecError(f"no built-in config of {spec.op} fits {gpu.slug}")
     return fitting
+
+
+def _all_of(variant: Variant, spec: KernelSpec, gpu: Gpu) -> Iterator[Config]:
+    """Every combination of a variant's choices, valid or not."""
+    choices = variant.choices(spec, gpu)
+    for values in itertools.product(*choices.values()):
+        yield Config.create(variant.name, **dict(zip(choices, values, strict=True)))
 
 
 def default_config(spec: KernelSpec, gpu: Gpu) -> Config:
     """Return the built-in config for ``spec`` on ``gpu``: the first of :func:`default_configs`.
 
     Raises:
-        SpecError: no seed of any variant fits the GPU.
+        SpecError: no config of any variant fits the GPU.
     """
     return default_configs(spec, gpu)[0]
 
