@@ -17,12 +17,21 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from ..cache.entry import MEASURED, SEARCH, Contender, Entry, Environment, Evaluation, Final
-from ..codegen.compile import CompileError, judge_failure
+from ..codegen.compile import CompileError, ToolchainError, judge_failure
 from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
 from ..errors import DoratuneError
 from .effort import Budget, Effort
-from .evaluation import BROKEN, ContenderFailed, Evaluator, FinalTimes, GpuMemoryError, LaunchFailureError, Rejected
+from .evaluation import (
+    BROKEN,
+    ContenderFailed,
+    Evaluator,
+    FinalTimes,
+    GpuMemoryError,
+    LaunchFailureError,
+    Rejected,
+    Undecided,
+)
 from .final import decide
 from .incumbents import Incumbents
 from .studies import Candidate, KernelStudy
@@ -63,6 +72,7 @@ class KernelSearch:
         final: the outcome of the final, None before it and where none is played.
         given_up: why the search cannot go on in this run, if so.
         broken: why nothing can be judged any more on this lane, if so.
+        failed: the configs that failed in the final, with the reason. They do not win.
         trials_here: how many configs this run has tried.
         rejected_here: why each of those that are rejected is out.
         compiled: the configs that the run has compiled for this kernel or another token bucket of its shape.
@@ -81,6 +91,7 @@ class KernelSearch:
     final: Final | None = None
     given_up: str = ""
     broken: str = ""
+    failed: dict[Config, str] = field(default_factory=dict)
     trials_here: int = 0
     rejected_here: list[str] = field(default_factory=list)
     compiled: set[Config] = field(default_factory=set)
@@ -111,17 +122,25 @@ class KernelSearch:
         return next((evaluation.us for evaluation in timed if evaluation is not None), None)
 
     def fill(self, pool: CompilePool, count: int) -> bool:
-        """Start compiling the next candidates, at most ``count``, within the budget; return whether there are any."""
+        """Start compiling the next candidates; return whether there are any.
+
+        The incumbents come first, whatever the budget: without them no final says what may be replaced. Then at most
+        ``count`` at once, within the budget.
+        """
         study = self.study
+        for config in self.incumbents.configs:
+            self._submit(study.propose(config), pool)
         room = min(count, self.budget.trials - len(study.evaluated))
         while len(self.batch) < room and study.stop(self.budget) is None:
             known = next(self.first, None)
-            candidate = study.propose(known) if known is not None else study.ask(self._behind)
-            if candidate is not None:
-                source = render(self.spec, candidate.config)
-                self.batch.append((candidate, source, pool.submit(source)))
-                self.compiled.add(candidate.config)
+            self._submit(study.propose(known) if known is not None else study.ask(self._behind), pool)
         return bool(self.batch)
+
+    def _submit(self, candidate: Candidate | None, pool: CompilePool) -> None:
+        if candidate is not None:
+            source = render(self.spec, candidate.config)
+            self.batch.append((candidate, source, pool.submit(source)))
+            self.compiled.add(candidate.config)
 
     def _behind(self, config: Config) -> float | None:
         """The estimate for a config that is not worth a compile, or None."""
@@ -149,7 +168,7 @@ class KernelSearch:
         try:
             if self.stage == TRYING:
                 self._evaluate_batch(lane, stopping)
-            else:
+            elif not stopping():
                 self._play(lane)
         except BROKEN as failure:
             self.broken = str(failure)
@@ -184,13 +203,20 @@ class KernelSearch:
         if not isinstance(failure, BROKEN) and lane.undecided_in_a_row < IN_A_ROW:
             return True
         lane.undecided_in_a_row = 0
-        self.given_up = str(failure)
-        if not isinstance(failure, GpuMemoryError):
+        if isinstance(failure, GpuMemoryError):
+            self.given_up = str(failure)
+        else:
             self.broken = str(failure)
         return False
 
+    @property
+    def doubt(self) -> str:
+        """Why an incumbent could not be judged, so that nothing may take its place; empty if all were."""
+        undecided = self.study.undecided
+        return next((undecided[config] for config in self.incumbents.configs if config in undecided), "")
+
     def _play(self, lane: Lane) -> None:
-        """Play the final. A contender that fails is left out, and the others play again."""
+        """Play the final. A contender that fails is out, and the others play again."""
         contenders = [(config, source) for config, source, future in self.finalists if not _failed(future)]
         while contenders:
             try:
@@ -198,8 +224,14 @@ class KernelSearch:
             except ContenderFailed as failed:
                 if isinstance(failed.cause, BROKEN):
                     raise failed.cause from failed
-                del contenders[failed.index]
+                config, _ = contenders.pop(failed.index)
+                self.failed[config] = str(failed.cause)
                 continue
+            except (Undecided, ToolchainError) as failure:
+                if isinstance(failure, BROKEN):
+                    raise
+                self.given_up = f"the final could not be played: {failure}"
+                return
             if times is not None:
                 self.final = self._decided([config for config, _ in contenders], times)
             break
@@ -221,15 +253,18 @@ class KernelSearch:
             assert timed is not None
             samples = self.final.winner.samples_us
             return config, replace(timed, us=statistics.median(samples), samples_us=samples)
-        best = self.study.best
-        if best is None or best[1].provenance != MEASURED:
-            return best
-        assert best[1].us is not None
-        for config in self.incumbents.configs:
-            timed = self.study.evaluated.get(config)
-            if timed is not None and timed.us is not None and timed.us <= (1.0 + UNSURE) * best[1].us:
-                return config, timed
-        return best
+        timed_us = {config: us for config, us in self._timed().items() if config not in self.failed}
+        if not timed_us:
+            return None
+        best = min(timed_us, key=timed_us.__getitem__)  # the earlier one among equals
+        timed = self.study.evaluated[best]
+        if timed is not None and timed.provenance == MEASURED:
+            limit = (1.0 + UNSURE) * timed_us[best]
+            best = next(
+                (config for config in self.incumbents.configs if timed_us.get(config, limit + 1.0) <= limit), best
+            )
+        evaluation = self.study.evaluated[best]
+        return None if evaluation is None else (best, evaluation)
 
     def lookup_regret(self, winner: Config) -> float | None:
         """The time of what a lookup without the new entry gives, over the winner's, from the final."""
@@ -277,6 +312,8 @@ class KernelSearch:
         """Why the search ended without a winner."""
         if self.study.undecided:
             return [*self.study.undecided.values()][-1]
+        if self.failed:
+            return f"every config failed in the final: {[*self.failed.values()][-1]}"
         return "every config was rejected: " + (self.study.reasons or ["there is none"])[-1]
 
 

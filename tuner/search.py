@@ -348,10 +348,13 @@ class _Run:
             return  # another worker has it
         if search.broken:
             self._lose(lane, search.broken, active)
-            if not search.given_up and not self.fault:
+            if not self.fault:
                 search.broken = ""
+                if search.stage == TRYING:
+                    self._go_on(search)
                 active[family] = search, self._lanes()[0]
                 return
+            search.given_up = search.broken
         if not search.given_up and search.stage != OVER:
             self._go_on(search)
             active[family] = search, lane  # at the end of the queue
@@ -365,7 +368,7 @@ class _Run:
         if self.fault:
             return
         if any(spec not in self._rows for spec in specs):
-            active[family] = self._next(specs), lane
+            active[family] = self._next(specs), self._lanes()[0] if lane.lost else lane
         else:
             campaign.finished(family)
 
@@ -536,7 +539,11 @@ class _Run:
     def _close(self, search: KernelSearch, outcome: str, note: str) -> None:
         """Store the winner of a search and note the row."""
         spec, entry = search.spec, search.entry(self._environment)
-        if entry is None:
+        if entry is not None and search.doubt:
+            outcome, note, entry = UNFINISHED, f"what runs today could not be judged: {search.doubt}", None
+            self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
+            self.progress.notice("undecided", f"{spec}: {note}")
+        elif entry is None:
             outcome, note = FAILED, search.why_none()
             self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
         else:
