@@ -156,7 +156,10 @@ def tune(as_json: bool, **options: Any) -> None:
         sys.exit(INTERRUPTED)
     if run.result.fault:
         raise DoratuneError(run.result.fault)
-    if run.result.failed:
+    unfinished = run.result.count("unfinished") if not run.result.stopped else 0
+    if unfinished:
+        message(f"{unfinished} kernels could not be finished: the same command tries them again")
+    if run.result.failed or unfinished:
         sys.exit(1)
 
 

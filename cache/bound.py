@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .neighbours import Regret
 
@@ -22,9 +22,9 @@ LEVEL = 0.95
 """The share of lookups that lose no more than the bound."""
 LEAST_MEASURED = 5
 """With fewer samples there is no bound: the largest would have to be doubled, and more."""
-MARGIN = 1.25
-"""Leaving each spec of the recorded tables out in turn, the bound held for 94 % of them without this factor, for 96 %
-with it."""
+MARGIN = 2.0
+"""Leaving each spec of the recorded tables out in turn, the bound held for fewer than 95 % of them without this
+factor: of a dozen specs the worst one always exceeds what the others show."""
 MOST_LOSS = 10.0
 """A lookup that lost more counts as this much: a store may come from anybody."""
 LEAST_LOSS = 0.01
@@ -42,13 +42,26 @@ class Bound:
     loss: float | None
     measured: int
     gpus: tuple[str, ...]
+    unlike: bool = False
+    """Whether the choice is of another kind than what was measured: far from every entry, or built in."""
 
     def __str__(self) -> str:
         lookups = f"measured lookup{'' if self.measured == 1 else 's'} of {self.op}"
         on = f"on {' and '.join(self.gpus)}"
+        if self.unlike and self.measured:
+            return f"unknown: the {self.measured} {lookups} {on} are of shapes with entries near"
         if self.loss is not None:
             return f"≤ {math.ceil(100 * self.loss - 1e-9)} % ({100 * LEVEL:.0f} % of {self.measured} {lookups} {on})"
         return f"unknown: only {self.measured} {lookups} {on}" if self.measured else f"unknown: no {lookups} {on}"
+
+
+FAR_DISTANCE = 8.0
+"""Entries at a greater distance say nothing of the loss; see :func:`~.distance.distance`."""
+
+
+def without_neighbours(bound: Bound) -> Bound:
+    """The bound of a choice that no entry near supports: none, whatever was measured elsewhere."""
+    return replace(bound, loss=None, unlike=True)
 
 
 def bound_of(op: str, gpu: str, regrets: Iterable[Regret]) -> Bound:

@@ -20,13 +20,14 @@ and compiled again; ``explain`` names the version.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..codegen.spec import Config, KernelSpec
-from .bound import Bound, bound_of
+from .bound import FAR_DISTANCE, Bound, bound_of, without_neighbours
 from .distance import distance
 from .entry import DEFAULT, MEASURED, PREDICTED, Entry
 from .neighbours import Candidate, Regret
@@ -43,7 +44,8 @@ NEIGHBOURS, MORE = 8, 1000
 CARRIED = 4
 """The nearest entries of each GPU whose configs are also offered re-derived."""
 TEXTS_COMPARED = 4
-"""Entries of another template that one lookup renders at most: to compare a text takes some milliseconds."""
+"""Entries of another template that one lookup renders at most for each store: to compare a text takes some
+milliseconds. The limit is each store's own, so that the order of the stores does not matter."""
 REFUSALS_KEPT = 5
 """Refusals listed for each step; any further ones are only counted."""
 WEIGHED_KEPT = 5
@@ -209,9 +211,11 @@ def lookup(
         found = search.fetch(chosen)
         if found is not None or chosen.candidate is None:
             resolution = search.resolution(chosen.step, chosen.config, found)
+            if found is None or found.distance > FAR_DISTANCE:
+                bound = without_neighbours(bound)
             return replace(resolution, weighed=tuple(weighed[:WEIGHED_KEPT]), offers=_by_step(offers), bound=bound)
         del weighed[0]  # a writer has replaced its entry since
-    return replace(search.resolution("default", defaults[0], None), bound=bound)
+    return replace(search.resolution("default", defaults[0], None), bound=without_neighbours(bound))
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ class _Search:
         self.reproduces = reproduces
         self.trace: list[Refusal] = []
         self.refused: dict[str, int] = {}
-        self._texts_compared = 0
+        self._texts_compared: Counter[str] = Counter()
 
     def resolution(self, step: str, config: Config, found: _Found | None) -> Resolution:
         return Resolution(
@@ -351,8 +355,9 @@ class _Search:
 
     def _is_unchanged(self, store: Store, spec: KernelSpec) -> bool:
         """Whether the installed template, though another one, renders the text that was tuned for ``spec``."""
-        self._texts_compared += 1
-        entry = store.get(spec) if self._texts_compared <= TEXTS_COMPARED else None
+        if spec != self.spec:  # an exact entry is compared in any case
+            self._texts_compared[store.location] += 1
+        entry = store.get(spec) if self._texts_compared[store.location] <= TEXTS_COMPARED else None
         return entry is not None and self.reproduces(entry) is None
 
     def _refuse(self, step: str, spec: KernelSpec, store: str, reason: str) -> None:

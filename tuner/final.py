@@ -6,8 +6,9 @@ to :data:`CUT` standard deviations; what remains has a mean and a standard error
 mean exceeds both :data:`TIE` and the confidence interval (Student's t, :data:`DOUBT` on one side). Otherwise the two
 are tied.
 
-**The decision.** The winner is the first contender that no other one beats. The incumbents come first, so a challenger
-wins only where every incumbent is beaten, and ties go to the incumbent of the highest priority.
+**The decision.** The first incumbent, what runs today, stays unless another contender beats it. Then the winner is
+another incumbent that no contender beats and that is no slower than the first; else the first challenger that beats it
+and that no other contender beats. So ties go to the incumbent of the highest priority.
 """
 
 from __future__ import annotations
@@ -115,15 +116,22 @@ def decide(contenders: Sequence[Contender], *, settled: bool = True, notices: Se
 
 
 def _winner(samples: Sequence[Sequence[float]], incumbent: Sequence[bool]) -> int:
-    """The place of the first contender that no other one beats."""
+    """The place of the winner: the first incumbent unless it is beaten; else another unbeaten incumbent that is no
+    slower; else the first unbeaten challenger that beats it."""
     places = range(len(samples))
     beaten = [any(_compare(samples[a], samples[b]).beaten for b in places if b != a) for a in places]
     unbeaten = [place for place in places if not beaten[place]]
-    if any(incumbent[place] for place in unbeaten):
-        return next(place for place in unbeaten if incumbent[place])
-    # A challenger that is tied with an incumbent may be unbeaten while a third one beats that incumbent.
-    clear = [a for a in unbeaten if all(_compare(samples[b], samples[a]).beaten for b in places if incumbent[b])]
-    return (clear or [_fastest(samples)])[0]
+    first = next((place for place in places if incumbent[place]), None)
+    if first is None:
+        return (unbeaten or [_fastest(samples)])[0]
+    if not beaten[first]:
+        return first
+    better = [place for place in unbeaten if _compare(samples[first], samples[place]).beaten]
+    # Another incumbent that is tied with what beats the first one may be slower than the first one, if it is noisy.
+    others = [p for p in unbeaten if incumbent[p] and _compare(samples[p], samples[first]).mean <= 0.0]
+    standing = [place for place in places if incumbent[place] and place != first]
+    clear = [a for a in better if all(_compare(samples[b], samples[a]).beaten for b in standing if b != a)]
+    return (others or clear or better or [_fastest(samples)])[0]
 
 
 def _fastest(samples: Sequence[Sequence[float]]) -> int:

@@ -73,6 +73,7 @@ class KernelSearch:
         given_up: why the search cannot go on in this run, if so.
         broken: why nothing can be judged any more on this lane, if so.
         failed: the configs that failed in the final, with the reason. They do not win.
+        retried: whether incumbents that could not be judged were tried again.
         trials_here: how many configs this run has tried.
         rejected_here: why each of those that are rejected is out.
         compiled: the configs that the run has compiled for this kernel or another token bucket of its shape.
@@ -92,6 +93,7 @@ class KernelSearch:
     given_up: str = ""
     broken: str = ""
     failed: dict[Config, str] = field(default_factory=dict)
+    retried: bool = False
     trials_here: int = 0
     rejected_here: list[str] = field(default_factory=list)
     compiled: set[Config] = field(default_factory=set)
@@ -153,6 +155,7 @@ class KernelSearch:
     def begin_final(self, pool: CompilePool) -> None:
         """Choose who plays, and make sure that it is compiled: an earlier process may have timed it."""
         self.stage = FINAL
+        self.finalists.clear()
         timed = self._timed()
         incumbents = [config for config in self.incumbents.configs if config in timed]
         limit = FAR * min(timed.values(), default=0.0)
@@ -192,7 +195,7 @@ class KernelSearch:
                     return
             else:
                 self.study.accept(candidate, evaluation)
-                lane.undecided_in_a_row = 0
+                lane.undecided_in_a_row = lane.given_up_in_a_row = 0
             self.trials_here += 1
             lane.show(self)
 
@@ -203,17 +206,37 @@ class KernelSearch:
         if not isinstance(failure, BROKEN) and lane.undecided_in_a_row < IN_A_ROW:
             return True
         lane.undecided_in_a_row = 0
-        if isinstance(failure, GpuMemoryError):
-            self.given_up = str(failure)
-        else:
+        if isinstance(failure, BROKEN):
             self.broken = str(failure)
+            return False
+        self.given_up = str(failure)
+        if not isinstance(failure, GpuMemoryError):  # that kernel, or the lane: the next kernel shows it
+            lane.given_up_in_a_row += 1
+            if lane.given_up_in_a_row >= lane.patience:
+                self.broken = str(failure)
         return False
 
     @property
     def doubt(self) -> str:
-        """Why an incumbent could not be judged, so that nothing may take its place; empty if all were."""
-        undecided = self.study.undecided
-        return next((undecided[config] for config in self.incumbents.configs if config in undecided), "")
+        """Why an incumbent from a store could not be judged, so that nothing may take its place; empty if all were.
+
+        The built-in default is replaced all the same: then what was measured is better.
+        """
+        undecided, stored = (
+            self.study.undecided,
+            (config for config, step in self.incumbents.played if step != "default"),
+        )
+        return next((undecided[config] for config in stored if config in undecided), "")
+
+    def retry_incumbents(self) -> bool:
+        """Let incumbents that could not be judged be tried once more; return whether there are any."""
+        again = [config for config in self.incumbents.configs if config in self.study.undecided]
+        if self.retried or not again:
+            return False
+        self.retried = True
+        for config in again:
+            self.study.retry(config)
+        return True
 
     def _play(self, lane: Lane) -> None:
         """Play the final. A contender that fails is out, and the others play again."""
@@ -325,15 +348,23 @@ class Lane:
         show: called after each candidate, in the lane's thread.
         search: the search whose turn it is, None while the lane is idle.
         undecided_in_a_row: candidates that could not be judged since the last one that was.
+        given_up_in_a_row: kernels given up for that reason since the last candidate that could be judged; the lane is
+            lost with as many as its ``patience``: one if it is the only lane, where the run can only end.
         lost: why nothing can be judged here any more, empty while it can.
         busy_seconds: how long the evaluator worked, by the stage of the searches.
     """
 
-    def __init__(self, evaluator: Evaluator, show: Callable[[KernelSearch], None] = lambda search: None) -> None:
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        show: Callable[[KernelSearch], None] = lambda search: None,
+        patience: int = 1,
+    ) -> None:
         self.evaluator = evaluator
         self.show = show
         self.search: KernelSearch | None = None
-        self.undecided_in_a_row = 0
+        self.undecided_in_a_row = self.given_up_in_a_row = 0
+        self.patience = patience
         self.lost = ""
         self.busy_seconds = {TRYING: 0.0, FINAL: 0.0}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="doratune-lane")

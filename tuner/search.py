@@ -222,7 +222,8 @@ class _Run:
         self.budget, self.beside_budget, self.sister_budget = budgets
         self.storage, self.url, self.pool, self.binaries = storage, url, pool, binaries
         self.provenance = evaluators[0].provenance
-        self.lanes = [Lane(evaluator, self._show) for evaluator in evaluators]
+        patience = 1 if len(evaluators) == 1 else 2
+        self.lanes = [Lane(evaluator, self._show, patience) for evaluator in evaluators]
         self.stopped = self.fault = ""
         self.trials = 0
         self.rejected: Counter[str] = Counter()
@@ -348,13 +349,12 @@ class _Run:
             return  # another worker has it
         if search.broken:
             self._lose(lane, search.broken, active)
-            if not self.fault:
+            if not self.fault and not search.given_up:
                 search.broken = ""
-                if search.stage == TRYING:
-                    self._go_on(search)
+                self._go_on(search)
                 active[family] = search, self._lanes()[0]
                 return
-            search.given_up = search.broken
+            search.given_up = search.given_up or search.broken
         if not search.given_up and search.stage != OVER:
             self._go_on(search)
             active[family] = search, lane  # at the end of the queue
@@ -385,7 +385,9 @@ class _Run:
 
     def _go_on(self, search: KernelSearch) -> None:
         """Start what a search needs for its next turn."""
-        if search.batch or search.fill(self.pool, self.effort.batch):
+        if search.stage != TRYING or search.batch or search.fill(self.pool, self.effort.batch):
+            return
+        if search.retry_incumbents() and search.fill(self.pool, self.effort.batch):
             return
         search.study.finish(self.budget)
         search.begin_final(self.pool)

@@ -184,6 +184,11 @@ class KernelStudy:
         self._study.tell(candidate.trial, state=TrialState.FAIL)
         self.undecided[candidate.config] = reason  # and it stays pending, so that it is not proposed again
 
+    def retry(self, config: Config) -> None:
+        """Let a config that could not be judged be proposed again in this process."""
+        self.undecided.pop(config, None)
+        self._pending.discard(config)
+
     def suspect(self, candidate: Candidate) -> bool:
         """Note that a candidate was running when the GPU failed; return whether it was in an earlier process too.
 

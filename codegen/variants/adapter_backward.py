@@ -30,7 +30,7 @@ class AdapterBackwardRows(Variant):
                 self.name,
                 block_n=fit(block_n, spec.d_out, smallest=4),
                 block_r=fit(block_r, spec.rank),
-                num_warps=warps,
+                num_warps=min(warps, fit(block_n, spec.d_out, smallest=4) * fit(block_r, spec.rank) // 32),
                 num_stages=2,
             )
             for block_n, block_r, warps in (

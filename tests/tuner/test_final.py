@@ -314,3 +314,14 @@ def test_noise_alone_is_no_disturbance(noise: float, contenders: int) -> None:
     chance = random.Random(11)
     found = [find_disturbance(rounds_of([100.0] * contenders, noise, chance)(CHECK_ROUNDS)) for _ in range(SIMULATIONS)]
     assert sum(text is not None for text in found) <= 0.02 * SIMULATIONS
+
+
+def test_a_noisy_incumbent_that_is_slower_does_not_win_because_a_challenger_beats_the_first() -> None:
+    chance = random.Random(3)
+    slower = 0
+    for _ in range(200):
+        noise = {10.0: 0.002, 10.2: 0.03, 9.8: 0.002}
+        samples = {us: [us * math.exp(chance.gauss(0.0, sd)) for _ in range(8)] for us, sd in noise.items()}
+        first, second, challenger = contenders_of([samples[10.0], samples[10.2], samples[9.8]], incumbents=2)
+        slower += decide([first, second, challenger]).winner == second
+    assert slower <= 10  # 2 % slower, and known to 1 %

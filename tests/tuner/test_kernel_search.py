@@ -286,3 +286,44 @@ def test_a_kernel_under_evaluation_when_its_gpu_is_lost_is_tuned_on_the_other(tu
     assert len(seen) == 1
     assert result.fault == ""
     assert [row.outcome for row in result.rows][1:] == [TUNED, TUNED]
+
+
+def test_an_incumbent_that_could_not_be_judged_is_tried_once_more(tune: Tune, store: Store) -> None:
+    failures = iter([Undecided("killed from outside")])
+
+    def cost(spec: KernelSpec, config: Config) -> float:
+        error = next(failures, None) if config == INCUMBENT else None
+        if error is not None:
+            raise error
+        return steps_from(INCUMBENT)(spec, config)
+
+    result = tune(ONE, Finalist(cost), incumbents=ran_before(INCUMBENT))
+    assert result.rows[0].outcome == TUNED
+    assert result.rows[0].entry is not None
+    assert result.rows[0].entry.config == INCUMBENT
+
+
+def test_a_built_in_default_that_cannot_be_judged_hinders_nothing(tune: Tune) -> None:
+    default = default_config(ONE[0], GPU)
+
+    def cost(spec: KernelSpec, config: Config) -> float:
+        if config == default:
+            raise Undecided("out of memory")
+        return steps_from(FORWARD)(spec, config)
+
+    assert tune(ONE, Finalist(cost)).rows[0].outcome == TUNED
+
+
+def test_a_kernel_that_cannot_be_judged_costs_no_lane(tune: Tune) -> None:
+    poison = forward_spec(4096, 1024)
+
+    def cost(spec: KernelSpec, config: Config) -> float:
+        if spec == poison:
+            raise Undecided("killed from outside")
+        return steps_from(FORWARD)(spec, config)
+
+    specs = [poison, *(forward_spec(4096, d_out) for d_out in (2048, 4096, 8192))]
+    result = tune(specs, Finalist(cost), Finalist(cost), trials=8)
+    assert result.fault == ""
+    assert [row.outcome for row in result.rows] == [FAILED, TUNED, TUNED, TUNED]
+    assert "killed from outside" in result.rows[0].note
