@@ -112,7 +112,7 @@ def main() -> None:
     help="Stop the run after this time; the winners so far are kept.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Compile workers; one for each core by default.")
-@click.option("--device", metavar="DEVICE", help="The GPU to measure on, such as cuda:1.")
+@click.option("--device", metavar="DEVICES", help="The GPUs to measure on: cuda:1, or cuda:0,cuda:1, or all.")
 @store_option
 @click.option(
     "--study-storage",
