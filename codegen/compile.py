@@ -83,7 +83,10 @@ class CompiledKernel:
 
 @functools.lru_cache(maxsize=16)
 def _syntax(text: str) -> ast.Module:
-    return ast.parse(text)
+    try:
+        return ast.parse(text)
+    except SystemError:  # CPython 3.11 counts recursion in one place for all threads (python/cpython issue 106905)
+        return ast.parse(text)
 
 
 @functools.lru_cache(maxsize=16)
