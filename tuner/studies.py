@@ -2,8 +2,7 @@
 
 A study is sampled in memory; each finished trial is added to the storage in one transaction, so that a run killed at
 any moment leaves no half-made or running trials behind. A stored trial has the text of its config and not Optuna's
-parameters, which follow from it: each would cost three statements. (A study sampled through SQLite takes some 50 ms a
-trial; this one takes 4 ms, on PostgreSQL 6 ms and eleven round trips.)
+parameters, which follow from it: each would cost three statements.
 """
 
 from __future__ import annotations

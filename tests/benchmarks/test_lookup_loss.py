@@ -24,7 +24,7 @@ from doratune.codegen.spec import Config, KernelSpec
 
 TABLES = {gpu: read_tables(gpu) for gpu in recorded()}
 ALL = [table for tables in TABLES.values() for table in tables]
-MOST_MISSING = 0.35
+MOST_MISSING = 0.05
 """Share of the lookups whose config is not in a table, at most. These are told apart: their times are a neighbour's."""
 
 
@@ -53,6 +53,14 @@ def test_a_lookup_of_a_spec_that_was_never_measured_loses_little(gpu: str) -> No
         assert statistics.median(loss.regret for loss in found) <= 1.035, op
 
 
+@pytest.mark.xfail(strict=True, reason="the target is not reached: 1.125 and 1.404 on the H100's tables")
+@pytest.mark.parametrize("gpu", TABLES)
+def test_the_target_of_a_lookup_is_reached(gpu: str) -> None:
+    regrets = [loss.regret for found in lost(gpu).values() for loss in found if not loss.missing]
+    assert quantile(regrets, 0.95) <= 1.10
+    assert max(regrets) <= 1.20
+
+
 @pytest.mark.parametrize("gpu", TABLES)
 def test_the_printed_bound_holds_for_19_lookups_of_20(gpu: str) -> None:
     tables = {table.op: table for table in TABLES[gpu]}
@@ -70,29 +78,39 @@ def _small_models(spec: KernelSpec) -> bool:
     return spec.d_out in (896, 1152, 2048, 4864)
 
 
-@pytest.mark.parametrize("model", [_norms_of_llama, _small_models])
-@pytest.mark.parametrize("gpu", TABLES)
-def test_one_more_store_makes_hardly_a_lookup_slower(gpu: str, model: Callable[[KernelSpec], bool]) -> None:
-    """A store with the winners of one model in front: of the other specs few lose, and more gain."""
-    slower, faster, count = [], 0, 0
+@functools.cache
+def changes(gpu: str, model: Callable[[KernelSpec], bool]) -> list[float]:
+    """The times of the other specs' lookups with a store of one model's winners in front, over those without it."""
+    ratios = []
     for table in TABLES[gpu]:
         tuned = [entry for entry in winners(table) if model(entry.spec)]
         others: list[Entry] = [entry for entry in winners(table) if not model(entry.spec)]
         rest = replace(table, specs={spec: part for spec, part in table.specs.items() if not model(spec)})
         if not tuned or not rest.specs:
             continue
-        for before, after in zip(
-            losses(rest, [others], fitting()), losses(rest, [tuned, others], fitting()), strict=True
-        ):
-            if not before.missing and not after.missing:
-                count += 1
-                ratio = after.regret / before.regret
-                faster += ratio < 1 / 1.02
-                if ratio > 1.02:
-                    slower.append((ratio, after))
-    assert count > 30
-    assert len(slower) <= max(0.08 * count, 6)
-    assert max((ratio for ratio, _ in slower), default=1.0) <= 1.25
+        alone, behind = losses(rest, [others], fitting()), losses(rest, [tuned, others], fitting())
+        ratios += [
+            after.regret / before.regret
+            for before, after in zip(alone, behind, strict=True)
+            if not before.missing and not after.missing
+        ]
+    return ratios
+
+
+@pytest.mark.parametrize("model", [_norms_of_llama, _small_models])
+@pytest.mark.parametrize("gpu", TABLES)
+def test_one_more_store_makes_few_lookups_slower(gpu: str, model: Callable[[KernelSpec], bool]) -> None:
+    ratios = changes(gpu, model)
+    assert len(ratios) > 30
+    assert sum(ratio > 1.02 for ratio in ratios) <= max(0.08 * len(ratios), 6)
+    assert max(ratios) <= 1.25
+
+
+@pytest.mark.xfail(strict=True, reason="the target is not reached: some lookups lose more than 2 %")
+@pytest.mark.parametrize("gpu", TABLES)
+def test_one_more_store_makes_no_lookup_slower(gpu: str) -> None:
+    ratios = [*changes(gpu, _norms_of_llama), *changes(gpu, _small_models)]
+    assert max(ratios) <= 1.02
 
 
 def test_the_shipped_fit_is_that_of_the_committed_tables() -> None:
