@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import nn as nn
     from .integrations.peft import accelerate as accelerate
     from .integrations.peft import restore as restore
+    from .integrations.prepare import prepare as prepare
     from .nn.functional import dora_linear as dora_linear
     from .nn.functional import weight_norm as weight_norm
     from .runtime.loader import Kernel as Kernel
@@ -25,6 +26,7 @@ _HOMES = {
     "dora_linear": "nn.functional",
     "explain": "runtime.loader",
     "load_kernel": "runtime.loader",
+    "prepare": "integrations.prepare",
     "restore": "integrations.peft",
     "weight_norm": "nn.functional",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "explain",
     "load_kernel",
     "nn",
+    "prepare",
     "restore",
     "weight_norm",
 ]

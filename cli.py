@@ -1,67 +1,36 @@
-"""The command line: parse, call, print. :mod:`.console` says how results are printed and failures end a command."""
+"""The command line: parse, call, print. :mod:`.terminal.console` prints results and ends failed commands."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 from .benchmarks.commands import bench
-from .console import Group, json_option, message, print_json, print_table
-from .errors import DoratuneError, UsageError, near_names
-
-if TYPE_CHECKING:
-    from .cache.store import Store
-
-    _TextType = click.ParamType[str]
-else:
-    _TextType = click.ParamType  # a generic class since click 8.4
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
-
-class _Dtype(_TextType):
-    name = "dtype"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from .codegen.ops import DTYPE_BYTES
-
-        names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-        name = names.get(str(value).lower(), str(value).lower())
-        if name not in DTYPE_BYTES:
-            self.fail(f"unsupported dtype {value!r}; use one of {', '.join(DTYPE_BYTES)}", param, ctx)
-        return name
-
-
-config_option = click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A Hugging Face config.json (or its folder) instead of a known model.",
+from .cache_commands import cache
+from .errors import DoratuneError, UsageError
+from .report.command import report as report_command
+from .terminal.console import (
+    Dtype,
+    Group,
+    LocationText,
+    Seconds,
+    config_option,
+    jobs_range,
+    json_option,
+    line,
+    message,
+    print_json,
+    print_table,
+    rank_range,
+    store_option,
+    trust_option,
 )
-store_option = click.option(
-    "--store", metavar="PATH|URL", help="A store to use: a SQLite file, or sqlite:///… or postgresql://…"
-)
-
-
-@contextmanager
-def _stores(named: str | None) -> Iterator[list[Store]]:
-    """The stores that a lookup asks, or the one named, open for reading."""
-    from .cache.stack import open_stack
-    from .cache.store import Store
-
-    stores = open_stack() if named is None else [Store.open(named, readonly=True)]
-    try:
-        yield stores
-    finally:
-        for store in stores:
-            store.close()
+from .terminal.interrupts import INTERRUPTED
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,6 +42,7 @@ def main() -> None:
     doratune tune --model llama-8b               tune every kernel of a model
     doratune emit SPEC                           print a kernel's source
     doratune explain SPEC                        say which kernel would run, and why
+    doratune report --open                       show what was tuned, as a page
     """
 
 
@@ -80,12 +50,23 @@ def main() -> None:
 @click.option("--model", metavar="NAME", help="A known model, such as llama-8b; see `doratune models`.")
 @config_option
 @click.option(
+    "--spec", "specs", multiple=True, metavar="SPEC", help="Only this kernel, instead of a model's; repeatable."
+)
+@click.option(
+    "--specs",
+    "spec_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Only the kernels listed in FILE, or on standard input if it is -: one spec a line.",
+)
+@click.option(
     "--rank", "ranks", type=int, multiple=True, default=(384,), show_default=True, help="Adapter rank; repeatable."
 )
 @click.option(
-    "--dtype", type=_Dtype(), default="bf16", show_default=True, help="Of weights and activations: bf16, fp16, fp32."
+    "--dtype", type=Dtype(), default="bf16", show_default=True, help="Of weights and activations: bf16, fp16, fp32."
 )
-@click.option("--adapter-dtype", type=_Dtype(), help="Of A and B; as --dtype by default. PEFT keeps adapters in fp32.")
+@click.option("--weight", metavar="FORMAT", help="How a quantised W is stored: nf4, nf4.nested, int8, hqq4.128, fp8, …")
+@click.option("--adapter-dtype", type=Dtype(), help="Of A and B; as --dtype by default. PEFT keeps adapters in fp32.")
 @click.option("--autocast", is_flag=True, help="Round fp32 adapters to --dtype, as torch.autocast does; else exact.")
 @click.option("--op", "ops", multiple=True, metavar="OP", help="Only this operation; repeatable.")
 @click.option("--tokens", type=int, multiple=True, help="Only this token count's bucket; repeatable.")
@@ -107,15 +88,16 @@ def main() -> None:
 @click.option("--trials", type=int, help="Configurations to try for each kernel, instead of the effort's number.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     metavar="SECONDS",
     help="Stop the run after this time; the winners so far are kept.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Compile workers; one for each core by default.")
+@click.option("--jobs", type=jobs_range, help="Compile workers; one for each core by default.")
 @click.option("--device", metavar="DEVICES", help="The GPUs to measure on: cuda:1, or cuda:0,cuda:1, or all.")
 @store_option
 @click.option(
     "--study-storage",
+    type=LocationText(),
     metavar="PATH|URL",
     help="Optuna storage for the searches: a SQLite file or a URL; a file beside the user's store by default.",
 )
@@ -124,14 +106,18 @@ def main() -> None:
 )
 @json_option
 def tune(as_json: bool, **options: Any) -> None:
-    """Tune the kernels that DoRA on a model's linear projections needs, and store the winners.
+    """Tune the kernels that DoRA on a model's linear projections needs, or listed ones, and store the winners.
 
     Stopping it, by Ctrl-C for instance, loses at most the running trials: the same command continues, and finished
     kernels are not searched again.
     """
     from .tuner.models import requested_model
 
-    model = requested_model(options["model"], options["config"])  # read while PyTorch is imported here
+    listed = bool(options["specs"]) or options["spec_file"] is not None
+    if listed:
+        _refuse_given(_OF_A_MODEL, "leave it out: a spec says all of its kernel")
+    # A model is read while PyTorch is imported here.
+    model = None if listed else requested_model(options["model"], options["config"])
 
     from .tuner.gain import gains_of
     from .tuner.progress import standard_error_progress
@@ -140,17 +126,17 @@ def tune(as_json: bool, **options: Any) -> None:
 
     run = tune_model(Request(**options), standard_error_progress(), model)
     if as_json:
-        print_json(report(run.result, model=run.model, gpu=run.gpu.slug, store=run.store))
+        print_json(report(run.result, name=run.name, model=run.model, gpu=run.gpu.slug, store=run.store))
     else:
         entries = [row.entry for row in run.result.rows if row.entry is not None]
-        print_table(report_table(entries, model=run.model.name, gpu=run.gpu.slug))
+        print_table(report_table(entries, name=run.name, gpu=run.gpu.slug))
         gains = gains_of(run.result.tuned)
         if gains.moved:
             print_table(gains_table(gains))
     for row in run.result.failed:
         message(f"failed: {row.spec}: {row.note}")
-    for line in closing_lines(run.result):
-        message(line)
+    for closing in closing_lines(run.result):
+        message(closing)
     message(run.summary())
     if run.result.stopped == "interrupt":
         sys.exit(INTERRUPTED)
@@ -161,6 +147,18 @@ def tune(as_json: bool, **options: Any) -> None:
         message(f"{unfinished} kernels could not be finished: the same command tries them again")
     if run.result.failed or unfinished:
         sys.exit(1)
+
+
+_OF_A_MODEL = ("model", "config", "ranks", "dtype", "weight", "adapter_dtype", "autocast", "ops", "tokens")
+"""The parameters of ``tune`` that say which kernels of a model are meant."""
+
+
+def _refuse_given(names: tuple[str, ...], remedy: str) -> None:
+    """Refuse an option of the running command that was given beside ``--spec`` or ``--specs``."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in names and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
+            raise UsageError(f"{option.opts[0]} means nothing beside --spec and --specs; {remedy}")
 
 
 @main.command()
@@ -195,8 +193,9 @@ def emit(spec: str, config: str | None, store: str | None, as_json: bool) -> Non
 @main.command()
 @click.argument("spec")
 @store_option
+@trust_option
 @json_option
-def explain(spec: str, store: str | None, as_json: bool) -> None:
+def explain(spec: str, store: str | None, trusted: tuple[str, ...], as_json: bool) -> None:
     """Say which config would run for SPEC, which step of the lookup found it, what was refused on the way, whether a
     store has the binary or it must be compiled, and what was upgraded since the entry was measured."""
     from .codegen.spec import KernelSpec
@@ -204,7 +203,7 @@ def explain(spec: str, store: str | None, as_json: bool) -> None:
     from .runtime.present import changes_since, upgrade_warning
 
     wanted = KernelSpec.parse(spec)
-    resolution, _, binaries = resolve_binaries(wanted, store)
+    resolution, _, binaries = resolve_binaries(wanted, store, trusted)
     if as_json:
         entry = resolution.entry
         print_json(
@@ -268,166 +267,131 @@ def models(config: Path | None, as_json: bool) -> None:
             message(f"note: {note}")
 
 
+_local_path = click.Path(path_type=Path)
+
+
 @main.command()
+@click.option("--model", metavar="NAME", help="Also a known model's kernels and layers; see `doratune models`.")
+@click.option(
+    "--config", type=_local_path, metavar="FILE", help="Also those of a Hugging Face config.json (or its folder)."
+)
+@click.option("--adapter", type=_local_path, metavar="DIR", help="Also an adapter: a folder of PEFT's, or one file.")
+@click.option(
+    "--checkpoint",
+    type=_local_path,
+    metavar="DIR",
+    help="Also a model's weights in safetensors; with --adapter, the adapter is compared with them.",
+)
+@click.option("--gpu", default="auto", show_default=True, metavar="NAME", help="The GPU of the model's kernels.")
+@click.option(
+    "--rank",
+    "ranks",
+    type=rank_range,
+    multiple=True,
+    default=(384,),
+    show_default=True,
+    help="Adapter rank; repeatable.",
+)
 @store_option
 @json_option
-def doctor(store: str | None, as_json: bool) -> None:
-    """Say which versions, GPUs, C compiler and stores are here, and whether they are tested. Exit code 1 if something
-    keeps doratune from working."""
-    from .doctor import BROKEN, examine, findings_table
+def doctor(
+    model: str | None,
+    config: Path | None,
+    adapter: Path | None,
+    checkpoint: Path | None,
+    gpu: str,
+    ranks: tuple[int, ...],
+    store: str | None,
+    as_json: bool,
+) -> None:
+    """Say what is here, whether it is tested, and what is wrong: versions, GPUs, C compiler, stores.
 
-    findings = examine(store)
+    With a model also: which of its kernels the stores have, and what `accelerate` would do with its layers. Of an
+    adapter or a checkpoint on disk: its faults, each with the remedy. No weights are loaded, and no code that comes
+    with a model is run.
+
+    Exit code 1 if something keeps doratune from working, or if training or serving would go wrong.
+    """
+    from .adapters.fault import goes_wrong
+    from .doctor import BROKEN, examine, examine_files, faults_table, findings_table, model_tables
+    from .tuner.examine_model import examine_model
+
+    files, faults = examine_files(adapter, checkpoint)
+    report = examine_model(model, config, gpu=gpu, ranks=ranks, store=store) if model or config else None
+    findings = [*examine(store), *files]
     if as_json:
-        print_json({"findings": [vars(finding) for finding in findings]})
+        print_json(
+            {
+                "findings": [vars(finding) for finding in findings],
+                "faults": [fault.values() for fault in faults],
+                "model": report.values() if report else None,
+            }
+        )
     else:
         print_table(findings_table(findings))
-    if any(finding.verdict == BROKEN for finding in findings):
+        for table in model_tables(report) if report else []:
+            print_table(table)
+        if report and report.kernels:
+            message(report.summary())
+        for note in report.notes if report else ():
+            message(f"note: {note}")
+        if faults:
+            print_table(faults_table(faults))
+    if goes_wrong(faults) or any(finding.verdict == BROKEN for finding in findings):
         raise click.exceptions.Exit(1)
 
 
-@main.group()
-def cache() -> None:
-    """Inspect the stores of tuned kernels."""
-
-
-@cache.command("path")
-@store_option
+@main.command()
+@click.argument("source", type=_local_path)
+@click.argument("target", type=_local_path)
+@click.option("--to", metavar="FORMAT", help="peft or trtllm (TARGET is a folder), or lycoris (TARGET is a file).")
+@click.option("--merge", type=_local_path, metavar="CHECKPOINT", help="Merge into a copy of this model's weights.")
+@click.option("--from", "format", metavar="FORMAT", help="SOURCE's format, where its tensors do not say it: trtllm.")
+@click.option(
+    "--checkpoint",
+    type=_local_path,
+    metavar="DIR",
+    help="The adapter's base model, for formats that need its norms (trtllm) or its layers' names (lycoris).",
+)
+@click.option("--prefix", default="lycoris", show_default=True, help="Before the names of layers, to lycoris.")
 @json_option
-def cache_path(store: str | None, as_json: bool) -> None:
-    """Print the stores that a lookup asks, in order."""
-    from .cache.stack import stack_places
+def convert(
+    source: Path,
+    target: Path,
+    to: str | None,
+    merge: Path | None,
+    format: str | None,
+    checkpoint: Path | None,
+    prefix: str,
+    as_json: bool,
+) -> None:
+    """Convert the DoRA adapter SOURCE into another trainer's format, or merge it into its model's weights.
 
-    places = stack_places(store)
-    if as_json:
-        print_json(
-            {"stores": [{"location": str(place).rsplit(" (", 1)[0], "origin": place.origin} for place in places]}
-        )
-    else:
-        for place in places:
-            click.echo(str(place))
-
-
-@cache.command("ls")
-@click.option("--op", metavar="OP", help="Only this operation.")
-@click.option("--gpu", metavar="NAME", help="Only this GPU.")
-@store_option
-@json_option
-def cache_ls(op: str | None, gpu: str | None, store: str | None, as_json: bool) -> None:
-    """List the entries of every store, or of one."""
-    from .codegen.gpu import find_gpu
-    from .codegen.ops import OPS
-    from .tuner.report import entries_of, entries_table, row_of
-
-    if op is not None and op not in OPS:
-        raise UsageError(f"unknown operation {op!r}{near_names(op, OPS)} (known: {', '.join(OPS)})")
-    slug = None if gpu is None else find_gpu(gpu).slug
-    with _stores(store) as stores:
-        found = [entry for opened in stores for entry in entries_of(opened, op=op, gpu=slug)]
-    if as_json:
-        print_json({"rows": [{"store": one.store, **row_of(one.entry), "binaries": one.made_for} for one in found]})
-    else:
-        print_table(entries_table(found))
-        message(f"{len(found)} entries")
-
-
-@cache.command("show")
-@click.argument("spec")
-@click.option("--source", is_flag=True, help="Print the emitted source that was tuned.")
-@store_option
-@json_option
-def cache_show(spec: str, source: bool, store: str | None, as_json: bool) -> None:
-    """Show the stored entry of SPEC in each store that has one."""
-    from .codegen.spec import KernelSpec
-    from .tuner.report import StoredEntry, final_table
-
-    wanted = KernelSpec.parse(spec)
-    with _stores(store) as stores:
-        found = [
-            StoredEntry(opened.location, entry, opened.binary_keys(entry.code_digest))
-            for opened in stores
-            if (entry := opened.get(wanted)) is not None
-        ]
-    if not found:
-        raise DoratuneError(f"no store has an entry for {wanted}; `doratune explain` says what would run instead")
-    if as_json:
-        print_json({"entries": [one.values() for one in found]})
-        return
-    for one in found:
-        for name, value in one.facts().items():
-            click.echo(f"{name:16} {'-' if value in (None, '') else value}")
-        for key in one.binaries:
-            click.echo(f"{'binary':16} {key.kernel}, Triton {key.triton}, {key.architecture}")
-        if one.entry.final is not None:
-            print_table(final_table(one.entry.final))
-        if source:
-            click.echo(f"\n{one.entry.source}", nl=False)
-
-
-@cache.command("prune")
-@click.option("--other-triton", is_flag=True, help="Also the binaries of other Triton versions than the installed one.")
-@store_option
-@json_option
-def cache_prune(other_triton: bool, store: str | None, as_json: bool) -> None:
-    """Delete the binaries that no entry refers to, from your own store or the one named."""
-    from importlib.metadata import version
-
-    from .cache.stack import user_store_path
-    from .cache.store import Store
-
-    with Store.open(store or user_store_path()) as opened:
-        count = opened.prune_binaries(triton=version("triton") if other_triton else None)
-        if as_json:
-            print_json({"store": opened.location, "pruned": count})
-        else:
-            click.echo(f"{count} binaries deleted from {opened.location}")
-
-
-@cache.command("drift")
-@click.option("--op", metavar="OP", help="Only this operation.")
-@click.option("--gpu", default="auto", show_default=True, metavar="NAME", help="The GPU here; others are refused.")
-@click.option("--device", metavar="DEVICE", help="The GPU to measure on, such as cuda:1.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Compile workers; one for each core by default.")
-@click.option("--all", "everything", is_flag=True, help="Also winners that were measured under the present versions.")
-@click.option("--apply", is_flag=True, help="Store the results: new winners, and the present versions of the others.")
-@click.option("--check", is_flag=True, help="Exit with code 1 if a winner is no longer the fastest.")
-@store_option
-@json_option
-def cache_drift(as_json: bool, check: bool, **options: Any) -> None:
-    """Measure your winners again after an upgrade, each against the configs that it beat.
-
-    Of your own store or the one named, the winners for the GPU here are measured whose Triton, PyTorch, driver, GPU
-    name or template differs from the present one. Without --apply nothing is written. A run with --apply that was
-    stopped continues where it was.
-
-    \b
-    Exit code 0: measured, whatever moved.
-    Exit code 1: a winner is broken (does not compile, is inaccurate) and stays in the store, or one could not be read
-    or measured; with --check, also if a winner moved and that was not applied.
+    TARGET must not exist; SOURCE and CHECKPOINT stay as they are. The result is compared with SOURCE on random inputs
+    before it gets its name. Give one of --to and --merge.
     """
-    from .tuner.drift_report import BROKEN, UNJUDGED, drift_table
-    from .tuner.drift_store import DriftRequest, drift_store
-    from .tuner.progress import standard_error_progress
+    if (to is None) == (merge is None):
+        raise UsageError("name either a format (--to peft) or the checkpoint to merge into (--merge DIR)")
+    if to is not None:
+        from .adapters.convert import convert as convert_adapter
 
-    result = drift_store(DriftRequest(**options), standard_error_progress("measuring"))
+        done = convert_adapter(source, target, to=to, format=format, checkpoint=checkpoint, prefix=prefix)
+        values, text = done.values(), done.describe()
+    else:
+        from .adapters.merge import merge as merge_adapter
+
+        assert merge is not None
+        merged = merge_adapter(source, merge, target, format=format)
+        values, text = merged.values(), merged.describe()
     if as_json:
-        print_json(result.values())
-    elif result.rows:
-        print_table(drift_table(result.rows))
-    for row in result.rows:
-        if row.outcome in (BROKEN, UNJUDGED):
-            message(f"{row.outcome}: {row.entry.spec}: {row.notes[0]}")
-    for problem in result.damaged:
-        message(f"damaged: {problem}")
-    message(result.summary())
-    if result.stopped == "interrupt":
-        sys.exit(INTERRUPTED)
-    if result.fault:
-        raise DoratuneError(result.fault)
-    if result.failed or (check and result.outdated):
-        sys.exit(1)
+        print_json(values)
+    else:
+        line(text)
 
 
 main.add_command(bench)
+main.add_command(cache)
+main.add_command(report_command)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import functools
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,18 +20,27 @@ import torch
 from torch import nn
 
 from ..errors import DoratuneError, UsageError
+from ..runtime.device import find_device
 from ..tuner.timing import no_collection
+from .axolotl import Axolotl
 from .dorafactors import Dorafactors
+from .fused import FusedFunctions
+from .intervals import LEAST_ROUNDS, interval
 from .measuring import allocated_bytes, check_names, left_out, peak_mb
-from .results import OURS, Row, timing
+from .quantised import held_tensors
+from .results import COMPILED, OURS, Row, timing
+from .unsloth import Unsloth
 
-COMPILED = "_compiled"
 TRACKED = f"{OURS}_tracked"
 """doratune with the norm kept from one forward pass to the next: the user's choice, so it runs only if named."""
 OPS = ("step", "inference")
+AXOLOTL_LORA, AXOLOTL_DORA, UNSLOTH_LORA = "axolotl_lora", "axolotl_dora", "unsloth_lora"
 IMPLEMENTATIONS = (
     "peft_lora",
+    AXOLOTL_LORA,
+    UNSLOTH_LORA,
     "peft_dora",
+    AXOLOTL_DORA,
     "dorafactors",
     OURS,
     TRACKED,
@@ -39,8 +48,18 @@ IMPLEMENTATIONS = (
     f"peft_dora{COMPILED}",
     f"{OURS}{COMPILED}",
 )
-STOCK = "peft_dora"
-"""The implementation whose results the others are compared with."""
+FUSED = {AXOLOTL_LORA: "axolotl", AXOLOTL_DORA: "axolotl", UNSLOTH_LORA: "unsloth"}
+"""Implementations whose unit is an attention or an MLP, and their project: a single linear layer cannot run them."""
+STOCK, STOCK_LORA = "peft_dora", "peft_lora"
+"""The implementations whose results the others of DoRA, and of LoRA, are compared with."""
+AXOLOTL_RANK = 64
+"""axolotl's norm kernel is unrolled over the rank. Beyond this rank it compiles for minutes and runs only if named."""
+
+WARM_UPS = 3
+MOST_WARM_UPS = 10
+SETTLED = 1.25
+"""Calls before the clock: at least three, and on a GPU until one takes at most so many times the fastest before it,
+since kernels may be compiled in any of the first calls."""
 
 SLEEP_CYCLES_PER_SECOND = 2e9
 """About a GPU's clock rate: its queue must be held up for long enough, not exactly."""
@@ -67,6 +86,31 @@ class Mode:
 MODES = {"autocast": Mode("fp32", True), "bf16": Mode("bf16", False)}
 
 
+@dataclass(frozen=True)
+class Peers:
+    """Other projects' code that takes part: what is given by path, and Liger's kernels."""
+
+    dorafactors: Dorafactors | None = None
+    axolotl: Axolotl | None = None
+    unsloth: Unsloth | None = None
+    liger: bool = False
+    """Whether Liger's kernels are in the model; MLPs that no contender runs itself get Liger's SwiGLU."""
+
+    def has(self, name: str) -> bool:
+        """Whether the implementation ``name`` can run, as far as it needs one of them."""
+        plain = name.removesuffix(COMPILED)
+        if plain == "dorafactors":
+            return self.dorafactors is not None
+        return plain not in FUSED or self.fused(plain) is not None
+
+    def fused(self, name: str) -> FusedFunctions | None:
+        """The functions that the implementation ``name`` of :data:`FUSED` runs."""
+        return self.axolotl if FUSED[name] == "axolotl" else self.unsloth
+
+
+NO_PEERS = Peers()
+
+
 @dataclass
 class Contender:
     """One implementation: its name and the modules to call."""
@@ -86,7 +130,7 @@ class Sample:
     def columns(self) -> Row:
         """The fields of a row."""
         cpu = sorted(self.cpu_us)[len(self.cpu_us) // 2]
-        return {**timing(self.us), "cpu_us": cpu, "floor_us": None, "peak_mb": self.peak_mb}
+        return {**timing(self.us), "rounds": len(self.us), "cpu_us": cpu, "floor_us": None, "peak_mb": self.peak_mb}
 
 
 def chosen_modes(text: str) -> dict[str, Mode]:
@@ -98,23 +142,22 @@ def chosen_modes(text: str) -> dict[str, Mode]:
     return {name: MODES[name] for name in _chosen(text.split(","), MODES, "mode")}
 
 
-def chosen_implementations(names: Collection[str], dorafactors: Dorafactors | None, compiled: bool) -> list[str]:
-    """The implementations named, or all that can run: dorafactors if it is given, compiled ones if ``compiled``.
+def chosen_implementations(
+    names: Collection[str], peers: Peers, compiled: bool, known: Collection[str] = IMPLEMENTATIONS
+) -> list[str]:
+    """The implementations named, or those of ``known`` that can run: peers if given, compiled ones if ``compiled``.
 
     Raises:
-        UsageError: an unknown name, or dorafactors without a checkout.
+        UsageError: an unknown name, or one of a peer that is not given.
     """
-    if "dorafactors" in names and dorafactors is None:
+    if "dorafactors" in names and peers.dorafactors is None:
         raise UsageError("--impl dorafactors needs --peer-path, a checkout of sockeye44/dorafactors")
+    for name, project in FUSED.items():
+        if name in names and name in known and peers.fused(name) is None:
+            raise UsageError(f"--impl {name} needs --{project}-path, a checkout of {project} or its unpacked wheel")
     if names:
-        return _chosen(names, IMPLEMENTATIONS, "implementation")
-    return [
-        name
-        for name in IMPLEMENTATIONS
-        if (compiled or not name.endswith(COMPILED))
-        and (name != "dorafactors" or dorafactors is not None)
-        and name != TRACKED
-    ]
+        return _chosen(names, known, "implementation")
+    return [name for name in known if (compiled or not name.endswith(COMPILED)) and peers.has(name) and name != TRACKED]
 
 
 def _chosen(names: Iterable[str], known: Collection[str], kind: str) -> list[str]:
@@ -127,14 +170,14 @@ def bench_device(name: str | None) -> torch.device:
     """The device to measure on; the CPU only if named, since its times say nothing about a GPU.
 
     Raises:
-        UsageError: there is no GPU and the CPU was not named.
+        UsageError: there is no GPU and the CPU was not named, or no such device.
     """
     if name is None and not torch.cuda.is_available():
         raise UsageError(
             "this benchmark needs a GPU and PyTorch sees none; --device cpu tries the command out on a small --config, "
             "without meaning in its times"
         )
-    return torch.device(name or "cuda")
+    return find_device(name or "cuda")
 
 
 def with_dora(model: nn.Module, mode: Mode, *, rank: int, targets: Sequence[str], seed: int = 0) -> nn.Module:
@@ -155,6 +198,9 @@ def with_dora(model: nn.Module, mode: Mode, *, rank: int, targets: Sequence[str]
     device = next(model.parameters()).device
     with device:  # adapters are made where they stay
         adapted: nn.Module = get_peft_model(shared_copy(model), config, autocast_adapter_dtype=mode.autocast)
+    if mode.adapter == "bf16":  # beside codes, which are integers, PEFT makes them fp32
+        for parameter in adapted.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -166,47 +212,75 @@ def with_dora(model: nn.Module, mode: Mode, *, rank: int, targets: Sequence[str]
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules of ``model`` that shares its parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """A copy of the modules of ``model`` that shares its tensors."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *held_tensors(model))}
     return copy.deepcopy(model, shared)
 
 
-def contenders(
-    names: Collection[str], adapted: nn.Module, dorafactors: Dorafactors | None, notes: list[str]
-) -> list[Contender]:
+def contenders(names: Collection[str], adapted: nn.Module, peers: Peers, notes: list[str]) -> list[Contender]:
     """The implementations ``names`` over the parameters of ``adapted``; a note says which are not available."""
     found = []
     for name in names:
         try:
-            found.append(contender(name, adapted, dorafactors))
+            found.append(contender(name, adapted, peers))
         except (ImportError, DoratuneError) as error:
             notes.append(f"{name} left out: {error}")
+        except RuntimeError as failure:  # no memory, or no way to compile: the others continue
+            notes.append(left_out(name, failure))
     return found
 
 
-def contender(name: str, adapted: nn.Module, dorafactors: Dorafactors | None) -> Contender:
+def in_time(running: Iterable[Contender], until: float | None, notes: list[str], case: str) -> Iterator[Contender]:
+    """The contenders whose turn comes before the second ``until`` of the monotonic clock; a note names the others."""
+    for one in running:
+        if until is not None and time.monotonic() >= until:
+            notes.append(f"{case}: {one.name} left out: the time was up before its turn")
+        else:
+            yield one
+
+
+def contender(name: str, adapted: nn.Module, peers: Peers = NO_PEERS) -> Contender:
     """The implementation ``name`` over the parameters of a PEFT model with DoRA adapters.
 
-    PEFT's LoRA is the same layers with the same A and B without the variant that makes them DoRA.
+    LoRA is the same layers with the same A and B without the variant and the magnitude that make them DoRA.
     """
     model = shared_copy(adapted)
-    plain = name.removesuffix(COMPILED)
-    if plain == "peft_lora":
-        for module in model.modules():
-            getattr(module, "lora_variant", {}).clear()
-    elif plain == "dorafactors":
-        assert dorafactors is not None
-        dorafactors.activate(model)
-    elif plain in (OURS, TRACKED):
-        from .. import accelerate
-
-        with contextlib.redirect_stdout(sys.stderr):  # its report; standard output is for results
-            accelerate(model, norm_reuse="tracked" if plain == TRACKED else "auto")
+    activate(name.removesuffix(COMPILED), model, peers)
     if not name.endswith(COMPILED):
         return Contender(name, model)
     # Every implementation compiles the same functions of PEFT again: with the default limit the last would run eagerly.
     torch._dynamo.config.recompile_limit = 64
     return Contender(name, torch.compile(model, dynamic=False))  # type: ignore[arg-type]
+
+
+def activate(name: str, model: nn.Module, peers: Peers = NO_PEERS) -> None:
+    """Make a PEFT model with DoRA adapters run the implementation ``name``, in place."""
+    if is_lora(name):
+        for module in model.modules():
+            getattr(module, "lora_variant", {}).clear()
+            if hasattr(module, "lora_magnitude_vector"):
+                module.lora_magnitude_vector = nn.ModuleDict()
+    if name in FUSED:
+        functions = peers.fused(name)
+        assert functions is not None
+        functions.activate(model)
+    elif name == "dorafactors":
+        assert peers.dorafactors is not None
+        peers.dorafactors.activate(model)
+    elif name in (OURS, TRACKED):
+        from .. import accelerate
+
+        with contextlib.redirect_stdout(sys.stderr):  # its report; standard output is for results
+            accelerate(model, norm_reuse="tracked" if name == TRACKED else "auto")
+    if peers.liger:
+        from .liger import add_swiglu
+
+        add_swiglu(model)
+
+
+def is_lora(name: str) -> bool:
+    """Whether an implementation is one of plain LoRA."""
+    return "lora" in name.split("_")
 
 
 def measure(
@@ -218,14 +292,18 @@ def measure(
     device: torch.device,
     hide_host: bool,
     notes: list[str],
+    most_warm_ups: int = MOST_WARM_UPS,
+    until: float | None = None,
 ) -> dict[str, Sample]:
-    """Time ``call`` on each contender's model in turn, after two calls to warm up and one for its peak memory.
+    """Time ``call`` on each contender's model in turn, after calls to warm up and one for its peak memory.
 
     Each round has an order of its own, the same in every run.
 
     ``before`` runs ahead of every call, outside the time: it releases gradients and writes to what an optimizer would
     have changed. ``hide_host`` keeps the GPU busy until the host has queued the call, so that only the GPU's time is
-    measured; else it is the time that a user waits. A contender that fails is left out, with a note.
+    measured; else it is the time that a user waits. With ``most_warm_ups`` of :data:`WARM_UPS` every process makes the
+    same number of calls. No round begins that would end after the second ``until`` of the monotonic clock, but for the
+    first :data:`~.intervals.LEAST_ROUNDS`. A contender that fails is left out, with a note.
     """
     _warm_cublas(device)
     samples: dict[str, Sample] = {}
@@ -236,9 +314,7 @@ def measure(
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # else blocks that others left in other sizes add to its peak
             held = allocated_bytes(device.type)
-            for _ in range(2):
-                before()
-                call(one.model)
+            warm_up(functools.partial(call, one.model), before, device, most_warm_ups)
             before()
             sample.peak_mb = peak_mb(functools.partial(call, one.model), device.type, held=held)
             before()
@@ -252,16 +328,44 @@ def measure(
         samples[one.name] = sample
     order = [one for one in contenders if one.name in samples]
     chance = random.Random(0)
-    for _ in range(rounds):
+    longest = 0.0
+    for played in range(rounds):
+        begin = time.monotonic()
+        if until is not None and played >= LEAST_ROUNDS and begin + longest > until:
+            break
         chance.shuffle(order)  # the GPU's temperature and clocks depend on what ran before
         with no_collection():
-            for one in order:
+            for one in [*order]:
                 before()
-                us, host_us = _clock(functools.partial(call, one.model), device, busy[one.name])
+                try:
+                    us, host_us = _clock(functools.partial(call, one.model), device, busy[one.name])
+                except Exception as failure:  # such as too little memory: the others continue
+                    if torch.distributed.is_initialized():
+                        raise  # the other processes would wait for this one
+                    notes.append(left_out(one.name, failure))
+                    order.remove(one)
+                    del samples[one.name]
+                    continue
                 samples[one.name].us.append(us)
                 samples[one.name].cpu_us.append(host_us)
+        longest = max(longest, time.monotonic() - begin)
     before()
     return samples
+
+
+def ratios(sample: Sample, ours: Sample | None) -> Row:
+    """doratune's time over this implementation's: of the medians, and the 20th and 80th percentile over the rounds.
+
+    Also the mean ratio of a round with its confidence interval, see :func:`~.intervals.interval`.
+    """
+    if ours is None or sample is ours:
+        return {}
+    by_round = timing([mine / theirs for mine, theirs in zip(ours.us, sample.us, strict=True)])
+    ratio = timing(ours.us)["us"] / timing(sample.us)["us"]
+    found: Row = {"ratio": ratio, "ratio_p20": by_round["us_p20"], "ratio_p80": by_round["us_p80"]}
+    if (paired := interval(ours.us, sample.us)) is not None:
+        found.update(ratio_mean=paired.mean, ratio_low=paired.low, ratio_high=paired.high)
+    return found
 
 
 def touch(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
@@ -280,17 +384,44 @@ def touch(parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
     return before
 
 
+def relative_error(found: torch.Tensor, stock: torch.Tensor) -> float:
+    """The relative Frobenius distance of ``found`` to ``stock``."""
+    difference = torch.linalg.vector_norm(found.float() - stock.float())
+    return float(difference / torch.linalg.vector_norm(stock.float()))
+
+
 def relative_errors(outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The relative Frobenius distance of each implementation of DoRA to stock PEFT's; plain LoRA has none."""
-    stock = outputs.get(STOCK)
-    if stock is None:
-        return {}
-    size = float(stock.float().norm())
-    return {
-        name: float((output.float() - stock.float()).norm()) / size
-        for name, output in outputs.items()
-        if not name.startswith("peft_lora") and name != STOCK
-    }
+    """The distance of each implementation of DoRA to stock PEFT's, and of LoRA to stock PEFT's LoRA."""
+    errors = {}
+    for name, output in outputs.items():
+        stock = STOCK_LORA if is_lora(name) else STOCK
+        if name != stock and stock in outputs:
+            errors[name] = relative_error(output, outputs[stock])
+    return errors
+
+
+def warm_up(
+    call: Callable[[], object], before: Callable[[], None], device: torch.device, most: int = MOST_WARM_UPS
+) -> None:
+    """Call until nothing is compiled any more, ``most`` times at most; see :data:`SETTLED`."""
+    fastest = float("inf")
+    for count in range(1, most + 1):
+        before()
+        us, _ = _clock(call, device, 0.0)
+        if count >= WARM_UPS and (device.type != "cuda" or us <= SETTLED * fastest):
+            return
+        fastest = min(fastest, us)
+
+
+def host_us(call: Callable[[], object], before: Callable[[], None], device: torch.device, rounds: int = 5) -> float:
+    """The host's time for a call, microseconds, median: until everything is queued, on an empty queue."""
+    warm_up(call, before, device)
+    spent = []
+    with no_collection():
+        for _ in range(rounds):
+            before()
+            spent.append(_clock(call, device, 0.0)[1])
+    return sorted(spent)[rounds // 2]
 
 
 def _clock(call: Callable[[], object], device: torch.device, busy_cycles: float) -> tuple[float, float]:

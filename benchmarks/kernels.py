@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..codegen.gpu import Gpu
-from ..codegen.ops import DTYPE_BYTES, OPS
+from ..codegen.ops import OPERAND_BYTES, OPS, WIDTHS
 from ..codegen.spec import KernelSpec
 from ..runtime.device import find_device, gpu_of
 from ..runtime.kernel import Kernel
@@ -33,7 +33,9 @@ NORM_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (8192, 
 TOKEN_SHAPES = ((1, 4096), (16, 4096), (64, 4096), (4096, 4096), (8192, 4096), (4096, 14336))
 LINEAR_SHAPES = (*TOKEN_SHAPES, (512, 4096), (1, 14336), (16, 14336), (64, 14336), (512, 14336))
 ELEMENTWISE_SHAPES = ((8192, 4096), (4096, 14336), (16384, 8192))
-RANK, SMALL_RANK = 384, 64
+GATED_SHAPES = ((16, 14336), (2048, 4864), (2048, 8192), (4096, 14336))
+GROUP_SHAPES = ((16, 4096, 1024, 1024), (2048, 896, 128, 128), (2048, 2048, 512, 512), (4096, 4096, 1024, 1024))
+RANK, SMALL_RANK, LOW_RANK = 384, 64, 16
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ def kernel_cases(gpu: str, ops: Collection[str] = ()) -> Iterator[Case]:
                 yield case(op, tokens=tokens, d_out=d_out, d_in=4096)
             for form in forms(op):
                 yield from (case(op, tokens=tokens, d_out=4096, d_in=4096, **form) for tokens in (16, 4096))
+        elif op in ("compose_swiglu", "compose_swiglu_backward"):
+            for tokens, d_out in GATED_SHAPES:
+                yield from (case(op, tokens=tokens, d_out=d_out, rank=rank) for rank in (LOW_RANK, RANK))
+        elif op in ("lora_compose_group", "compose_backward_group"):
+            for tokens, *widths in GROUP_SHAPES:
+                dims: dict[str, Any] = dict(zip(WIDTHS, widths, strict=False))
+                yield from (case(op, tokens=tokens, rank=rank, **dims) for rank in (LOW_RANK, RANK))
         elif op in ("compose_forward", "compose_backward"):
             for tokens, d_out in ELEMENTWISE_SHAPES:
                 yield case(op, tokens=tokens, d_out=d_out)
@@ -204,7 +213,7 @@ def kernel_row(case: Case, impl: str, samples_us: Sequence[float], gpu: Gpu, ker
         "config": None if kernel is None else str(kernel.config),
         "provenance": None if kernel is None else kernel.provenance,
         **timing(samples_us),
-        "floor_us": gpu.floor_us(moved, flops, case.spec.weight or case.spec.activation),
+        "floor_us": gpu.floor_us(moved, flops, case.spec.wide),
     }
 
 
@@ -212,6 +221,6 @@ def _work(case: Case) -> tuple[int, int]:
     """Bytes and matrix flops of the operation at the case's token count, which may lie inside its bucket."""
     spec, contract = case.spec, case.spec.contract
     operands = contract.inputs_of(spec) + contract.outputs_of(spec)
-    moved = sum(o.elements(spec, case.tokens or None) * DTYPE_BYTES[o.dtype_of(spec)] for o in operands)
+    moved = sum(o.elements(spec, case.tokens or None) * OPERAND_BYTES[o.dtype_of(spec)] for o in operands)
     flops = contract.matrix_flops(spec)
     return moved, flops * case.tokens // spec.tokens if spec.tokens else flops

@@ -10,9 +10,12 @@ from torch import nn
 
 from ..tuner.models import find_model, read_config
 from .adapted import (
+    FUSED,
+    IMPLEMENTATIONS,
     OPS,
     Contender,
     Mode,
+    Peers,
     bench_device,
     chosen_implementations,
     chosen_modes,
@@ -23,6 +26,7 @@ from .adapted import (
     with_dora,
 )
 from .dorafactors import Dorafactors
+from .quantised import quantise
 from .results import Outcome, Row
 
 
@@ -56,6 +60,7 @@ def bench_layer(
     rank: int = 384,
     tokens: Collection[int] = (4096,),
     modes: str = "autocast,bf16",
+    quant: str | None = None,
     compiled: bool = True,
     implementations: Collection[str] = (),
     ops: Collection[str] = OPS,
@@ -67,17 +72,22 @@ def bench_layer(
     """Measure one layer of every shape that the model's projections have, with ``tokens`` rows of x.
 
     A step is forward and backward with the gradient of x. The time is the GPU's own, without waiting for the host.
+    ``quant``: the format of the layer's W, of :data:`~.quantised.QUANTS`; bf16 if None.
 
     Raises:
         UsageError: PEFT is missing, or a name or config is wrong.
     """
     chosen = chosen_modes(modes)
-    names = chosen_implementations(implementations, dorafactors, compiled)
+    peers = Peers(dorafactors)
+    known = [name for name in IMPLEMENTATIONS if name not in FUSED]
+    names = chosen_implementations(implementations, peers, compiled, known)
     name, shapes = layer_shapes(model, config)
     where = bench_device(device)
     outcome = Outcome()
     for d_out, d_in in shapes:
-        base = Projection(d_out, d_in, where).requires_grad_(False)
+        base: nn.Module = Projection(d_out, d_in, where).requires_grad_(False)
+        if quant is not None:
+            base = quantise(base, ["proj"], quant)
         for mode in chosen.values():
             adapted = with_dora(base, mode, rank=rank, targets=["proj"])
             for count in tokens:
@@ -87,12 +97,12 @@ def bench_layer(
                     "model": name,
                     "shape": [count, d_out, d_in],
                     "rank": rank,
-                    "dtype": "bf16",
+                    "dtype": quant or "bf16",
                     "adapter": mode.adapter,
                     "flags": mode.flags,
                 }
                 progress(f"{count}×{d_out}×{d_in}, {mode.adapter} adapters")
-                running = contenders(names, adapted, dorafactors, outcome.notes)
+                running = contenders(names, adapted, peers, outcome.notes)
                 x, dy = _inputs(count, d_out, d_in, where)
                 for op in [op for op in OPS if op in ops]:
                     rows = _measure(op, running, adapted, x, dy, mode, rounds, outcome.notes)

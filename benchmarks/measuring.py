@@ -42,6 +42,8 @@ def load(spec: KernelSpec, tokens: int = 0) -> Kernel:
     return load_kernel(
         spec.op,
         d_out=spec.d_out,
+        d_out_2=spec.d_out_2 or None,
+        d_out_3=spec.d_out_3 or None,
         d_in=spec.d_in or 1,
         rank=spec.rank or 1,
         tokens=tokens or spec.tokens or 1,

@@ -1,183 +1,307 @@
-"""Whole models: a training step and a forward pass in every implementation of DoRA, and in LoRA.
-
-The default is Llama-8B's shape with random weights: nothing is downloaded, times do not depend on the values.
-"""
+"""Whole models: a training step, prefill and decode in every implementation of DoRA, and in LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+import functools
+import gc
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..errors import UsageError
-from ..tuner.models import read_config
+from ..tuner.machine import Machine
+from ..tuner.measure import gpu_uuid
 from .adapted import (
-    OPS,
+    AXOLOTL_DORA,
+    AXOLOTL_RANK,
+    NO_PEERS,
     Contender,
     Mode,
+    Peers,
     bench_device,
     chosen_implementations,
     chosen_modes,
     contenders,
+    host_us,
+    in_time,
     measure,
-    relative_errors,
-    touch,
+    ratios,
     with_dora,
 )
-from .dorafactors import Dorafactors
-from .results import Outcome, Row
+from .agreement import compare
+from .counts import COUNTS, device_work
+from .intervals import disturbance
+from .measuring import check_names
+from .quantised import quantise
+from .results import COMPILED, Outcome, Row, counterpart
+from .shapes import SHAPES, TARGETS, random_model, read_model_config
+from .tasks import DECODE, DEFAULT_OPS, FIRST_STEP, INFERENCE, STEP, Request, Task, tasks
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-}
-"""Llama-3.1-8B, as its config.json has it, without the scaling of long contexts."""
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODEL_OPS = (STEP, INFERENCE, DECODE, FIRST_STEP)
+AHEAD = 1.1
+"""The GPU's time over the host's up to which the GPU has kept up: then the host never waited for room in its queue."""
 
 
 def bench_model(
     *,
+    shape: str = "8b",
     config: Path | None = None,
     layers: int | None = None,
-    rank: int = 384,
+    ranks: Collection[int] = (384,),
+    batch: int = 1,
     seq: int = 4096,
     loss_tokens: int = 1024,
     modes: str = "autocast,bf16",
+    quant: str | None = None,
     checkpointing: bool = True,
+    decode_tokens: Collection[int] = (1, 4, 16),
+    context: int = 256,
     compiled: bool = False,
     implementations: Collection[str] = (),
-    ops: Collection[str] = OPS,
+    ops: Collection[str] = DEFAULT_OPS,
     rounds: int = 5,
+    counts: bool = True,
     device: str | None = None,
-    dorafactors: Dorafactors | None = None,
+    parallel: str | None = None,
+    processes: int = 2,
+    store: Path | None = None,
+    peers: Peers = NO_PEERS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Measure steps and inference of a causal language model with adapters on all its linear projections.
+    """Measure steps, prefill and decode of a causal language model with adapters on all its linear projections.
 
-    One batch of ``seq`` random tokens; the loss is over the last ``loss_tokens`` of them. ``layers`` replaces the
-    config's number. ``implementations`` default to all that can run, under torch.compile too where ``compiled``.
+    ``implementations`` default to all that can run, under torch.compile too where ``compiled``. ``counts``: also what a
+    call puts on the GPU, and the host's own time. ``parallel``: only training steps, on several GPUs, see
+    :func:`~.parallel.bench_parallel`. ``store``: also the first step with it. ``quant``: the format of the adapted
+    layers' W, of :data:`~.quantised.QUANTS`; bf16 if None. See :class:`~.tasks.Request`.
 
     Raises:
         UsageError: PEFT or transformers is missing, or a name, size or config is wrong.
     """
+    check_names("shape", [shape], SHAPES)
+    check_names("operation", ops, MODEL_OPS)
     chosen = chosen_modes(modes)
-    names = chosen_implementations(implementations, dorafactors, compiled)
-    name, built = read_model_config(config, layers)
+    if quant is not None and (parallel is not None or FIRST_STEP in ops):
+        raise UsageError(f"--quant measures in one process: leave out --parallel and --op {FIRST_STEP}")
+    names = chosen_implementations(implementations, peers, compiled)
+    name, built = read_model_config(shape, config, layers)
     where = bench_device(device)
-    base = random_model(built, where)
-    torch.manual_seed(0)
-    ids = torch.randint(0, built.vocab_size, (1, seq), device=where)
+    sizes: dict[str, Any] = {
+        "shape": shape,
+        "config": str(config) if config else None,
+        "layers": layers,
+        "batch": batch,
+        "seq": seq,
+        "loss_tokens": loss_tokens,
+        "checkpointing": checkpointing,
+        "device": str(where),
+    }
+    if parallel is not None:
+        from .parallel import PARALLEL_IMPLEMENTATIONS, Parallel, bench_parallel
+
+        parts = _only(names, PARALLEL_IMPLEMENTATIONS, f"--parallel {parallel}")
+        runs = [
+            Parallel(parallel, processes, parts, rank=rank, mode=mode, rounds=rounds, **sizes)
+            for rank in ranks
+            for mode in chosen
+        ]
+        return bench_parallel(runs, progress=progress)
     outcome = Outcome()
-    for mode_name, mode in chosen.items():
-        adapted = with_dora(base, mode, rank=rank, targets=TARGETS)
-        if checkpointing:
-            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        running = contenders(names, adapted, dorafactors, outcome.notes)
-        facts: Row = {
-            "bench": "model",
-            "model": name,
-            "shape": [built.num_hidden_layers, seq],
-            "rank": rank,
-            "dtype": "bf16",
-            "adapter": mode.adapter,
-        }
-        for op in [op for op in OPS if op in ops]:
-            progress(f"{name}, {built.num_hidden_layers} layers, {mode_name}: {op}")
-            flags = mode.flags + (["checkpointing"] if checkpointing and op == "step" else [])
-            rows = _measure(op, running, adapted, ids, min(loss_tokens, seq - 1), mode, rounds, outcome.notes)
-            outcome.rows += [{**facts, "op": op, "flags": flags, **row} for row in rows]
-        del running, adapted
-        torch.compiler.reset()
-        if where.type == "cuda":
-            torch.cuda.empty_cache()
+    if FIRST_STEP in ops:
+        from .first_step import FIRST_STEP_IMPLEMENTATIONS, FirstStep, bench_first_step
+
+        parts = _only(names, FIRST_STEP_IMPLEMENTATIONS, f"--op {FIRST_STEP}")
+        firsts = [FirstStep(one, rank=rank, mode=mode, **sizes) for rank in ranks for mode in chosen for one in parts]
+        outcome = bench_first_step(firsts, store=store, progress=progress)
+    rest = [op for op in MODEL_OPS if op in ops and op != FIRST_STEP]
+    if not rest:
+        return outcome
+    request = Request(batch, seq, loss_tokens, checkpointing, tuple(decode_tokens), context, peers.liger)
+    base = random_model(built, where)
+    if quant is not None:
+        base = quantise(base, TARGETS, quant)
+    bench = ModelBench(base, built, request, rest, rounds, where, peers, outcome)
+    with with_liger(base, built.model_type, peers):
+        groups, dtype = [], quant or "bf16"
+        for rank in ranks:
+            able = _able(names, rank, named=bool(implementations), notes=outcome.notes)
+            for mode_name, mode in chosen.items():
+                told = functools.partial(_told, progress, time.monotonic(), f"{name}, r={rank}, {mode_name}")
+                facts: Row = {"bench": "model", "model": name, "rank": rank, "dtype": dtype, "adapter": mode.adapter}
+                rows = bench.rows(able, rank, mode, facts, counts, told)
+                outcome.rows += rows
+                groups.append((able, rank, mode, rows, told))
+        if counts and where.type == "cuda":
+            for group in groups:  # after all timing: a process that was profiled once launches more slowly
+                bench.count(*group)
     return outcome
 
 
-def read_model_config(path: Path | None, layers: int | None) -> tuple[str, Any]:
-    """The name and transformers' config of the model in a ``config.json`` (or its folder), or of Llama-8B's shape.
+@dataclass
+class ModelBench:
+    """Measures a model of random weights, ``base``, with adapters on the layers ``targets``; see :func:`bench_model`.
+
+    ``rounds`` are played at most; ``until`` is the second of the monotonic clock at which they end.
+    """
+
+    base: nn.Module
+    config: Any
+    request: Request
+    ops: Sequence[str]
+    rounds: int
+    device: torch.device
+    peers: Peers
+    outcome: Outcome
+    targets: Sequence[str] = TARGETS
+    until: float | None = None
+
+    def rows(
+        self,
+        names: Sequence[str],
+        rank: int,
+        mode: Mode,
+        facts: Row,
+        counts: bool,
+        progress: Callable[[str], None],
+    ) -> list[Row]:
+        """The rows of all operations at one rank and mode; with ``counts`` they have the host's own time."""
+        rows = []
+        with self.models(names, rank, mode, self.outcome.notes) as (adapted, running):
+            for task, until in self._with_ends(tasks(self.ops, self.request, self.config, mode, adapted, self.device)):
+                progress(task.title)
+                for row in self._measure(task, running, counts, progress, until):
+                    rows.append({**facts, **task.facts, **row})
+        return rows
+
+    def _with_ends(self, found: Iterable[Task]) -> Iterator[tuple[Task, float | None]]:
+        """Each task with the second at which its rounds end: the time left is shared among those that are left."""
+        if self.until is None:
+            yield from ((task, None) for task in found)
+            return
+        count = sum(len(self.request.decode) if op == DECODE else 1 for op in self.ops)
+        for place, task in enumerate(found):
+            now = time.monotonic()
+            yield task, now + max(0.0, self.until - now) / (count - place)
+
+    def count(
+        self,
+        names: Sequence[str],
+        rank: int,
+        mode: Mode,
+        rows: list[Row],
+        progress: Callable[[str], None],
+    ) -> None:
+        """Add to the rows of one rank and mode what a call puts on the GPU; not of what is under torch.compile."""
+        plain = [name for name in names if not name.endswith(COMPILED)]
+        with self.models(plain, rank, mode, []) as (adapted, running):
+            for task in tasks(self.ops, self.request, self.config, mode, adapted, self.device):
+                progress(f"{task.title}, launches")
+                for one in running:
+                    wanted = (task.facts["op"], task.facts["shape"], task.facts["flags"], one.name)
+                    row = next((r for r in rows if (r["op"], r["shape"], r["flags"], r["impl"]) == wanted), None)
+                    if row is not None:
+                        row.update(self._counted(task, one.model))
+
+    @contextlib.contextmanager
+    def models(
+        self, names: Sequence[str], rank: int, mode: Mode, notes: list[str]
+    ) -> Iterator[tuple[nn.Module, list[Contender]]]:
+        """The model that holds the adapters, and the contenders; memory is free again afterwards."""
+        adapted = with_dora(self.base, mode, rank=rank, targets=self.targets)
+        if self.request.checkpointing:
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        running = contenders(names, adapted, self.peers, notes)
+        yield adapted, running
+        running.clear()
+        del adapted
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _measure(
+        self,
+        task: Task,
+        running: list[Contender],
+        counts: bool,
+        progress: Callable[[str], None],
+        until: float | None,
+    ) -> list[Row]:
+        for one in running:
+            one.model.train(task.op == STEP)  # checkpointing needs training mode; there is no dropout
+        notes = self.outcome.notes
+        waiting = in_time(running, until, notes, task.title)
+        facts = compare(task, waiting, self.peers, self.outcome, until=until)
+        right = [one for one in running if one.name in facts]
+        progress(f"{task.title}, compared with PEFT")
+        options: dict[str, Any] = {"rounds": self.rounds, "device": self.device, "hide_host": False, "notes": notes}
+        samples = measure(right, task.call, before=task.before, until=until, **options)
+        machine = Machine(gpu_uuid(self.device)) if self.device.type == "cuda" else None
+        notes += disturbance(task.title, [sample.us for sample in samples.values()], machine)
+        rows = []
+        for one in right:
+            if one.name in samples:
+                sample, ours = samples[one.name], samples.get(counterpart(one.name))
+                row = {"impl": one.name, **sample.columns(), **facts[one.name], **ratios(sample, ours)}
+                row["host_us"] = self._host_us(task, one.model, row) if counts else None
+                rows.append({**row, **dict.fromkeys(COUNTS)})
+        return rows
+
+    def _host_us(self, task: Task, model: nn.Module, row: Row) -> float:
+        """The host's own time for a call: without waiting for room in the GPU's queue."""
+        brief = task.brief
+        if self.device.type != "cuda" or brief is None or row["us"] < AHEAD * row["cpu_us"]:
+            return float(row["cpu_us"])
+        return host_us(functools.partial(brief.call, model), brief.before, self.device)
+
+    def _counted(self, task: Task, model: nn.Module) -> Row:
+        model.train(task.op == STEP)
+        for _ in range(2):
+            task.before()
+            task.call(model)
+        task.before()
+        work = device_work(functools.partial(task.call, model), self.device)
+        task.before()
+        return work
+
+
+def _told(progress: Callable[[str], None], begin: float, where: str, what: str) -> None:
+    progress(f"{where}: {what} ({time.monotonic() - begin:.0f} s)")
+
+
+def with_liger(base: nn.Module, model_type: str, peers: Peers) -> contextlib.AbstractContextManager[None]:
+    """Liger's kernels in ``base`` where ``peers`` has them, see :func:`~.liger.liger`."""
+    if not peers.liger:
+        return contextlib.nullcontext()
+    from .liger import liger
+
+    return liger(base, model_type)
+
+
+def _able(names: Sequence[str], rank: int, *, named: bool, notes: list[str]) -> list[str]:
+    """The implementations that run at this rank."""
+    if named or rank <= AXOLOTL_RANK or AXOLOTL_DORA not in names:
+        return list(names)
+    notes.append(
+        f"{AXOLOTL_DORA} left out at r={rank}: its norm kernel is unrolled over the rank and compiles for minutes "
+        f"(--impl {AXOLOTL_DORA} runs it all the same)"
+    )
+    return [name for name in names if name != AXOLOTL_DORA]
+
+
+def _only(names: Sequence[str], able: Sequence[str], what: str) -> tuple[str, ...]:
+    """Those of ``names`` that can do it.
 
     Raises:
-        UsageError: transformers is missing, or it knows no causal language model for the config.
+        UsageError: none.
     """
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise UsageError("this benchmark needs transformers: pip install 'doratune[peft]'") from error
-    if path is None:
-        name, config = "llama-8b", AutoConfig.for_model(**LLAMA_8B)
-    else:
-        name = read_config(path).name
-        try:
-            config = AutoConfig.from_pretrained(path.parent if path.is_file() and path.name == "config.json" else path)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"--config {path}: transformers cannot read it: {error}") from error
-    if layers is not None:
-        config.num_hidden_layers = layers
-    config.use_cache = False
-    return name, config
-
-
-def random_model(config: Any, device: torch.device) -> nn.Module:
-    """A causal language model of this config in bf16 with random frozen weights, created on ``device``."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return model.requires_grad_(False)
-
-
-def _measure(
-    op: str,
-    running: list[Contender],
-    adapted: nn.Module,
-    ids: torch.Tensor,
-    loss_tokens: int,
-    mode: Mode,
-    rounds: int,
-    notes: list[str],
-) -> list[Row]:
-    device = ids.device
-    labels = ids[0, -loss_tokens:]
-
-    def logits(model: nn.Module) -> torch.Tensor:
-        with mode.context(device):
-            result: torch.Tensor = model(input_ids=ids, logits_to_keep=loss_tokens + 1, use_cache=False).logits
-        return result[0, :-1]
-
-    def step(model: nn.Module) -> None:
-        functional.cross_entropy(logits(model).float(), labels).backward()
-
-    def inference(model: nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            return logits(model)
-
-    call: Callable[[nn.Module], object] = step if op == "step" else inference
-    for one in running:
-        one.model.train(op == "step")  # checkpointing needs training mode; there is no dropout
-    before = touch(adapted.parameters()) if op == "step" else _nothing
-    samples = measure(running, call, before=before, rounds=rounds, device=device, hide_host=False, notes=notes)
-    errors: dict[str, float] = {}
-    if op == "inference":
-        errors = relative_errors({one.name: inference(one.model) for one in running if one.name in samples})
-    return [
-        {"impl": impl, **sample.columns(), "rel_err": errors.get(impl), "complaint": None}
-        for impl, sample in samples.items()
-    ]
-
-
-def _nothing() -> None:
-    """A forward pass needs no preparation."""
+    found = tuple(name for name in able if name in names)
+    if not found:
+        raise UsageError(f"{what} runs {', '.join(able)}, not {', '.join(names)}")
+    return found

@@ -40,6 +40,7 @@ PEERS = (
 """The names of all peers; benchmarks/README.md says what each one is."""
 
 Formula = Callable[[Inputs, float], Any]
+GatedFormula = Callable[[KernelSpec, Inputs, float], list[torch.Tensor]]
 Reading = Callable[[Any, Inputs], dict[str, torch.Tensor]]
 
 
@@ -63,6 +64,8 @@ def peers_of(spec: KernelSpec, scaling: float, dorafactors: Dorafactors | None =
         return _norm_peers(spec, scaling, dorafactors)
     if spec.op == "compose_backward":
         return _backward_peers(spec, scaling, dorafactors)
+    if spec.op in _GATED_AND_GROUPED:
+        return _pytorch_peers(spec, scaling, *_GATED_AND_GROUPED[spec.op])
     if spec.op in ("lora_compose", "compose_forward", "dora_linear_forward"):
         return _compose_peers(spec, scaling, dorafactors)
     return []
@@ -150,6 +153,82 @@ def _backward_peers(spec: KernelSpec, scaling: float, dorafactors: Dorafactors |
 
         peers.append(Peer("dorafactors", run, reads_parts))
     return [*peers, Peer("copy", copies)]
+
+
+def _pytorch_peers(spec: KernelSpec, scaling: float, formula: GatedFormula, names: tuple[str, ...]) -> list[Peer]:
+    """The operation's formula in PyTorch, eager and compiled; ``names`` are its results without a group's numbers."""
+
+    def run(inputs: Inputs, scaling: float) -> list[torch.Tensor]:
+        return formula(spec, inputs, scaling)
+
+    def reads(result: list[torch.Tensor], _: Inputs) -> dict[str, torch.Tensor]:
+        outputs = [operand.name for operand in spec.contract.outputs_of(spec)]
+        computed = [name for name in outputs if name in names or name.rsplit("_", 1)[0] in names]
+        return dict(zip(computed, result, strict=True))
+
+    return [Peer("eager", _eager(spec, run, scaling), reads), Peer("compiled", _compiled(spec, run, scaling), reads)]
+
+
+def _projected(
+    spec: KernelSpec, inputs: Inputs, name: str, index: int, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """base + s*h@B.T of a projection, and y; ``index`` counts its columns of h."""
+    h = inputs["h"][:, index * spec.rank : (index + 1) * spec.rank]
+    base = inputs[name if name in inputs else f"base_{name}"]
+    inner = base + (_linear(h, inputs[f"lora_B_{name}"]) * scaling).to(base.dtype)
+    y = inputs[f"g_{name}"].to(base.dtype) * inner
+    return inner, y + inputs[f"bias_{name}"] if spec.bias else y
+
+
+def gated(spec: KernelSpec, inputs: Inputs, scaling: float) -> list[torch.Tensor]:
+    """act(yg)*yu of a gated MLP in the dtype of the activations."""
+    _, gate = _projected(spec, inputs, "gate", 0, scaling)
+    _, up = _projected(spec, inputs, "up", 1, scaling)
+    return [_activated(spec, gate) * up]
+
+
+def _activated(spec: KernelSpec, gate: torch.Tensor) -> torch.Tensor:
+    if spec.gelu or spec.gelu_tanh:
+        return functional.gelu(gate, approximate="tanh" if spec.gelu_tanh else "none")
+    return functional.silu(gate)
+
+
+def gated_backward(spec: KernelSpec, inputs: Inputs, scaling: float) -> list[torch.Tensor]:
+    """Both dYg of a gated MLP, and both dg."""
+    dout = inputs["dout"]
+    inner, gate = _projected(spec, inputs, "gate", 0, scaling)
+    inner_up, up = _projected(spec, inputs, "up", 1, scaling)
+    if spec.gelu or spec.gelu_tanh:
+        form = "tanh" if spec.gelu_tanh else "none"
+        d_gate = torch.ops.aten.gelu_backward(dout * up, gate, approximate=form)
+    else:
+        d_gate = torch.ops.aten.silu_backward(dout * up, gate)
+    d_up = dout * _activated(spec, gate)
+    dygs = [inputs["g_gate"].to(dout.dtype) * d_gate, inputs["g_up"].to(dout.dtype) * d_up]
+    return [*dygs, (d_gate * inner).sum(dim=0), (d_up * inner_up).sum(dim=0)]
+
+
+def grouped(spec: KernelSpec, inputs: Inputs, scaling: float) -> list[torch.Tensor]:
+    """y of each projection of a group."""
+    return [_projected(spec, inputs, str(i + 1), i, scaling)[1] for i in range(spec.members)]
+
+
+def grouped_backward(spec: KernelSpec, inputs: Inputs, scaling: float) -> list[torch.Tensor]:
+    """dYg of each projection of a group, and dg of each."""
+    dygs, dgs = [], []
+    for i in range(spec.members):
+        dy = inputs[f"dy_{i + 1}"]
+        dygs.append(inputs[f"g_{i + 1}"].to(dy.dtype) * dy)
+        dgs.append((dy * _projected(spec, inputs, str(i + 1), i, scaling)[0]).sum(dim=0))
+    return dygs + dgs
+
+
+_GATED_AND_GROUPED: dict[str, tuple[GatedFormula, tuple[str, ...]]] = {
+    "compose_swiglu": (gated, ("out",)),
+    "compose_swiglu_backward": (gated_backward, ("dyg", "dg")),
+    "lora_compose_group": (grouped, ("y",)),
+    "compose_backward_group": (grouped_backward, ("dyg", "dg")),
+}
 
 
 def peft_norm(inputs: Inputs, scaling: float) -> torch.Tensor:
@@ -252,13 +331,13 @@ def _rounded(spec: KernelSpec, adapter: torch.Tensor) -> torch.Tensor:
 
     Rounding fp32 adapters is then part of its time.
     """
-    return adapter.to(TORCH_DTYPES[spec.weight or spec.activation])
+    return adapter.to(TORCH_DTYPES[spec.wide])
 
 
 def _autocast(spec: KernelSpec, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if not getattr(spec, "autocast", False):
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=TORCH_DTYPES[spec.weight or spec.activation])
+    return torch.autocast(device.type, dtype=TORCH_DTYPES[spec.wide])
 
 
 def _eager(spec: KernelSpec, formula: Formula, scaling: float) -> Run:

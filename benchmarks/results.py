@@ -23,12 +23,15 @@ from .. import __version__
 from ..codegen.spec import FLAGS, KernelSpec
 from ..errors import UsageError
 from ..tuner.measure import driver_version
+from ..tuner.text_file import read_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ..terminal.tables import Table
 
 SCHEMA = 1
 OURS = "doratune"
+COMPILED = "_compiled"
+"""Ends the names of implementations under torch.compile."""
 
 UNCHECKED = "unchecked"
 """The call of doratune's own layers, which have checked their tensors: a ``load_kernel`` hit and ``Kernel.launch``."""
@@ -63,7 +66,7 @@ def case_name(row: Mapping[str, Any]) -> str:
 
 def spec_columns(spec: KernelSpec, tokens: int) -> Row:
     """The fields of a row that a kernel's spec and its number of tokens give."""
-    sizes = (tokens, spec.d_out, spec.d_in)
+    sizes = (tokens, *spec.widths, spec.d_in)
     return {
         "op": spec.op,
         "shape": [size for size in sizes if size],
@@ -129,10 +132,13 @@ def read_rows(path: Path) -> list[Row]:
         UsageError: it is not one.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
         rows = data["rows"] if data["schema"] == SCHEMA else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a results file of doratune bench: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UsageError(
+            f"{path} is not a results file of doratune bench: {reason}; name one that `doratune bench` wrote"
+        ) from error
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and {"bench", "op", "impl"} <= row.keys() for row in rows
     ):
@@ -144,7 +150,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def results_table(rows: Iterable[Row]) -> Table:
     """One line a case: doratune's time, then every peer's as a multiple of it; plain times where doratune is absent."""
-    from rich.table import Table
+    from ..terminal.tables import Table
 
     table = Table("case", "doratune", "floor", "peers (× doratune's time)", "peak MB: doratune / peers")
     cases: dict[tuple[object, ...], list[Row]] = {}
@@ -165,6 +171,44 @@ def results_table(rows: Iterable[Row]) -> Table:
             " / ".join([_megabytes(ours), ", ".join(map(_megabytes, peers))]),
         )
     return table
+
+
+def counterpart(impl: str) -> str:
+    """The name of doratune's implementation that ``impl`` is compared with: both under torch.compile, or neither."""
+    return OURS + COMPILED if impl.endswith(COMPILED) else OURS
+
+
+def ratios_table(rows: Iterable[Row]) -> Table:
+    """One line for each case and peer: doratune's time, peak memory, launches and host time over the peer's.
+
+    Of the time also the 20th and 80th percentile over the rounds. Cases without doratune have no line.
+    """
+    from ..terminal.tables import Table
+
+    table = Table("case", "doratune over", "time", "p20 to p80", "peak memory", "launches", "host time")
+    cases: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault(case_of(row), []).append(row)
+    for group in cases.values():
+        by_impl = {row["impl"]: row for row in group}
+        for row in group:
+            ours = by_impl.get(counterpart(row["impl"]))
+            if ours is None or row.get("ratio") is None:
+                continue
+            low, high = row.get("ratio_p20"), row.get("ratio_p80")
+            table.add_row(
+                case_name(row),
+                row["impl"],
+                f"{row['ratio']:.3f}",
+                "" if low is None or high is None else f"{low:.3f} to {high:.3f}",
+                *(_over(ours, row, name) for name in ("peak_mb", "launches", "host_us")),
+            )
+    return table
+
+
+def _over(ours: Row, theirs: Row, name: str) -> str:
+    mine, other = ours.get(name), theirs.get(name)
+    return f"{mine / other:.3f}" if mine is not None and other else ""
 
 
 def _us(row: Row) -> float:

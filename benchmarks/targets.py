@@ -6,14 +6,15 @@ A target compares doratune's row of a case with a peer's row of the same case, o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .quantised import QUANTS
 from .results import OURS, UNCHECKED, Row, case_name, case_of
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from ..terminal.tables import Table
 
 Measure = Callable[[Row, Mapping[str, Row]], float | None]
 """A figure from one row and its peers in the same case, by implementation; None where data is missing."""
@@ -112,6 +113,16 @@ def host_above(peer: str) -> tuple[str, Measure]:
     return f"host µs above {peer}", measure
 
 
+def share(name: str, peer: str) -> tuple[str, Measure]:
+    """A field of doratune's row as a multiple of a peer's."""
+
+    def measure(row: Row, group: Mapping[str, Row]) -> float | None:
+        theirs = group[peer].get(name) if peer in group else None
+        return row[name] / theirs if theirs and row.get(name) is not None else None
+
+    return f"{name} / {peer}", measure
+
+
 def memory_times(peer: str) -> tuple[str, Measure]:
     """doratune's peak memory as a multiple of a peer's."""
 
@@ -163,8 +174,81 @@ _KERNELS = "issue 3"
 _RUNTIME = "issue 4"
 
 
-def _llama(layers: int) -> Callable[[Row], bool]:
-    return lambda row: row["model"] == "llama-8b" and row["shape"] == [layers, 4096] and row["rank"] == 384
+_UNIT = "issue 14"
+_QUANTISED = "issue 15"
+
+_SMALL = ("llama-1b", "qwen2.5-0.5b")
+
+
+def _as_it_is(row: Row) -> bool:
+    """One sequence on one GPU, in the model as transformers has it, its weights in bf16."""
+    return row["dtype"] == "bf16" and not set(row["flags"]) - {"autocast", "checkpointing"}
+
+
+def _llama(layers: int, ranks: Collection[int] = (384,)) -> Callable[[Row], bool]:
+    return lambda row: (
+        row["model"] == "llama-8b" and row["shape"] == [layers, 4096] and row["rank"] in ranks and _as_it_is(row)
+    )
+
+
+def _large_model(row: Row) -> bool:
+    return _llama(32, (16, 384))(row) and "checkpointing" in row["flags"]
+
+
+def _bare(row: Row) -> bool:
+    return bool(row["dtype"] == "bf16" and row["flags"] == [])
+
+
+def _small_model(row: Row) -> bool:
+    return row["model"] in _SMALL and row["rank"] == 16 and row["shape"][1] == 2048 and _bare(row)
+
+
+def _smallest_model(row: Row) -> bool:
+    return _small_model(row) and row["model"] == _SMALL[-1]
+
+
+def _small_decode(row: Row) -> bool:
+    plain = row["dtype"] == "bf16" and not set(row["flags"]) & {"autocast", "liger"}
+    return row["model"] in _SMALL and row["rank"] == 16 and plain
+
+
+def _quantised(row: Row) -> bool:
+    return row["model"] == "llama-8b" and row["rank"] in (16, 64) and row["dtype"] in QUANTS
+
+
+def _quantised_step(row: Row) -> bool:
+    return _quantised(row) and "checkpointing" in row["flags"]
+
+
+def _four_layers(row: Row) -> bool:
+    return _llama(4, (16, 384))(row) and "checkpointing" not in row["flags"]
+
+
+def _flagged(flag: str) -> Callable[[Row], bool]:
+    return lambda row: flag in row["flags"]
+
+
+def _unit(
+    what: str,
+    where: Callable[[Row], bool],
+    measure: tuple[str, Measure],
+    bound: float,
+    *,
+    op: str = "step",
+    **more: Any,
+) -> Target:
+    return Target(_UNIT, what, "model", op, where, *measure, bound, **more)
+
+
+def _norms(what: str, rank: int, peer: str, bound: float) -> Target:
+    def where(row: Row) -> bool:
+        return bool(row["model"] == "llama-8b" and row["rank"] == rank)
+
+    return Target(_UNIT, what, "norms", "weight_norm_group", where, *times(peer), bound)
+
+
+def _quant(what: str, op: str, where: Callable[[Row], bool], peer: str, bound: float) -> Target:
+    return Target(_QUANTISED, what, "model", op, where, *times(peer), bound)
 
 
 def _whole(adapter: str) -> Callable[[Row], bool]:
@@ -234,6 +318,30 @@ TARGETS: tuple[Target, ...] = (
     _model("32 layers, without merging", _llama(32), times("peft_lora"), 0.85, op="inference"),
     _model("32 layers", lambda row: _whole(row["adapter"])(row), memory_times("peft_lora"), 1.02),
     _model("4 layers, compiled", _uncheckpointed, times("peft_lora_compiled"), 1.02, impl="doratune_compiled"),
+    _unit("8B, checkpointing", _large_model, times("axolotl_lora"), 1.00),
+    _unit("8B, checkpointing", _large_model, times("peft_lora"), 0.90),
+    _unit("1B and 0.5B, 2048 tokens, bf16", _small_model, times("axolotl_lora"), 1.05),
+    _unit("1B and 0.5B, 2048 tokens, bf16", _small_model, times("peft_lora"), 1.00),
+    _unit("1B and 0.5B, 2048 tokens, bf16", _small_model, times("peft_dora"), 0.62),
+    _unit("1B and 0.5B, prefill", _small_model, times("peft_lora"), 1.00, op="inference"),
+    _unit("1B and 0.5B, 1 to 16 tokens", _small_decode, times("peft_lora"), 1.00, op="decode"),
+    _unit("0.5B, launches of a step", _smallest_model, share("launches", "peft_lora"), 1.00),
+    _unit("0.5B, the host's time of a step", _smallest_model, share("host_us", "peft_lora"), 1.00),
+    _unit("4 layers of 8B, compiled", _four_layers, times("peft_lora_compiled"), 1.00, impl="doratune_compiled"),
+    *(
+        _unit("peak memory", where, memory_times(peer), bound)
+        for where in (_large_model, _small_model)
+        for peer, bound in (("peft_lora", 1.00), ("axolotl_lora", 1.05))
+    ),
+    _norms("all norms, r = 16", 16, "read", 1.15),
+    _norms("all norms, r = 384", 384, "products", 1.15),
+    _unit("first step, nothing compiled", _flagged("cold"), field("us"), 6e6, op="first-step"),
+    _unit("first step, with binaries", _flagged("store"), times("peft_dora"), 1.5, op="first-step"),
+    _unit("two GPUs, DDP", _flagged("ddp"), times("peft_lora"), 1.00),
+    _unit("two GPUs, FSDP2", _flagged("fsdp2"), times("peft_lora"), 1.00),
+    _quant("quantised 8B, checkpointing", "step", _quantised_step, "peft_lora", 1.05),
+    _quant("quantised 8B, prefill", "inference", _quantised, "peft_lora", 1.05),
+    _quant("quantised 8B, 1 to 16 tokens", "decode", _quantised, "peft_lora", 1.10),
     *(
         _host(op, impl, measure, 1.0)
         for impl in (UNCHECKED, OURS)
@@ -282,7 +390,7 @@ def _bound(target: Target, row: Row) -> float:
 
 def targets_table(verdicts: Iterable[Verdict]) -> Table:
     """One line a verdict."""
-    from rich.table import Table
+    from ..terminal.tables import Table
 
     table = Table("source", "target", "case", "figure", "bound", "measured", "outcome")
     for verdict in verdicts:

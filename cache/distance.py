@@ -8,9 +8,18 @@ from typing import Any
 
 from ..codegen.spec import DIMS, FLAGS, KernelSpec
 
-DIM_WEIGHTS = {"d_out": 1.0, "d_in": 1.0, "rank": 2.0, "tokens": 1.0}
+DIM_WEIGHTS = {
+    "d_out": 1.0,
+    "d_out_2": 1.0,
+    "d_out_3": 1.0,
+    "d_in": 1.0,
+    "rank": 2.0,
+    "tokens": 1.0,
+    "layers": 0.5,
+}
 """What a factor of two in a dim adds to the distance. The rank counts double: it is a side of the tiles themselves
-(so it decides what fits into shared memory), where the others mostly change how many tiles there are."""
+(so it decides what fits into shared memory), where the others mostly change how many tiles there are. The number of
+neural layers counts half: it changes nothing else, and with a few the GPU is full."""
 
 FLAG_PENALTY = 0.25
 """What each differing flag adds: it adds or drops one operand, which matters less than any halving of a dim."""

@@ -16,6 +16,9 @@ MEASURED = "measured"
 PREDICTED = "predicted"
 DEFAULT = "default"
 
+BELOW_FLOOR = 0.5
+"""A time below this share of its floor is wrong. Real ones go down to 0.96: floors rest on attainable rates."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -39,6 +42,10 @@ class Evaluation:
     shared_bytes: int | None = None
     trials: int = 0
     unfused_us: float | None = None
+
+    def beats(self, floor_us: float | None) -> bool:
+        """Whether the time is impossible: below :data:`BELOW_FLOOR` of the floor."""
+        return self.us is not None and floor_us is not None and self.us < BELOW_FLOOR * floor_us
 
     @property
     def fusion_pays(self) -> bool:
@@ -171,3 +178,11 @@ class BinaryKey(NamedTuple):
     kernel: str
     triton: str
     architecture: str
+
+
+class Signature(NamedTuple):
+    """The signature of one row: the row's digest, the fingerprint of the key, and the 64 bytes (:mod:`.signing`)."""
+
+    digest: str
+    key: str
+    signature: bytes

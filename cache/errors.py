@@ -16,6 +16,8 @@ class NoHomeError(DoratuneError):
 class StoreError(DoratuneError):
     """A store could not be opened, read or written; the base of the errors below."""
 
+    lines = False
+
 
 class MissingStoreError(StoreError):
     """There is no store at the location."""
@@ -30,7 +32,12 @@ class CorruptStoreError(StoreError):
 
 
 class CorruptRowError(StoreError):
-    """A row holds an invalid value; the message names the row and the store."""
+    """A row holds an invalid value; the message names the row and the store.
+
+    ``row_id`` is the id of a row that the database itself cannot give.
+    """
+
+    row_id: int | None = None
 
 
 class InvalidEntryError(StoreError):
@@ -59,3 +66,19 @@ class UnreachableStoreError(StoreError):
 
 class MissingDriverError(StoreError):
     """The Python driver for the database is not installed."""
+
+
+class SigningError(DoratuneError):
+    """A key cannot be used: its file is missing, damaged, of another kind, or others can read or write it."""
+
+
+class MissingCryptographyError(SigningError):
+    """Signatures were asked for and the package cryptography is not installed."""
+
+
+class TrustError(UsageError):
+    """An item of ``DORATUNE_TRUST`` or ``--trust`` names neither a store, a folder nor a file of public keys."""
+
+
+class MergeConflictError(StoreError):
+    """Stores to be merged have entries of one spec that differ, and neither is to be preferred."""

@@ -16,6 +16,8 @@ The same stores always give the same answer. What the lookup may lose is :mod:`.
 An entry is refused if its config does not suit the spec, or if its template is not the installed one and the installed
 one renders another text. An entry that was tuned under another Triton version is used, because its config is rendered
 and compiled again; ``explain`` names the version.
+
+A damaged row is refused too, and costs nothing but itself; a file that is damaged is an error.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..codegen.spec import Config, KernelSpec
+from ..printable import printable
 from .bound import FAR_DISTANCE, Bound, bound_of, without_neighbours
 from .distance import distance
 from .entry import DEFAULT, MEASURED, PREDICTED, Entry
+from .errors import CorruptRowError
 from .neighbours import Candidate, Regret
 from .weigh import NO_MODEL, Model, Offer, Weighed, weigh
 
@@ -56,7 +60,7 @@ _PROVENANCE_ORDER = {MEASURED: 0, PREDICTED: 1, DEFAULT: 2}
 Accepts = Callable[[KernelSpec, Config], "str | None"]
 """Return why a config does not suit a spec, or None when it does."""
 Reproduces = Callable[[Entry], "str | None"]
-"""Return why an entry's source is not what its config renders to here, or None when it is."""
+"""Return why an entry is not what its config is here: another text is rendered, or its time is impossible; or None."""
 Carry = Callable[[Config, KernelSpec], Sequence[Config]]
 """Return the configs for the wanted spec that follow from one that did well for this one; itself first, if it suits."""
 TemplateDigest = Callable[[str, str], "str | None"]
@@ -82,6 +86,7 @@ class Resolution:
     refusals for each step, in the order of the search; ``refused`` is their full number by step. ``stack`` lists the
     locations searched. ``weighed`` are the best offers, the chosen one first, and ``offers`` their full number by step;
     both are empty for an exact entry. ``bound`` says what the lookup may lose, and is None for an exact entry.
+    ``damaged`` has a message for each damaged row that was met.
     """
 
     spec: KernelSpec
@@ -96,6 +101,7 @@ class Resolution:
     weighed: tuple[Weighed, ...] = ()
     offers: tuple[tuple[str, int], ...] = ()
     bound: Bound | None = None
+    damaged: tuple[str, ...] = ()
 
     @property
     def rederived(self) -> bool:
@@ -125,7 +131,7 @@ class Resolution:
         if binary is not None:
             lines.append(f"binary    {binary}")
         lines += self._weighed_lines() + self._refusal_lines()
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _choice(self) -> str:
         if self.step == "exact":
@@ -191,13 +197,13 @@ def lookup(
     """Choose the config for ``spec`` from the stores of a ``stack``; see the module's text.
 
     ``defaults`` are the built-in configs, at least one, the default first. ``architecture`` is that of the spec's GPU
-    (``sm_90``). ``accepts`` and ``template_digest`` describe the installed templates. ``reproduces`` may refuse an
-    exact entry, the only kind whose source must be rendered as recorded. ``model`` compares configs and ``carry``
+    (``sm_90``). ``accepts`` and ``template_digest`` describe the installed templates. ``reproduces`` may refuse the
+    entry that was found, whose source must be rendered as recorded. ``model`` compares configs and ``carry``
     re-derives them; without these offers are told apart by where they come from. Without ``exact`` the entry of this
     very spec is left out: what would a lookup give if it were not there?
 
     Raises:
-        StoreError: a store cannot be read, or holds a damaged row.
+        StoreError: a store cannot be read.
     """
     search = _Search(spec, stack, architecture, accepts, template_digest, reproduces)
     found = search.exact() if exact else None
@@ -214,7 +220,10 @@ def lookup(
             if found is None or found.distance > FAR_DISTANCE:
                 bound = without_neighbours(bound)
             return replace(resolution, weighed=tuple(weighed[:WEIGHED_KEPT]), offers=_by_step(offers), bound=bound)
-        del weighed[0]  # a writer has replaced its entry since
+        # Its entry was refused, or a writer has replaced it since. Another one may offer the same config.
+        gone = (chosen.store, chosen.candidate)
+        offers = [offer for offer in offers if (offer.store, offer.candidate) != gone]
+        weighed = weigh(offers, model)
     return replace(search.resolution("default", defaults[0], None), bound=without_neighbours(bound))
 
 
@@ -245,6 +254,8 @@ class _Search:
         self.reproduces = reproduces
         self.trace: list[Refusal] = []
         self.refused: dict[str, int] = {}
+        self.damaged: dict[str, None] = {}
+        self._fetched: dict[tuple[str | None, KernelSpec], _Found | None] = {}
         self._texts_compared: Counter[str] = Counter()
 
     def resolution(self, step: str, config: Config, found: _Found | None) -> Resolution:
@@ -258,12 +269,13 @@ class _Search:
             trace=tuple(self.trace),
             refused=tuple(self.refused.items()),
             stack=tuple(store.location for store in self.stack),
+            damaged=tuple(self.damaged),
         )
 
     def exact(self) -> _Found | None:
         usable: list[_Found] = []
         for store in self.stack:
-            entry = store.get(self.spec)
+            entry = self._read(store, self.spec, "exact")
             if entry is None:
                 continue
             reason = self._objection(entry.config, entry.template_digest, partial(self._is_unchanged, store, self.spec))
@@ -295,6 +307,8 @@ class _Search:
                 around = store.neighbours(self.spec, self.architecture, count=MORE)
                 usable, refused = self._usable(store, around.candidates)
             regrets += around.regrets
+            for message in around.damaged:
+                self._damage("nearest", "a damaged row", store.location, message)
             for candidate, reason in refused:
                 self._refuse(self._step(candidate), candidate.spec, store.location, reason)
             seen: dict[str, int] = {}
@@ -331,11 +345,30 @@ class _Search:
         """The entry of an offer; None if it has none, or if a writer has replaced it since."""
         if offer.candidate is None:
             return None
-        store = next(store for store in self.stack if store.location == offer.store)
-        entry = store.get(offer.candidate.spec)
-        if entry is None or entry.config != offer.candidate.config:
+        place = (offer.store, offer.candidate.spec)
+        if place not in self._fetched:
+            self._fetched[place] = self._fetch(offer.candidate, offer.store)
+        return self._fetched[place]
+
+    def _fetch(self, candidate: Candidate, location: str | None) -> _Found | None:
+        store = next(store for store in self.stack if store.location == location)
+        step = self._step(candidate)
+        entry = self._read(store, candidate.spec, step)
+        if entry is None or entry.config != candidate.config:
             return None
-        return _Found(entry, store.location, offer.candidate.distance)
+        reason = self.reproduces(entry)
+        if reason is not None:
+            self._refuse(step, candidate.spec, store.location, reason)
+            return None
+        return _Found(entry, store.location, candidate.distance)
+
+    def _read(self, store: Store, spec: KernelSpec, step: str) -> Entry | None:
+        """The entry of ``spec`` in a store; None if there is none or its row is damaged."""
+        try:
+            return store.get(spec)
+        except CorruptRowError as error:
+            self._damage(step, str(spec), store.location, str(error))
+            return None
 
     def _step(self, candidate: Candidate) -> str:
         return "nearest" if candidate.spec.gpu == self.spec.gpu else "architecture"
@@ -357,10 +390,16 @@ class _Search:
         """Whether the installed template, though another one, renders the text that was tuned for ``spec``."""
         if spec != self.spec:  # an exact entry is compared in any case
             self._texts_compared[store.location] += 1
-        entry = store.get(spec) if self._texts_compared[store.location] <= TEXTS_COMPARED else None
+        few = self._texts_compared[store.location] <= TEXTS_COMPARED
+        entry = self._read(store, spec, "nearest") if few else None
         return entry is not None and self.reproduces(entry) is None
 
-    def _refuse(self, step: str, spec: KernelSpec, store: str, reason: str) -> None:
+    def _damage(self, step: str, row: str, store: str, message: str) -> None:
+        if message not in self.damaged:
+            self.damaged[message] = None
+            self._refuse(step, row, store, message)
+
+    def _refuse(self, step: str, spec: KernelSpec | str, store: str, reason: str) -> None:
         self.refused[step] = self.refused.get(step, 0) + 1
         if self.refused[step] <= REFUSALS_KEPT:
             self.trace.append(Refusal(step, str(spec), store, reason))

@@ -41,7 +41,11 @@ class Regret:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """What a store has for specs like the wanted one: the nearest ``candidates``, and the ``regrets`` of all."""
+    """What a store has for specs like the wanted one: the nearest ``candidates``, and the ``regrets`` of all.
+
+    ``damaged`` has a message for each row that could not be used.
+    """
 
     candidates: tuple[Candidate, ...]
     regrets: tuple[Regret, ...]
+    damaged: tuple[str, ...] = ()

@@ -1,7 +1,8 @@
 """Convert the values of :mod:`.entry` to the rows of :mod:`.schema` and back, with checks in both directions.
 
-A store may come from anybody, so no row is trusted: specs are parsed, configs validated, numbers checked. Whether a
-config suits a GPU is checked in :mod:`.lookup`.
+A store may come from anybody, so no row is trusted: types, lengths and bounds of all values are checked, specs are
+parsed, configs validated, and the digest over the whole row must be the recorded one. Whether a config suits a GPU is
+checked in :mod:`.lookup`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import math
+import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy import BigInteger, Boolean, ColumnElement, Double, LargeBinary, func, type_coerce
+from sqlalchemy.types import NULLTYPE
 
-from ..codegen.spec import DIMS, SPEC_FIELDS, Config, KernelSpec, SpecError
+from ..codegen.spec import DIMS, MOST_CHARACTERS, MOST_SIZE, SPEC_FIELDS, Config, KernelSpec, SpecError
+from ..printable import brief, is_printable, shortened
 from .distance import distance_of
 from .entry import (
     DEFAULT,
@@ -28,36 +32,104 @@ from .entry import (
     Environment,
     Evaluation,
     Final,
+    Signature,
 )
 from .errors import CorruptRowError, InvalidEntryError
 from .neighbours import Candidate
-from .schema import BinaryRow, EntryRow
+from .schema import BinaryRow, EntryRow, SignatureRow
+from .seal import row_seal
 
 PROVENANCES = (MEASURED, PREDICTED, DEFAULT)
 """Best first."""
 
+_ENTRIES, _BINARIES = EntryRow.__table__, BinaryRow.__table__
+
 _SPEC_COLUMNS = tuple(name for name in SPEC_FIELDS if hasattr(EntryRow, name))
-"""The fields of a spec with a column of their own. The other flags are in the spec's text only: no query needs them."""
+"""The fields of a spec with a column of their own. Other flags and widths are in its text only: no query needs them."""
 
 _ENVIRONMENT_TEXTS = ("triton", "torch", "driver", "gpu_name", "doratune", "architecture")
 _COUNTS = ("registers", "spills", "shared_bytes")
+_TIMES = ("us", "floor_us", "unfused_us")
 _FIGURES = ("us", "floor_us", "error", "unfused_us")
+
+_MOST = 256
+_MOST_OF = {
+    "spec": MOST_CHARACTERS,
+    "config": 4096,
+    "samples_us": 1 << 18,
+    "final": 1 << 20,
+    "source": 1 << 20,
+    "metadata": 1 << 18,
+}
+"""Characters of a text at most, :data:`_MOST` for the others. The largest real sources have 19,000."""
+_MOST_IMAGE_ROW = 1 << 23
+_MOST_COUNT = 1 << 31
+_LEAST_US, _MOST_US = 1e-6, 1e12
+"""Bounds of a time that is not 0: a clock cycle takes 1e-4 µs, and 1e12 µs are 12 days."""
+_MOST_FIGURE = 1e12
+_MOST_TEXTS, _MOST_CONTENDERS = 64, 256
+_BINARY_TEXTS = ("source_digest", "kernel", "triton", "architecture")
+_GPU = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_FLAG_COLUMNS = tuple(column.name for column in _ENTRIES.columns if isinstance(column.type, Boolean))
+_REAL_COLUMNS = tuple(column.name for column in _ENTRIES.columns if isinstance(column.type, Double))
+_WHOLE_COLUMNS = tuple(column.name for column in _ENTRIES.columns if isinstance(column.type, BigInteger))
+_OPTIONAL = tuple(column.name for column in _ENTRIES.columns if column.nullable)
+_TEXT_COLUMNS = tuple(
+    column.name
+    for column in _ENTRIES.columns
+    if column.name not in ("id", *_FLAG_COLUMNS, *_REAL_COLUMNS, *_WHOLE_COLUMNS)
+)
+_TEXT_LIMITS = tuple((name, _MOST_OF.get(name, _MOST)) for name in _TEXT_COLUMNS if name != "digest")
 _SAMPLE_DIGITS = 5
 """Significant digits of a final's samples: far below the noise, and a third of the text."""
 
 _SEAL = b"doratune-1\0"
 """The start of a sealed image. xz compresses a cubin to a fifth (zlib: to a quarter) and unpacks it in 2 ms."""
 _SEAL_BYTES = len(_SEAL) + hashlib.sha256().digest_size
-_MOST_IMAGE_BYTES = 1 << 26
+_MOST_IMAGE_BYTES = 1 << 23
 """A limit, because a few kilobytes of xz can unpack to any size. This package's cubins have up to 150 kB."""
+_MOST_UNPACKING_BYTES = 1 << 25
+"""What unpacking may take besides; xz takes 9 MB for what this module writes."""
 
 
 class _BadValue(ValueError):
     """A field holds an invalid value. The callers below raise it as a public error."""
 
 
+def _raw(table: Any, *names: str, server: bool) -> tuple[ColumnElement[Any], ...]:
+    """Columns without a conversion of their values: these are checked first.
+
+    On a ``server``, long values are cut just above their limit there. SQLite has a limit of its own (:mod:`.connect`).
+    """
+    return tuple(_cut(table.c[name], server).label(name) for name in names or table.c.keys())
+
+
+def _cut(column: ColumnElement[Any], server: bool) -> ColumnElement[Any]:
+    if server and isinstance(column.type, LargeBinary):
+        return type_coerce(func.substr(column, 1, _MOST_IMAGE_ROW + 1), NULLTYPE)
+    if server and str(column.name) in _MOST_OF:
+        return type_coerce(func.left(column, _MOST_OF[str(column.name)] + 1), NULLTYPE)
+    return type_coerce(column, NULLTYPE)
+
+
+_SIZES = ("d_out", "d_in", "rank", "tokens", "layers")
+_PLACE_NAMES = ("id", "spec", "gpu", "provenance", "lookup_regret", *_SIZES, "magnitude")
+_CANDIDATE_TEXTS = ("spec", "config", "template_digest", "provenance", "final")
+_CANDIDATE_NAMES = ("id", *_CANDIDATE_TEXTS, "us", "floor_us", "lookup_regret", *_SPEC_COLUMNS)
+
+ENTRY_COLUMNS = {server: _raw(_ENTRIES, server=server) for server in (False, True)}
+BINARY_COLUMNS = {server: _raw(_BINARIES, server=server) for server in (False, True)}
+KEY_COLUMNS = {server: _raw(_BINARIES, "id", *_BINARY_TEXTS, server=server) for server in (False, True)}
+SIGNATURE_COLUMNS = {server: _raw(SignatureRow.__table__, server=server) for server in (False, True)}
+SOURCE_COLUMNS = {server: _raw(_ENTRIES, "id", "source", server=server) for server in (False, True)}
+PLACE_COLUMNS = {server: _raw(_ENTRIES, *_PLACE_NAMES, server=server) for server in (False, True)}
+"""What the distance of an entry is computed from, without reading its config."""
+CANDIDATE_COLUMNS = {server: _raw(_ENTRIES, *_CANDIDATE_NAMES, server=server) for server in (False, True)}
+"""The columns of each query, for SQLite (False) and for a server (True)."""
+
+
 def entry_values(entry: Entry) -> dict[str, Any]:
-    """Return the column values of ``entry``.
+    """Return the column values of ``entry``, with their digest.
 
     Raises:
         InvalidEntryError: a field has the wrong type or range; the message names the spec and the field.
@@ -79,83 +151,94 @@ def entry_values(entry: Entry) -> dict[str, Any]:
     }
     try:
         values["final"] = None if entry.final is None else _final_text(entry.final)
+        for name in _REAL_COLUMNS:
+            if isinstance(values[name], (int, float)) and not isinstance(values[name], bool):
+                values[name] = float(values[name]) + 0.0  # SQLite has no negative zero
         _check(values)
         _samples(values["samples_us"])
         _final(values["final"])
-    except _BadValue as problem:
+    except (_BadValue, OverflowError) as problem:
         raise InvalidEntryError(f"entry {entry.spec}: {problem}; nothing was stored") from None
-    return values
+    return sealed(values)
 
 
-def entry_of(row: EntryRow, store: str) -> Entry:
-    """Return the entry that ``row`` of ``store`` (its location, for the message) holds.
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """The column values with the digest over them."""
+    return {**values, "digest": row_seal(values)}
+
+
+def entry_of(row: Mapping[Any, Any], store: str) -> Entry:
+    """Return the entry in a row of :data:`ENTRY_COLUMNS` of ``store`` (its location, for the message).
 
     Raises:
         CorruptRowError: the row does not hold a valid entry.
     """
-    values = {column.key: getattr(row, column.key) for column in EntryRow.__mapper__.column_attrs}
+    values: dict[str, Any] = dict(row)
     try:
+        _settle_flags(values)
         _check(values)
-        return Entry(
-            spec=_spec(values),
+        spec = _spec(values)
+        entry = Entry(
+            spec=spec,
             config=_config(values["config"]),
-            template_digest=row.template_digest,
-            source_digest=row.source_digest,
-            source=row.source,
+            template_digest=values["template_digest"],
+            source_digest=values["source_digest"],
+            source=values["source"],
             evaluation=Evaluation(
-                provenance=row.provenance,
-                us=row.us,
-                floor_us=row.floor_us,
-                samples_us=_samples(row.samples_us),
-                error=row.error,
-                registers=row.registers,
-                spills=row.spills,
-                shared_bytes=row.shared_bytes,
-                trials=row.trials,
-                unfused_us=row.unfused_us,
+                provenance=values["provenance"],
+                samples_us=_samples(values["samples_us"]),
+                trials=values["trials"],
+                **{name: values[name] for name in (*_FIGURES, *_COUNTS)},
             ),
-            environment=Environment(gpu=row.tuned_gpu, **{name: values[name] for name in _ENVIRONMENT_TEXTS}),
-            created_at=row.created_at,
-            final=_final(row.final),
-            lookup_regret=row.lookup_regret,
+            environment=Environment(gpu=values["tuned_gpu"], **{name: values[name] for name in _ENVIRONMENT_TEXTS}),
+            created_at=values["created_at"],
+            final=_final(values["final"]),
+            lookup_regret=values["lookup_regret"],
         )
+        if values["digest"] != row_seal(values):
+            raise _BadValue("its digest is another one: a value was changed after the row was written")
+        return entry
     except (_BadValue, SpecError) as problem:
-        raise _corrupt(store, row.id, values["spec"], problem) from None
+        raise _corrupt(store, values["id"], values["spec"], problem) from None
 
 
-PLACE_COLUMNS: tuple[InstrumentedAttribute[Any], ...] = (
-    EntryRow.id,
-    EntryRow.spec,
-    EntryRow.gpu,
-    EntryRow.provenance,
-    EntryRow.lookup_regret,
-)
-PLACE_COLUMNS += (EntryRow.d_out, EntryRow.d_in, EntryRow.rank, EntryRow.tokens, EntryRow.magnitude)
-"""What the distance of an entry is computed from, without reading its config."""
-
-CANDIDATE_COLUMNS: tuple[InstrumentedAttribute[Any], ...] = (EntryRow.id, EntryRow.spec, EntryRow.config)
-CANDIDATE_COLUMNS += (EntryRow.template_digest, EntryRow.provenance)
-CANDIDATE_COLUMNS += (EntryRow.us, EntryRow.floor_us, EntryRow.lookup_regret, EntryRow.final)
-CANDIDATE_COLUMNS += tuple(getattr(EntryRow, name) for name in _SPEC_COLUMNS)
+def unreadable(store: str, row_id: object, table: str, problem: object) -> CorruptRowError:
+    """The error for a row that the database cannot give: text that is not UTF-8, or a value of many megabytes."""
+    remedy = "tune the spec again to replace it, or " if table == EntryRow.__tablename__ else ""
+    reason = brief(str(getattr(problem, "orig", problem)))
+    error = CorruptRowError(
+        f"{store}: row {brief(row_id)} of table {table} cannot be read: {reason}; {remedy}delete the row"
+    )
+    error.row_id = row_id if isinstance(row_id, int) else None
+    return error
 
 
-def distance_to(wanted: KernelSpec, row: Any, store: str) -> float:
+def distance_to(wanted: KernelSpec, row: Mapping[Any, Any], store: str) -> float:
     """The distance from ``wanted`` of a row of :data:`PLACE_COLUMNS`.
 
     Raises:
-        CorruptRowError: its dims are no whole numbers of at least 0, or its regret is no ratio of times.
+        CorruptRowError: its dims are no sizes, its regret is no ratio of times, or a text is no text or too long.
     """
     try:
-        dims = {dim: getattr(row, dim) for dim in DIMS}
+        for name in ("spec", "gpu", "magnitude"):
+            if not isinstance(row[name], str) or len(row[name]) > MOST_CHARACTERS:
+                raise _BadValue(f"{name} must be text of at most {MOST_CHARACTERS} characters, got {brief(row[name])}")
+        parts = row["spec"].partition("@")[0].split("/")
+        texts = dict(part.partition("=")[::2] for part in parts)
+        dims = {dim: row[dim] if dim in row else _whole(texts.get(dim, "0")) for dim in DIMS}
         for dim, value in dims.items():
-            if not isinstance(value, int) or value < 0:
-                raise _BadValue(f"{dim} must be a whole number of at least 0, got {value!r}")
-        if row.lookup_regret is not None:
-            _check_figure("lookup_regret", row.lookup_regret)
-        flags = str(row.spec).partition("@")[0].split("/")
-        return distance_of(wanted, dims, row.magnitude, flags)
+            if type(value) is not int or not 0 <= value <= MOST_SIZE:
+                raise _BadValue(f"{dim} must be a whole number from 0 to {MOST_SIZE}, got {brief(value)}")
+        if row["lookup_regret"] is not None:
+            _check_figure("lookup_regret", row["lookup_regret"])
+        return distance_of(wanted, dims, row["magnitude"], parts)
     except _BadValue as problem:
-        raise _corrupt(store, row.id, row.spec, problem) from None
+        raise _corrupt(store, row["id"], row["spec"], problem) from None
+
+
+def _whole(text: str) -> int | str:
+    """The whole number of a spec's text; other text as it is."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
 
 
 def candidate_of(row: Mapping[Any, Any], distance: float, store: str) -> Candidate:
@@ -166,11 +249,14 @@ def candidate_of(row: Mapping[Any, Any], distance: float, store: str) -> Candida
     """
     values: dict[str, Any] = dict(row)
     try:
+        _settle_flags(values)
         _check_provenance(values)
-        figures = {name: values[name] for name in ("us", "floor_us", "lookup_regret")}
-        for name, value in figures.items():
-            if value is not None:
-                _check_figure(name, value)
+        _check_text("template_digest", values["template_digest"])
+        for name in ("us", "floor_us"):
+            _check_time(name, values[name])
+        if values["lookup_regret"] is not None:
+            _check_figure("lookup_regret", values["lookup_regret"])
+        _check_floor(values)
         return Candidate(
             _spec(values),
             _config(values["config"]),
@@ -178,14 +264,14 @@ def candidate_of(row: Mapping[Any, Any], distance: float, store: str) -> Candida
             values["provenance"],
             distance=distance,
             beaten=_beaten(_final(values["final"])),
-            **figures,
+            **{name: values[name] for name in ("us", "floor_us", "lookup_regret")},
         )
     except (_BadValue, SpecError) as problem:
         raise _corrupt(store, values["id"], values["spec"], problem) from None
 
 
 def _beaten(final: Final | None) -> tuple[tuple[Config, float], ...]:
-    if final is None or final.winner.us <= 0:
+    if final is None:
         return ()
     return tuple((contender.config, contender.us / final.winner.us) for contender in final.beaten)
 
@@ -215,24 +301,77 @@ def binary_values(binary: Binary) -> dict[str, Any]:
     }
 
 
-def binary_of(row: BinaryRow, store: str) -> Binary:
-    """Return the binary that ``row`` of ``store`` holds.
+def key_of(row: Mapping[Any, Any], store: str) -> BinaryKey:
+    """Return the key in a row of :data:`KEY_COLUMNS`.
+
+    Raises:
+        CorruptRowError: a part of it is no text.
+    """
+    try:
+        for name in _BINARY_TEXTS:
+            _check_text(name, row[name])
+    except _BadValue as problem:
+        raise unreadable(store, row["id"], BinaryRow.__tablename__, problem) from None
+    return BinaryKey(*(row[name] for name in _BINARY_TEXTS))
+
+
+def signature_of(row: Mapping[Any, Any], store: str) -> Signature:
+    """Return the signature in a row of :data:`SIGNATURE_COLUMNS`; whether it is the key's is not checked here.
+
+    Raises:
+        CorruptRowError: a part of it is not what was stored.
+    """
+    signature = row["signature"]
+    try:
+        _check_text("digest", row["digest"])
+        _check_text("key", row["key"])
+        if not isinstance(signature, bytes) or not signature.startswith(_SEAL):
+            raise _BadValue("the signature has no seal of a store; sign the row again with `cache export --sign`")
+        found = Signature(row["digest"], row["key"], signature[_SEAL_BYTES:])
+        if len(signature) > _MOST or _sealed(found) != signature:
+            raise _BadValue("its digest, key and signature do not belong together")
+    except _BadValue as problem:
+        raise unreadable(store, row["id"], SignatureRow.__tablename__, problem) from None
+    return found
+
+
+def signature_values(signature: Signature) -> dict[str, Any]:
+    """Return the values of a signature's row by column name."""
+    return signature._asdict() | {"signature": _sealed(signature)}
+
+
+def _sealed(signature: Signature) -> bytes:
+    """The signature behind a digest over its row. A changed one would only seem to be another key's, or a forgery, and
+    whoever checks the store has no public key to tell."""
+    digest = hashlib.sha256("\0".join(signature[:2]).encode(errors="surrogatepass") + b"\0" + signature.signature)
+    return _SEAL + digest.digest() + signature.signature
+
+
+def binary_of(row: Mapping[Any, Any], store: str) -> Binary:
+    """Return the binary in a row of :data:`BINARY_COLUMNS` of ``store``.
 
     Raises:
         CorruptRowError: some part of the row is not what was stored.
     """
+    stored = row["image"]
     try:
-        _check_metadata(row.metadata_json)
-        if not isinstance(row.image, bytes) or not row.image.startswith(_SEAL):
+        for name in _BINARY_TEXTS:
+            _check_text(name, row[name])
+        _check_metadata(row["metadata"])
+        if not isinstance(stored, bytes) or not stored.startswith(_SEAL):
             raise _BadValue("the image has no seal of a store")
-        image = _unpacked(row.image[_SEAL_BYTES:])
-        binary = Binary(row.code_digest, row.kernel, row.triton, row.architecture, row.metadata_json, image)
-        if _seal_of(binary) != row.image[:_SEAL_BYTES]:
+        if len(stored) > _MOST_IMAGE_ROW:
+            raise _BadValue(f"the image has more than {_MOST_IMAGE_ROW} bytes")
+        image = _unpacked(stored[_SEAL_BYTES:])
+        code, kernel, triton, architecture = (row[name] for name in _BINARY_TEXTS)
+        binary = Binary(code, kernel, triton, architecture, row["metadata"], image)
+        if _seal_of(binary) != stored[:_SEAL_BYTES]:
             raise _BadValue("its key, metadata and image do not belong together")
     except _BadValue as problem:
         raise CorruptRowError(
-            f"{store}: binary {row.id} (kernel {row.kernel!r}, Triton {row.triton}): {problem}. "
-            f"Delete row {row.id} of table {BinaryRow.__tablename__}: it is compiled again when needed."
+            f"{store}: binary {brief(row['id'])} (kernel {brief(row['kernel'])}, Triton {brief(row['triton'])}): "
+            f"{problem}. Delete row {brief(row['id'])} of table {BinaryRow.__tablename__}: it is compiled again when "
+            "needed."
         ) from None
     return binary
 
@@ -244,12 +383,12 @@ def _seal_of(binary: Binary) -> bytes:
     not, and neither SQLite nor the image would show it.
     """
     parts = (*(str(getattr(binary, name)) for name in BinaryKey._fields), binary.metadata)
-    digest = hashlib.sha256("\0".join(parts).encode() + b"\0" + binary.image)
+    digest = hashlib.sha256("\0".join(parts).encode(errors="surrogatepass") + b"\0" + binary.image)
     return _SEAL + digest.digest()
 
 
 def _unpacked(compressed: bytes) -> bytes:
-    unpacking = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_IMAGE_BYTES)
+    unpacking = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_UNPACKING_BYTES)
     try:
         image = unpacking.decompress(compressed, _MOST_IMAGE_BYTES)
     except lzma.LZMAError as problem:
@@ -259,68 +398,117 @@ def _unpacked(compressed: bytes) -> bytes:
     return image
 
 
-def _corrupt(store: str, row_id: int, spec: object, problem: Exception) -> CorruptRowError:
+def _corrupt(store: str, row_id: object, spec: object, problem: Exception) -> CorruptRowError:
     return CorruptRowError(
-        f"{store}: entry {row_id} ({spec!r}) is damaged: {problem}. "
-        f"Tune the spec again to replace it, or delete row {row_id} of table {EntryRow.__tablename__}."
+        f"{store}: entry {brief(row_id)} ({brief(spec)}) is damaged: {shortened(str(problem), 400)}. "
+        f"Tune the spec again to replace it, or delete row {brief(row_id)} of table {EntryRow.__tablename__}."
     )
 
 
+def _settle_flags(values: dict[str, Any]) -> None:
+    """Make booleans of the flags: SQLite has 0 and 1."""
+    for name in _FLAG_COLUMNS:
+        value = values[name]
+        if type(value) is not bool and (type(value) is not int or value not in (0, 1)):
+            raise _BadValue(f"{name} must be true or false, got {brief(value)}")
+        values[name] = bool(value)
+
+
 def _check(values: dict[str, Any]) -> None:
-    """Check the fields whose types do not check themselves."""
+    """Check the types, lengths and bounds of all values."""
+    for name, most in _TEXT_LIMITS:
+        value = values[name]
+        if type(value) is str and len(value) <= most and value.isascii() and value.isprintable():
+            continue  # what almost all are
+        if value is not None or name not in _OPTIONAL:
+            _check_text(name, value)
     _check_provenance(values)
-    for name in (*_FIGURES, "lookup_regret"):
+    for name in _TIMES:
+        _check_time(name, values[name])
+    for name in ("error", "lookup_regret"):
         if values[name] is not None:
             _check_figure(name, values[name])
     for name in (*_COUNTS, "trials"):
         value = values[name]
         optional = value is None and name != "trials"
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise _BadValue(f"{name} must be a whole number of at least 0, got {value!r}")
-    for name in (*_ENVIRONMENT_TEXTS, "tuned_gpu", "created_at", "source", "source_digest", "template_digest"):
-        if not isinstance(values[name], str):
-            raise _BadValue(f"{name} must be text, got {values[name]!r}")
+        if not optional and (type(value) is not int or not 0 <= value < _MOST_COUNT):
+            raise _BadValue(f"{name} must be a whole number of at least 0 and below 2**31, got {brief(value)}")
     for name in ("template_digest", "source_digest", "architecture"):
         if not values[name]:
             raise _BadValue(f"{name} is empty")
+    for name in ("tuned_gpu", "architecture"):
+        if not _GPU.fullmatch(values[name]):
+            raise _BadValue(f"{name} must be a name such as h200 or sm_90, got {brief(values[name])}")
+    if values["created_at"]:
+        try:
+            datetime.fromisoformat(values["created_at"])
+        except ValueError:
+            raise _BadValue(f"created_at must be a time in ISO 8601, got {brief(values['created_at'])}") from None
+    _check_floor(values)
 
 
-def _check_provenance(values: dict[str, Any]) -> None:
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise _BadValue(f"{name} must be text, got {brief(value)}")
+    most = _MOST_OF.get(name, _MOST)
+    if len(value) > most:
+        raise _BadValue(f"{name} must have at most {most} characters, got {brief(value)}")
+    if not is_printable(value, lines=name == "source"):
+        raise _BadValue(f"{name} has characters that cannot be printed: {brief(value)}")
+
+
+def _check_provenance(values: Mapping[str, Any]) -> None:
     if values["provenance"] not in PROVENANCES:
-        raise _BadValue(f"provenance must be one of {', '.join(PROVENANCES)}, got {values['provenance']!r}")
+        raise _BadValue(f"provenance must be one of {', '.join(PROVENANCES)}, got {brief(values['provenance'])}")
 
 
 def _check_figure(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise _BadValue(f"{name} must be a finite number of at least 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _MOST_FIGURE:
+        raise _BadValue(f"{name} must be a finite number of at least 0, got {brief(value)}")
 
 
-def _spec(values: dict[str, Any]) -> KernelSpec:
+def _check_time(name: str, value: object) -> None:
+    if value is None:
+        return
+    _check_figure(name, value)
+    if value and not _LEAST_US <= value <= _MOST_US:  # type: ignore[operator]
+        raise _BadValue(f"{name} must be 0 or a time from {_LEAST_US:g} to {_MOST_US:g} µs, got {brief(value)}")
+
+
+def _check_floor(values: Mapping[str, Any]) -> None:
+    us, floor = values["us"], values["floor_us"]
+    if Evaluation(values["provenance"], us).beats(floor):
+        raise _BadValue(f"us is {us:g}, far below its floor of {floor:g} µs: no kernel is as fast")
+
+
+def _spec(values: Mapping[str, Any]) -> KernelSpec:
     if not isinstance(values["spec"], str):
-        raise _BadValue(f"spec must be text, got {values['spec']!r}")
+        raise _BadValue(f"spec must be text, got {brief(values['spec'])}")
     spec = KernelSpec.parse(values["spec"])
     if str(spec) != values["spec"]:
         raise _BadValue(f"the spec is not in its canonical form {str(spec)!r}")
     for name in _SPEC_COLUMNS:
-        if getattr(spec, name) != values[name]:
-            raise _BadValue(f"the column {name}={values[name]!r} contradicts the spec")
+        if getattr(spec, name) != values[name] or type(getattr(spec, name)) is not type(values[name]):
+            raise _BadValue(f"the column {name}={brief(values[name])} contradicts the spec")
     return spec
 
 
 def _config(text: object) -> Config:
-    data = _json(text, "config")
+    return _config_of(_json(text, "config"))
+
+
+def _config_of(data: object) -> Config:
     try:
         return Config.from_dict(data)
-    except TypeError as problem:  # a variant or parameter of the wrong type
-        raise _BadValue(f"config {text!r}: {problem}") from None
+    except TypeError as problem:  # a name that is no parameter's
+        raise _BadValue(f"config {brief(data)}: {problem}") from None
 
 
 def _samples(text: object) -> tuple[float, ...]:
-    data = _json(text, "samples_us")
-    if not isinstance(data, list):
-        raise _BadValue(f"samples_us must be a list, got {text!r}")
-    for value in data:
-        _check_figure("a sample", value)
+    data = _list(_json(text, "samples_us"), "samples_us")
+    if not all(type(value) is float and 0 <= value <= _MOST_FIGURE for value in data):
+        for value in data:
+            _check_figure("a sample", value)
     return tuple(data)
 
 
@@ -348,50 +536,58 @@ def _final(text: object) -> Final | None:
     data = _json(text, "final")
     names = {"contenders", "confidence", "noise", "settled", "notices"}
     if not isinstance(data, dict) or data.keys() != names:
-        raise _BadValue(f"final must be an object with {', '.join(sorted(names))}, got {str(text)[:80]!r}")
+        raise _BadValue(f"final must be an object with {', '.join(sorted(names))}, got {brief(data)}")
     for name in ("confidence", "noise"):
         _check_figure(name, data[name])
     if not isinstance(data["settled"], bool):
-        raise _BadValue(f"settled must be true or false, got {data['settled']!r}")
-    contenders = tuple(_contender(value) for value in _list(data["contenders"], "contenders"))
-    if not contenders:
-        raise _BadValue("final has no contenders")
+        raise _BadValue(f"settled must be true or false, got {brief(data['settled'])}")
+    listed = _list(data["contenders"], "contenders")
+    if not 0 < len(listed) <= _MOST_CONTENDERS:
+        raise _BadValue("final has no contenders" if not listed else f"final has {len(listed)} contenders")
+    contenders = tuple(_contender(value) for value in listed)
     return Final(contenders, data["confidence"], data["noise"], data["settled"], _texts(data, "notices"))
 
 
 def _contender(data: Any) -> Contender:
     if not isinstance(data, dict) or data.keys() != {"config", "origins", "samples_us"}:
-        raise _BadValue(f"a contender must be an object with config, origins and samples_us, got {str(data)[:80]!r}")
+        raise _BadValue(f"a contender must be an object with config, origins and samples_us, got {brief(data)}")
     samples = _list(data["samples_us"], "samples_us")
     for value in samples:
         _check_figure("a sample", value)
+        if not value:
+            raise _BadValue("a sample of a final is 0")
     if not samples:
         raise _BadValue("a contender has no samples")
-    config = _config(json.dumps(data["config"]))
-    return Contender(config, _texts(data, "origins"), tuple(samples))
+    return Contender(_config_of(data["config"]), _texts(data, "origins"), tuple(samples))
 
 
 def _texts(data: dict[str, Any], name: str) -> tuple[str, ...]:
     texts = _list(data[name], name)
+    if len(texts) > _MOST_TEXTS:
+        raise _BadValue(f"{name} has {len(texts)} elements, at most {_MOST_TEXTS} are possible")
     for each in texts:
         if not isinstance(each, str):
-            raise _BadValue(f"an element of {name} must be text, got {str(each)[:80]!r}")
+            raise _BadValue(f"an element of {name} must be text, got {brief(each)}")
+        if len(each) > MOST_CHARACTERS or not is_printable(each):
+            raise _BadValue(f"an element of {name} is too long or cannot be printed: {brief(each)}")
     return tuple(texts)
 
 
 def _list(data: Any, name: str) -> list[Any]:
     if not isinstance(data, list):
-        raise _BadValue(f"{name} must be a list, got {str(data)[:80]!r}")
+        raise _BadValue(f"{name} must be a list, got {brief(data)}")
     return data
 
 
 def _json(text: object, name: str) -> Any:
     if not isinstance(text, str):
-        raise _BadValue(f"{name} must be text, got {text!r}")
+        raise _BadValue(f"{name} must be text, got {brief(text)}")
+    if len(text) > _MOST_OF[name]:
+        raise _BadValue(f"{name} must have at most {_MOST_OF[name]} characters, got {brief(text)}")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise _BadValue(f"{name} must be JSON, got {text[:80]!r}") from None
+        raise _BadValue(f"{name} must be JSON, got {brief(text)}") from None
 
 
 def _check_metadata(metadata: object) -> None:

@@ -12,8 +12,18 @@ from __future__ import annotations
 from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, MetaData, String, Table, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
 """All schemas, oldest first. This version of doratune reads and writes the last one."""
+
+SINCE = {
+    "doratune_entries.unfused_us": "0002",
+    "doratune_entries.final": "0003",
+    "doratune_entries.lookup_regret": "0003",
+    "doratune_entries.layers": "0004",
+    "doratune_signatures": "0005",
+    "doratune_entries.digest": "0006",
+}
+"""The revision that brought a table or a column, for those that the first one did not have."""
 
 VERSION_TABLE = "doratune_schema"
 
@@ -84,6 +94,8 @@ class EntryRow(Base):
     unfused_us: Mapped[float | None] = mapped_column(Double)
     final: Mapped[str | None] = mapped_column(Text)
     lookup_regret: Mapped[float | None] = mapped_column(Double)
+    layers: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(Text)
 
 
 class BinaryRow(Base):
@@ -102,3 +114,15 @@ class BinaryRow(Base):
     architecture: Mapped[str] = mapped_column(Text)
     metadata_json: Mapped[str] = mapped_column("metadata", Text)
     image: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class SignatureRow(Base):
+    """One signature of one row of the tables above, which is found by its digest (:mod:`.signing`)."""
+
+    __tablename__ = "doratune_signatures"
+    __table_args__ = (UniqueConstraint("digest", "key"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(Text)
+    key: Mapped[str] = mapped_column(Text)
+    signature: Mapped[bytes] = mapped_column(LargeBinary)

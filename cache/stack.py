@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 HOME_VARIABLE = "DORATUNE_HOME"
 PATH_VARIABLE = "DORATUNE_CACHE_PATH"
+PACKAGED = "doratune_stores"
+"""The folder of the stores of installed packages of binaries."""
 USER = "user"
 PREBUILT = "prebuilt"
 
@@ -99,8 +102,16 @@ def _own_place() -> list[Place]:
 
 
 def prebuilt_paths() -> list[Path]:
-    """The stores in the package, sorted by name."""
-    return sorted(_PREBUILT_FOLDER.glob("*.sqlite"))
+    """The stores in the package, then those of installed packages of binaries, each sorted by name.
+
+    Such a package (``doratune cache package`` makes them) has its stores in a folder :data:`PACKAGED` beside the other
+    installed packages. The folder is found as Python finds a package, and nothing in it is imported.
+    """
+    found = sorted(_PREBUILT_FOLDER.glob("*.sqlite"))
+    spec = importlib.util.find_spec(PACKAGED)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        found += sorted(Path(folder).glob("*.sqlite"))
+    return found
 
 
 def stack_places(store: str | None = None) -> list[Place]:
@@ -117,18 +128,14 @@ def stack_places(store: str | None = None) -> list[Place]:
     else:
         named = [Place(item, PATH_VARIABLE) for item in split_locations(os.environ.get(PATH_VARIABLE, ""))]
     unique: dict[Location, Place] = {}
-    for place in (*named, *_own_and_prebuilt()):
+    for place in (*named, *_own_place(), *(Place(str(path), PREBUILT) for path in prebuilt_paths())):
         unique.setdefault(Location.parse(place.location), place)
     return list(unique.values())
 
 
-def trusted_locations() -> frozenset[str]:
-    """The ``Store.location`` of the user's own store and of the prebuilt ones: nobody else writes these."""
-    return frozenset(str(Location.parse(place.location)) for place in _own_and_prebuilt())
-
-
-def _own_and_prebuilt() -> list[Place]:
-    return [*_own_place(), *(Place(str(path), PREBUILT) for path in prebuilt_paths())]
+def user_location() -> str | None:
+    """The ``Store.location`` of the user's own store, or None where there is none."""
+    return next((str(Location.parse(place.location)) for place in _own_place()), None)
 
 
 def open_stack(store: str | None = None) -> list[Store]:

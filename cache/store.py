@@ -7,40 +7,89 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import ColumnElement, CursorResult, Engine, Executable, case, delete, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Engine,
+    Executable,
+    Select,
+    bindparam,
+    case,
+    delete,
+    or_,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import InstrumentedAttribute, Session, sessionmaker
 
 from ..codegen.digest import code_digest
 from ..codegen.spec import TILE_DTYPES, KernelSpec
+from ..printable import printable, shortened
 from . import create as making
-from .connect import connect, explained, for_writing, sqlite_engine
-from .entry import MEASURED, Binary, BinaryKey, Entry
-from .errors import CorruptRowError, LocationError, OlderStoreError, ReadOnlyStoreError, StoreAccessError
+from . import shape
+from .connect import connect, costs_one_row, explained, first_row, for_long, for_writing, sqlite_engine
+from .entry import DEFAULT, MEASURED, Binary, BinaryKey, Entry, Signature
+from .errors import (
+    CorruptRowError,
+    CorruptStoreError,
+    LocationError,
+    OlderStoreError,
+    ReadOnlyStoreError,
+    StoreAccessError,
+)
 from .location import Location
-from .neighbours import Neighbourhood, Regret
+from .neighbours import Candidate, Neighbourhood, Regret
 from .rows import (
+    BINARY_COLUMNS,
     CANDIDATE_COLUMNS,
+    ENTRY_COLUMNS,
+    KEY_COLUMNS,
     PLACE_COLUMNS,
     PROVENANCES,
+    SIGNATURE_COLUMNS,
+    SOURCE_COLUMNS,
     binary_of,
     binary_values,
     candidate_of,
     distance_to,
     entry_of,
     entry_values,
+    key_of,
+    signature_of,
+    signature_values,
+    unreadable,
 )
-from .schema import Base, BinaryRow, EntryRow
+from .schema import REVISIONS, Base, BinaryRow, EntryRow, SignatureRow
+from .signing import SigningKey, row_digest
 
+T = TypeVar("T")
+
+_ONE_ENTRY = {
+    server: select(*ENTRY_COLUMNS[server]).where(EntryRow.__table__.c.spec == bindparam("wanted"))
+    for server in (False, True)
+}
+"""Made once: to make and to hash a statement takes longer than to execute it."""
+_ONE_ENTRY_OF_FILE = str(_ONE_ENTRY[False].compile(dialect=sqlite.dialect()))
+_ENTRY_NAMES = tuple(column.name for column in ENTRY_COLUMNS[False])
+_BEFORE_ALL = -(1 << 63)
+_ROWS_AT_ONCE = 500
+"""Rows that a server sends at once."""
 _BINARY_COLUMNS = ("source_digest", "kernel", "triton", "architecture")
 """The columns of a :class:`~doratune.cache.entry.BinaryKey`."""
+
+_ASKED_BY_DIGEST = 100
+"""Signatures of more rows than this are read all at once: databases limit the number of values in a query."""
 
 
 class Store:
@@ -56,6 +105,8 @@ class Store:
         self._engine = engine
         self._writer = for_writing(engine)
         self.readonly = readonly
+        self._server = engine.dialect.name != "sqlite"
+        self._kept: dict[tuple[int, int], Connection] = {}
 
     @classmethod
     def open(cls, location: str | Path, *, create: bool = False, readonly: bool = False) -> Store:
@@ -69,13 +120,11 @@ class Store:
             MissingStoreError, NotAStoreError, CorruptStoreError, NewerStoreError, OlderStoreError,
             ReadOnlyStoreError, StoreAccessError, UnreachableStoreError, MissingDriverError: see their docstrings.
         """
-        if create and readonly:
-            raise LocationError(f"store {location}: a new store cannot be read-only; open it for writing once")
         where = Location.parse(location)
+        if create and readonly:
+            raise LocationError(f"store {where}: a new store cannot be read-only; open it for writing once")
         if create and where.path is not None:
-            if not where.path.exists():
-                making.create_file(where, where.path)
-            making.wait_for_claim(where.path)
+            making.create_missing(where, where.path)
         engine = connect(where, readonly=readonly)
         with explained(where):
             making.settle_schema(where, engine, create=create, readonly=readonly)
@@ -88,6 +137,10 @@ class Store:
 
     def close(self) -> None:
         """Release the database."""
+        for owner in [owner for owner in self._kept if owner[0] == os.getpid()]:
+            kept = self._kept.pop(owner, None)
+            if kept is not None:
+                kept.close()
         self._engine.dispose()
 
     def __enter__(self) -> Store:
@@ -105,7 +158,8 @@ class Store:
         """Store ``entry`` as its spec's winner; return whether it was stored.
 
         The better provenance stays: measured over predicted over default, the newer among equals. An entry tuned with
-        another template (``template_digest``) is always replaced. An empty ``created_at`` becomes the present time.
+        another template (``template_digest``) and a damaged one are always replaced. An empty ``created_at`` becomes
+        the present time.
 
         Raises:
             InvalidEntryError: a field of the entry has the wrong type or range.
@@ -115,11 +169,10 @@ class Store:
     def put_all(self, entries: Iterable[Entry]) -> int:
         """Store the entries as :meth:`put` does, in one transaction: all or none. Return how many were stored."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        rows = [entry_values(entry) for entry in entries]
+        rows = [entry_values(entry if entry.created_at else replace(entry, created_at=now)) for entry in entries]
         stored = 0
         with explained(self._where), self._writing() as session:
             for values in rows:
-                values["created_at"] = values["created_at"] or now
                 new = self._insert(EntryRow).values(values)
                 changed = {name: new.excluded[name] for name in values if name != "spec"}
                 other_template = EntryRow.template_digest != new.excluded.template_digest
@@ -128,7 +181,11 @@ class Store:
                 upsert = new.on_conflict_do_update(
                     index_elements=["spec"], set_=changed, where=or_(other_template, no_worse)
                 )
-                stored += _changed_rows(session, upsert)
+                changed_rows = _changed_rows(session, upsert)
+                if not changed_rows and self._is_damaged(session.connection(), values["spec"]):
+                    session.execute(delete(EntryRow).where(EntryRow.spec == values["spec"]))
+                    changed_rows = _changed_rows(session, self._insert(EntryRow).values(values))
+                stored += changed_rows
         return stored
 
     def get(self, spec: KernelSpec) -> Entry | None:
@@ -137,9 +194,15 @@ class Store:
         Raises:
             CorruptRowError: its row is damaged.
         """
-        with explained(self._where), self._reading() as session:
-            row = session.scalars(select(EntryRow).where(EntryRow.spec == str(spec))).one_or_none()
-            return None if row is None else entry_of(row, self.location)
+        with explained(self._where), self._reading() as connection:
+            return self._get(connection, str(spec))
+
+    def readable(self, spec: KernelSpec) -> Entry | None:
+        """Return the entry of exactly this spec, or None where there is none or its row is damaged."""
+        try:
+            return self.get(spec)
+        except CorruptRowError:
+            return None
 
     def entries(self, op: str | None = None, gpu: str | None = None, architecture: str | None = None) -> list[Entry]:
         """Return the entries, all or those of an op, GPU slug and architecture, sorted by spec text.
@@ -147,25 +210,26 @@ class Store:
         Raises:
             CorruptRowError: a row is damaged.
         """
-        query = select(EntryRow)
-        for column, wanted in ((EntryRow.op, op), (EntryRow.gpu, gpu), (EntryRow.architecture, architecture)):
-            if wanted is not None:
-                query = query.where(column == wanted)
-        with explained(self._where), self._reading() as session:
-            found = [entry_of(row, self.location) for row in session.scalars(query)]
-        return sorted(found, key=lambda entry: str(entry.spec))  # here, because databases differ in their collation
+        found, damaged = self.readable_entries(op, gpu, architecture)
+        if damaged:
+            raise damaged[0]
+        return found
 
-    def readable_entries(self, op: str | None = None) -> tuple[list[Entry], list[CorruptRowError]]:
-        """Return the entries, all or those of an op, sorted by spec text, and the errors of the damaged rows."""
-        query = select(EntryRow) if op is None else select(EntryRow).where(EntryRow.op == op)
+    def readable_entries(
+        self, op: str | None = None, gpu: str | None = None, architecture: str | None = None
+    ) -> tuple[list[Entry], list[CorruptRowError]]:
+        """Return what :meth:`entries` does, and the errors of the damaged rows beside it."""
+        wanted = ((EntryRow.op, op), (EntryRow.gpu, gpu), (EntryRow.architecture, architecture))
+        where = [column == value for column, value in wanted if value is not None]
         found: list[Entry] = []
         damaged: list[CorruptRowError] = []
-        with explained(self._where), self._reading() as session:
-            for row in session.scalars(query.order_by(EntryRow.id)):
-                try:
-                    found.append(entry_of(row, self.location))
-                except CorruptRowError as error:
-                    damaged.append(error)
+        with explained(self._where), self._reading(for_long(self._engine)) as connection:
+            for each in self._each(connection, EntryRow, ENTRY_COLUMNS, entry_of, *where):
+                if isinstance(each, Entry):
+                    found.append(each)
+                else:
+                    damaged.append(each)
+        # Sorted here, because databases differ in their collation.
         return sorted(found, key=lambda entry: str(entry.spec)), damaged
 
     def without(self, spec: KernelSpec) -> Store:
@@ -177,30 +241,41 @@ class Store:
 
         They have the same op and dtypes, and are for the same GPU or for another one of ``architecture``. The
         magnitude's dtype may differ: it is one more vector, whereas the other dtypes determine the tiles. ``count`` of
-        each GPU are read at most, measured ones before others. The regrets are those of all measured entries.
-
-        Raises:
-            CorruptRowError: a row that is read is damaged.
+        each GPU are read at most, measured ones before others; one that was never tuned says nothing of other specs.
+        The regrets are those of all measured entries.
         """
-        query = select(*PLACE_COLUMNS).where(EntryRow.op == spec.op, EntryRow.spec != str(spec))
-        query = query.where(or_(EntryRow.gpu == spec.gpu, EntryRow.architecture == architecture))
-        for role in TILE_DTYPES:
-            query = query.where(getattr(EntryRow, role) == getattr(spec, role))
-        with explained(self._where), self._reading() as session:
-            ranked: dict[str, list[tuple[int, float, str, int]]] = {}
-            regrets = []
-            for row in session.execute(query):
-                apart = distance_to(spec, row, self.location)
-                order = PROVENANCES.index(row.provenance) if row.provenance in PROVENANCES else len(PROVENANCES)
-                ranked.setdefault(row.gpu, []).append((order, apart, str(row.spec), row.id))
-                if row.lookup_regret is not None and row.provenance == MEASURED:
-                    regrets.append(Regret(row.gpu, str(row.spec), apart, row.lookup_regret))
+        where = [EntryRow.op == spec.op, EntryRow.spec != str(spec), EntryRow.provenance != DEFAULT]
+        where.append(or_(EntryRow.gpu == spec.gpu, EntryRow.architecture == architecture))
+        where += [getattr(EntryRow, role) == getattr(spec, role) for role in TILE_DTYPES]
+        ranked: dict[str, list[tuple[int, float, str, int]]] = {}
+        regrets, found, damaged = [], [], []
+
+        def apart_from(row: Mapping[Any, Any], store: str) -> tuple[Mapping[Any, Any], float]:
+            return row, distance_to(spec, row, store)
+
+        with explained(self._where), self._reading() as connection:
+            for each in self._each(connection, EntryRow, PLACE_COLUMNS, apart_from, *where):
+                if isinstance(each, CorruptRowError):
+                    damaged.append(str(each))
+                    continue
+                row, apart = each
+                order = PROVENANCES.index(row["provenance"]) if row["provenance"] in PROVENANCES else len(PROVENANCES)
+                ranked.setdefault(row["gpu"], []).append((order, apart, row["spec"], row["id"]))
+                if row["lookup_regret"] is not None and row["provenance"] == MEASURED:
+                    regrets.append(Regret(row["gpu"], row["spec"], apart, row["lookup_regret"]))
             distances = {row_id: apart for rows in ranked.values() for _, apart, _, row_id in sorted(rows)[:count]}
-            chosen = select(*CANDIDATE_COLUMNS).where(EntryRow.id.in_(distances))
-            rows = session.execute(chosen).mappings() if distances else ()
-            found = [candidate_of(row, distances[row["id"]], self.location) for row in rows]
+
+            def candidate(row: Mapping[Any, Any], store: str) -> Candidate:
+                return candidate_of(row, distances[row["id"]], store)
+
+            chosen = EntryRow.id.in_(distances)
+            for one in self._each(connection, EntryRow, CANDIDATE_COLUMNS, candidate, chosen) if distances else ():
+                if isinstance(one, Candidate):
+                    found.append(one)
+                else:
+                    damaged.append(str(one))
         nearest = sorted(found, key=lambda candidate: (candidate.distance, str(candidate.spec)))
-        return Neighbourhood(tuple(nearest), tuple(sorted(regrets, key=lambda regret: regret.spec)))
+        return Neighbourhood(tuple(nearest), tuple(sorted(regrets, key=lambda each: each.spec)), tuple(damaged))
 
     def remove(self, spec: KernelSpec) -> bool:
         """Delete the entry of exactly this spec; return whether there was one."""
@@ -226,9 +301,20 @@ class Store:
             CorruptRowError: its row is damaged.
         """
         key = BinaryKey(code_digest, kernel, triton, architecture)
+        where = [getattr(BinaryRow, name) == value for name, value in key._asdict().items()]
+        with explained(self._where), self._reading() as connection:
+            found = next(
+                self._each(connection, BinaryRow, BINARY_COLUMNS, binary_of, *where), None
+            )  # one, if it has more
+        if isinstance(found, CorruptRowError):
+            raise found
+        return found
+
+    def has_binaries(self, code_digest: str, triton: str, architecture: str) -> bool:
+        """Whether there is any kernel of this code, Triton version and architecture; nothing of it is read."""
+        query = select(BinaryRow.id).where(*_matching(code_digest, triton, architecture)).limit(1)
         with explained(self._where), self._reading() as session:
-            row = session.scalars(select(BinaryRow).filter_by(**key._asdict())).one_or_none()
-            return None if row is None else binary_of(row, self.location)
+            return session.execute(query).first() is not None
 
     def binaries(
         self, code_digest: str | None = None, triton: str | None = None, architecture: str | None = None
@@ -238,58 +324,107 @@ class Store:
         Raises:
             CorruptRowError: a row is damaged.
         """
-        query = select(BinaryRow).where(*_matching(code_digest, triton, architecture))
-        with explained(self._where), self._reading() as session:
-            found = [binary_of(row, self.location) for row in session.scalars(query)]
+        found = self._binaries(*_matching(code_digest, triton, architecture))
         return sorted(found, key=lambda binary: tuple(getattr(binary, name) for name in BinaryKey._fields))
 
     def binary_keys(
         self, code_digest: str | None = None, triton: str | None = None, architecture: str | None = None
     ) -> list[BinaryKey]:
-        """Return the keys of these compiled kernels, sorted, without reading the images."""
-        columns = (BinaryRow.code_digest, BinaryRow.kernel, BinaryRow.triton, BinaryRow.architecture)
-        query = select(*columns).where(*_matching(code_digest, triton, architecture))
-        with explained(self._where), self._reading() as session:
-            return sorted(BinaryKey(*row) for row in session.execute(query))
+        """Return the keys of these compiled kernels, sorted, without reading the images. Damaged ones are left out."""
+        where = _matching(code_digest, triton, architecture)
+        with explained(self._where), self._reading() as connection:
+            return sorted(
+                each
+                for each in self._each(connection, BinaryRow, KEY_COLUMNS, key_of, *where)
+                if isinstance(each, BinaryKey)
+            )
+
+    def _binaries(self, *where: ColumnElement[bool]) -> list[Binary]:
+        found = []
+        with explained(self._where), self._reading() as connection:
+            for each in self._each(connection, BinaryRow, BINARY_COLUMNS, binary_of, *where):
+                if isinstance(each, CorruptRowError):
+                    raise each
+                found.append(each)
+        return found
+
+    def put_signatures(self, signatures: Iterable[Signature]) -> None:
+        """Store signatures of rows: new ones (:meth:`~doratune.cache.signing.SigningKey.sign`) or another store's."""
+        with explained(self._where), self._writing() as session:
+            for signature in signatures:
+                new = self._insert(SignatureRow).values(signature_values(signature))
+                changed = {"signature": new.excluded.signature}
+                session.execute(new.on_conflict_do_update(index_elements=["digest", "key"], set_=changed))
+
+    def signatures(self, digests: Collection[str] | None = None, keys: Collection[str] | None = None) -> set[Signature]:
+        """Return the signatures, all or those of rows with these digests by keys with these fingerprints.
+
+        They are not checked: see :func:`~doratune.cache.signing.signers`.
+        """
+        where = [] if keys is None else [SignatureRow.key.in_(keys)]
+        if digests is not None and len(digests) <= _ASKED_BY_DIGEST:
+            where.append(SignatureRow.digest.in_(digests))
+        with explained(self._where), self._reading() as connection:
+            found = self._each(connection, SignatureRow, SIGNATURE_COLUMNS, signature_of, *where)
+            signatures = {each for each in found if isinstance(each, Signature)}
+        return signatures if digests is None else {each for each in signatures if each.digest in digests}
 
     def prune_binaries(self, *, triton: str | None = None) -> int:
         """Delete the compiled kernels whose code no entry has; return how many.
 
         With ``triton``, a version, also delete those of other versions.
         """
-        with explained(self._where), self._writing() as session:
-            used = {code_digest(str(source)) for source in session.scalars(select(EntryRow.source))}
+        with explained(self._where), self._writing(for_long(self._writer)) as session:
+            connection = session.connection()
+            read = self._each(connection, EntryRow, SOURCE_COLUMNS, lambda row, _: row["source"])
+            used = {code_digest(source) for source in read if isinstance(source, str)}
+            keys = self._each(connection, BinaryRow, KEY_COLUMNS, lambda row, _: dict(row))
             stale = [
-                row_id
-                for row_id, digest, version in session.execute(
-                    select(BinaryRow.id, BinaryRow.code_digest, BinaryRow.triton)
-                )
-                if digest not in used or triton not in (None, version)
+                each.row_id if isinstance(each, CorruptRowError) else each["id"]
+                for each in keys
+                if isinstance(each, CorruptRowError)
+                or each["source_digest"] not in used
+                or triton not in (None, each["triton"])
             ]
+            deleted = 0
             for row_id in stale:
-                session.execute(delete(BinaryRow).where(BinaryRow.id == row_id))
-            return len(stale)
+                try:
+                    session.execute(delete(BinaryRow).where(BinaryRow.id == row_id))
+                    deleted += 1
+                except DBAPIError as error:  # a key too long to be found in its index: the row stays, and serves nobody
+                    if not costs_one_row(error):
+                        raise
+            return deleted
 
     def verify(self) -> list[str]:
-        """Check the file and every row; return the problems found."""
+        """Check the file, its schema and every row; return the problems found."""
         problems: list[str] = []
-        with explained(self._where), self._reading() as session:
-            if self._engine.dialect.name == "sqlite":
-                results = session.connection().exec_driver_sql("PRAGMA integrity_check").scalars().all()
-                problems += [f"{self.location}: {result}" for result in results if result != "ok"]
-            for table, read in ((EntryRow, entry_of), (BinaryRow, binary_of)):
-                for row in session.scalars(select(table).order_by(table.id)):
-                    try:
-                        read(row, self.location)  # type: ignore[arg-type]
-                    except CorruptRowError as error:
-                        problems.append(str(error))
-        return problems
+        try:
+            with explained(self._where), self._reading(for_long(self._engine)) as connection:
+                if not self._server:
+                    results = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
+                    problems += [f"{self.location}: {result}" for result in results if result != "ok"]
+                    items = shape.read_items(connection)
+                    faults = (*shape.faults(items, REVISIONS[-1]), *shape.deviations(items), *shape.marks(connection))
+                    problems += [f"{self.location}: {fault}" for fault in faults]
+                entries = self._each(connection, EntryRow, ENTRY_COLUMNS, entry_of)
+                problems += [str(each) for each in entries if isinstance(each, CorruptRowError)]
+                binaries = self._each(connection, BinaryRow, BINARY_COLUMNS, binary_of)
+                problems += [str(each) for each in binaries if isinstance(each, CorruptRowError)]
+                signatures = self._each(connection, SignatureRow, SIGNATURE_COLUMNS, signature_of)
+                problems += [str(each) for each in signatures if isinstance(each, CorruptRowError)]
+        except (CorruptStoreError, StoreAccessError) as error:  # the rest cannot be read
+            problems.append(str(error))
+        return [shortened(printable(problem)) for problem in problems]
 
-    def export(self, path: str | Path, *, replace: bool = False, binaries: bool = True) -> None:
+    def export(
+        self, path: str | Path, *, replace: bool = False, binaries: bool = True, sign: SigningKey | None = None
+    ) -> None:
         """Write a compact copy: one file that can be shipped and read in a read-only folder.
 
         Equal entries give equal bytes. The file appears complete or not at all. An existing file is only replaced with
-        ``replace``, and only if it is a store.
+        ``replace``, and only if it is a store. Signatures of what is exported come along; with ``sign``
+        (:func:`~doratune.cache.signing.read_signing_key`) every entry and binary is also signed with that key.
 
         Raises:
             StoreAccessError: the file exists, or its folder cannot be written.
@@ -310,20 +445,146 @@ class Store:
                 copy.put_all(self.entries())
                 for binary in self.binaries() if binaries else ():
                     copy.put_binary(binary)
+                copy.put_signatures(sorted(self._signatures_for(copy, sign)))
             making.compact(fresh)
             if replace:
                 os.replace(fresh, target.path)
             elif not making.place(fresh, target.path):
                 raise _exists(target)
 
-    def _reading(self) -> Session:
-        return Session(self._engine)
+    def _signatures_for(self, copy: Store, key: SigningKey | None) -> set[Signature]:
+        """The signatures of the rows of ``copy``: those that are known here, and new ones with ``key``."""
+        known = self.signatures()
+        if not known and key is None:
+            return set()
+        rows: list[Entry | Binary] = [*copy.entries(), *copy.binaries()]
+        digests = {row_digest(row) for row in rows}
+        made = set() if key is None else {key.sign(digest) for digest in digests}
+        renewed = {signature[:2] for signature in made}
+        return made | {one for one in known if one.digest in digests and one[:2] not in renewed}
 
-    def _writing(self) -> AbstractContextManager[Session]:
+    def _get(self, connection: Connection, spec: str) -> Entry | None:
+        try:
+            row: Mapping[Any, Any] | None
+            if self._server:
+                row = connection.execute(_ONE_ENTRY[True], {"wanted": spec}).mappings().first()
+            else:
+                values = first_row(connection, _ONE_ENTRY_OF_FILE, spec)
+                row = None if values is None else dict(zip(_ENTRY_NAMES, values, strict=True))
+        except (DBAPIError, UnicodeError) as error:
+            if not costs_one_row(error):
+                raise
+            row_id = connection.execute(select(EntryRow.id).where(EntryRow.spec == spec)).scalar()
+            raise unreadable(self.location, row_id, EntryRow.__tablename__, error) from None
+        if row is None:
+            return None
+        if row["spec"] != spec:
+            raise _disordered(self.location)
+        return entry_of(row, self.location)
+
+    def _is_damaged(self, connection: Connection, spec: str) -> bool:
+        try:
+            self._get(connection, spec)
+        except CorruptRowError:
+            return True
+        return False
+
+    def _each(
+        self,
+        connection: Connection,
+        table: type[Base],
+        columns: Mapping[bool, Sequence[ColumnElement[Any]]],
+        judge: Callable[[Mapping[Any, Any], str], T],
+        *where: ColumnElement[bool],
+    ) -> Iterator[T | CorruptRowError]:
+        """What ``judge`` makes of each row in the order of their ids; of a damaged row its error."""
+        key = table.__table__.c.id
+        query = select(*columns[self._server]).where(*where).order_by(key)
+        if self._server:
+            query = query.execution_options(yield_per=_ROWS_AT_ONCE)
+
+        def judged(row: Mapping[Any, Any]) -> T | CorruptRowError:
+            try:
+                return judge(row, self.location)
+            except CorruptRowError as error:
+                return error
+
+        last: int | None = None
+        while True:
+            try:
+                for row in connection.execute(query if last is None else query.where(key > last)).mappings():
+                    # A damaged tree of pages may lead in circles.
+                    if type(row["id"]) is not int or (last is not None and row["id"] <= last):
+                        raise _disordered(self.location)
+                    last = row["id"]
+                    yield judged(row)
+                return
+            except (DBAPIError, UnicodeError) as error:
+                if not costs_one_row(error):
+                    raise
+            rest = query if last is None else query.where(key > last)
+            bad, problem = self._first_unreadable(connection, rest, key, last)
+            if bad is None:  # the value is in an index alone
+                for row in connection.execute(rest.where(key > _BEFORE_ALL)).mappings():
+                    yield judged(row)
+                return
+            for row in connection.execute(rest.where(key < bad)).mappings():
+                yield judged(row)
+            last = bad
+            yield unreadable(self.location, bad, table.__tablename__, problem)
+
+    def _first_unreadable(
+        self, connection: Connection, query: Select[Any], key: ColumnElement[int], last: int | None
+    ) -> tuple[int | None, Exception | None]:
+        """The id of the first row for which ``query`` fails, and the error. It halves the rows after ``last``."""
+        ids: list[int] = []
+        for row_id in connection.execute(
+            select(key).where(*([] if last is None else [key > last])).order_by(key)
+        ).scalars():
+            if type(row_id) is not int or (ids and row_id <= ids[-1]):
+                raise _disordered(self.location)
+            ids.append(row_id)
+        low, high = 0, len(ids)
+        while low < high:
+            middle = max((low + high) // 2, low + 1)
+            try:
+                for _ in connection.execute(query.where(key >= ids[low], key <= ids[middle - 1])):
+                    pass
+                low = middle
+            except (DBAPIError, UnicodeError) as error:
+                if not costs_one_row(error):
+                    raise
+                if middle == low + 1:
+                    return ids[low], error
+                high = middle
+        return None, None
+
+    @contextmanager
+    def _reading(self, engine: Engine | None = None) -> Iterator[Connection]:
+        """A connection for reading, in one transaction.
+
+        A read-only store of a file keeps one for each thread: to open it takes longer than to read an entry. After a
+        fork it belongs to the parent.
+        """
+        if self._server or not self.readonly or engine is not None:
+            with (engine or self._engine).connect() as connection:
+                yield connection
+            return
+        owner = (os.getpid(), threading.get_ident())
+        kept = self._kept.pop(owner, None) or self._engine.connect()
+        try:
+            yield kept
+            kept.rollback()
+        except BaseException:
+            kept.close()
+            raise
+        self._kept[owner] = kept
+
+    def _writing(self, writer: Engine | None = None) -> AbstractContextManager[Session]:
         """A session that commits at the end of its block, and rolls back when the block fails."""
         if self.readonly:
             raise ReadOnlyStoreError(f"store {self.location}: opened read-only; open it for writing or use another")
-        return sessionmaker(self._writer).begin()
+        return sessionmaker(writer or self._writer).begin()
 
     def _insert(self, table: type[Base]) -> sqlite.Insert:
         # The two dialects' ON CONFLICT have the same methods but no common type.
@@ -336,6 +597,7 @@ class _Without(Store):
 
     def __init__(self, store: Store, hidden: KernelSpec) -> None:
         super().__init__(store._where, store._engine, readonly=True)
+        self._kept = store._kept
         self._hidden = hidden
 
     def get(self, spec: KernelSpec) -> Entry | None:
@@ -357,6 +619,13 @@ def _changed_rows(session: Session, statement: Executable) -> int:
     # Without the option SQLAlchemy may close the cursor of an INSERT before its count is read.
     result = session.execute(statement, execution_options={"preserve_rowcount": True})
     return cast("CursorResult[Any]", result).rowcount
+
+
+def _disordered(location: str) -> CorruptStoreError:
+    return CorruptStoreError(
+        f"store {location}: the file is damaged: its rows do not follow each other, or an index names another row. "
+        "Restore it from a copy"
+    )
 
 
 def _exists(target: Location) -> StoreAccessError:

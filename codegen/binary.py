@@ -128,12 +128,20 @@ def _checked(source: Source, kernel: str, target: Any, metadata: str, image: byt
 
 def _parsed(kernel: str, metadata: str) -> dict[str, Any]:
     try:
-        values = json.loads(metadata) if len(metadata) <= _MOST_METADATA else None
+        values = json.loads(metadata, object_pairs_hook=_once) if len(metadata) <= _MOST_METADATA else None
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or values.get("name") != kernel or not isinstance(values.get(_ASSUMED), dict):
         raise BinaryError(f"the metadata does not belong to {kernel}")
     return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which each name stands once, so that nobody can read another value than was checked."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
 
 
 def _refuse_other_settings(

@@ -28,12 +28,13 @@ from ..internals.triton import (
 )
 from .gpu import Gpu
 from .module import kernel_names, load_module
-from .ops import ALIGNMENT, DTYPE_BYTES
+from .ops import ALIGNMENT, DTYPE_BYTES, OPERAND_BYTES
 from .render import Source
 from .spec import KernelSpec
 
-DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[(\d+), (\d+)\](?:,.*)?>", re.DOTALL)
-"""The type of a tensor descriptor: dtype, rows and columns; in Gluon also a layout."""
+DESCRIPTOR = re.compile(r"tensordesc<(\w+)\[(?:(1), )?(\d+), (\d+)\](?:,.*)?>", re.DOTALL)
+"""The type of a tensor descriptor: dtype, rows and columns of one tile, of many matrices if a 1 precedes them; in Gluon
+also a layout."""
 
 SPARE_REGISTERS = 16
 """If a kernel leaves this many registers per thread unused, its stack frame does not come from spilling."""
@@ -132,8 +133,8 @@ def contiguous_alignments(spec: KernelSpec) -> dict[str, int]:
     It assumes that addresses are multiples of :data:`ALIGNMENT`, as in memory that PyTorch allocates.
     """
     return {
-        operand.name: math.gcd(ALIGNMENT, getattr(spec, operand.shape[1]) * DTYPE_BYTES[operand.dtype_of(spec)])
-        if len(operand.shape) == 2
+        operand.name: math.gcd(ALIGNMENT, operand.sizes(spec)[-1] * OPERAND_BYTES[operand.dtype_of(spec)])
+        if len(operand.shape) > 1
         else ALIGNMENT
         for operand in spec.contract.inputs_of(spec) + spec.contract.outputs_of(spec)
     }
@@ -194,9 +195,14 @@ def signature_of(source: Source, kernel: str) -> dict[str, str]:
     dtypes = {"bf16": gl.bfloat16, "fp16": gl.float16}
     for name, type_ in signature.items():
         if match := DESCRIPTOR.fullmatch(type_):
-            layout = gl.NVMMASharedLayout.get_default_for([int(match[2]), int(match[3])], dtypes[match[1]])
+            layout = gl.NVMMASharedLayout.get_default_for(block_of(match), dtypes[match[1]])
             signature[name] = f"{type_[:-1]},{layout!r}>"
     return signature
+
+
+def block_of(descriptor: re.Match[str]) -> list[int]:
+    """The sizes of a descriptor's tile, from a match of :data:`DESCRIPTOR`."""
+    return [int(size) for size in descriptor.groups()[1:] if size]
 
 
 def prepare_launchers(compiled: Iterable[CompiledKernel]) -> None:

@@ -2,9 +2,9 @@
 
 The model is for **ranking configs of one kernel**, not for absolute times. A cuBLAS call takes its bytes or flops at a
 share of what the GPU attains. Each launch of an emitted kernel is split into waves of programs that fit the GPU at
-once. A wave takes as long as the slowest of its device memory traffic, its L2 traffic, its tensor core work and its
-chain of dependent loads; if few programs share a multiprocessor, part of the others is added. Memory speed follows
-Little's law: bytes in flight over latency, up to what the GPU attains.
+once. A wave takes as long as the slowest of its device memory traffic, its L2 traffic, its tensor core work, its
+decoding of a quantised W and its chain of dependent loads; if few programs share a multiprocessor, part of the others
+is added. Memory speed follows Little's law: bytes in flight over latency, up to what the GPU attains.
 
 It leaves out bank conflicts, uncoalesced accesses, the instruction mix, the order of programs and what they share in
 the L2, clocks under load, and how well the compiler schedules.
@@ -109,6 +109,12 @@ class DoesNotFitError(ValueError):
     """Not even one program of a kernel fits a multiprocessor; the message names both."""
 
 
+def floor_us(spec: KernelSpec, gpu: Gpu) -> float:
+    """The least microseconds of any kernel of ``spec`` on ``gpu``: its bytes and flops at attainable rates."""
+    contract = spec.contract
+    return gpu.floor_us(contract.floor_bytes(spec), contract.matrix_flops(spec), spec.wide)
+
+
 def estimate_us(spec: KernelSpec, config: Config, gpu: Gpu) -> float:
     """Microseconds as estimated before the compile: resources guessed, floor ignored; infinite if it cannot fit."""
     launches = find_variant(spec.op, config.variant).work(spec, config)
@@ -178,9 +184,13 @@ def _wave_us(config: Config, work: Work, kernel: Resources, gpu: Gpu, programs: 
     if work.matrix_flops:
         rate = gpu.attainable_flops(work.matrix_dtype) / 1e6 * _matrix_share(config, work, kernel, gpu)
         matrix = busiest * work.matrix_flops / work.programs / (rate / gpu.multiprocessors)
-    terms = (dram, l2, matrix, chain)
+    vector = 0.0
+    if work.vector_ops:
+        rate = gpu.attainable_flops("fp32_vector") / 2e6  # a multiply-add is one instruction
+        vector = busiest * work.vector_ops / work.programs / (rate / gpu.multiprocessors)
+    terms = (dram, l2, matrix, vector, chain)
     slowest = max(terms)
-    exposed = EXPOSED * (dram + matrix - max(dram, matrix)) / busiest
+    exposed = EXPOSED * (dram + matrix + vector - max(dram, matrix, vector)) / busiest
     return slowest + exposed + spilled / (L2_RATIO * bandwidth)
 
 

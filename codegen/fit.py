@@ -109,10 +109,9 @@ class Fit:
     polynomials: Mapping[tuple[str, str], Polynomial]
 
     def covers(self, spec: KernelSpec, gpu: Gpu) -> bool:
-        """Whether configs of ``spec`` can be compared: a measured architecture and operation, 16-bit tensors."""
-        wide = spec.weight or spec.activation
-        known = gpu.architecture in self.architectures and DTYPE_BYTES[wide] == 2
-        return known and any(op == spec.op for op, _ in self.polynomials)
+        """Whether configs of ``spec`` can be compared: measured architecture and operation, 16 bits, plain W."""
+        known = gpu.architecture in self.architectures and DTYPE_BYTES[spec.wide] == 2
+        return known and spec.format is None and any(op == spec.op for op, _ in self.polynomials)
 
     def relative_us(self, spec: KernelSpec, config: Config, gpu: Gpu) -> float:
         """The time of a config up to a factor that all configs of ``spec`` have in common; infinite where unknown."""

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..internals.triton import descriptor_flags
-from .compile import DESCRIPTOR, extra_warps, signature_of
+from ..internals.triton import descriptor_flags, scratch_memories
+from .compile import DESCRIPTOR, block_of, extra_warps, signature_of
 from .gpu import find_gpu
 from .ops import DTYPE_BYTES
 from .render import Source
@@ -55,7 +55,7 @@ def launch_facts(source: Source, kernel: str, target: Any, options: Mapping[str,
     signature = signature_of(source, kernel)
     cuda = target.backend == "cuda"
     warps = total_warps(options["num_warps"], extra_warps(source, kernel))
-    scratch = ("global", "profile") if cuda else ("profile",)
+    scratch = scratch_memories(target.backend)
     exact: dict[str, object] = {"name": kernel, "num_warps": warps, "tensordesc_meta": tensor_maps(signature)}
     exact |= {f"{kind}_scratch_size": 0 for kind in scratch} | {f"{kind}_scratch_align": 1 for kind in scratch}
     most = find_gpu(source.spec.gpu).shared_bytes_per_block
@@ -79,10 +79,10 @@ def tensor_maps(signature: Mapping[str, str]) -> list[dict[str, object]]:
     is one line wide.
     """
     maps: list[dict[str, object]] = []
-    for dtype, rows, columns in _tiles(signature):
+    for dtype, ones, rows, columns in _tiles(signature):
         width = DTYPE_BYTES[dtype]
         line = next(line for line in _SWIZZLES if not line or (columns * width % line == 0 and rows >= _SWIZZLED_ROWS))
-        box = [min(rows, MAX_TMA_BOX), line // width if line else min(columns, MAX_TMA_BOX)]
+        box = [*ones, min(rows, MAX_TMA_BOX), line // width if line else min(columns, MAX_TMA_BOX)]
         facts: dict[str, object] = {"elem_size": width, "elem_type": _TMA_DTYPES[dtype], "swizzle": _SWIZZLES[line]}
         maps.append({**facts, "block_size": box, "fp4_padded": False, **descriptor_flags()})
     return maps
@@ -93,21 +93,23 @@ def least_shared_bytes(signature: Mapping[str, str]) -> int:
 
     The tensor memory accelerator moves tiles through shared memory. Stages and barriers need more.
     """
-    return max((rows * columns * DTYPE_BYTES[dtype] for dtype, rows, columns in _tiles(signature)), default=0)
+    return max((rows * columns * DTYPE_BYTES[dtype] for dtype, _, rows, columns in _tiles(signature)), default=0)
 
 
-def _tiles(signature: Mapping[str, str]) -> Iterator[tuple[str, int, int]]:
-    """The dtype, rows and columns of the tile of each descriptor."""
+def _tiles(signature: Mapping[str, str]) -> Iterator[tuple[str, list[int], int, int]]:
+    """The dtype, leading ones, rows and columns of the tile of each descriptor."""
     for match in filter(None, map(DESCRIPTOR.fullmatch, signature.values())):
-        yield match[1], int(match[2]), int(match[3])
+        *ones, rows, columns = block_of(match)
+        yield match[1], ones, rows, columns
 
 
 def parameter_bytes(signature: Mapping[str, str]) -> tuple[int, ...]:
     """The bytes of each parameter of the machine code. A descriptor is passed as its map, shape and strides."""
     sizes: list[int] = []
     for type_ in signature.values():
-        if DESCRIPTOR.fullmatch(type_):
-            sizes += [_TMA_MAP_BYTES, 4, 4, 8, 8]
+        if match := DESCRIPTOR.fullmatch(type_):
+            rank = len(block_of(match))
+            sizes += [_TMA_MAP_BYTES, *[4] * rank, *[8] * rank]
         elif type_.startswith("*"):
             sizes.append(8)
         else:

@@ -8,13 +8,40 @@ inputs from it, and every report's floors are computed from it. The maths is tha
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from .weight_formats import is_format, parse_format
+
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+OPERAND_BYTES = {**DTYPE_BYTES, "i64": 8, "u8": 1, "i8": 1}
+"""Bytes of an element of every dtype that an operand may have: those of specs, a table's, and those of packed codes."""
+
+RUN_TIME = ("tokens", "layers")
+"""Dims whose size is a run-time argument: a kernel is right for any number of tokens or layers."""
+
+TABLE_COLUMNS = 4
+"""Columns of the table of a grouped operation: W, A, B, m. In a weight format W has one for each of its tensors."""
+
+TABLE_UNIT = 512
+"""Bytes of which the places in a table are multiples, or of the largest power of two that divides a row, if that is
+less. PyTorch allocates memory in such blocks, and in a dense stack of layers each begins at a multiple of a row."""
 
 ALIGNMENT = 16
 """Bytes of the widest memory access; it needs addresses and row strides that are multiples of this."""
+
+
+def table_unit(row: int, dtype: str) -> int:
+    """The elements of ``dtype`` of which the places of matrices with rows of ``row`` elements are multiples."""
+    return math.gcd(row * DTYPE_BYTES[dtype], TABLE_UNIT) // DTYPE_BYTES[dtype]
+
+
+def stored_unit(elements: int, dtype: str) -> int:
+    """The same for a tensor of ``elements`` elements that W is stored in, which is one row."""
+    return math.gcd(elements * OPERAND_BYTES[dtype], TABLE_UNIT) // OPERAND_BYTES[dtype]
+
 
 EPS = 1e-12
 """``g = m / max(w, EPS)``, so that a zero row of ``W + sBA`` gives a finite g instead of NaN."""
@@ -50,13 +77,14 @@ class Spec(Protocol):
 
 @dataclass(frozen=True)
 class Operand:
-    """One tensor of an operation: row-major, with contiguous rows and any row stride.
+    """One tensor of an operation: row-major, with contiguous rows and any row stride; fully contiguous if grouped.
 
     Attributes:
         name: the argument's name.
-        shape: the spec's fields that are its dimensions.
+        shape: its dimensions: the spec's fields, or products of them (``2*rank``).
         dtype: a role of the spec (``weight``, ``activation``, ``adapter``, ``magnitude``) or a dtype name.
-        when: the flag or optional dtype that adds the operand; ``!flag`` adds it where the flag is off.
+        when: the flag, optional dtype or optional dim that adds the operand; ``!flag`` adds it where the flag is off,
+            ``one&other`` where both do.
         rare: read for exceptional values only, so not counted in the floor.
     """
 
@@ -68,21 +96,39 @@ class Operand:
 
     def present(self, spec: Spec) -> bool:
         """Return whether ``spec`` has this operand."""
-        if not self.when:
-            return True
-        wanted = not self.when.startswith("!")
-        return bool(getattr(spec, self.when.lstrip("!"))) == wanted
+        conditions = self.when.split("&") if self.when else ()
+        return all(bool(getattr(spec, name.lstrip("!"))) != name.startswith("!") for name in conditions)
 
     def dtype_of(self, spec: Spec) -> str:
-        """Return the dtype name (``bf16``, ``fp16``, ``fp32``) of this operand in ``spec``."""
-        return self.dtype if self.dtype in DTYPE_BYTES else str(getattr(spec, self.dtype))
+        """Return the dtype name (``bf16``, ``fp16``, ``fp32``; ``i64`` for a table) of this operand in ``spec``."""
+        return self.dtype if self.dtype in OPERAND_BYTES else str(getattr(spec, self.dtype))
 
     def elements(self, spec: Spec, tokens: int | None = None) -> int:
-        """Return the number of elements in ``spec``, for ``tokens`` tokens if given, else for the spec's bucket."""
-        count = 1
-        for dim in self.shape:
-            count *= tokens if dim == "tokens" and tokens is not None else int(getattr(spec, dim))
-        return count
+        """Return the number of elements in ``spec``, for ``tokens`` tokens or layers if given, else for its bucket."""
+        return math.prod(self.sizes(spec, tokens))
+
+    def sizes(self, spec: Spec, tokens: int | None = None) -> tuple[int, ...]:
+        """Return the size of each dimension in ``spec``, for ``tokens`` tokens or layers if given, else its bucket."""
+        return tuple(tokens if dim in RUN_TIME and tokens is not None else size_of(spec, dim) for dim in self.shape)
+
+
+def size_of(spec: Spec, dim: str) -> int:
+    """Return the size of a dimension: a field of ``spec``, a product (``2*rank``), or a sum of these."""
+    return sum(
+        math.prod(int(factor) if factor.isdigit() else int(getattr(spec, factor)) for factor in term.split("*"))
+        for term in dim.split("+")
+    )
+
+
+def _as_stored(operand: Operand, spec: Spec) -> Iterator[Operand]:
+    """The operand itself; in place of a W in a weight format, the flat tensors that it is stored in."""
+    if operand.dtype != "weight" or not is_format(operand.dtype_of(spec)):
+        yield operand
+        return
+    *lead, d_out, d_in = operand.shape
+    sizes = size_of(spec, d_out), size_of(spec, d_in)
+    for stored in parse_format(operand.dtype_of(spec)).operands(*sizes):
+        yield Operand(stored.name, (*lead, str(stored.elements)), stored.dtype, operand.when, operand.rare)
 
 
 @dataclass(frozen=True)
@@ -93,11 +139,14 @@ class Op:
         name: the name in specs.
         maths: the formula, as the emitted docstring prints it.
         dims, dtypes: the fields of :class:`~doratune.codegen.spec.KernelSpec` that a spec must have.
-        optional_dtypes: dtypes that a spec may have; each adds operands.
+        optional_dims, optional_dtypes: dims and dtypes that a spec may have; each adds operands.
         flags: the flags that a spec may set.
         inputs, outputs: the operands in the order of ``launch``'s arguments.
         scaling: whether the operation takes the scalar s.
-        matrix_dims: the three sizes of its matrix product (``d_in+rank`` is their sum); empty for an elementwise one.
+        formats: whether W may be in a weight format (:mod:`~doratune.codegen.weight_formats`); then the operation also
+            redoes the rows of a norm whose terms nearly cancel.
+        matrix_dims: the three sizes of its matrix product (``d_in+rank`` is their sum, ``2*rank`` stands for two
+            products); empty for an elementwise one.
     """
 
     name: str
@@ -110,10 +159,12 @@ class Op:
     scaling: bool
     matrix_dims: tuple[str, ...] = ()
     optional_dtypes: tuple[str, ...] = ()
+    optional_dims: tuple[str, ...] = ()
+    formats: bool = False
 
     def inputs_of(self, spec: Spec) -> tuple[Operand, ...]:
-        """Return the inputs of ``spec`` in argument order."""
-        return tuple(operand for operand in self.inputs if operand.present(spec))
+        """Return the inputs of ``spec`` in argument order; a W in a weight format is several."""
+        return tuple(stored for operand in self.inputs if operand.present(spec) for stored in _as_stored(operand, spec))
 
     def outputs_of(self, spec: Spec) -> tuple[Operand, ...]:
         """Return the outputs of ``spec`` in argument order."""
@@ -131,11 +182,11 @@ class Op:
         return self.inputs_of(spec) + self.outputs_of(spec)
 
     def _bytes(self, operand: Operand, spec: Spec) -> int:
-        return operand.elements(spec) * DTYPE_BYTES[operand.dtype_of(spec)]
+        return operand.elements(spec) * OPERAND_BYTES[operand.dtype_of(spec)]
 
     def matrix_flops(self, spec: Spec) -> int:
         """Return the floating-point operations of the matrix product, two for each multiply-add; 0 if there is none."""
-        sizes = [sum(getattr(spec, name) for name in dim.split("+")) for dim in self.matrix_dims]
+        sizes = [size_of(spec, dim) for dim in self.matrix_dims]
         return 2 * math.prod(sizes) if sizes else 0
 
 
@@ -160,6 +211,7 @@ WEIGHT_NORM = Op(
     ),
     scaling=True,
     matrix_dims=("d_out", "d_in", "rank"),
+    formats=True,
 )
 
 WEIGHT_NORM_EXACT = Op(
@@ -182,6 +234,31 @@ WEIGHT_NORM_EXACT = Op(
         Operand("g", ("d_out",), "fp32", when="magnitude"),
     ),
     scaling=True,
+)
+
+WEIGHT_NORM_GROUP = Op(
+    name="weight_norm_group",
+    maths="for each layer: w = ||W + s*B@A||_row by nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T))); g = m / max(w, eps)",
+    dims=("layers", "d_out", "d_in", "rank"),
+    dtypes=("weight", "adapter", "magnitude"),
+    flags=("autocast",),
+    inputs=(
+        # Where W, A, B and m of each layer begin, in elements from those of the operands below. The layers are a dense
+        # stack in tests and in the tuner, and tensors of their own in use: then an operand is the one at the lowest
+        # address. The order makes the number of layers the number of rows of the first operand.
+        Operand("table", ("layers", "places"), "i64"),
+        Operand("weight", ("layers", "d_out", "d_in"), "weight"),
+        Operand("lora_A", ("layers", "rank", "d_in"), "adapter"),
+        Operand("lora_B", ("layers", "d_out", "rank"), "adapter"),
+        Operand("magnitude", ("layers", "d_out"), "magnitude"),
+    ),
+    outputs=(
+        Operand("norm", ("layers", "d_out"), "fp32"),
+        Operand("g", ("layers", "d_out"), "fp32"),
+    ),
+    scaling=True,
+    matrix_dims=("layers", "d_out", "d_in", "rank"),
+    formats=True,
 )
 
 LORA_COMPOSE = Op(
@@ -242,6 +319,118 @@ COMPOSE_BACKWARD = Op(
         Operand("dbias", ("d_out",), "fp32", when="bias"),
     ),
     scaling=False,
+)
+
+_GATED_INPUTS = (
+    Operand("gate", ("tokens", "d_out"), "activation"),
+    Operand("up", ("tokens", "d_out"), "activation"),
+    Operand("h", ("tokens", "2*rank"), "activation"),
+    Operand("lora_B_gate", ("d_out", "rank"), "adapter"),
+    Operand("lora_B_up", ("d_out", "rank"), "adapter"),
+    Operand("g_gate", ("d_out",), "fp32"),
+    Operand("g_up", ("d_out",), "fp32"),
+    Operand("bias_gate", ("d_out",), "activation", when="bias"),
+    Operand("bias_up", ("d_out",), "activation", when="bias"),
+)
+
+COMPOSE_SWIGLU = Op(
+    name="compose_swiglu",
+    maths="out = act(yg)*yu; yg = g_gate*(gate + s*(hg@Bg.T)) + bg, yu = g_up*(up + s*(hu@Bu.T)) + bu; h = [hg, hu]",
+    dims=("d_out", "rank", "tokens"),
+    dtypes=("activation", "adapter"),
+    flags=("bias", "autocast", "gelu", "gelu_tanh"),
+    inputs=_GATED_INPUTS,
+    outputs=(Operand("out", ("tokens", "d_out"), "activation"),),
+    scaling=True,
+    matrix_dims=("tokens", "d_out", "2*rank"),
+)
+
+COMPOSE_SWIGLU_BACKWARD = Op(
+    name="compose_swiglu_backward",
+    maths="dYg = dout*yu*act'(yg), dYu = dout*act(yg); dyg = g*dY, dg = sum_t dY*(base + s*(h@B.T)), db = sum_t dY",
+    dims=("d_out", "rank", "tokens"),
+    dtypes=("activation", "adapter"),
+    optional_dtypes=("magnitude",),
+    flags=("bias", "autocast", "gelu", "gelu_tanh"),
+    inputs=(
+        Operand("dout", ("tokens", "d_out"), "activation"),
+        *_GATED_INPUTS,
+        Operand("norm_gate", ("d_out",), "fp32", when="magnitude"),
+        Operand("norm_up", ("d_out",), "fp32", when="magnitude"),
+    ),
+    outputs=(
+        Operand("dyg_gate", ("tokens", "d_out"), "activation"),
+        Operand("dyg_up", ("tokens", "d_out"), "activation"),
+        Operand("dg_gate", ("d_out",), "fp32", when="!magnitude"),
+        Operand("dg_up", ("d_out",), "fp32", when="!magnitude"),
+        Operand("dmagnitude_gate", ("d_out",), "magnitude", when="magnitude"),
+        Operand("dmagnitude_up", ("d_out",), "magnitude", when="magnitude"),
+        Operand("dbias_gate", ("d_out",), "fp32", when="bias"),
+        Operand("dbias_up", ("d_out",), "fp32", when="bias"),
+    ),
+    scaling=True,
+    matrix_dims=("tokens", "d_out", "2*rank"),
+)
+
+WIDTHS = ("d_out", "d_out_2", "d_out_3")
+"""The widths of a group's projections, of which there are two or three."""
+
+
+def _each(name: str, leading: str, dtype: str, when: str = "") -> tuple[Operand, ...]:
+    """A group's operands ``name_1``, ``name_2`` and, of three projections, ``name_3``.
+
+    Each is [leading, width]; [width, rank] if ``leading`` is ``rank``, and [width] without one.
+    """
+    operands = []
+    for number, width in enumerate(WIDTHS, 1):
+        shape = (width, "rank") if leading == "rank" else (leading, width) if leading else (width,)
+        conditions = [when, width if number == len(WIDTHS) else ""]
+        operands.append(Operand(f"{name}_{number}", shape, dtype, when="&".join(filter(None, conditions))))
+    return tuple(operands)
+
+
+LORA_COMPOSE_GROUP = Op(
+    name="lora_compose_group",
+    maths="for each projection of one x: y = g*(base + s*(h@B.T)) + b, with its own columns of h = [h_1, h_2, ...]",
+    dims=("d_out", "d_out_2", "rank", "tokens"),
+    optional_dims=("d_out_3",),
+    dtypes=("activation", "adapter"),
+    flags=("bias", "autocast"),
+    inputs=(
+        *_each("base", "tokens", "activation"),
+        Operand("h", ("tokens", "members*rank"), "activation"),
+        *_each("lora_B", "rank", "adapter"),
+        *_each("g", "", "fp32"),
+        *_each("bias", "", "activation", when="bias"),
+    ),
+    outputs=_each("y", "tokens", "activation"),
+    scaling=True,
+    matrix_dims=("tokens", "+".join(WIDTHS), "rank"),
+)
+
+COMPOSE_BACKWARD_GROUP = Op(
+    name="compose_backward_group",
+    maths="for each projection of one x: dYg = g*dY; dg = sum_t dY*(base + s*(h@B.T)), dm = dg / max(w, eps)",
+    dims=("d_out", "d_out_2", "rank", "tokens"),
+    optional_dims=("d_out_3",),
+    dtypes=("activation", "adapter"),
+    optional_dtypes=("magnitude",),
+    flags=("autocast",),
+    inputs=(
+        *_each("dy", "tokens", "activation"),
+        *_each("base", "tokens", "activation"),
+        Operand("h", ("tokens", "members*rank"), "activation"),
+        *_each("lora_B", "rank", "adapter"),
+        *_each("g", "", "fp32"),
+        *_each("norm", "", "fp32", when="magnitude"),
+    ),
+    outputs=(
+        *_each("dyg", "tokens", "activation"),
+        *_each("dg", "", "fp32", when="!magnitude"),
+        *_each("dmagnitude", "", "magnitude", when="magnitude"),
+    ),
+    scaling=True,
+    matrix_dims=("tokens", "+".join(WIDTHS), "rank"),
 )
 
 DORA_LINEAR_FORWARD = Op(
@@ -317,11 +506,16 @@ OPS: dict[str, Op] = {
     for op in (
         WEIGHT_NORM,
         WEIGHT_NORM_EXACT,
+        WEIGHT_NORM_GROUP,
         LORA_COMPOSE,
         COMPOSE_FORWARD,
         COMPOSE_BACKWARD,
         COMPOSE_BACKWARD_EXACT,
         ADAPTER_BACKWARD,
+        COMPOSE_SWIGLU,
+        COMPOSE_SWIGLU_BACKWARD,
+        LORA_COMPOSE_GROUP,
+        COMPOSE_BACKWARD_GROUP,
         DORA_LINEAR_FORWARD,
     )
 }

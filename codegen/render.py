@@ -16,7 +16,7 @@ import jinja2
 
 from .digest import code_digest
 from .gpu import find_gpu
-from .ops import EPS, LEAST_SHARE, SMALLEST_GAIN
+from .ops import EPS, LEAST_SHARE, SMALLEST_GAIN, stored_unit, table_unit
 from .spec import Config, KernelSpec
 from .variants import Variant, find_variant
 from .variants.base import ceil_div, power_of_two
@@ -59,6 +59,8 @@ def _environment() -> jinja2.Environment:
     environment.filters["tl"] = _TL_DTYPES.__getitem__
     environment.filters["ceil_div"] = ceil_div
     environment.filters["power_of_two"] = power_of_two
+    environment.filters["table_unit"] = table_unit
+    environment.filters["stored_unit"] = stored_unit
     environment.filters["smallest_gain"] = SMALLEST_GAIN.__getitem__
     return environment
 
@@ -70,7 +72,7 @@ def template_files(variant: Variant) -> list[str]:
         name = pending.pop()
         if name not in seen:
             seen.add(name)
-            pending += _REFERENCE.findall((TEMPLATES / name).read_text())
+            pending += _REFERENCE.findall((TEMPLATES / name).read_text(encoding="utf-8"))
     return sorted(seen)
 
 
@@ -106,6 +108,7 @@ def render(spec: KernelSpec, config: Config) -> Source:
             spec=spec,
             config=config,
             template=variant.template,
+            backend=gpu.backend,
             fp32_precision="tf32x3" if gpu.backend == "cuda" else "bf16x6",
             eps=EPS,
             least_share=LEAST_SHARE,

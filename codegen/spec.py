@@ -13,22 +13,38 @@ parse and print back exactly::
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import UsageError, near_names
-from .ops import DTYPE_BYTES, OPS, Op
+from ..printable import brief
+from .ops import DTYPE_BYTES, OPS, RUN_TIME, TABLE_COLUMNS, WIDTHS, Op
+from .weight_formats import KINDS, FormatError, WeightFormat, is_format, parse_format
 
 TOKEN_BUCKETS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Token counts that kernels are tuned for. The count is a run-time argument: every kernel works for any T >= 1."""
 
-DIMS = ("d_out", "d_in", "rank", "tokens")
+LAYER_BUCKETS = (1, 2, 4, 8, 16, 32)
+"""Layer counts that grouped kernels are tuned for. The count is a run-time argument, as the token count is; with more
+layers the GPU is as full, and a search would only take more memory."""
+
+DIMS = (*WIDTHS, "d_in", "rank", "tokens", "layers")
 DTYPES = ("weight", "activation", "adapter", "magnitude")
 TILE_DTYPES = ("weight", "activation", "adapter")
 """The dtypes of the matrices; the magnitude is a vector."""
-FLAGS = ("bias", "delta", "save", "output", "autocast")
+FLAGS = ("bias", "delta", "save", "output", "autocast", "gelu", "gelu_tanh")
 
-_GPU_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+MOST_SIZE = 1 << 24
+"""The largest size of a dimension: a bound for what comes from files, 64 times the widest output of a known model."""
+MOST_RANK = 1 << 16
+"""The largest rank."""
+MOST_PARAMETER = 1 << 24
+"""The largest value of a config's parameter: a share of the columns may be all of them."""
+MOST_CHARACTERS = 512
+"""Characters of a spec's or a config's text at most."""
+
+_GPU_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 class SpecError(UsageError):
@@ -42,13 +58,37 @@ def bucket_tokens(tokens: int) -> int:
         SpecError: ``tokens`` is not a positive integer.
     """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise SpecError(f"tokens={tokens!r}: the number of tokens must be an integer of at least 1")
+        raise SpecError(f"tokens={brief(tokens)}: the number of tokens must be an integer of at least 1")
     return next((bucket for bucket in TOKEN_BUCKETS if tokens <= bucket), TOKEN_BUCKETS[-1])
+
+
+def bucket_layers(layers: int) -> int:
+    """Return the smallest layer bucket that holds ``layers``, or the largest bucket beyond it.
+
+    Raises:
+        SpecError: ``layers`` is not a positive integer.
+    """
+    _check_positive("layers", layers, "the number of layers of one shape")
+    return next((bucket for bucket in LAYER_BUCKETS if layers <= bucket), LAYER_BUCKETS[-1])
 
 
 def _check_positive(name: str, value: object, remark: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SpecError(f"{name}={value!r}: must be an integer of at least 1 ({remark})")
+        raise SpecError(f"{name}={brief(value)}: must be an integer of at least 1 ({remark})")
+
+
+def _check_size(name: str, value: int) -> None:
+    most = MOST_RANK if name == "rank" else MOST_SIZE
+    if value > most:
+        raise SpecError(f"{name}={brief(value)}: must be at most {most}")
+
+
+_DIGITS = len(str(MOST_SIZE))
+
+
+def _check_length(what: str, text: str) -> None:
+    if len(text) > MOST_CHARACTERS:
+        raise SpecError(f"{what} {brief(text)}: has {len(text)} characters; it must have at most {MOST_CHARACTERS}")
 
 
 @dataclass(frozen=True)
@@ -59,15 +99,19 @@ class KernelSpec:
 
     Attributes:
         op: the operation's name, a key of :data:`~doratune.codegen.ops.OPS`.
-        d_out, d_in, rank: the layer's sizes, in elements.
+        d_out, d_in, rank: the layer's sizes, in elements. d_out_2, d_out_3: the widths of the other projections that a
+            grouped kernel serves.
         tokens: one of :data:`TOKEN_BUCKETS`.
+        layers: one of :data:`LAYER_BUCKETS`: how many layers of this shape a grouped kernel serves.
         weight, activation, adapter, magnitude: the dtypes of W, of x and y, of A and B, and of m (``bf16``, ``fp16``,
-            ``fp32``). W and x have one dtype; adapters have that dtype or fp32.
+            ``fp32``). W and x have one dtype; adapters have that dtype or fp32. W's may be a weight format (``nf4``);
+            then the others go by the dtype of its values (``wide``).
         bias: y includes the bias b.
         delta: the output is ``(g-1)*base + g*s*lora``, to be added to base.
         save: the forward also returns ``inner`` (the norm: ``weight_sq``), which the backward reads.
         output: the backward gets y in place of ``inner``.
         autocast: fp32 adapters are rounded to the 16-bit dtype, as ``torch.autocast`` does.
+        gelu, gelu_tanh: the activation of a gated MLP is GELU, or its tanh form, in place of SiLU.
         gpu: the slug of a listed GPU (``h200``) or of an architecture (``sm_90``).
 
     Raises:
@@ -76,9 +120,12 @@ class KernelSpec:
 
     op: str
     d_out: int = 0
+    d_out_2: int = 0
+    d_out_3: int = 0
     d_in: int = 0
     rank: int = 0
     tokens: int = 0
+    layers: int = 0
     weight: str = ""
     activation: str = ""
     adapter: str = ""
@@ -88,11 +135,13 @@ class KernelSpec:
     save: bool = False
     output: bool = False
     autocast: bool = False
+    gelu: bool = False
+    gelu_tanh: bool = False
     gpu: str = "h200"
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
-            raise SpecError(f"unknown operation {self.op!r}{near_names(self.op, OPS)} (known: {', '.join(OPS)})")
+            raise SpecError(f"unknown operation {brief(self.op)}{near_names(self.op, OPS)} (known: {', '.join(OPS)})")
         op = OPS[self.op]
         for dim in DIMS:
             self._check_dim(op, dim)
@@ -111,26 +160,36 @@ class KernelSpec:
                 "bias and output exclude each other: y includes the bias, and y - b has no digits left where b is as "
                 "large as y; for a layer with a bias, save inner"
             )
-        wide = self.weight or self.activation
+        if self.gelu and self.gelu_tanh:
+            raise SpecError("gelu and gelu_tanh exclude each other: the activation is one of the two")
+        wide = self.wide
         if self.autocast and (self.adapter != "fp32" or wide == "fp32"):
             raise SpecError(
                 f"autocast needs fp32 adapters and 16-bit tensors, got {self.adapter} adapters and {wide} tensors: "
                 "there is nothing to round, so leave it out"
             )
         if not _GPU_PATTERN.fullmatch(self.gpu):
-            raise SpecError(f"gpu must be a name such as h200, rtx4090 or sm_90, got {self.gpu!r}")
+            raise SpecError(f"gpu must be a name such as h200, rtx4090 or sm_90, got {brief(self.gpu)}")
 
     def _check_dim(self, op: Op, dim: str) -> None:
         value = getattr(self, dim)
-        if dim not in op.dims:
+        if dim in op.optional_dims and not value:
+            return
+        if dim not in op.dims + op.optional_dims:
             if value:
                 raise SpecError(f"{op.name} does not depend on {dim}: leave it out (it takes {', '.join(op.dims)})")
             return
         _check_positive(dim, value, f"{op.name} takes {', '.join(op.dims)}")
+        _check_size(dim, value)
         if dim == "tokens" and value not in TOKEN_BUCKETS:
             raise SpecError(
                 f"tokens={value} is not a token bucket; use {bucket_tokens(value)} "
                 f"(buckets: {', '.join(map(str, TOKEN_BUCKETS))})"
+            )
+        if dim == "layers" and value not in LAYER_BUCKETS:
+            raise SpecError(
+                f"layers={value} is not a layer bucket; use {bucket_layers(value)} "
+                f"(buckets: {', '.join(map(str, LAYER_BUCKETS))})"
             )
 
     def _check_dtype(self, op: Op, role: str) -> None:
@@ -141,20 +200,40 @@ class KernelSpec:
             return
         if role not in op.dtypes + op.optional_dtypes:
             raise SpecError(f"{op.name} does not depend on the {role} dtype: leave it out")
-        if value not in DTYPE_BYTES:
-            raise SpecError(f"{role}={value!r}: unsupported dtype; use one of {', '.join(DTYPE_BYTES)}")
+        if role == "weight" and is_format(value):
+            self._check_format(op, value)
+        elif value not in DTYPE_BYTES:
+            also = f" or a weight format ({', '.join(KINDS)})" if role == "weight" and op.formats else ""
+            raise SpecError(f"{role}={value!r}: unsupported dtype; use one of {', '.join(DTYPE_BYTES)}{also}")
         if role == "activation" and self.weight and value != self.weight:
             raise SpecError(f"activation={value} with {self.weight} weights: a product takes one dtype for both")
         if role == "adapter":
-            wide = self.weight or self.activation
+            wide = self.wide
             if value not in (wide, "fp32"):
                 raise SpecError(f"adapter={value} with {wide} tensors: adapters are {wide} or fp32")
+
+    def _check_format(self, op: Op, value: str) -> None:
+        """Check a weight format, and write it in its own form."""
+        if not op.formats:
+            able = ", ".join(name for name, other in OPS.items() if other.formats)
+            raise SpecError(f"weight={value}: {op.name} reads plain weights only (weight formats: {able})")
+        try:
+            form = parse_format(value)
+        except FormatError as error:
+            raise SpecError(f"weight={value}: {error}") from error
+        refused = form.refuse(self.d_out, self.d_in)
+        if refused:
+            raise SpecError(f"weight={value}: {refused}")
+        object.__setattr__(self, "weight", str(form))
 
     @classmethod
     def create(cls, op: str, **values: Any) -> KernelSpec:
         """Make the spec of ``op`` from a superset of its fields; those that the operation does not have are dropped.
 
-        ``tokens`` may be any count and is rounded up to its bucket. ``dtype`` sets both ``weight`` and ``activation``.
+        ``tokens`` and ``layers`` may be any counts and are rounded up to their buckets. ``dtype`` sets both ``weight``
+        and ``activation``. Where the operation needs a number of layers and none is given, it is 1; where it needs m's
+        dtype, it is the adapters'. The second projection of a group has the first one's width unless ``d_out_2`` is
+        given.
 
         Raises:
             SpecError: as for the constructor.
@@ -165,12 +244,22 @@ class KernelSpec:
         for dim in DIMS:
             if values.get(dim) is not None:
                 _check_positive(dim, values[dim], "even if the operation does not depend on it")
+                if dim not in RUN_TIME:
+                    _check_size(dim, values[dim])
         if "dtype" in values:
             dtype = values.pop("dtype")
             values = {"weight": dtype, "activation": dtype, **values}
         if values.get("tokens") is not None:
             values["tokens"] = bucket_tokens(values["tokens"])
-        kept = {*contract.dims, *contract.dtypes, *contract.optional_dtypes, *FLAGS, "gpu"}
+        if "d_out_2" in contract.dims and values.get("d_out_2") is None:
+            values["d_out_2"] = values.get("d_out")
+        if values.get("layers") is not None:
+            values["layers"] = bucket_layers(values["layers"])
+        if "layers" in contract.dims and values.get("layers") is None:
+            values["layers"] = 1
+        if "magnitude" in contract.dtypes and values.get("magnitude") is None:
+            values["magnitude"] = values.get("adapter")
+        kept = {*contract.dims, *contract.optional_dims, *contract.dtypes, *contract.optional_dtypes, *FLAGS, "gpu"}
         return cls(op, **{name: value for name, value in values.items() if name in kept and value is not None})
 
     @classmethod
@@ -180,9 +269,10 @@ class KernelSpec:
         Raises:
             SpecError: the text is malformed; the message names the part and, for a typo, similar names.
         """
+        _check_length("spec", text)
         body, at, gpu = text.strip().partition("@")
         if not at or not gpu:
-            raise SpecError(f"spec {text!r} names no GPU: end it with @h200, @rtx4090, @sm_90, …")
+            raise SpecError(f"spec {brief(text)} names no GPU: end it with @h200, @rtx4090, @sm_90, …")
         op, *parts = body.split("/")
         values: dict[str, Any] = {}
         for part in parts:
@@ -191,7 +281,7 @@ class KernelSpec:
             if name not in known:
                 kind = "field" if equals else "flag"
                 raise SpecError(
-                    f"spec {text!r}: unknown {kind} {name!r}{near_names(name, known)} (known: {', '.join(known)})"
+                    f"spec {text!r}: unknown {kind} {brief(name)}{near_names(name, known)} (known: {', '.join(known)})"
                 )
             if name in values:
                 raise SpecError(f"spec {text!r}: {name} is given twice")
@@ -200,6 +290,8 @@ class KernelSpec:
             elif name in DIMS:
                 if not re.fullmatch(r"[0-9]+", value):
                     raise SpecError(f"spec {text!r}: {name}={value!r} is not a whole number")
+                if len(value) > _DIGITS:
+                    raise SpecError(f"spec {text!r}: {name} must be at most {MOST_SIZE}")
                 values[name] = int(value)
             else:
                 values[name] = value
@@ -212,9 +304,46 @@ class KernelSpec:
         return "/".join(parts) + "@" + self.gpu
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """The width of each projection that the kernel serves: d_out, d_out_2 and d_out_3 where they are given."""
+        return tuple(width for width in (self.d_out, self.d_out_2, self.d_out_3) if width)
+
+    @property
+    def members(self) -> int:
+        """The number of projections that the kernel serves."""
+        return len(self.widths)
+
+    @property
     def contract(self) -> Op:
         """The contract of this spec's operation."""
         return OPS[self.op]
+
+    @property
+    def count(self) -> int:
+        """The bucket of the count that is a run-time argument: of tokens or of layers; 0 where there is none."""
+        return self.tokens or self.layers
+
+    @property
+    def family(self) -> KernelSpec:
+        """The spec with the smallest bucket of its count: equal for specs of one shape, whose code is the same."""
+        return replace(self, tokens=min(self.tokens, 1), layers=min(self.layers, 1))
+
+    @property
+    def format(self) -> WeightFormat | None:
+        """How W is stored if that is a weight format; None where W has a plain dtype."""
+        return parse_format(self.weight) if is_format(self.weight) else None
+
+    @property
+    def wide(self) -> str:
+        """The dtype of the values of W, or of x where there is no W: that of the products."""
+        form = self.format
+        return form.dtype if form else self.weight or self.activation
+
+    @property
+    def places(self) -> int:
+        """The columns of a table of layers: where W (each of its tensors), A, B and m of a layer begin."""
+        form = self.format
+        return TABLE_COLUMNS + (len(form.operands(self.d_out, self.d_in)) - 1 if form else 0)
 
 
 @dataclass(frozen=True)
@@ -238,11 +367,15 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", tuple(sorted((str(name), value) for name, value in self.params)))
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.variant):
-            raise SpecError(f"config: variant must be a name such as 'tile', got {self.variant!r}")
+        if not isinstance(self.variant, str) or not _NAME_PATTERN.fullmatch(self.variant):
+            raise SpecError(f"config: variant must be a name such as 'tile', got {brief(self.variant)}")
         for name, value in (*self.params, ("num_warps", self.num_warps), ("num_stages", self.num_stages)):
+            if not _NAME_PATTERN.fullmatch(name):
+                raise SpecError(f"config: a parameter must be a name such as block_n, got {brief(name)}")
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise SpecError(f"config: {name} must be an integer of at least 0, got {value!r}")
+                raise SpecError(f"config: {name} must be an integer of at least 0, got {brief(value)}")
+            if value > MOST_PARAMETER:
+                raise SpecError(f"config: {name} must be at most {MOST_PARAMETER}, got {brief(value)}")
 
     @classmethod
     def create(cls, variant: str, *, num_warps: int, num_stages: int, **params: int) -> Config:
@@ -260,16 +393,19 @@ class Config:
         Raises:
             SpecError: the text is malformed.
         """
+        _check_length("config", text)
         variant, _, rest = text.strip().partition(":")
         values: dict[str, int] = {}
         for part in filter(None, rest.split(",")):
             name, equals, value = part.partition("=")
             if not equals or not re.fullmatch(r"[0-9]+", value) or name in values:
                 raise SpecError(f"config {text!r}: {part!r} must be name=number, each name once")
+            if len(value) > _DIGITS:
+                raise SpecError(f"config {text!r}: {name} must be at most {MOST_PARAMETER}")
             values[name] = int(value)
         missing = {"num_warps", "num_stages"} - values.keys()
         if missing:
-            raise SpecError(f"config {text!r} lacks {' and '.join(sorted(missing))}")
+            raise SpecError(f"config {brief(text)} lacks {' and '.join(sorted(missing))}")
         return cls.create(variant, **values)
 
     @classmethod
@@ -280,7 +416,7 @@ class Config:
             SpecError: ``data`` is not such an object.
         """
         if not isinstance(data, dict) or not {"variant", "num_warps", "num_stages"} <= data.keys():
-            raise SpecError(f"config: expected an object with variant, num_warps and num_stages, got {data!r}")
+            raise SpecError(f"config: expected an object with variant, num_warps and num_stages, got {brief(data)}")
         values = dict(data)
         return cls.create(values.pop("variant"), **values)
 

@@ -1,6 +1,8 @@
 """Sphinx directives that print what the repository knows, so that no page repeats it by hand.
 
-``{figures} h200/model.json``            the tables of result files (a pattern may name several), see ``figures.py``
+``{figures} h200/model.json``            the tables of result files (a pattern may name several), see ``figures.py``;
+                                         with ``:if-measured:`` there may be none yet
+``{brings}``, ``{shortfalls} models``    what they say of doratune beside its peers, see ``benefits.py``
 ``{schema} doratune_entries``            the columns of a table of the store, with the meanings in the directive's text
 ``{gpus}``, ``{models}``, ``{operations}``   the GPUs, models and operations that are known
 """
@@ -13,7 +15,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import benefits
 import click
+import comparisons
 import figures
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -50,15 +54,35 @@ def _table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
 
 class Figures(_Markdown):
     required_arguments = 1
-    option_spec = {"only": directives.unchanged}  # noqa: RUF012  as docutils declares it
+    option_spec = {"only": directives.unchanged, "if-measured": directives.flag}  # noqa: RUF012  as docutils declares it
 
     def markdown(self) -> str:
         files = sorted(figures.RESULTS.glob(self.arguments[0]))
+        if not files and "if-measured" in self.options:
+            return "Not measured."
         if not files:
             raise self.error(f"no results {self.arguments[0]} in {figures.RESULTS}")
         for file in files:
             self.env.note_dependency(str(file))
         return figures.markdown(files, self.options.get("only"))
+
+
+class Brings(_Markdown):
+    def markdown(self) -> str:
+        return benefits.brings(_measured(self.env))
+
+
+class Shortfalls(_Markdown):
+    required_arguments = 1
+
+    def markdown(self) -> str:
+        return benefits.SHORTFALLS[self.arguments[0]](_measured(self.env))
+
+
+def _measured(env: BuildEnvironment) -> comparisons.Measured:
+    for file in figures.RESULTS.glob("*/*.json"):
+        env.note_dependency(str(file))
+    return comparisons.read_results()
 
 
 class Schema(_Markdown):
@@ -190,6 +214,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", one_parameter_a_line, priority=400)  # before napoleon reads them
     for name, directive in (
         ("figures", Figures),
+        ("brings", Brings),
+        ("shortfalls", Shortfalls),
         ("schema", Schema),
         ("gpus", Gpus),
         ("models", Models),

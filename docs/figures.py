@@ -76,7 +76,12 @@ def _sizes(row: Row) -> str:
 
 def _dtypes(row: Row) -> str:
     adapter = row.get("adapter")
-    return ", ".join(filter(None, [row["dtype"], adapter and f"{adapter} adapters", *(row.get("flags") or ())]))
+    parts = [row["dtype"], adapter and f"{adapter} adapters", *(row.get("flags") or ())]
+    if row["bench"] == "quality":
+        parts += [f"rate {row['rate']:g}"] if row["op"] == "learning-rate" else []
+        parts += [f"seed {row['seed']}"] if row["op"] in ("adapt", "precision") else []
+        parts += [f"against {row['against']}"] if "against" in row else []
+    return ", ".join(filter(None, parts))
 
 
 def _tables(bench: str, op: str, cases: Cases) -> list[Table]:
@@ -85,15 +90,25 @@ def _tables(bench: str, op: str, cases: Cases) -> list[Table]:
         return [_beside_peers(op, names, cases)]
     if bench == "search":
         return [_searches(op, cases)]
+    if bench == "coverage":
+        return [_columns(f"{op}: shares of the kernels of random models", _COVERAGE_FIGURES, cases)]
+    if bench == "quality":
+        return [_every(f"{op}: {_QUALITY[op]}", cases, {name: _quality(name, op) for name in names})]
     if bench == "host":
         return [_every(f"{op}: host time of a call, µs", cases, {name: _cell(name, "cpu_us", 1) for name in names})]
     if bench in ("model", "layer"):
         times = {name: _cell(name, "us", 1 if bench == "model" else 3, 1e-3) for name in names}
         memory = {name: _cell(name, "peak_mb", 0) for name in names}
-        return [
-            _every(f"{op}: time, ms", cases, times),
-            _every(f"{op}: peak memory above the weights, MB", cases, memory),
-        ]
+        tables = [_every(f"{op}: time, ms", cases, times)]
+        rest = [("peak memory above the weights, MB", memory)]
+        if bench == "model":
+            rest.append(("the host's own time, ms", {name: _cell(name, "host_us", 1, 1e-3) for name in names}))
+            rest.append(("kernel launches", {name: _cell(name, "launches", 0) for name in names}))
+            rest.append(("accelerate, ms", {name: _cell(name, "accelerate_us", 0, 1e-3) for name in names}))
+        for title, columns in rest:
+            if any(cell(by_name) for cell in columns.values() for by_name in cases.values()):
+                tables.append(_every(f"{op}: {title}", cases, columns))
+        return tables
     return [_every(f"{op}: GPU time, µs", cases, {name: _cell(name, "us", 1) for name in names})]
 
 
@@ -102,7 +117,7 @@ Cell = Callable[[dict[str, Row]], str]
 
 def _cell(name: str, field: str, digits: int, scale: float = 1.0) -> Cell:
     def cell(by_name: dict[str, Row]) -> str:
-        value = by_name[name][field] if name in by_name else None
+        value = by_name[name].get(field) if name in by_name else None
         return "" if value is None else f"{value * scale:.{digits}f}"
 
     return cell
@@ -138,9 +153,63 @@ _SEARCH_FIGURES: dict[str, Callable[[Row], str]] = {
 
 def _searches(op: str, cases: Cases) -> Table:
     """A column for each way to search, a line for each figure; what needs no search lacks some."""
+    return _columns(f"{op}: searches on recorded tables", _SEARCH_FIGURES, cases)
+
+
+_COVERAGE_FIGURES: dict[str, Callable[[Row], str]] = {
+    "kernels looked up": lambda row: f"{row['kernels']}",
+    "an entry of its own": lambda row: f"{row['exact']:.1%}",
+    "bound ≤ 10 %": lambda row: f"{row['bounded']:.1%}",
+    "a larger bound": lambda row: f"{row['bound > 10 %']:.1%}",
+    "no bound": lambda row: f"{row['no bound']:.1%}",
+    "covered: the first two": lambda row: f"{row['covered']:.1%}",
+    "draws whose kernels are all covered": lambda row: f"{row['whole_draws']:.1%}",
+}
+
+
+_QUALITY = {
+    "corpus": "bytes that are trained on, that the learning rate is chosen on, that are reported on",
+    "pretrain": "loss of the pre-trained model on the other domain, nats per byte",
+    "learning-rate": "loss on the validation split, nats per byte",
+    "adapt": "loss on the test split, nats per byte",
+    "precision": "loss on the test split, nats per byte",
+    "reached": "mean loss on the test split, nats per byte, 95 % interval, learning rate, ms a step",
+    "equal-steps": "difference of the loss after equal steps, nats per byte, 95 % interval, Holm's p",
+    "equal-time": "difference of the loss after equal time, nats per byte, 95 % interval, Holm's p",
+    "curve-distance": "root mean square distance to the fp32 curve, nats per byte, 95 % interval",
+    "curve-distance-difference": "difference of these distances, nats per byte, 95 % interval, Holm's p",
+}
+"""What the cells of each kind of row are; benchmarks/README.md says how it was found."""
+
+
+def _quality(name: str, op: str) -> Cell:
+    def cell(by_name: dict[str, Row]) -> str:
+        row = by_name.get(name)
+        if row is None:
+            return ""
+        if op == "corpus":
+            return ", ".join(map(str, row["bytes"].values()))
+        if "mean" not in row:
+            return "diverged" if row["loss"] is None else f"{row['loss']:.4f}"
+        form = ("+" if "against" in row else "") + (".2g" if op.startswith("curve") else ".4f")
+        parts = [
+            f"{row['mean']:{form}}" + ("" if row["low"] is None else f" ({row['low']:{form}} to {row['high']:{form}})")
+        ]
+        parts += [f"p {row['p_holm']:.2g}"] if row.get("p_holm") is not None else []
+        parts += [f"rate {row['rate']:g}"] if "rate" in row else []
+        parts += [f"{row['step_ms']:.1f} ms"] if row.get("step_ms") is not None else []
+        parts += [row["says"]] if "says" in row else []
+        parts += ["edge of the grid"] if row.get("edge") else []
+        return ", ".join(parts + ([f"{row['diverged']} diverged"] if row.get("diverged") else []))
+
+    return cell
+
+
+def _columns(title: str, figures: dict[str, Callable[[Row], str]], cases: Cases) -> Table:
+    """A column for each implementation, a line for each figure; a cell is empty where a row lacks the figure."""
     (by_name,) = cases.values()
     lines = []
-    for figure, text in _SEARCH_FIGURES.items():
+    for figure, text in figures.items():
         cells = []
         for row in by_name.values():
             try:
@@ -148,7 +217,7 @@ def _searches(op: str, cases: Cases) -> Table:
             except KeyError:
                 cells.append("")
         lines.append((figure, "", *cells))
-    return Table(f"{op}: searches on recorded tables", (("figure", "", *by_name), *lines))
+    return Table(title, (("figure", "", *by_name), *lines))
 
 
 def _every(title: str, cases: Cases, columns: dict[str, Cell]) -> Table:

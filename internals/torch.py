@@ -7,13 +7,15 @@ once, when this module is imported.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
 
 from . import find
 
@@ -21,6 +23,7 @@ NAMES = (
     "torch._C._cuda_getDevice",
     "torch._C._cuda_getCurrentRawStream",
     "torch._C._current_graph_task_id",
+    "torch._C._autograd._get_current_graph_task_keep_graph",
     "torch._C._dynamo.guards.TensorGuards",
     "torch._C._are_functorch_transforms_active",
     "torch.autograd.forward_ad._current_level",
@@ -32,9 +35,11 @@ NAMES = (
     "torch._C._len_torch_dispatch_stack",
     "torch._C._len_torch_function_stack",
     "torch._C.DisableTorchFunction",
+    "torch._C.DisableTorchFunctionSubclass",
     "torch.overrides._get_current_function_mode_stack",
     "torch.nn.modules.module._has_any_global_hook",
     "torch.utils._device.DeviceContext",
+    "torch.utils.hooks.RemovableHandle.next_id",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._python_dispatch._disable_current_modes",
 )
@@ -43,12 +48,15 @@ NAMES = (
 
 _TRIALS: dict[str, Callable[[Any], object]] = {
     "torch._C._current_graph_task_id": lambda function: function() + 0,
+    "torch._C._autograd._get_current_graph_task_keep_graph": lambda function: function(),
     "torch._C._are_functorch_transforms_active": lambda function: function(),
     "torch._C._get_tracing_state": lambda function: function(),
     "torch._C._get_dispatch_mode": lambda function: function(torch._C._TorchDispatchModeKey.PROXY),
     "torch._C._len_torch_dispatch_stack": lambda function: function() > 0,
     "torch._C._len_torch_function_stack": lambda function: function() > 0,
     "torch._C.DisableTorchFunction": lambda context: context().__enter__,
+    "torch._C.DisableTorchFunctionSubclass": lambda context: context().__enter__,
+    "torch.utils.hooks.RemovableHandle.next_id": lambda number: number + 0,
     "torch.overrides._get_current_function_mode_stack": lambda function: [*function()],
     "torch.nn.modules.module._has_any_global_hook": lambda function: function(),
     "torch.utils._python_dispatch._disable_current_modes": lambda context: context().__enter__,
@@ -107,6 +115,14 @@ current_backward: Callable[[], int] = _found["torch._C._current_graph_task_id"] 
 """An id of the running backward pass; -1 outside of one, or if this PyTorch lacks the name."""
 
 
+def _unknown_graph() -> bool:
+    return True
+
+
+keeps_graph: Callable[[], bool] = _found["torch._C._autograd._get_current_graph_task_keep_graph"] or _unknown_graph
+"""Whether the running backward pass keeps saved tensors for another one; True if this PyTorch lacks the name."""
+
+
 def _transforms_by_trial() -> bool:
     try:
         torch.empty(0).requires_grad_()  # raises inside a transform
@@ -121,9 +137,14 @@ transforms_active: Callable[[], bool] = _found["torch._C._are_functorch_transfor
 _counts_levels = _found["torch.autograd.forward_ad._current_level"] is not None
 
 
+def tangents_possible() -> bool:
+    """Whether code runs inside ``forward_ad.dual_level``; True if this PyTorch does not tell."""
+    return not _counts_levels or forward_ad._current_level >= 0
+
+
 def has_tangents(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether forward-mode differentiation goes through one of ``tensors``."""
-    if _counts_levels and forward_ad._current_level < 0:
+    if not tangents_possible():
         return False
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
@@ -144,13 +165,15 @@ def _proxy_mode() -> object:
     return get_proxy_mode()
 
 
+def is_jit_tracing() -> bool:
+    """Whether ``torch.jit.trace`` now runs this code."""
+    is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+    return is_tracing() if _tracing_state is None else _tracing_state() is not None
+
+
 def is_traced() -> bool:
     """Whether ``torch.jit.trace`` or ``make_fx`` now runs this code to record its operators."""
-    if torch.compiler.is_compiling():
-        return False
-    is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
-    traced = is_tracing() if _tracing_state is None else _tracing_state() is not None
-    return traced or _proxy_mode() is not None
+    return not torch.compiler.is_compiling() and (is_jit_tracing() or _proxy_mode() is not None)
 
 
 def is_recording() -> bool:
@@ -169,12 +192,22 @@ _mode_stack = _found["torch.overrides._get_current_function_mode_stack"]
 _device_mode = _found["torch.utils._device.DeviceContext"]
 _hide = _found["torch.utils._python_dispatch._disable_current_modes"]
 _without_functions = _found["torch._C.DisableTorchFunction"]
+_without_subclasses = _found["torch._C.DisableTorchFunctionSubclass"] or nullcontext
+
+
+def as_plain_tensors() -> AbstractContextManager[Any]:
+    """A context in which a subclass's tensors behave as plain ones; otherwise each method costs microseconds."""
+    context: AbstractContextManager[Any] = _without_subclasses()
+    return context
+
+
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _PLAIN = torch.empty(0)
 hides_modes: bool = _hide is not None
 """Whether :func:`without_modes` hides operations from dispatch modes."""
 _OWN_MODULE = "torch.nn.modules.linear"
 _linear_forward = nn.Linear.forward if nn.Linear.forward.__module__ == _OWN_MODULE else None
+_functional, _Linear = nn.functional, nn.Linear
 _linear = _found["torch._C._nn.linear"] or nn.functional.linear
 
 DispatchMode: type[Any] | None = _found["torch.utils._python_dispatch.TorchDispatchMode"]
@@ -208,9 +241,56 @@ def global_hook_is_on() -> bool:
     return any(map(bool, tables))
 
 
+_asked = itertools.count()
+_counts_hooks = _found["torch.utils.hooks.RemovableHandle.next_id"] is not None
+
+
+def hooks_made() -> int:
+    """A number that changes whenever a hook is registered on a module or tensor; always, if PyTorch does not count."""
+    return RemovableHandle.next_id if _counts_hooks else -1 - next(_asked)
+
+
 def linear_is_replaced() -> bool:
     """Whether other code (fake quantisation, a profiler) has replaced PyTorch's ``linear``."""
     return nn.functional.linear is not _linear or nn.Linear.forward is not _linear_forward
+
+
+_hookless_at = -1
+"""The value of :func:`hooks_made` at which no global hook was registered."""
+
+
+def undisturbed() -> bool:
+    """Whether nothing but plain eager execution goes on: no mode, global hook, recorder, transform or tangent.
+
+    A compiler is not asked for. ``make_fx`` records by a dispatch mode. Where PyTorch has all names, one expression
+    answers: every layer asks.
+    """
+    global _hookless_at
+    names = (_dispatch_modes, _function_modes, _global_hooks, _tracing_state)
+    if None in names or not (_counts_levels and _counts_hooks):
+        return not (
+            dispatch_mode_is_on()
+            or function_mode_is_on()
+            or global_hook_is_on()
+            or linear_is_replaced()
+            or transforms_active()
+            or tangents_possible()
+            or is_jit_tracing()
+        )
+    hooks = RemovableHandle.next_id
+    if hooks != _hookless_at:
+        if global_hook_is_on():
+            return False
+        _hookless_at = hooks  # until another hook is made
+    return not (
+        _dispatch_modes()  # type: ignore[misc]
+        or (_function_modes() and function_mode_is_on())  # type: ignore[misc]
+        or _functional.linear is not _linear
+        or _Linear.forward is not _linear_forward
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+    )
 
 
 def without_modes() -> AbstractContextManager[Any]:

@@ -10,18 +10,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
+import importlib
 import inspect
 import json
 import os
+import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DoratuneError
 from . import find
+
+if TYPE_CHECKING:
+    from .cuda import Driver
 
 NAMES = (
     "triton.knobs.runtime",
@@ -34,6 +40,8 @@ NAMES = (
     "triton.compiler.compiler.make_backend",
     "triton.experimental.gluon._runtime.GluonASTSource",
     "triton._C.libtriton.get_cache_invalidating_env_vars",
+    "triton.runtime.cache.get_cache_key",
+    "triton.runtime.cache.get_cache_manager",
 )
 """Every private name in Triton's modules. A test removes each in turn."""
 
@@ -56,6 +64,11 @@ _warned: set[str] = set()
 
 _LAUNCHING = "starting kernels through their C launchers"
 _FP_FUSION = "TRITON_DEFAULT_FP_FUSION"
+_C_LAUNCHER = "__triton_launcher"
+_LOADED = "_doratune_loaded"
+
+NO_JIT = "DORATUNE_NO_JIT"
+"""The environment variable that forbids compiling; empty or 0 is off."""
 
 
 class InternalsError(DoratuneError):
@@ -106,11 +119,13 @@ class Launcher:
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
         self._binary: _Binary | None = None
+        self._own = False
         self._is_public = _LAUNCHING in _warned  # it failed before
         if self._is_public:
             return
+        self._own = own_driver() is not None
         try:
-            active = need("triton.runtime.driver").active
+            active = active_driver()
             self._device: int = active.get_current_device()
             self._stream: Callable[[int], int] = active.get_current_stream
             self._hooks = need("triton.knobs.runtime")
@@ -121,7 +136,7 @@ class Launcher:
         return functools.partial(self._start, (*grid, 1, 1)[:3])
 
     def _start(self, grid: tuple[int, ...], *args: Any, **_: int) -> None:  # the options are compiled in
-        if self._is_public or is_hooked(self._hooks):
+        if self._is_public or (not self._own and is_hooked(self._hooks)):
             self._compiled[grid](*args)
             return
         if self._binary is None:
@@ -136,6 +151,8 @@ class Launcher:
             run, function, metadata = binary = self._load()
             run(grid[0], grid[1], grid[2], self._stream(self._device), function, metadata, None, None, None, *args)
         except Exception as problem:
+            if self._own:
+                raise
             self._compiled[grid](*args)  # raises too if the kernel or the GPU is at fault
             self._leave(problem)
         else:
@@ -163,18 +180,75 @@ class Launcher:
         maps = tuple(getattr(self._compiled.metadata, "tensordesc_meta", None) or ())
         if len(maps) != described or None in maps:
             raise LookupError("descriptors without tensor maps")
-        flat: list[str] = []
-        for type_ in types:
-            rank = type_.count(",", 0, type_.find("]")) + 1
-            flat += ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank] if type_.startswith("tensordesc") else [type_]
-        fields = {**self._compiled.metadata._asdict(), "tensordesc_meta": None}
-        source = SimpleNamespace(constants={}, signature=dict(enumerate(flat)))
-        launcher = need("triton.runtime.driver").active.launcher_cls
-        return FlatBinary.of(launcher(source, SimpleNamespace(**fields)), function, metadata, maps)
+        launcher = active_driver().launcher_cls
+        return FlatBinary.of(launcher(*_flattened(self._compiled)), function, metadata, maps)
 
     def _load(self) -> _Binary:
-        run = self._compiled.run  # loads the binary on the current device, which sets ``function``
-        return _Binary(run, self._compiled.function, self._compiled.packed_metadata)
+        return load(self._compiled)
+
+
+def _flattened(compiled: Any) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """The source and metadata for a C launcher that takes each descriptor as its tensor map, shape and strides."""
+    source = SimpleNamespace(constants={}, signature=_flat_signature(compiled.src.signature))
+    return source, SimpleNamespace(**{**compiled.metadata._asdict(), "tensordesc_meta": None})
+
+
+def _flat_signature(signature: Mapping[Any, str]) -> dict[int, str]:
+    flat: list[str] = []
+    for type_ in signature.values():
+        rank = type_.count(",", 0, type_.find("]")) + 1
+        flat += ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank] if type_.startswith("tensordesc") else [type_]
+    return dict(enumerate(flat))
+
+
+def own_driver() -> Driver | None:
+    """The driver that takes the place of Triton's in this process; None where Triton's is used.
+
+    Triton builds its own with the C compiler, up to 3.6 also a launcher for each signature. Where there is no C
+    compiler, or ``DORATUNE_NO_JIT`` forbids to use it, doratune's kernels start without, unless all is built already.
+    """
+    return _own_driver(no_jit())
+
+
+@functools.cache
+def _own_driver(forbidden: bool) -> Driver | None:
+    from . import cuda
+
+    try:
+        import torch
+
+        on_cuda = torch.version.cuda is not None
+    except (ImportError, AttributeError):  # a process that only compiles has no PyTorch
+        return None
+    if not on_cuda or (version() >= (3, 7) and cuda.is_built()):
+        return None
+    return cuda.own_driver() if forbidden or not cuda.has_c_compiler() else None
+
+
+def active_driver() -> Any:
+    """The driver of doratune's kernels: Triton's, or :func:`own_driver`."""
+    own = own_driver()
+    return need("triton.runtime.driver").active if own is None else own
+
+
+def no_jit() -> bool:
+    """Whether nothing may be compiled in this process."""
+    return os.environ.get(NO_JIT, "").strip() not in ("", "0")
+
+
+def load(compiled: Any) -> _Binary:
+    """Load a compiled kernel on the current device, unless it was loaded before."""
+    own = own_driver()
+    if own is None:
+        run = compiled.run  # sets ``function``
+        return _Binary(run, compiled.function, compiled.packed_metadata)
+    known: _Binary | None = vars(compiled).get(_LOADED)
+    if known is None:
+        shared, device = compiled.metadata.shared, own.get_current_device()
+        function = own.load(compiled.name, compiled.kernel, shared, device)
+        known = _Binary(own.launcher_cls(compiled.src, compiled.metadata), function, compiled.packed_metadata)
+        setattr(compiled, _LOADED, known)
+    return known
 
 
 class _Binary(NamedTuple):
@@ -191,15 +265,58 @@ def launch_hooks() -> Any:
 
 
 def prepare_launcher(compiled: Any) -> None:
-    """Put the C launcher of a compiled kernel into Triton's cache, so that the first start need not compile it.
+    """Put the C launchers of a compiled kernel into Triton's cache, so that the first start need not compile them.
 
-    Triton up to 3.6 compiles one for each signature, with the C compiler, in a third of a second. Elsewhere, and where
-    that fails, nothing happens: the first start does it.
+    Where that fails, the first start compiles them.
     """
-    if find("triton.backends.nvidia.driver.make_launcher") is None:
-        return
     with contextlib.suppress(Exception):
-        find("triton.backends.nvidia.driver.CudaLauncher")(compiled.src, compiled.metadata)
+        for text in launchers_of(compiled.src, getattr(compiled.metadata, "tensordesc_meta", None)):
+            compile_launcher(text)
+
+
+def launchers_of(source: Any, descriptors: Any) -> list[str]:
+    """The C launchers that starting a kernel takes; ``source`` is a result of :func:`source_for`.
+
+    Triton up to 3.6 compiles one for each signature, with the C compiler, in a third of a second; with tensor
+    descriptors there are two (:attr:`Launcher.flat`). Later versions need none. ``descriptors`` is the entry
+    ``tensordesc_meta`` of a compiled kernel's metadata, which only kernels with tensor descriptors need.
+    """
+    make = find("triton.backends.nvidia.driver.make_launcher")
+    if make is None or own_driver() is not None:
+        return []
+    try:
+        texts = [make({}, dict(source.signature), descriptors)]
+        if has_descriptors(source):
+            texts.append(make({}, _flat_signature(source.signature), None))
+    except Exception:  # this Triton makes them in another way
+        return []
+    return texts
+
+
+def has_descriptors(source: Any) -> bool:
+    """Whether a kernel has tensor descriptors among its parameters."""
+    return any(type_.startswith("tensordesc") for type_ in source.signature.values())
+
+
+def launcher_is_compiled(text: str) -> bool:
+    """Whether Triton's cache has this C launcher; True if Triton offers no way to find out."""
+    try:
+        key = hashlib.sha256((text + need("triton.runtime.build.platform_key")()).encode()).hexdigest()
+        name = f"{_C_LAUNCHER}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        return need("triton.runtime.cache.get_cache_manager")(key).get_file(name) is not None
+    except Exception:
+        return True
+
+
+def compile_launcher(text: str) -> None:
+    """Compile a C launcher into Triton's cache.
+
+    Raises:
+        Exception: it cannot be compiled here.
+    """
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    places = (driver.library_dirs(), driver.include_dirs, driver.libraries)
+    driver.compile_module_from_src(text, _C_LAUNCHER, *places)
 
 
 def is_hooked(hooks: Any) -> bool:
@@ -274,7 +391,7 @@ class MapMaker:
         descriptor = copy.copy(self._descriptor)
         descriptor.base = SimpleNamespace(data_ptr=lambda: address)
         calls: list[_Call] = []
-        active = SimpleNamespace(utils=_Listener(need("triton.runtime.driver").active.utils, calls))
+        active = SimpleNamespace(utils=_Listener(active_driver().utils, calls))
         triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
         if isinstance(listened, FunctionType):
             inside = {**listened.__globals__, "triton": triton}
@@ -331,6 +448,31 @@ def compile_for(source: Any, target: Any, options: Mapping[str, int | bool]) -> 
     return triton.compile(source, target=target, options=_with_fusion(options))
 
 
+def preload() -> None:
+    """Import Triton and compute what its first compile needs: a digest of its files takes a third of a second.
+
+    Does nothing that a compile would not do, and what fails here fails there.
+    """
+    for module in ("triton.compiler", "triton.backends.nvidia.driver", "triton.experimental.gluon"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    for name in ("triton.runtime.cache.triton_key", "triton.backends.nvidia.driver.library_dirs"):
+        with contextlib.suppress(Exception):
+            find(name)()
+
+
+def is_compiled(source: Any, target: Any, options: Mapping[str, int | bool]) -> bool:
+    """Whether Triton's cache on disk has what :func:`compile_for` would make; False if Triton does not tell."""
+    try:
+        backend = need("triton.compiler.compiler.make_backend")(target)
+        parsed = backend.parse_options({**_with_fusion(options), **source.parse_options()})
+        key = need("triton.runtime.cache.get_cache_key")(source, backend, parsed, env_vars=cache_environment())
+        folder = need("triton.runtime.cache.get_cache_manager")(hashlib.sha256(key.encode()).hexdigest())
+        return bool(folder.get_group(f"{source.name[:150]}.json"))
+    except Exception:  # an internal that has changed, or a folder that cannot be read
+        return False
+
+
 def _with_fusion(options: Mapping[str, int | bool]) -> dict[str, int | bool]:
     """The options with fused multiply-add on: Triton's default, which 3.9 warns about and 3.10 is to change."""
     return {**options} if _FP_FUSION in os.environ else {**options, "enable_fp_fusion": True}
@@ -365,8 +507,7 @@ def current_target() -> Any:
         InternalsError: this Triton offers no way to find out.
     """
     try:
-        driver = need("triton.runtime.driver")
-        return driver.active.get_current_target()
+        return active_driver().get_current_target()
     except (AttributeError, TypeError) as problem:
         raise InternalsError(_short(problem)) from problem
 
@@ -409,6 +550,11 @@ def version() -> tuple[int, int]:
 def descriptor_flags() -> dict[str, object]:
     """The facts in Triton's metadata of each descriptor that do not depend on its tile: doratune never uses im2col."""
     return {"is_im2col": False} if version() >= (3, 8) else {}
+
+
+def scratch_memories(backend: str) -> tuple[str, ...]:
+    """The kinds of scratch memory whose size Triton's metadata states: AMD's backend has the global one since 3.8."""
+    return ("global", "profile") if backend == "cuda" or version() >= (3, 8) else ("profile",)
 
 
 def restored(name: str, source: Any, target: Any, metadata: Mapping[str, Any], image: bytes, digest: str) -> Any:

@@ -1,4 +1,6 @@
-"""The tested versions of PyTorch, Triton and PEFT. doratune uses private names of each."""
+"""The tested versions of PyTorch, Triton and PEFT, of which doratune uses private names, and of packages that quantise,
+whose codes and scales it reads.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,21 @@ TESTED: dict[str, tuple[Minor, Minor]] = {
 }
 """The first and last tested minor version of each. The pins in tests/versions are these two ends."""
 
+STORAGE: dict[str, tuple[Minor, Minor]] = {
+    "bitsandbytes": ((0, 48), (0, 50)),
+    "torchao": ((0, 14), (0, 18)),
+    "hqq": ((0, 2), (0, 2)),
+}
+"""The first and last minor version of each whose storage of W is tested; their pins are these two ends, too."""
+
+TESTED_BESIDE: dict[str, tuple[Minor, Minor]] = {"transformers": ((4, 50), (5, 24))}
+"""The same for what is used by its public names."""
+
+TESTED_PAIRS: tuple[tuple[Minor, Minor], ...] = (((2, 10), (3, 6)), ((2, 13), (3, 7)), ((2, 15), (3, 9)))
+"""The pairs of PyTorch and Triton that the tests run with: ``constraints*.txt``."""
+
+_RANGES = {**TESTED, **STORAGE, **TESTED_BESIDE}
+
 
 def installed(package: str) -> str | None:
     """The installed version of a Python package, or None."""
@@ -25,12 +42,18 @@ def installed(package: str) -> str | None:
 
 def tested_range(package: str) -> str:
     """The tested versions as text, such as ``2.10 to 2.15``."""
-    (first, second), (third, fourth) = TESTED[package]
+    (first, second), (third, fourth) = _RANGES[package]
     return f"{first}.{second} to {third}.{fourth}"
 
 
 def is_tested(package: str, version: str) -> bool:
     """Whether ``version`` lies in the tested range."""
+    numbers = minor(version)
+    oldest, newest = _RANGES[package]
+    return numbers is not None and oldest <= numbers <= newest
+
+
+def minor(version: str) -> Minor | None:
+    """The first two numbers of a version, or None."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    oldest, newest = TESTED[package]
-    return numbers is not None and oldest <= (int(numbers[1]), int(numbers[2])) <= newest
+    return None if numbers is None else (int(numbers[1]), int(numbers[2]))

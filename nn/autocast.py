@@ -1,4 +1,7 @@
-"""Switch ``torch.autocast`` off for a block, at little cost."""
+"""Ask for the state of ``torch.autocast``, and switch it off for a block, at little cost.
+
+On the meta device autocast is off, except in a rehearsal (:mod:`.rehearsal`): there it is that of the rehearsed device.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+from .rehearsal import META, rehearsed_device
 
 
 class _AutocastOff:
@@ -24,10 +29,24 @@ class _AutocastOff:
 _NOTHING = nullcontext()
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on ``device``."""
+    kind = device.type
+    if kind == META:
+        kind = rehearsed_device(device).type
+    return kind != META and torch.is_autocast_enabled(kind)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype to which autocast rounds the factors of products on ``device``; None if it is off."""
+    return torch.get_autocast_dtype(rehearsed_device(device).type) if autocast_is_on(device) else None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Switch autocast off on ``device``; does nothing if it is off already."""
-    if not torch.is_autocast_enabled(device.type):
+    if not autocast_is_on(device):
         return _NOTHING
+    kind = rehearsed_device(device).type
     if torch.compiler.is_compiling():
-        return torch.autocast(device.type, enabled=False)
-    return _AutocastOff(device.type)
+        return torch.autocast(kind, enabled=False)
+    return _AutocastOff(kind)

@@ -18,6 +18,7 @@ kernel computes all of y (``dora_linear_forward``), there is no base product, an
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from . import operators
 from .autocast import without_autocast
 from .differentiation import once_only
 from .kernels import wide_dtype
-from .norm import norm_and_gain_of, safe_norm
+from .norm import NormAndGain, norm_and_gain_of, safe_norm
 from .norm_cache import NormCache
 from .tracing import recorded_dora
 from .watching import hidden
@@ -79,18 +80,18 @@ def dora(
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
     bias: torch.Tensor | None,
-    norm: torch.Tensor | NormCache | None,
+    norm: torch.Tensor | NormAndGain | NormCache | None,
 ) -> torch.Tensor:
     """Run ``form`` on checked tensors with any leading dimensions; differentiable if ``form.train``.
 
-    ``norm`` is w, a cache that provides it, or None to compute it from ``weight``. Autocast may stay on, because all
-    factors already have the dtype of the product. Dispatch modes are hidden from these operations: selective
-    checkpointing matches the operations of the recompute to those of the forward pass, and a recompute that reuses the
-    norm runs fewer.
+    ``norm`` is w, w and g, a cache that provides them, or None to compute it from ``weight``. Autocast may stay on,
+    because all factors already have the dtype of the product. Dispatch modes are hidden from these operations:
+    selective checkpointing matches the operations of the recompute to those of the forward pass, and a recompute that
+    reuses the norm runs fewer.
     """
     if is_recording():
         a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, form.dtype), _as(lora_B, form.dtype))
-        known = norm if isinstance(norm, torch.Tensor) else None
+        known = norm.norm if isinstance(norm, NormAndGain) else norm if isinstance(norm, torch.Tensor) else None
         return recorded_dora(x, base, weight, a, b, magnitude, bias, known, form.scaling, delta=form.delta)
     if not form.train:
         with torch.no_grad(), hidden():
@@ -111,7 +112,7 @@ def _forward(
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
     bias: torch.Tensor | None,
-    norm: torch.Tensor | NormCache | None,
+    norm: torch.Tensor | NormAndGain | NormCache | None,
     *,
     needs_dg: bool,
 ) -> tuple[torch.Tensor, _Saved]:
@@ -120,6 +121,8 @@ def _forward(
     a, b = (lora_A, lora_B) if form.exact else (_as(lora_A, dtype), _as(lora_B, dtype))
     if isinstance(norm, torch.Tensor):
         g = magnitude / safe_norm(_as(norm, wide_dtype(norm)))  # never in 16 bits
+    elif isinstance(norm, NormAndGain):
+        norm, g = norm
     elif norm is None:
         assert weight is not None
         norm, g = norm_and_gain_of(weight, a, b, magnitude, scaling)
@@ -186,17 +189,23 @@ def _split(h: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
     return torch.cat((high, low), dim=1), torch.cat((b, b), dim=1)
 
 
-def _product(
-    left: torch.Tensor, right: torch.Tensor, scaling: float, like: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """``s * left @ right`` in ``dtype``; ``like`` is any tensor of the factors' dtype that broadcasts to the result."""
+@functools.cache
+def _unread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[1, 1]: what ``addmm`` adds to a product with beta=0, which it does not read."""
+    with torch.inference_mode(False):
+        return torch.empty(1, 1, dtype=dtype, device=device)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """``s * left @ right`` in ``dtype``."""
     wide = dtype is torch.float32 and left.dtype is not torch.float32
     if wide and left.is_cuda and not torch.compiler.is_compiling():
         product = operators.wide_product(left, right)  # returns the fp32 accumulator: no rounding, no cast
         return product if scaling == 1.0 else product.mul_(scaling)
     if scaling == 1.0:
         return _as(left @ right, dtype)
-    return _as(torch.addmm(like, left, right, beta=0, alpha=scaling), dtype)  # beta=0: like is not read
+    unread = left.new_zeros(1, 1) if torch.compiler.is_compiling() else _unread(left.dtype, left.device)
+    return _as(torch.addmm(unread, left, right, beta=0, alpha=scaling), dtype)
 
 
 def _parameters(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -232,6 +241,8 @@ def _check_unwritten(parameters: Sequence[torch.Tensor | None], versions: Sequen
 
     For a checkpointed layer autograd saves the tensors of the recompute, so the recompute's version counts.
     """
+    if [0 if parameter is None else parameter._version for parameter in parameters] == versions:
+        return
     for parameter, version in zip(parameters, versions, strict=False):  # under a compiler there are no versions
         if parameter is None or parameter._version == version:
             continue
@@ -327,11 +338,11 @@ def _backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tenso
         low, down = (rows, _as(b * g[:, None], b.dtype)) if form.delta else (dbase, b)
         low = _as(low, b.dtype)  # fp32 with exact adapters, else no change
         if need_x or need_a:
-            t = _product(low, down, form.scaling, b[:1], low.dtype)
+            t = _product(low, down, form.scaling, low.dtype)
         if need_b and db is None:
             db = _as(g[:, None] * (form.scaling * operators.wide_product(_as(rows, b.dtype).T, h)), ctx.adapter_dtype)
         if need_a:
-            da = _product(t.T, _as(_rows(x), t.dtype), 1.0, t, ctx.adapter_dtype)
+            da = _product(t.T, _as(_rows(x), t.dtype), 1.0, ctx.adapter_dtype)
         if need_x:
             if not ctx.owns_base:
                 dx = _as(t @ a, rows.dtype)

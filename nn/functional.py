@@ -6,11 +6,12 @@ import torch
 
 from ..internals.torch import is_recording
 from ..runtime.arguments import ArgumentError
+from .autocast import autocast_dtype, autocast_is_on
 from .autograd import Form, dora
 from .checks import check_adapters, check_layer, check_plain
 from .differentiation import refuse_transforms
 from .kernels import wide_dtype
-from .norm import norm_of
+from .norm import NormAndGain, norm_of
 from .norm_cache import NormCache
 from .tracing import recorded_norm
 from .watching import watched
@@ -65,7 +66,7 @@ def dora_linear(
         raise ArgumentError("weight must not require a gradient, because DoRA freezes W: call requires_grad_(False)")
     if delta and base is None and bias is not None:
         raise ArgumentError("the delta form adds no bias: leave bias out, or pass the base that contains it")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_is_on(x.device)
     if base is None and x.dtype != weight.dtype and not autocast:
         raise ArgumentError(
             f"x must have the dtype of weight, {weight.dtype}, got {x.dtype}: convert x, or run under torch.autocast"
@@ -127,7 +128,7 @@ def dora_compose(
     scaling: float,
     bias: torch.Tensor | None = None,
     *,
-    norm: torch.Tensor,
+    norm: torch.Tensor | NormAndGain,
     delta: bool = False,
     own_base: bool = False,
 ) -> torch.Tensor:
@@ -143,7 +144,7 @@ def dora_compose(
     Args:
         base: [..., d_out]. x: [..., d_in]. lora_A: A [r, d_in]. lora_B: B [d_out, r]. magnitude: m [d_out].
         scaling: s. bias: b [d_out], if ``base`` contains it.
-        norm: the row norm w [d_out] (:func:`doratune.nn.norm.norm_from_products`).
+        norm: the row norm w [d_out] (:func:`doratune.nn.norm.norm_from_products`), or w and g of this ``magnitude``.
         delta: return ``(g-1)*(base - b) + g*s*(x@A.T)@B.T``, which DoRA adds to the base output.
         own_base: give the memory of ``base`` to this function: y may overwrite it, or the backward pass keeps it.
             Correct only if no other code holds it and the base layer's own backward pass does not need its values
@@ -160,7 +161,9 @@ def dora_compose(
         )
     d_out, d_in = base.shape[-1], x.shape[-1]
     check_adapters((d_out, d_in), lora_A, lora_B, base.device)
-    check_layer(x, d_in, d_out, magnitude, bias, base, norm, base.device)
+    row_norm = norm.norm if isinstance(norm, NormAndGain) else norm
+    check_layer(x, d_in, d_out, magnitude, bias, base, row_norm, base.device)
+    given = norm if isinstance(norm, NormAndGain) else norm.detach()
     dtype = _product_dtype(base.device, base.dtype)
     form = Form(
         function="dora_compose",
@@ -172,7 +175,7 @@ def dora_compose(
         owns_memory=own_base and not watched(),
         train=_trains(base, x, lora_A, lora_B, magnitude, bias),
     )
-    return dora(form, x.to(dtype), base.to(dtype), None, lora_A, lora_B, magnitude, bias, norm.detach())
+    return dora(form, x.to(dtype), base.to(dtype), None, lora_A, lora_B, magnitude, bias, given)
 
 
 def weight_norm(
@@ -202,9 +205,8 @@ def weight_norm(
         raise ArgumentError(
             f"weight_sq must be [{weight.shape[0]}] {wide}, got {list(weight_sq.shape)} {weight_sq.dtype}"
         )
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and lora_A.dtype is not torch.float64:
-        rounded = torch.get_autocast_dtype(device)
+    rounded = autocast_dtype(weight.device)
+    if rounded is not None and lora_A.dtype is not torch.float64:
         lora_A, lora_B = lora_A.to(rounded), lora_B.to(rounded)
     if is_recording():
         return recorded_norm(weight, lora_A, lora_B, scaling)
@@ -213,15 +215,13 @@ def weight_norm(
 
 def _product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype of products with a tensor of ``dtype``: autocast's dtype if it is on, except for fp64."""
-    kind = device.type
-    if dtype is not torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return dtype
+    rounded = None if dtype is torch.float64 else autocast_dtype(device)
+    return dtype if rounded is None else rounded
 
 
 def _keeps_adapters(lora_A: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether A and B are fp32 with 16-bit activations and stay exact, because autocast is off."""
-    return lora_A.dtype is torch.float32 and dtype in _HALVES and not torch.is_autocast_enabled(lora_A.device.type)
+    return lora_A.dtype is torch.float32 and dtype in _HALVES and not autocast_is_on(lora_A.device)
 
 
 def _trains(*tensors: torch.Tensor | None) -> bool:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..codegen.ops import EPS
 from . import operators
 from .autocast import without_autocast
 from .kernels import wide_dtype
+
+
+class NormAndGain(NamedTuple):
+    """The row norm w and ``g = m / max(w, eps)``, each [d_out] fp32, where a kernel has computed both."""
+
+    norm: torch.Tensor
+    g: torch.Tensor
 
 
 def norm_of(

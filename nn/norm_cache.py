@@ -11,6 +11,8 @@ between) the norm is computed again.
 
 from __future__ import annotations
 
+import operator
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -19,11 +21,14 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UsageError
-from ..internals.torch import current_backward, current_stream
+from ..internals.torch import current_backward, current_stream, dispatch_mode_is_on
 from .norm import norm_and_gain_of, norm_of, row_squares
 from .watching import seen
 
 T = TypeVar("T")
+
+_data_ptr = torch.Tensor.data_ptr
+_version = operator.attrgetter("_version")
 
 REUSE = ("auto", "tracked", "off")
 """Policies of :class:`NormCache`."""
@@ -41,6 +46,111 @@ class _Entry(NamedTuple):
     def serves(self, key: tuple[Hashable, ...]) -> bool:
         # The address of a freed storage may belong to another one now.
         return self.key == key and all(storage() is not None for storage in self.storages)
+
+
+class Opened:
+    """A norm pass that is open in this thread: from the call of a module until it returns.
+
+    ``layers`` are the ids of the caches of all its layers, of those too that compute their norms alone. ``at_end`` are
+    called when it closes.
+    """
+
+    __slots__ = ("at_end", "before", "layers")
+
+    def __init__(self, layers: frozenset[int]) -> None:
+        self.layers = layers
+        self.at_end: list[Callable[[], None]] = []
+        self.before: Opened | None = opened()
+        _open.innermost = self
+
+    def close(self) -> None:
+        """End the pass; its slices are no longer handed out, except to recomputes."""
+        _open.innermost = self.before
+        for call in self.at_end:
+            call()
+
+
+_open = threading.local()
+
+
+def abandon() -> None:
+    """Close all passes of this thread: a call was killed, and nothing closed what it had opened."""
+    while (innermost := opened()) is not None:
+        innermost.close()
+
+
+def opened() -> Opened | None:
+    """The innermost norm pass that is open in this thread."""
+    return getattr(_open, "innermost", None)
+
+
+class Slices:
+    """What one launch of the norm pass ``by`` computed: w and g of several layers, and what they were computed from.
+
+    ``norms`` and ``gains`` hold a row [d_out] for each layer. ``settings`` are those of :func:`slice_settings`.
+    ``addresses`` and ``versions`` are those of the tensors of each: W (or those that it is stored in), A, B and m.
+    ``shapes`` are those of W and A. ``storages`` is the memory of the tensors, one layer's after another. Dtypes and
+    strides follow, since a pass takes contiguous tensors only.
+    """
+
+    __slots__ = ("_norms", "_rows", "addresses", "by", "gains", "settings", "shapes", "storages", "versions")
+
+    def __init__(
+        self,
+        by: Opened,
+        settings: tuple[Any, ...],
+        addresses: Sequence[tuple[int, ...]],
+        versions: Sequence[tuple[int, ...]],
+        shapes: Sequence[tuple[torch.Size, torch.Size]],
+        storages: Sequence[weakref.ref[torch.UntypedStorage]],
+        norms: torch.Tensor | Sequence[torch.Tensor],
+        gains: Sequence[torch.Tensor],
+    ) -> None:
+        self.by = by
+        self.settings = settings
+        self.addresses = addresses
+        self.versions = versions
+        self.shapes = shapes
+        self.storages = storages
+        self.gains = gains
+        self._norms = norms
+        self._rows: Sequence[torch.Tensor] | None = None
+
+    def value(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """w and g of a layer. (Inference needs no w, so the views of w are made when one is asked for.)"""
+        rows = self._rows
+        if rows is None:
+            norms = self._norms
+            self._rows = rows = norms.unbind() if isinstance(norms, torch.Tensor) else norms
+        return rows[index], self.gains[index]
+
+
+def slice_settings(weight: torch.Tensor, scaling: float, rounded: Hashable) -> tuple[Any, ...]:
+    """What the norm of a layer depends on now, beside its tensors.
+
+    ``rounded`` is the dtype of A in products; for a W in a weight format it is a :class:`~.stored_norm.How`.
+    """
+    stream, capturing = -1, False
+    if weight.is_cuda:
+        stream, capturing = current_stream(weight.get_device()), torch.cuda.is_current_stream_capturing()
+    return scaling, rounded, _steps, stream, capturing, torch.is_inference_mode_enabled()
+
+
+class TracedNorm(NamedTuple):
+    """One layer's part of a norm pass in a graph that is being traced: what w and g, each [d_out], were computed from.
+
+    ``rounded`` is the dtype to which A and B were rounded. Of a W in a weight format ``weight`` is the tensor of its
+    codes, and ``rounded`` autocast's dtype or None.
+    """
+
+    weight: torch.Tensor
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    magnitude: torch.Tensor
+    scaling: float
+    rounded: torch.dtype | None
+    norm: torch.Tensor
+    g: torch.Tensor
 
 
 class NormCache:
@@ -64,6 +174,13 @@ class NormCache:
         self.reuse = reuse
         self._entry: _Entry | None = None
         self._squares: _Entry | None = None
+        self._given: Slices | None = None
+        self._index = 0
+        self._taken = False
+        self.traced: TracedNorm | None = None
+        """The layer's part of the norm pass of the graph that is being traced."""
+        self.asked = True
+        """Whether the layer has asked for its norm outside a compiler since a norm pass last looked."""
         self._forwards = 0
         self._forwards_at = -1
 
@@ -79,10 +196,9 @@ class NormCache:
         """
         if self.reuse == "off" or torch.compiler.is_compiling() or seen():
             return compute()
-        if not _counting:
-            _count_steps()
+        count_steps()
         first = tensors[0]
-        capturing = _capturing(first)
+        capturing = is_capturing(first)
         recomputing = trains and current_backward() != -1
         own = self._is_of_own_forward(recomputing)
         try:
@@ -142,6 +258,25 @@ class NormCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm w of ``W + sBA`` and ``g = m / max(w, eps)``; ``rounded`` as in :meth:`of_weight`."""
         a, b = rounded
+        if torch.compiler.is_compiling():
+            known = self.traced
+            if (
+                known is not None
+                and known.weight is weight
+                and known.lora_A is lora_A
+                and known.lora_B is lora_B
+                and known.magnitude is magnitude
+                and known.scaling == scaling
+                and known.rounded is a.dtype
+            ):
+                return known.norm, known.g
+        else:
+            self.asked = True
+            if self._given is not None:
+                tensors, shapes = (weight, lora_A, lora_B, magnitude), (weight.shape, lora_A.shape)
+                value = self._hand_out(tensors, shapes, scaling, a.dtype, trains)
+                if value is not None:
+                    return value
         return self.get(
             (weight, lora_A, lora_B, magnitude),
             (scaling, a.dtype),
@@ -149,11 +284,96 @@ class NormCache:
             trains=trains,
         )
 
+    def take_stored(
+        self,
+        tensors: Sequence[torch.Tensor],
+        shapes: tuple[torch.Size, torch.Size],
+        scaling: float,
+        how: Hashable,
+        *,
+        trains: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """w and g of a layer whose W is in a weight format from the norm pass; None if it must compute its own norm.
+
+        Args:
+            tensors: those that W is stored in, then A, B and m. shapes: those of W and A. scaling: s.
+            how: how the norm is computed now (:class:`~.stored_norm.How`). trains: as in :meth:`get`.
+        """
+        self.asked = True
+        if self._given is None:
+            return None
+        return self._hand_out(tensors, shapes, scaling, how, trains)
+
+    def give(self, given: Slices, index: int) -> None:
+        """Take the slice ``index`` of the norm pass that is being opened."""
+        self._given, self._index = given, index
+        self._taken = self.asked = False
+
+    def withdraw(self) -> None:
+        """Drop the slice of the norm pass, because the layer's tensors lie elsewhere or otherwise than it has read."""
+        self._given = None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether a slice of the open norm pass waits for the layer."""
+        given = self._given
+        return given is not None and not self._taken and given.by is opened()
+
+    def has_own(self, weight: torch.Tensor) -> bool:
+        """Whether a recompute of the layer, if it comes next, can reproduce the slice of its forward pass."""
+        given = self._given
+        if given is None or not self._taken or given.addresses[self._index][0] != weight.data_ptr():
+            return False
+        return self._forwards == 1 or self.reuse == "tracked"
+
+    def _hand_out(
+        self,
+        tensors: Sequence[torch.Tensor],
+        shapes: tuple[torch.Size, torch.Size],
+        scaling: float,
+        rounded: Hashable,
+        trains: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The slice of the norm pass if it is this call's, else None.
+
+        It is for the first call of the layer within the pass, and for the recompute of the only forward pass. With
+        ``tracked`` it is for any call while its inputs are unchanged.
+        """
+        given = self._given
+        assert given is not None
+        by, index = given.by, self._index
+        recomputing = trains and current_backward() != -1
+        tracked = self.reuse == "tracked"
+        first = not self._taken and by is opened()
+        expected = first or tracked or (recomputing and self._taken and self._forwards == 1)
+        try:
+            same = (
+                expected
+                and (*map(_data_ptr, tensors),) == given.addresses[index]
+                and (*map(_version, tensors),) == given.versions[index]
+                and shapes == given.shapes[index]
+                and slice_settings(tensors[0], scaling, rounded) == given.settings
+                and (first or _alive(given.storages[len(tensors) * index : len(tensors) * (index + 1)]))
+                and not dispatch_mode_is_on()
+            )
+        except RuntimeError:  # inference tensors have no version
+            same = False
+        if not same:
+            if not recomputing:
+                self._given = None  # whose forward pass it was is no longer certain
+            return None
+        self._is_of_own_forward(recomputing)
+        self._taken = True
+        if recomputing and not tracked:
+            self._given = None  # each forward pass has one recompute: free the memory
+        self._entry = None
+        return given.value(index)
+
     def _weight_squares(self, weight: torch.Tensor) -> torch.Tensor | None:
         """``rowsum(W*W)``, cached if writes to W are tracked; None otherwise. An optimizer's step keeps it valid."""
         if self.reuse != "tracked" or torch.compiler.is_compiling() or seen():
             return None
-        if weight.is_inference() or _capturing(weight):
+        if weight.is_inference() or is_capturing(weight):
             return None
         key = (_stream(weight), *_identity(weight))
         if self._squares is None or not self._squares.serves(key):
@@ -162,7 +382,53 @@ class NormCache:
         return squares
 
 
-def _capturing(tensor: torch.Tensor) -> bool:
+def take_gains(
+    caches: Sequence[NormCache],
+    tensors: Sequence[torch.Tensor],
+    addresses: Sequence[tuple[int, ...]],
+    settings: tuple[Any, ...],
+) -> list[torch.Tensor] | None:
+    """g of layers that run together, from the open norm pass; None if one of them must be asked alone.
+
+    A layer's slice is for its first call within the pass, while nothing has changed. ``tensors`` are W, A, B and m of
+    each layer in turn, ``addresses`` theirs by layer: the caller knows where and of what shape they are now.
+    ``settings`` are those of :func:`slice_settings` for all. Nothing must watch, and no recompute run.
+    """
+    by = opened()
+    versions: list[int] = []
+    gains = []
+    for cache, address in zip(caches, addresses, strict=True):
+        given = cache._given
+        if given is None or given.by is not by or cache._taken or given.settings != settings:
+            return None
+        index = cache._index
+        if given.addresses[index] != address:
+            return None
+        versions += given.versions[index]
+        gains.append(given.gains[index])
+    try:
+        if [*map(_version, tensors)] != versions:
+            return None
+    except RuntimeError:  # inference tensors have no version
+        return None
+    for cache in caches:
+        cache._forwards = cache._forwards + 1 if cache._forwards_at == _steps else 1
+        cache._forwards_at = _steps
+        cache._taken = cache.asked = True
+        cache._entry = None
+    return gains
+
+
+def norms_taken(caches: Sequence[NormCache]) -> list[torch.Tensor]:
+    """w of layers whose g :func:`take_gains` has just returned."""
+    return [cache._given.value(cache._index)[0] for cache in caches]  # type: ignore[union-attr]
+
+
+def _alive(storages: Sequence[weakref.ref[torch.UntypedStorage]]) -> bool:
+    return None not in map(weakref.ref.__call__, storages)
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
     """Whether a CUDA graph is being captured: its replays must compute the norm, because weights may change."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -181,9 +447,11 @@ _steps = 0
 _counting = False
 
 
-def _count_steps() -> None:
+def count_steps() -> None:
     """Count every step of ``torch.optim`` optimizers, because writes of fused ones do not change versions."""
     global _counting
+    if _counting:
+        return
     _counting = True
     register_optimizer_step_post_hook(_stepped)
 

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..errors import UsageError, near_names
 from ..runtime.kernel import Kernel
 from . import kernels
-from .kernels import flags_of, run_reference, spec_for, token_bucket, wide_dtype
+from .kernels import flags_of, run_reference, run_reference_on, spec_for, token_bucket, wide_dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -175,14 +176,18 @@ def _lora_compose(
     if kernel is None:
         results = run_reference(spec_for(*key), inputs, scaling)
         return [results["y"], results["inner"]] if save else [results["y"]]
-    if overwrite and base.stride(-1) == 1:
-        y = base
-        torch.autograd.graph.increment_version(base)  # a launch does not, and autograd must see the write
-    else:
-        y = torch.empty_like(base, memory_format=torch.contiguous_format)
+    y = _written(base, overwrite)
     outputs = [y, torch.empty_like(base, memory_format=torch.contiguous_format)] if save else [y]
     kernel.launch(tuple(inputs.values()), outputs, scaling)
     return outputs
+
+
+def _written(matrix: torch.Tensor, overwrite: bool) -> torch.Tensor:
+    """Memory for a result in place of ``matrix``: its own if ``overwrite`` and a kernel can address it."""
+    if overwrite and matrix.stride(-1) == 1:
+        torch.autograd.graph.increment_version(matrix)  # a launch does not, and autograd must see the write
+        return matrix
+    return torch.empty_like(matrix, memory_format=torch.contiguous_format)
 
 
 @_operator(
@@ -299,6 +304,268 @@ def adapter_backward(
     return (db if db.dtype is adapter else db.to(adapter)), (dm if dm.dtype is magnitude else dm.to(magnitude))
 
 
+_ACTIVATIONS = {"silu": (), "gelu": ("gelu",), "gelu_tanh": ("gelu_tanh",)}
+"""The flags of the activations of a gated MLP, by the names that the operators take."""
+
+
+@functools.cache
+def _gated_flags(bias: bool, activation: str) -> tuple[str, ...]:
+    if activation not in _ACTIVATIONS:
+        raise UsageError(
+            f"activation={activation!r}: a gated MLP's kernels know {', '.join(_ACTIVATIONS)}"
+            + near_names(activation, _ACTIVATIONS)
+        )
+    return flags_of(bias=bias) + _ACTIVATIONS[activation]
+
+
+@_operator(lambda gate, *_: gate.new_empty(gate.shape))
+def compose_swiglu(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    h: torch.Tensor,
+    lora_B_gate: torch.Tensor,
+    lora_B_up: torch.Tensor,
+    g_gate: torch.Tensor,
+    g_up: torch.Tensor,
+    bias_gate: torch.Tensor | None,
+    bias_up: torch.Tensor | None,
+    scaling: float,
+    activation: str,
+) -> torch.Tensor:
+    """Return act(yg)*yu [T, N] with yg = g_gate*(gate + s*hg@Bg.T) + bg, and yu likewise; h [T, 2r] is [hg, hu].
+
+    gate, up [T, N], h and the biases (both or neither) in one dtype, B [N, r] in it or fp32, g [N] fp32.
+    ``activation`` is ``silu``, ``gelu`` or ``gelu_tanh``. Nothing is rounded before the product.
+
+    Raises:
+        UsageError: an unknown activation.
+    """
+    tokens, d_out = gate.shape
+    flags = _gated_flags(bias_gate is not None, activation)
+    rank = lora_B_gate.shape[1]
+    key = ("compose_swiglu", d_out, 1, rank, token_bucket(tokens), gate.dtype, lora_B_gate.dtype, flags, None)
+    kernel = kernels.kernel_for(*key, gate.device) if tokens else None
+    inputs = _gated_inputs(gate, up, h, lora_B_gate, lora_B_up, g_gate, g_up, bias_gate, bias_up)
+    if kernel is None:
+        return run_reference_on(spec_for(*key), inputs, scaling)["out"]
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    kernel.launch(inputs, (out,), scaling)
+    return out
+
+
+def _gated_inputs(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    h: torch.Tensor,
+    lora_B_gate: torch.Tensor,
+    lora_B_up: torch.Tensor,
+    g_gate: torch.Tensor,
+    g_up: torch.Tensor,
+    bias_gate: torch.Tensor | None,
+    bias_up: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """The tensors in the order of the contract."""
+    inputs = (gate, up, h, lora_B_gate, lora_B_up, g_gate, g_up)
+    if bias_gate is None or bias_up is None:
+        return inputs
+    return (*inputs, bias_gate, bias_up)
+
+
+def _gated_gradients(
+    dout: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    h: torch.Tensor,
+    lora_B_gate: torch.Tensor,
+    lora_B_up: torch.Tensor,
+    g_gate: torch.Tensor,
+    g_up: torch.Tensor,
+    norm_gate: torch.Tensor,
+    norm_up: torch.Tensor,
+    bias_gate: torch.Tensor | None,
+    bias_up: torch.Tensor | None,
+    scaling: float,
+    activation: str,
+    magnitude: torch.dtype,
+) -> list[torch.Tensor]:
+    """The results of :func:`compose_swiglu_backward` without their values."""
+    matrices = [gate.new_empty(gate.shape) for _ in range(2)]
+    dm = [gate.new_empty(gate.shape[1], dtype=magnitude) for _ in range(2)]
+    biases = 0 if bias_gate is None else 2
+    return [*matrices, *dm, *[gate.new_empty(gate.shape[1], dtype=wide_dtype(gate)) for _ in range(biases)]]
+
+
+@_operator(_gated_gradients)
+def compose_swiglu_backward(
+    dout: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    h: torch.Tensor,
+    lora_B_gate: torch.Tensor,
+    lora_B_up: torch.Tensor,
+    g_gate: torch.Tensor,
+    g_up: torch.Tensor,
+    norm_gate: torch.Tensor,
+    norm_up: torch.Tensor,
+    bias_gate: torch.Tensor | None,
+    bias_up: torch.Tensor | None,
+    scaling: float,
+    activation: str,
+    magnitude: torch.dtype,
+) -> list[torch.Tensor]:
+    """Return dyg_gate, dyg_up [T, N], dm_gate, dm_up [N] and, with biases, dbias_gate, dbias_up [N] fp32.
+
+    From dout [T, N] and the inputs of :func:`compose_swiglu`: dYg = dout*yu*act'(yg), dYu = dout*act(yg); dyg = g*dY,
+    dm = sum_t dY*(base + s*h@B.T) / max(w, eps) in the dtype ``magnitude``, dbias = sum_t dY. norm [N] is w, fp32.
+
+    Raises:
+        UsageError: an unknown activation.
+    """
+    return _compose_swiglu_backward(
+        dout, gate, up, h, lora_B_gate, lora_B_up, g_gate, g_up, norm_gate, norm_up, bias_gate, bias_up, scaling,
+        activation, magnitude, overwrite=False,
+    )  # fmt: skip
+
+
+def compose_swiglu_backward_(*arguments: Any) -> list[torch.Tensor]:
+    """As :func:`compose_swiglu_backward`, but dyg_gate and dyg_up may overwrite ``gate`` and ``up``, except under a
+    compiler."""
+    if torch.compiler.is_compiling():
+        return compose_swiglu_backward(*arguments)
+    return _compose_swiglu_backward(*arguments, overwrite=True)
+
+
+def _compose_swiglu_backward(
+    dout: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    h: torch.Tensor,
+    lora_B_gate: torch.Tensor,
+    lora_B_up: torch.Tensor,
+    g_gate: torch.Tensor,
+    g_up: torch.Tensor,
+    norm_gate: torch.Tensor,
+    norm_up: torch.Tensor,
+    bias_gate: torch.Tensor | None,
+    bias_up: torch.Tensor | None,
+    scaling: float,
+    activation: str,
+    magnitude: torch.dtype,
+    *,
+    overwrite: bool,
+) -> list[torch.Tensor]:
+    tokens, d_out = gate.shape
+    flags = _gated_flags(bias_gate is not None, activation)
+    rank = lora_B_gate.shape[1]
+    bucket = token_bucket(tokens)
+    stored = wide_dtype(gate) if magnitude is torch.float64 else magnitude
+    key = ("compose_swiglu_backward", d_out, 1, rank, bucket, gate.dtype, lora_B_gate.dtype, flags, stored)
+    kernel = kernels.kernel_for(*key, gate.device) if tokens else None
+    inputs = (dout, *_gated_inputs(gate, up, h, lora_B_gate, lora_B_up, g_gate, g_up, bias_gate, bias_up))
+    inputs = (*inputs, norm_gate, norm_up)
+    if kernel is None:
+        outputs = [*run_reference_on(spec_for(*key), inputs, scaling).values()]
+    else:
+        outputs = [_written(base, overwrite) for base in (gate, up)]
+        outputs += [torch.empty(d_out, dtype=stored, device=gate.device) for _ in range(2)]
+        if bias_gate is not None:
+            outputs += [torch.empty(d_out, dtype=torch.float32, device=gate.device) for _ in range(2)]
+        kernel.launch(inputs, outputs, scaling)
+    if outputs[2].dtype is not magnitude:
+        outputs[2:4] = [dm.to(magnitude) for dm in outputs[2:4]]
+    return outputs
+
+
+@_operator(lambda bases, *_: [base.new_empty(base.shape) for base in bases])
+def lora_compose_group(
+    bases: list[torch.Tensor],
+    h: torch.Tensor,
+    lora_B: list[torch.Tensor],
+    g: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    scaling: float,
+) -> list[torch.Tensor]:
+    """Return y_i = g_i*(base_i + s*h_i@B_i.T) + b_i [T, N_i] of two or three projections of one x, from one launch.
+
+    bases [T, N_i], h [T, n*r] = [h_1, h_2, …] and biases (of all, or an empty list) in one dtype, B [N_i, r] in it or
+    fp32, g [N_i] fp32.
+    """
+    first, b = bases[0], lora_B[0]
+    tokens, rank = first.shape[0], b.shape[1]
+    widths = tuple([base.shape[1] for base in bases])
+    flags = ("bias",) if biases else ()
+    key = ("lora_compose_group", widths, 1, rank, token_bucket(tokens), first.dtype, b.dtype, flags, None)
+    kernel = kernels.kernel_for(*key, first.device) if tokens else None
+    inputs = (*bases, h, *lora_B, *g, *biases)
+    if kernel is None:
+        return [*run_reference_on(spec_for(*key), inputs, scaling).values()]
+    outputs = [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
+    kernel.launch(inputs, outputs, scaling)
+    return outputs
+
+
+@_operator(
+    lambda dys, bases, h, lora_B, g, norms, scaling, magnitude: [
+        *[dy.new_empty(dy.shape) for dy in dys],
+        *[dy.new_empty(dy.shape[1], dtype=magnitude) for dy in dys],
+    ]
+)
+def compose_backward_group(
+    dys: list[torch.Tensor],
+    bases: list[torch.Tensor],
+    h: torch.Tensor,
+    lora_B: list[torch.Tensor],
+    g: list[torch.Tensor],
+    norms: list[torch.Tensor],
+    scaling: float,
+    magnitude: torch.dtype,
+) -> list[torch.Tensor]:
+    """Return dYg_i = g_i*dY_i [T, N_i] of each projection, then dm_i [N_i] of each in the dtype ``magnitude``.
+
+    dm_i = sum_t dY_i*(base_i + s*h_i@B_i.T) / max(w_i, eps): the rank-r product is computed again, so dm needs no other
+    launch, and dB_i is s*dYg_i.T@h_i. dys [T, N_i] and norms [N_i] fp32; the others as in :func:`lora_compose_group`.
+    """
+    return _compose_backward_group(dys, bases, h, lora_B, g, norms, scaling, magnitude, overwrite=False)
+
+
+def compose_backward_group_(*arguments: Any) -> list[torch.Tensor]:
+    """As :func:`compose_backward_group`, but dYg_i may overwrite base_i, except under a compiler."""
+    if torch.compiler.is_compiling():
+        return compose_backward_group(*arguments)
+    return _compose_backward_group(*arguments, overwrite=True)
+
+
+def _compose_backward_group(
+    dys: list[torch.Tensor],
+    bases: list[torch.Tensor],
+    h: torch.Tensor,
+    lora_B: list[torch.Tensor],
+    g: list[torch.Tensor],
+    norms: list[torch.Tensor],
+    scaling: float,
+    magnitude: torch.dtype,
+    *,
+    overwrite: bool,
+) -> list[torch.Tensor]:
+    first, b, count = bases[0], lora_B[0], len(bases)
+    tokens, rank = first.shape[0], b.shape[1]
+    widths = tuple([base.shape[1] for base in bases])
+    stored = wide_dtype(first) if magnitude is torch.float64 else magnitude
+    key = ("compose_backward_group", widths, 1, rank, token_bucket(tokens), first.dtype, b.dtype, (), stored)
+    kernel = kernels.kernel_for(*key, first.device) if tokens else None
+    inputs = (*dys, *bases, h, *lora_B, *g, *norms)
+    if kernel is None:
+        outputs = [*run_reference_on(spec_for(*key), inputs, scaling).values()]
+    else:
+        outputs = [_written(base, overwrite) for base in bases]
+        outputs += [torch.empty(width, dtype=stored, device=first.device) for width in widths]
+        kernel.launch(inputs, outputs, scaling)
+    if outputs[-1].dtype is not magnitude:
+        outputs[count:] = [dm.to(magnitude) for dm in outputs[count:]]
+    return outputs
+
+
+@_operator(lambda left, right: left.new_empty(left.shape[0], right.shape[1], dtype=wide_dtype(left)))
 def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``left @ right`` in fp32 (fp64 from fp64), without rounding the sums to 16 bits where PyTorch allows that."""
     if left.dtype in (torch.float32, torch.float64):

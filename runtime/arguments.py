@@ -8,10 +8,13 @@ from dataclasses import replace
 
 import torch
 
-from ..codegen.ops import ALIGNMENT, DTYPE_BYTES, Operand
+from ..codegen.ops import ALIGNMENT, OPERAND_BYTES, RUN_TIME, Operand
 from ..codegen.spec import KernelSpec
 from ..errors import UsageError
-from .reference import TORCH_DTYPES
+from .reference import OPERAND_DTYPES
+
+WORD_BYTES = 4
+"""Bytes of the words in which kernels load packed codes."""
 
 
 class ArgumentError(UsageError, ValueError):
@@ -51,7 +54,7 @@ def bind_inputs(
         tensor = given[operand.name]
         check_tensor(operand, tensor, spec, device, lead)
         assert isinstance(tensor, torch.Tensor)
-        if operand.shape[0] == "tokens" and lead is None:
+        if operand.shape[0] in RUN_TIME and lead is None:
             lead = tuple(tensor.shape[:-1])
         inputs[operand.name] = tensor
     return inputs
@@ -62,21 +65,22 @@ def check_tensor(
 ) -> None:
     """Raise an ArgumentError unless ``tensor`` fits ``operand`` of ``spec``.
 
-    ``lead`` are the leading dimensions that a token operand must have; None accepts any with at least one token.
+    ``lead`` are the leading dimensions that an operand of tokens or layers must have; None accepts any with at least
+    one.
     """
     name = operand.name
     if not isinstance(tensor, torch.Tensor):
         raise ArgumentError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    dtype = TORCH_DTYPES[operand.dtype_of(spec)]
+    dtype = OPERAND_DTYPES[operand.dtype_of(spec)]
     if tensor.dtype != dtype:
-        other = "" if operand.dtype in DTYPE_BYTES else f", or load a kernel for {tensor.dtype}"
+        other = "" if operand.dtype in OPERAND_BYTES else f", or load a kernel for {tensor.dtype}"
         raise ArgumentError(f"{name} must be {dtype}, got {tensor.dtype}: convert it{other}")
     if tensor.device != device:
         raise ArgumentError(
             f"{name} must be on {device}, got {tensor.device}: move the tensor, or load a kernel for its device"
         )
     if operand.shape[0] == "tokens":
-        width = int(getattr(spec, operand.shape[1]))
+        width = operand.sizes(spec)[1]
         if tensor.ndim < 2 or tensor.shape[-1] != width:
             raise ArgumentError(
                 f"{name} must have shape [tokens, {width}] ({operand.shape[1]}), got {list(tensor.shape)}"
@@ -87,8 +91,10 @@ def check_tensor(
             raise ArgumentError(
                 f"{name} must have {list(lead)} tokens as the other tensors, got {list(tensor.shape[:-1])}"
             )
+    elif operand.shape[0] == "layers":
+        _check_layers(operand, tensor, spec, lead)
     else:
-        shape = [int(getattr(spec, dim)) for dim in operand.shape]
+        shape = [*operand.sizes(spec)]
         if list(tensor.shape) != shape:
             raise ArgumentError(
                 f"{name} must have shape {shape} ({', '.join(operand.shape)}), got {list(tensor.shape)}"
@@ -97,6 +103,18 @@ def check_tensor(
         raise ArgumentError(
             f"{name} must have a contiguous last dimension, got strides {tuple(tensor.stride())}: call .contiguous()"
         )
+
+
+def _check_layers(operand: Operand, tensor: torch.Tensor, spec: KernelSpec, lead: tuple[int, ...] | None) -> None:
+    """Raise an ArgumentError unless ``tensor`` is a dense stack of ``lead`` layers; of any number if that is None."""
+    name, shape = operand.name, [*operand.sizes(spec)[1:]]
+    if tensor.ndim != len(operand.shape) or list(tensor.shape[1:]) != shape or not tensor.shape[0]:
+        sizes = f"[layers, {', '.join(map(str, shape))}] ({', '.join(operand.shape)})"
+        raise ArgumentError(f"{name} must have shape {sizes}, got {list(tensor.shape)}")
+    if lead is not None and tensor.shape[0] != lead[0]:
+        raise ArgumentError(f"{name} must have {lead[0]} layers as the other tensors, got {tensor.shape[0]}")
+    if not tensor.is_contiguous():
+        raise ArgumentError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}: call .contiguous()")
 
 
 def make_outputs(
@@ -108,7 +126,7 @@ def make_outputs(
         ArgumentError: ``out`` has the wrong shape, dtype, device or strides, or rows that overlap in memory.
     """
     lead: tuple[int, ...] = next(
-        (tuple(inputs[o.name].shape[:-1]) for o in spec.contract.inputs_of(spec) if o.shape[0] == "tokens"), ()
+        (tuple(inputs[o.name].shape[:-1]) for o in spec.contract.inputs_of(spec) if o.shape[0] in RUN_TIME), ()
     )
     outputs: dict[str, torch.Tensor] = {}
     for position, operand in enumerate(spec.contract.outputs_of(spec)):
@@ -124,14 +142,16 @@ def make_outputs(
             outputs[operand.name] = out
             continue
         shape: list[int] = []
-        for dim in operand.shape:
-            shape += lead if dim == "tokens" else (int(getattr(spec, dim)),)
-        outputs[operand.name] = torch.empty(shape, dtype=TORCH_DTYPES[operand.dtype_of(spec)], device=device)
+        for dim, size in zip(operand.shape, operand.sizes(spec), strict=True):
+            shape += lead if dim in RUN_TIME else (size,)
+        outputs[operand.name] = torch.empty(shape, dtype=OPERAND_DTYPES[operand.dtype_of(spec)], device=device)
     return outputs
 
 
 def as_rows(tensor: torch.Tensor, *, descriptor: bool) -> torch.Tensor:
     """Return ``tensor`` as a kernel addresses it: a vector, or a matrix ``[rows, width]`` with one row stride.
+
+    Packed codes are loaded in words of :data:`WORD_BYTES` bytes; at another address they are copied.
 
     The result shares the memory of ``tensor`` if one row stride describes it and, for a tensor ``descriptor``, its rows
     do not overlap and its address and row stride are multiples of :data:`~doratune.codegen.ops.ALIGNMENT` bytes.
@@ -140,7 +160,8 @@ def as_rows(tensor: torch.Tensor, *, descriptor: bool) -> torch.Tensor:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     if tensor.ndim < 2:
-        return tensor
+        packed = tensor.dtype is torch.uint8 and tensor.data_ptr() % WORD_BYTES
+        return tensor.clone() if packed else tensor
     rows = tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
     if descriptor and (alignment_of(rows) < ALIGNMENT or rows.stride(0) < rows.shape[1]):
         return rows.clone(memory_format=torch.contiguous_format)

@@ -27,7 +27,7 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise DeviceError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from error
     if where.type not in ("cuda", "cpu"):
         raise DeviceError(f"device must be cpu, cuda or cuda:N (a CUDA or ROCm GPU), got {where}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,10 +15,14 @@ from ..internals.torch import current_device, is_traced
 from .argument_memo import ArgumentMemo, rows_of
 from .arguments import ArgumentError, alignment_of, as_rows, bind_inputs, make_outputs
 from .binding import bind, only_starts_kernels, uses_descriptors
+from .no_jit import no_jit
 from .recording import Bound
 from .reference import reference
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from ..cache.entry import Binary
     from ..cache.lookup import Resolution
     from ..codegen.render import Source
     from .binaries import Binaries
@@ -27,6 +31,15 @@ _data_ptr = torch.Tensor.data_ptr
 
 REFERENCE = "reference"
 """Provenance of a kernel for CPU tensors, which runs the eager formulas of :mod:`doratune.runtime.reference`."""
+
+
+class Unbound(NamedTuple):
+    """A kernel that is not loaded: its source, the executed text, the alignments by operand, its stored binaries."""
+
+    source: Source
+    module: ModuleType
+    alignments: dict[str, int]
+    binaries: Mapping[str, Binary]
 
 
 class Kernel:
@@ -57,6 +70,7 @@ class Kernel:
         self._source = source
         self._binaries = binaries
         self._launchers: dict[tuple[int, ...], Callable[..., None]] = {}
+        self._modules: dict[tuple[int, ...], ModuleType] = {}  # executed, not bound yet
         self._contiguous: Bound | None = None
         self._memo = ArgumentMemo()
         self._descriptors = source is not None and uses_descriptors(source)
@@ -112,6 +126,7 @@ class Kernel:
         Raises:
             ArgumentError: a tensor is missing or has the wrong shape, dtype, device or strides; or ``torch.jit.trace``
                 or ``make_fx`` records a graph, which would not contain the launch.
+            NotCompiledError: no stored binary serves the operation, and ``DORATUNE_NO_JIT`` is set.
         """
         if is_traced():
             raise ArgumentError(
@@ -168,7 +183,11 @@ class Kernel:
         scalars = () if scaling is None else (float(scaling),)
         tensors = [as_rows(tensor, descriptor=self._descriptors) for tensor in given]
         alignments = tuple(map(alignment_of, tensors))
-        launcher = self._launchers.get(alignments) or self._bind(alignments)
+        launcher = self._launchers.get(alignments)
+        if launcher is None:
+            if no_jit():
+                tensors, alignments = self._for_binaries(tensors, alignments)
+            launcher = self._launchers.get(alignments) or self.bind(alignments)
         if self.device.index == torch.cuda.current_device():
             launcher(*tensors, *scalars)
         else:
@@ -177,6 +196,28 @@ class Kernel:
         for output, written in zip(outputs, tensors[len(inputs) :], strict=True):
             if written.data_ptr() != output.data_ptr():
                 output.copy_(written.view(output.shape))
+
+    def _for_binaries(
+        self, tensors: list[torch.Tensor], alignments: tuple[int, ...]
+    ) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+        """The operands as stored binaries take them, and the alignments that these assume: those of contiguous ones.
+
+        An operand that is aligned less is copied. One that is aligned more is not.
+        """
+        if self.spec.layers:  # its table says where the layers are, from the operands on
+            return tensors, alignments
+        assumed = self._assumed()
+        fitted = [
+            tensor.clone(memory_format=torch.contiguous_format) if alignment % least else tensor
+            for tensor, alignment, least in zip(tensors, alignments, assumed, strict=True)
+        ]
+        return fitted, assumed
+
+    def _assumed(self) -> tuple[int, ...]:
+        """The alignments that stored binaries assume."""
+        from ..codegen.compile import contiguous_alignments
+
+        return tuple(contiguous_alignments(self.spec).values())
 
     def _repeat(self, tensors: Sequence[torch.Tensor], rows: int, scaling: float | None) -> bool:
         """Launch on contiguous, aligned tensors through the bound module; returns whether that was possible."""
@@ -191,17 +232,63 @@ class Kernel:
         bound.start(tensors, addresses, rows, scaling)
         return True
 
-    def _bind(self, alignments: tuple[int, ...]) -> Callable[..., None]:
+    def alignments_of(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """The alignments of inputs and outputs, in the contract's order, for which a launch on them needs a binary."""
+        return tuple([alignment_of(as_rows(tensor, descriptor=self._descriptors)) for tensor in tensors])
+
+    def is_loaded(self, alignments: tuple[int, ...]) -> bool:
+        """Whether :meth:`bind` has loaded the kernel for these alignments, or has nothing to load."""
+        return self._source is None or alignments in self._launchers
+
+    def unbound(self, alignments: tuple[int, ...]) -> Unbound | None:
+        """What :meth:`bind` would load; None if it is loaded, or if there is nothing to load."""
         from ..codegen.compile import contiguous_alignments
+        from ..codegen.module import load_module
+
+        if self._source is None or self.is_loaded(alignments):
+            return None
+        known = self._by_operand(alignments)
+        if alignments not in self._modules:
+            self._modules[alignments] = load_module(self._source)
+        stored = self._binaries is not None and known == contiguous_alignments(self.spec)
+        binaries = self._binaries.kernels if self._binaries is not None and stored else {}
+        return Unbound(self._source, self._modules[alignments], known, binaries)
+
+    def _by_operand(self, alignments: tuple[int, ...]) -> dict[str, int]:
+        operands = self.spec.contract.inputs_of(self.spec) + self.spec.contract.outputs_of(self.spec)
+        return dict(zip([operand.name for operand in operands], alignments, strict=True))
+
+    def load(self, alignments: tuple[int, ...]) -> None:
+        """Load the kernel for a launch on operands of these alignments.
+
+        Raises:
+            NotCompiledError: as :meth:`bind`.
+        """
+        if no_jit() and not self.spec.layers:  # a launch copies what a stored binary does not take
+            alignments = self._assumed()
+        if not self.is_loaded(alignments):
+            self.bind(alignments)
+
+    def bind(self, alignments: tuple[int, ...]) -> Callable[..., None]:
+        """Load the kernel for operands of these alignments, compiled if it must be; return the emitted ``launch``.
+
+        Raises:
+            NotCompiledError: it must be compiled, and ``DORATUNE_NO_JIT`` is set.
+        """
+        from ..codegen.compile import contiguous_alignments
+        from .binaries import Binaries
 
         assert self._source is not None
-        operands = self.spec.contract.inputs_of(self.spec) + self.spec.contract.outputs_of(self.spec)
-        names = [operand.name for operand in operands]
-        known = dict(zip(names, alignments, strict=True))
+        known = self._by_operand(alignments)
         with torch.cuda.device(self.device):
-            module = bind(self._source, known, self._binaries.kernels if self._binaries else None)
+            binaries = self._binaries or Binaries(note="no store was asked for it")
+            module = bind(self._source, known, binaries.kernels, self._modules.pop(alignments, None), binaries.note)
         launch: Callable[..., None] = module.launch
         self._launchers[alignments] = launch
         if self._repeats and known == contiguous_alignments(self.spec):
             self._contiguous = Bound(module, self.device)
         return launch
+
+
+Request = tuple[Kernel, tuple[int, ...]]
+"""A kernel, and the alignments of its operands (:meth:`Kernel.alignments_of`) for which it is wanted."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,7 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..codegen.spec import Config, KernelSpec, SpecError
+from ..codegen.weight_formats import is_format, wide_dtype
 from ..internals.torch import current_device
+from .absent import ABSENT, AbsentKernel
+from .absent import GPU as ABSENT_GPU
 from .device import find_device, gpu_of
 from .kernel import Kernel
 
@@ -44,7 +49,10 @@ def load_kernel(
     d_in: int,
     rank: int,
     tokens: int,
-    dtype: torch.dtype = torch.bfloat16,
+    d_out_2: int | None = None,
+    d_out_3: int | None = None,
+    layers: int | None = None,
+    dtype: torch.dtype | str = torch.bfloat16,
     adapter_dtype: torch.dtype | None = None,
     magnitude_dtype: torch.dtype | None = None,
     bias: bool = False,
@@ -52,6 +60,8 @@ def load_kernel(
     save: bool = False,
     output: bool = False,
     autocast: bool = False,
+    gelu: bool = False,
+    gelu_tanh: bool = False,
     device: torch.device | str | int | None = None,
     store: str | None = None,
 ) -> Kernel:
@@ -64,14 +74,19 @@ def load_kernel(
 
     Args:
         op: a name of :data:`~doratune.codegen.ops.OPS`: ``weight_norm``, ``lora_compose``, ``compose_backward``, …
-        d_out, d_in, rank: sizes of W [d_out, d_in], A [rank, d_in], B [d_out, rank].
-        tokens: the expected number of tokens; the kernel is correct for any number.
-        dtype: of W and of the activations. adapter_dtype: of A and B, ``dtype`` when None.
-        magnitude_dtype: the norms also take m of this dtype and return g; ``compose_backward_exact`` and
-            ``adapter_backward`` also take w and return the gradient of an m of this dtype instead of dg.
+        d_out, d_in, rank: sizes of W [d_out, d_in], A [rank, d_in], B [d_out, rank]. d_out_2, d_out_3: d_out of a
+            group's other projections.
+        tokens: the expected number of tokens; the kernel is correct for any number. layers: of a grouped operation, the
+            expected number of layers, as with tokens.
+        dtype: of W and of the activations, or the text of a weight format (``"nf4.nested"``) for the norms.
+            adapter_dtype: of A and B; ``dtype`` when None, or that of the format's values.
+        magnitude_dtype: the norms also take m of this dtype and return g; ``compose_backward_exact``,
+            ``adapter_backward`` and ``compose_swiglu_backward`` also take w and return the gradient of an m of this
+            dtype instead of dg.
         bias: add a bias (in the backward pass: also return its gradient). delta: the delta form. save: also return nW
             or inner. output: ``compose_backward`` takes y instead of inner. autocast: round fp32 A and B to ``dtype``,
-            as torch.autocast does, instead of keeping them exact.
+            as torch.autocast does, instead of keeping them exact. gelu, gelu_tanh: the activation of
+            ``compose_swiglu`` and its backward, which is SiLU without them.
         device: None means the current GPU, or the CPU if there is no GPU.
         store: path or URL of the store to search first, instead of those in ``DORATUNE_CACHE_PATH``.
 
@@ -83,30 +98,37 @@ def load_kernel(
     """
     where = _settle(device)
     asked = (
-        (op, d_out, d_in, rank, tokens, dtype, adapter_dtype, magnitude_dtype),
-        (bias, delta, save, output, autocast, where, store),
+        (op, d_out, d_out_2, d_out_3, d_in, rank, tokens, dtype, adapter_dtype, magnitude_dtype),
+        (bias, delta, save, output, autocast, gelu, gelu_tanh, where, store, layers),
     )
     if type(d_out) is type(d_in) is type(rank) is type(tokens) is int:  # 8.0 == 8 would hit, but is refused below
         try:
             return _asked[asked]
         except (KeyError, TypeError):  # a first call, or an argument that cannot be hashed
             pass
-    where = find_device(where)
+    absent = where in ABSENT
+    where = where if absent else find_device(where)
+    weight = dtype if isinstance(dtype, str) and is_format(dtype) else _dtype_name("dtype", dtype)
     spec = KernelSpec.create(
         op,
         d_out=d_out,
         d_in=d_in,
         rank=rank,
         tokens=tokens,
-        dtype=_dtype_name("dtype", dtype),
-        adapter=_dtype_name("adapter_dtype", adapter_dtype or dtype),
+        d_out_2=d_out_2,
+        d_out_3=d_out_3,
+        layers=layers,
+        dtype=weight,
+        adapter=_dtype_name("adapter_dtype", adapter_dtype) if adapter_dtype else wide_dtype(weight),
         magnitude=_dtype_name("magnitude_dtype", magnitude_dtype) if magnitude_dtype else None,
         bias=bias,
         delta=delta,
         save=save,
         output=output,
         autocast=autocast,
-        gpu=gpu_of(where).slug if where.type == "cuda" else CPU,
+        gelu=gelu,
+        gelu_tanh=gelu_tanh,
+        gpu=ABSENT_GPU if absent else gpu_of(where).slug if where.type == "cuda" else CPU,
     )
     key = (spec, where, store)
     kernel = _loaded.get(key)
@@ -163,12 +185,18 @@ def resolve(
         return resolution, render(spec, resolution.config)
 
 
-def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolution, Source, Binaries]:
+def resolve_binaries(
+    spec: KernelSpec, store: str | None = None, trusted: Sequence[str] = ()
+) -> tuple[Resolution, Source, Binaries]:
     """As :func:`resolve`, and find the stored binaries of the rendered source.
 
-    They come from the store of the chosen entry, from the user's own store or from a prebuilt one.
+    ``trusted`` are locations and keys whose binaries are used too, beside those of ``DORATUNE_TRUST``
+    (:mod:`doratune.cache.trust`).
+
+    Raises:
+        TrustError, SigningError: an item of ``trusted`` or ``DORATUNE_TRUST`` cannot be used.
     """
-    from ..cache.stack import trusted_locations
+    from ..cache.trust import trust
     from ..codegen.gpu import find_gpu
     from ..codegen.render import render
     from .binaries import find_binaries
@@ -176,14 +204,42 @@ def resolve_binaries(spec: KernelSpec, store: str | None = None) -> tuple[Resolu
     with _opened(store) as stack:
         resolution = resolve_in(spec, stack)
         source = render(spec, resolution.config)
-        trusted = {resolution.store, *trusted_locations()}
-        return resolution, source, find_binaries(source, stack, find_gpu(spec.gpu), trusted)
+        return resolution, source, find_binaries(source, stack, find_gpu(spec.gpu), trust(trusted))
+
+
+class _Kept(threading.local):
+    """The open stacks by the ``store`` argument, inside :func:`stores_open`; None outside."""
+
+    stacks: dict[str | None, list[Store]] | None = None
+
+
+_kept = _Kept()
+
+
+@contextmanager
+def stores_open() -> Iterator[None]:
+    """Open the stores once for all lookups of this thread inside the block, which takes half of the time off each."""
+    if _kept.stacks is not None:
+        yield
+        return
+    _kept.stacks = {}
+    try:
+        yield
+    finally:
+        stacks, _kept.stacks = _kept.stacks, None
+        for each in itertools.chain(*stacks.values()):
+            each.close()
 
 
 @contextmanager
 def _opened(store: str | None) -> Iterator[list[Store]]:
     from ..cache.stack import open_stack
 
+    if _kept.stacks is not None:
+        if store not in _kept.stacks:
+            _kept.stacks[store] = open_stack(store)
+        yield _kept.stacks[store]
+        return
     stack = open_stack(store)
     try:
         yield stack
@@ -199,7 +255,7 @@ def resolve_in(spec: KernelSpec, stack: Sequence[Store], *, exact: bool = True, 
     """
     from ..cache.lookup import lookup
     from ..cache.weigh import Model
-    from ..codegen.cost import estimate_us
+    from ..codegen.cost import estimate_us, floor_us
     from ..codegen.fit import fitted
     from ..codegen.gpu import UnknownGpuError, find_gpu
     from ..codegen.render import render, template_digest
@@ -217,7 +273,11 @@ def resolve_in(spec: KernelSpec, stack: Sequence[Store], *, exact: bool = True, 
 
     def differs(entry: Entry) -> str | None:
         try:
-            unfit = check_config(entry.spec, entry.config, find_gpu(entry.spec.gpu))
+            its_gpu = find_gpu(entry.spec.gpu)
+            least = floor_us(entry.spec, its_gpu)
+            if entry.evaluation.beats(least):
+                return f"its time of {entry.evaluation.us:.3g} us is far below the floor of {least:.3g} us"
+            unfit = check_config(entry.spec, entry.config, its_gpu)
             if unfit is not None:
                 return f"its config does not suit the installed template: {unfit}"
             digest = render(entry.spec, entry.config).digest
@@ -279,13 +339,17 @@ def emit(spec: KernelSpec | str, *, config: str | None = None, store: str | None
 def _load(spec: KernelSpec, device: torch.device, store: str | None) -> Kernel:
     if device.type != "cuda":
         return Kernel(spec, device)
+    if device in ABSENT:
+        return AbsentKernel(spec, device)
     resolution, source, binaries = resolve_binaries(spec, store)
+    for problem in resolution.damaged:
+        warnings.warn(f"doratune passes over a damaged row of a store: {problem}", RuntimeWarning, stacklevel=3)
     binaries.warn()
     return Kernel(spec, device, resolution, source, binaries)
 
 
-def _dtype_name(argument: str, dtype: torch.dtype) -> str:
-    if dtype not in _DTYPE_NAMES:
+def _dtype_name(argument: str, dtype: torch.dtype | str) -> str:
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPE_NAMES:
         names = ", ".join(map(str, _DTYPE_NAMES))
         raise SpecError(f"{argument} must be one of {names}, got {dtype!r}")
     return _DTYPE_NAMES[dtype]

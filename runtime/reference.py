@@ -6,16 +6,21 @@ the contract's dtypes. The definition computes the contract's formula in fp64; a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ..codegen.ops import EPS, LEAST_SHARE, SMALLEST_GAIN
 from ..codegen.spec import KernelSpec
+from .dequantise import StoredWeight
 
 Tensors = Mapping[str, torch.Tensor]
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+OPERAND_DTYPES = {**TORCH_DTYPES, "i64": torch.int64, "u8": torch.uint8, "i8": torch.int8}
+"""The dtypes of operands: those of specs, that of a table of layers, and those of packed codes."""
 
 _DENSE_ELEMENTS = 1 << 26
 """Elements of W + sBA that the fp64 definition holds at a time."""
@@ -28,13 +33,16 @@ def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[s
     """Compute the outputs of ``spec`` eagerly with fp32 accumulation, in the contract's dtypes."""
     inputs = _autocast(spec, inputs)
     if spec.op == "weight_norm":
-        results = _factored_norm(inputs, scaling)
+        found = _with_weight(spec, inputs, torch.float32)
+        results = _corrected_norm(found, scaling) if spec.format else _factored_norm(found, scaling)
     elif spec.op == "weight_norm_exact":
         results = _exact_norm(inputs, scaling, torch.float32)
+    elif spec.op == "weight_norm_group":
+        results = _each_layer(spec, inputs, functools.partial(_corrected_norm, scaling=scaling), torch.float32)
     else:
         results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float32), scaling)
     return {
-        operand.name: results[operand.name].to(TORCH_DTYPES[operand.dtype_of(spec)])
+        operand.name: results[operand.name].to(OPERAND_DTYPES[operand.dtype_of(spec)])
         for operand in spec.contract.outputs_of(spec)
     }
 
@@ -43,9 +51,11 @@ def definition(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[
     """Compute the outputs of ``spec`` in fp64 from the contract's formula (for the norm: the rows of W + sBA)."""
     inputs = _autocast(spec, inputs)
     if spec.op == "weight_norm":
-        results = _dense_norm(inputs, scaling)
+        results = _dense_norm(_with_weight(spec, inputs, torch.float64), scaling)
     elif spec.op == "weight_norm_exact":
         results = _exact_norm(inputs, scaling, torch.float64)
+    elif spec.op == "weight_norm_group":
+        results = _each_layer(spec, inputs, functools.partial(_dense_norm, scaling=scaling), torch.float64)
     else:
         results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float64), scaling)
     return {operand.name: results[operand.name] for operand in spec.contract.outputs_of(spec)}
@@ -55,13 +65,44 @@ def _autocast(spec: KernelSpec, inputs: Tensors) -> Tensors:
     """The inputs, with A and B rounded to the dtype of W and x if ``spec.autocast``, as torch.autocast does."""
     if not spec.autocast:
         return inputs
-    dtype = TORCH_DTYPES[spec.weight or spec.activation]
-    return {name: tensor.to(dtype) if name in ("lora_A", "lora_B") else tensor for name, tensor in inputs.items()}
+    dtype = TORCH_DTYPES[spec.wide]
+    return {name: tensor.to(dtype) if name.startswith("lora_") else tensor for name, tensor in inputs.items()}
 
 
 def _widened(inputs: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The inputs in ``dtype``, except W: it is converted in parts where it is used."""
     return {name: tensor if name == "weight" else tensor.to(dtype) for name, tensor in inputs.items()}
+
+
+def _with_weight(spec: KernelSpec, inputs: Tensors, dtype: torch.dtype) -> Tensors:
+    """The inputs, with a W in a weight format as one matrix, which is decoded where rows of it are read."""
+    if spec.format is None:
+        return inputs
+    stored = StoredWeight(spec.format, inputs, spec.d_out, spec.d_in, dtype)
+    return {**inputs, "weight": stored}  # type: ignore[dict-item]
+
+
+def _each_layer(
+    spec: KernelSpec, inputs: Tensors, norm: Callable[[Tensors], dict[str, torch.Tensor]], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The outputs of ``norm`` for each layer of a dense stack, in the order of the table."""
+    found: dict[str, list[torch.Tensor]] = {"norm": [], "g": []}
+    for places in inputs["table"].tolist():
+        layer: dict[str, torch.Tensor] = {}
+        for operand, place in zip(spec.contract.inputs_of(spec)[1:], places, strict=True):
+            stack = inputs[operand.name]
+            layer[operand.name] = stack[place // stack[0].numel()]
+        for name, value in norm(_with_weight(spec, layer, dtype)).items():
+            if name in found:
+                found[name].append(value)
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _corrected_norm(inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    """The factored norm, with the rows that nearly cancel summed directly."""
+    factored = _factored_norm({name: tensor for name, tensor in inputs.items() if name != "magnitude"}, scaling)
+    exact = _exact_norm({**inputs, **factored}, scaling, torch.float32)
+    return {**exact, "norm": exact["norm_exact"], "weight_sq": factored["weight_sq"]}
 
 
 def _gain(inputs: Tensors, norm: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -182,6 +223,74 @@ def _adapter_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict
     return results | ({"dmagnitude": dg / inputs["norm"].clamp_min(EPS)} if "norm" in inputs else {})
 
 
+def _gated(spec: KernelSpec, inputs: Tensors, name: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """inner = base + s*h@B.T and y = g*inner + b of a gated MLP's projection ``gate`` or ``up``."""
+    first = 0 if name == "gate" else spec.rank
+    h = inputs["h"][..., first : first + spec.rank]
+    inner = inputs[name] + scaling * (h @ inputs[f"lora_B_{name}"].T)
+    y = inputs[f"g_{name}"] * inner
+    return inner, y + inputs[f"bias_{name}"] if spec.bias else y
+
+
+def _compose_swiglu(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    (_, gate), (_, up) = (_gated(spec, inputs, name, scaling) for name in ("gate", "up"))
+    return {"out": _activation(spec, gate) * up}
+
+
+def _activation(spec: KernelSpec, x: torch.Tensor) -> torch.Tensor:
+    if spec.gelu or spec.gelu_tanh:
+        return torch.nn.functional.gelu(x, approximate="tanh" if spec.gelu_tanh else "none")
+    return torch.nn.functional.silu(x)
+
+
+def _activation_backward(spec: KernelSpec, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    if spec.gelu or spec.gelu_tanh:
+        return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh" if spec.gelu_tanh else "none")  # type: ignore[no-any-return]
+    return torch.ops.aten.silu_backward(gradient, x)  # type: ignore[no-any-return]
+
+
+def _compose_swiglu_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    dout = inputs["dout"]
+    (inner_gate, gate), (inner_up, up) = (_gated(spec, inputs, name, scaling) for name in ("gate", "up"))
+    gradients = {
+        "gate": (_activation_backward(spec, gate, dout * up), inner_gate),
+        "up": (dout * _activation(spec, gate), inner_up),
+    }
+    tokens = tuple(range(dout.ndim - 1))
+    results: dict[str, torch.Tensor] = {}
+    for name, (dy, inner) in gradients.items():
+        dg = (dy * inner).sum(dim=tokens)
+        results |= {f"dyg_{name}": inputs[f"g_{name}"] * dy, f"dg_{name}": dg, f"dbias_{name}": dy.sum(dim=tokens)}
+        if spec.magnitude:
+            results[f"dmagnitude_{name}"] = dg / inputs[f"norm_{name}"].clamp_min(EPS)
+    return results
+
+
+def _inner_of(spec: KernelSpec, inputs: Tensors, number: int, scaling: float) -> torch.Tensor:
+    """base + s*h@B.T of a group's projection, counted from 1."""
+    h = inputs["h"][..., (number - 1) * spec.rank : number * spec.rank]
+    return inputs[f"base_{number}"] + scaling * (h @ inputs[f"lora_B_{number}"].T)
+
+
+def _lora_compose_group(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    results = {}
+    for number in range(1, spec.members + 1):
+        y = inputs[f"g_{number}"] * _inner_of(spec, inputs, number, scaling)
+        results[f"y_{number}"] = y + inputs[f"bias_{number}"] if spec.bias else y
+    return results
+
+
+def _compose_backward_group(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    results: dict[str, torch.Tensor] = {}
+    for number in range(1, spec.members + 1):
+        dy, inner = inputs[f"dy_{number}"], _inner_of(spec, inputs, number, scaling)
+        dg = (dy * inner).sum(dim=tuple(range(dy.ndim - 1)))
+        results |= {f"dyg_{number}": inputs[f"g_{number}"] * dy, f"dg_{number}": dg}
+        if spec.magnitude:
+            results[f"dmagnitude_{number}"] = dg / inputs[f"norm_{number}"].clamp_min(EPS)
+    return results
+
+
 _FORMULAS = {
     "lora_compose": _lora_compose,
     "compose_forward": _compose_forward,
@@ -189,4 +298,8 @@ _FORMULAS = {
     "dora_linear_forward": _dora_linear_forward,
     "compose_backward_exact": _compose_backward_exact,
     "adapter_backward": _adapter_backward,
+    "lora_compose_group": _lora_compose_group,
+    "compose_backward_group": _compose_backward_group,
+    "compose_swiglu": _compose_swiglu,
+    "compose_swiglu_backward": _compose_swiglu_backward,
 }

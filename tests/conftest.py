@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--peft-tests", metavar="PATH", help="A PEFT checkout whose DoRA tests to run accelerated.")
     parser.addoption("--without", metavar="NAME", help="Run as if PyTorch did not have this private name.")
     parser.addoption("--internals", action="store_true", help="Run the core suite without each private name.")
+    parser.addoption("--mutations", type=int, default=0, metavar="N", help="Damage N files and N rows of a store.")
     parser.addoption("--versions", metavar="COLUMN", help="The column of versions that this environment has.")
     parser.addoption("--installed", metavar="PYTHON", help="The Python of an environment that has the wheel in dist.")
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from doratune.codegen.variants import VARIANTS
+from doratune.codegen.variants import VARIANTS, Variant
+from doratune.codegen.weight_formats import stored_as
 
-EVEN = {"d_out": 4096, "d_in": 4096, "rank": 384, "tokens": 4096, "dtype": "bf16", "adapter": "bf16", "gpu": "h200"}
+EVEN = {"d_out": 4096, "d_in": 4096, "rank": 384, "tokens": 4096, "layers": 32}
+EVEN |= {"dtype": "bf16", "adapter": "bf16", "gpu": "h200"}
 """Sizes that every tile divides."""
 
 RAGGED = {**EVEN, "d_out": 4304, "d_in": 1152, "rank": 24}
 """Sizes that hardly a tile divides, with rows of a multiple of 16 bytes as tensor descriptors need."""
+
+
+def read_by(variant: Variant, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a spec, with W in a weight format if the variant reads only such."""
+    return {**values, "weight": stored_as("nf4.nested", values["dtype"])} if variant.packed else values
+
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.op}-{variant.name}")

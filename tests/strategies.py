@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from doratune.codegen.gpu import ARCHITECTURES, Gpu, find_gpu, known_gpus
 from doratune.codegen.ops import DTYPE_BYTES, OPS
-from doratune.codegen.spec import TOKEN_BUCKETS, Config, KernelSpec
+from doratune.codegen.spec import LAYER_BUCKETS, TOKEN_BUCKETS, Config, KernelSpec
 from doratune.codegen.variants import Variant, check_config
+
+from .specs import read_by
 
 GPUS = (*known_gpus(), *(find_gpu(architecture) for architecture in ARCHITECTURES))
 
@@ -23,6 +25,8 @@ def flags_of(draw: st.DrawFn, op: str) -> dict[str, bool]:
     flags = {flag: draw(st.booleans()) for flag in OPS[op].flags if flag != "autocast"}
     if flags.get("bias"):
         flags |= {flag: False for flag in ("delta", "output") if flag in flags}
+    if flags.get("gelu"):
+        flags["gelu_tanh"] = False
     return flags
 
 
@@ -35,7 +39,7 @@ def _served(variant: Variant) -> tuple[tuple[str, str, str, bool], ...]:
         if autocast and not (exact and dtype != "fp32" and "autocast" in OPS[variant.op].flags):
             continue
         dtypes = {"dtype": dtype, "adapter": "fp32" if exact else dtype}
-        spec = KernelSpec.create(variant.op, **sizes, **dtypes, autocast=autocast, gpu=gpu.slug)
+        spec = KernelSpec.create(variant.op, **sizes, **read_by(variant, dtypes), autocast=autocast, gpu=gpu.slug)
         if variant.unavailable(spec, gpu) is None:
             served.append((gpu.slug, dtype, dtypes["adapter"], autocast))
     return tuple(served)
@@ -57,7 +61,8 @@ def specs_served_by(draw: st.DrawFn, variant: Variant) -> KernelSpec:
         d_in=128 * draw(st.integers(1, 128)) if equal_shares else size(16384),
         rank=size(1024),
         tokens=draw(st.sampled_from(TOKEN_BUCKETS)),
-        dtype=dtype,
+        layers=draw(st.sampled_from(LAYER_BUCKETS)),
+        **read_by(variant, {"dtype": dtype}),
         adapter=adapter,
         magnitude=draw(st.sampled_from([None, "fp32", "bf16"])),
         gpu=gpu,

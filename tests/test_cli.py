@@ -5,6 +5,7 @@ and 1 for a failure, and leaves the files it met as they were.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -24,9 +25,11 @@ import pytest
 from click.testing import Result
 
 from doratune import __version__
+from doratune.cache.entry import PREDICTED, Evaluation
 from doratune.cache.store import Store
 from doratune.cli import main
 from doratune.codegen.gpu import Gpu
+from doratune.terminal.console import PRINTABLE
 from doratune.tuner.evaluation import Rejected
 
 from .command_line import RUNNER
@@ -176,16 +179,29 @@ RUNS = {
     ("emit",): ["emit", SPEC],
     ("explain",): ["explain", SPEC],
     ("doctor",): ["doctor"],
+    ("report",): ["report", "--format", "md", "--results", str(RESULTS)],
+    ("convert",): None,  # needs an adapter: tests/adapters/test_commands.py
     ("cache", "path"): ["cache", "path"],
     ("cache", "ls"): ["cache", "ls"],
     ("cache", "show"): ["cache", "show", SPEC],
     ("cache", "prune"): ["cache", "prune"],
+    ("cache", "verify"): ["cache", "verify"],
+    ("cache", "build"): None,  # these five need stores of their own: see tests/tuner/test_build_store.py
+    ("cache", "export"): None,
+    ("cache", "merge"): None,
+    ("cache", "diff"): None,
+    ("cache", "package"): None,
     ("cache", "drift"): None,  # measures: see below
-    ("bench", "kernels"): None,  # these four measure: see tests/benchmarks and tests/gpu
+    ("bench", "kernels"): None,  # these seven measure: see tests/benchmarks and tests/gpu
     ("bench", "layer"): None,
     ("bench", "model"): None,
+    ("bench", "mine"): None,
     ("bench", "host"): None,
+    ("bench", "norms"): None,
+    ("bench", "packed"): None,
+    ("bench", "quality"): None,
     ("bench", "search"): None,  # takes minutes: see tests/benchmarks
+    ("bench", "coverage"): ["bench", "coverage", "--gpu", "h200", "--draws", "2", "--kernels", "2"],
     ("bench", "targets"): ["bench", "targets", str(RESULTS)],
 }
 
@@ -250,6 +266,7 @@ def test_a_second_run_keeps_the_kernels_without_searching(tuned: Tuned, monkeypa
     assert "times predicted by a model, not measured" in table.stdout
 
 
+@pytest.mark.slow
 def test_a_run_on_a_broken_machine_says_why_and_the_same_command_succeeds_once_it_is_mended(
     tiny: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +376,50 @@ def test_cache_show_tells_of_the_final_and_cache_ls_of_the_gain(tiny: Path, home
 
 
 @pytest.mark.usefixtures("no_compiler")
+def test_the_plan_of_a_coverage_is_tuned_kernel_by_kernel(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Evaluation(PREDICTED, us=1e5, floor_us=1.0)
+    monkeypatch.setattr("doratune.tuner.predict.PredictEvaluator.evaluate", lambda *_: slow)
+    asked = ["--gpu", "h100-sxm", "--draws", "4", "--kernels", "2"]
+    planned = run("bench", "coverage", *asked, "--list", "--plan", "3", home=home)
+    plan = tmp_path / "plan.txt"
+    plan.write_text(done(planned))
+    assert "are covered" in planned.stderr
+    command = ["tune", "--specs", str(plan), "--evaluator", "predict", "--trials", "2"]
+    data = json.loads(done(run(*command, "--json", home=home)))
+    assert (data["kernels_of"], data["model"], data["gpu"]) == (f"specs from {plan}", None, "h100-sxm")
+    assert [row["spec"] for row in data["rows"]] == [line.split("  #")[0] for line in plan.read_text().splitlines()]
+    assert (data["outcomes"]["tuned"], data["projections"]) == (3, [])
+    assert f"specs from {plan} on h100-sxm: " in done(run(*command, home=home)).replace("\n", " ")
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_listed_kernel_is_measured_as_one_of_a_model_and_tests_the_lookup(tiny: Path, home: Path) -> None:
+    done(run(*MEASURE, str(tiny), "--store", str(home / "model.sqlite"), home=home))
+    done(run("tune", "--spec", MEASURED, "--trials", "10", "--store", str(home / "listed.sqlite"), home=home))
+    shown = [
+        json.loads(done(run("cache", "show", MEASURED, "--store", str(home / name), "--json", home=home)))["entries"]
+        for name in ("model.sqlite", "listed.sqlite")
+    ]
+    (of_a_model,), (listed,) = shown
+    for entry in (of_a_model, listed):
+        assert entry.pop("store")
+        assert entry.pop("created_at")
+    assert listed == of_a_model
+    assert listed["lookup_regret"] > 1.0
+
+
+@pytest.mark.parametrize(
+    "option", [["--model", "llama-8b"], ["--rank", "384"], ["--autocast"], ["--op", "x"]], ids=" ".join
+)
+def test_an_option_that_chooses_among_a_models_kernels_is_refused_beside_specs(option: list[str], home: Path) -> None:
+    said = mistake(run("tune", "--spec", SPEC, *option, home=home), 2)
+    assert said == f"{option[0]} means nothing beside --spec and --specs; leave it out: a spec says all of its kernel"
+    assert not home.exists()
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_an_interrupted_run_exits_with_130(tiny: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: object, source: object, compiled: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -380,6 +441,26 @@ def test_explain_finds_the_tuned_kernel(tuned: Tuned) -> None:
     assert data["config"] in said
     assert "exact: an entry of exactly this spec" in said
     assert "predicted, never timed" in said
+
+
+def test_explain_says_how_to_trust_a_store_that_others_can_write_and_trusts_it(
+    tuned: Tuned, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("doratune.cache.permissions._private_group", lambda path, found: False)
+    monkeypatch.setattr("doratune.runtime.binaries.why_compile", lambda: None)
+    team = tmp_path / "team.sqlite"
+    with Store.open(tuned.home / "store.sqlite", readonly=True) as store:
+        store.export(team)
+    team.chmod(0o664)
+    command = ["explain", SPEC, "--store", str(team)]
+    said = done(run(*command, home=home))
+    assert f"binary    compiled at the first call: {team}: its binaries are not used: the group" in said
+    assert f"chmod go-w {team}; to use them all the same, set DORATUNE_TRUST={team}, or name" in said
+    data = json.loads(done(run(*command, "--trust", str(tmp_path), "--json", home=home)))
+    assert data["binary"]["store"] == str(team)
+    refused = run(*command, "--trust", __file__, home=home)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "neither a store, a folder nor a file of Ed25519 public keys" in refused.stderr
 
 
 def test_explain_says_which_neighbour_serves_a_kernel_that_was_not_tuned(tuned: Tuned) -> None:
@@ -459,6 +540,7 @@ def test_without_a_binary_explain_says_that_the_kernel_is_compiled(home: Path) -
     assert "binary    compiled at the first call: no store has a binary for Triton" in said
 
 
+@pytest.mark.slow
 def test_a_run_without_binaries_leaves_none_and_the_next_one_makes_them(tiny: Path, home: Path) -> None:
     done(tune_tiny(home, tiny, "--no-binaries"))
     with Store.open(home / "store.sqlite", readonly=True) as store:
@@ -533,7 +615,7 @@ MISTAKES = [
     (["tune", "--config", "TINY", "--gpu", "h200", "--tokens", "0"], ["tokens=0", "at least 1"]),
     (
         ["tune", "--config", "TINY", "--gpu", "h200", "--op", "lora_compse"],
-        ["'lora_compse'; did you mean lora_compose?"],
+        ["'lora_compse'; did you mean lora_compose, lora_compose_group?"],
     ),
     (["tune", "--config", "TINY", "--gpu", "h200", "--trials", "0"], ["trials=0", "at least 1 trial"]),
     (["tune", "--config", "TINY", "--gpu", "h200", "--effort", "quik"], ["'quik' is not one of 'quick', 'standard'"]),
@@ -582,12 +664,102 @@ def test_a_wrong_request_names_the_fault_and_the_remedy(
     assert {path for path in files_in(tmp_path) if path not in before} <= {"home", "home/store.sqlite"}
 
 
+NINES = "9" * 5000
+LONG = "/" + "a" * 300 + "/b"
+HOSTILE = {
+    "location": ["", " ", ":memory:", "sqlite:///:memory:", "sqlite:///a?b", "file:x", "~no-such-user/x", "FIFO", LONG],
+    "integer": ["", "x", "0", "-1", "1.5", "nan", NINES],
+    "integer range": ["", "x", "0", "1e3", str(10**30), NINES],
+    "float range": ["", "x", "-1", "nan", "inf", "-inf", NINES],
+    "config": ["", LONG, "FIFO", "/dev/full", "~no-such-user/x", "x" * 5000],
+    "output": ["", LONG, "/proc/x/y.json", "/dev/null/x", ".", "FIFO", "~no-such-user/x"],
+    "files": ["", LONG, "FIFO", "DEEP", "FOREIGN", "/dev/null"],
+    "spec": ["", "@", "x@h200", "/" * 5000 + "@h200", f"compose_forward/d_out={NINES}/tokens=1/activation=bf16@h200"]
+    + [f"weight_norm/d_out=64/d_in={size}/rank=8/weight=bf16/adapter=bf16@h200" for size in (10000000019, 2**24 + 1)]
+    + [f"weight_norm/d_out=64/d_in=64/rank={10**30}/weight=bf16/adapter=bf16@h200"]
+    + [SPEC.replace("sm_90", "x" * 5000)],
+    "specs": ["", LONG, "FIFO", "DEEP", "FOREIGN", "/dev/null", "~no-such-user/x", "x" * 5000],
+    "choice": ["", "nope", "x" * 5000, "\x1b[2J[/b]"],
+    "kernel's config": ["", "x" * 5000, f"tile:block_n={NINES},num_warps=1,num_stages=1", "tile:num_warps=4"],
+}
+"""Values that no command may accept, by what the option takes."""
+
+
+def kind_of(path: tuple[str, ...], parameter: click.Parameter) -> str:
+    """The key of :data:`HOSTILE` for a parameter; empty for one of another kind."""
+    if parameter.name in ("specs", "spec_file"):
+        return "spec" if parameter.name == "specs" else "specs"
+    if parameter.name in ("config", "output", "files", "spec"):
+        return "kernel's config" if (path, parameter.name) == (("emit",), "config") else parameter.name
+    return parameter.type.name if parameter.type.name in HOSTILE else ""
+
+
+def bad_calls() -> Iterator[list[str]]:
+    for path, command in COMMANDS.items():
+        yield [*path, "--nope"]
+        yield [*path, "--" + "x" * 5000]
+        given = [SPEC] if any(parameter.name == "spec" for parameter in command.params) else []
+        given += ["--config", "TINY", "--gpu", "h200"] if path == ("tune",) else []
+        for parameter in command.params:
+            if path == ("doctor",) and parameter.name == "store":  # a store that is none is a finding there
+                continue
+            for value in HOSTILE.get(kind_of(path, parameter), ()):
+                if path in (("cache", "path"), ("cache", "verify")) and value in ("FIFO", LONG):  # the same there
+                    continue
+                option = [parameter.opts[0]] if isinstance(parameter, click.Option) else ["--"]
+                kept = [] if option == ["--"] or parameter.name in ("specs", "spec_file") else given
+                yield [*path, *kept, *option, value]
+
+
+def test_a_bad_call_of_any_command_ends_with_one_message(home: Path, tmp_path: Path, tiny: Path) -> None:
+    """The kinds of mistakes that scripts make: an empty variable, a number without end, a file that is none."""
+    places = {"FIFO": tmp_path / "fifo", "DEEP": tmp_path / "deep.json", "FOREIGN": tmp_path / "foreign.json"}
+    os.mkfifo(places["FIFO"])
+    places["DEEP"].write_text("[" * 100_000)
+    row = {"bench": "model", "op": "step", "impl": "doratune", "us": "soon"}
+    places["FOREIGN"].write_text(json.dumps({"schema": 1, "rows": [row]}))
+    before, wrong, count = files_in(tmp_path), [], 0
+    for args in bad_calls():
+        count += 1
+        result = run(*(str({**places, "TINY": tiny}.get(arg, arg)) for arg in args), home=home)
+        said = result.stderr.rpartition("Error: ")[2].strip()
+        clean = isinstance(result.exception, SystemExit) and result.exit_code in (1, 2)
+        if not clean or not 10 <= len(said) <= 1000 or "Error: " not in result.stderr or "secret" in said:
+            wrong.append(([arg[:60] for arg in args], result.exit_code, repr(result.exception)[:200], said[:200]))
+    assert wrong == []
+    assert count >= 300
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_fits_a_terminal_of_few_characters(encoding: str) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=PRINTABLE)
+    stream.write("2.4 µs × 3 … ☃ \udcff")
+    stream.flush()
+    said = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert said == {"ascii": "2.4 us x 3 ... \\u2603 \\udcff", "latin-1": "2.4 µs × 3 ... \\u2603 \\udcff"}[encoding]
+
+
+def test_every_text_of_the_package_is_read_as_utf_8(home: Path) -> None:
+    """In the C locale without UTF-8 mode, and with output that takes ASCII alone."""
+    plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "DORATUNE_HOME": str(home)}
+    environment = {**os.environ, **plain, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for args in (["emit", SPEC], ["models"]):
+        command = [sys.executable, "-m", "doratune", *args]
+        said = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert said.returncode == 0, said.stderr
+        assert said.stdout.decode("utf-8")
+
+
 @pytest.mark.parametrize("command", ["explain", "emit", "cache show"])
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
         ("compose_forwad/d_out=64/tokens=1/activation=bf16@h200", "'compose_forwad'; did you mean compose_forward"),
-        ("compose_forward/dout=64/tokens=1/activation=bf16@h200", "unknown field 'dout'; did you mean d_out?"),
+        (
+            "compose_forward/dout=64/tokens=1/activation=bf16@h200",
+            "unknown field 'dout'; did you mean d_out, d_out_3, d_out_2?",
+        ),
         ("compose_forward/d_out=64/tokens=1/activation=bf16/bais@h200", "unknown flag 'bais'; did you mean bias?"),
         ("compose_forward/d_out=6x4/tokens=1/activation=bf16@h200", "d_out='6x4' is not a whole number"),
         ("compose_forward/d_out=64/tokens=3/activation=bf16@h200", "tokens=3 is not a token bucket; use 16"),
@@ -950,3 +1122,15 @@ def test_a_reader_that_stops_early_gets_no_traceback(tuned: Tuned) -> None:
         process.stdout.close()  # as `head` does when it has enough
         assert process.stderr is not None
         assert process.stderr.read() == ""
+
+
+def test_a_command_that_is_used_without_its_group_first_still_has_the_short_help(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Click keeps the help option of the first call."""
+    from doratune.benchmarks.commands import bench
+
+    command = bench.commands["norms"]
+    monkeypatch.setattr(command, "_help_option", None, raising=False)
+    command.make_context("norms", [])
+    assert done(run("bench", "norms", "-h", home=home)).startswith("Usage: ")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from doratune import doctor
 from doratune.cache.entry import PREDICTED
@@ -19,9 +21,9 @@ from doratune.internals import torch as torch_internals
 from doratune.internals import versions
 from doratune.runtime import present
 
-from .cache.world import a_spec, an_entry
+from .cache.world import a_binary, a_spec, an_entry
 from .command_line import RUNNER
-from .test_versions import pins
+from .test_versions import ROOT, pins
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +41,39 @@ def test_the_versions_that_the_tests_pin_are_tested() -> None:
     for package in versions.TESTED:
         (oldest,), (newest,) = found(package), found(package)
         assert oldest.verdict == newest.verdict == doctor.OK
-        for end, column in zip(versions.TESTED[package], ("oldest", "newest"), strict=True):
+    for package, ends in (versions.TESTED | versions.STORAGE).items():
+        for end, column in zip(ends, ("oldest", "newest"), strict=True):
             assert ".".join(map(str, end)) == ".".join(pins(column)[package].split(".")[:2])
+
+
+def test_an_untested_package_that_quantises_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, verdict in (("0.50.2", doctor.OK), ("0.51.0", doctor.UNTESTED)):
+        monkeypatch.setattr(doctor, "installed", lambda package, version=version: version)
+        (bitsandbytes,) = found("bitsandbytes")
+        assert (bitsandbytes.verdict, bitsandbytes.found) == (verdict, version)
+        assert "with 0.48 to 0.50" in bitsandbytes.remark
+
+
+def test_optional_packages_and_pairs_are_those_that_the_tests_pin() -> None:
+    for package, ends in {**versions.TESTED_BESIDE, **versions.STORAGE}.items():
+        pinned = [Version(pins(column)[package]).release[:2] for column in ("oldest", "newest")]
+        assert list(ends) == pinned, package
+    pairs = [(pins(column)["torch"], pins(column)["triton"]) for column in ("oldest", "newest")]
+    default = dict(re.findall(r"^(torch|triton)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    pairs.insert(1, (default["torch"], default["triton"]))
+    assert list(versions.TESTED_PAIRS) == [tuple(Version(one).release[:2] for one in pair) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("torch", "triton", "verdict"), [("2.10.0", "3.6.1", doctor.OK), ("2.10.0", "3.9.0", doctor.UNTESTED)]
+)
+def test_two_tested_versions_may_be_untested_together(
+    torch: str, triton: str, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "installed", {"torch": torch, "triton": triton}.get)
+    (pair,) = found("torch with triton")
+    assert (pair.found, pair.verdict) == (f"{torch} with {triton}", verdict)
+    assert "2.10 with 3.6" in pair.remark
 
 
 @pytest.mark.parametrize(
@@ -77,6 +110,21 @@ def test_stores_are_counted_and_broken_ones_named(tmp_path: Path) -> None:
     assert first.verdict == doctor.BROKEN
     assert str(path) in first.remark
     assert others, "the prebuilt ones are looked at all the same"
+
+
+def test_a_store_whose_binaries_are_not_trusted_is_remarked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doratune.cache.permissions._private_group", lambda path, found: False)
+    path = tmp_path / "team.sqlite"
+    with Store.open(path, create=True) as store:
+        store.put_binary(a_binary())
+    for mode, remark in (
+        (0o644, "0 entries"),
+        (0o664, "0 entries; its binaries are not used unless they are signed: "),
+    ):
+        path.chmod(mode)
+        first, *_ = found("store", str(path))
+        assert first.verdict == doctor.OK
+        assert (first.remark == remark) if mode == 0o644 else first.remark.startswith(remark)
 
 
 @pytest.fixture
@@ -161,10 +209,14 @@ def test_what_cannot_be_examined_is_broken_and_the_rest_is_examined(monkeypatch:
     assert found("store")
 
 
-@pytest.mark.parametrize(("gpu", "verdict"), [(True, doctor.BROKEN), (False, doctor.MISSING)])
-def test_without_a_c_compiler_no_kernel_starts_on_a_gpu(
-    gpu: bool, verdict: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("gpu", "amds", "verdict"),
+    [(True, False, doctor.UNTESTED), (False, False, doctor.MISSING), (True, True, doctor.BROKEN)],
+)
+def test_without_a_c_compiler_no_kernel_starts_on_amds_gpus(
+    gpu: bool, amds: bool, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(doctor, "_is_amds", lambda: amds)
     monkeypatch.setenv("CC", "/nowhere/cc")
     monkeypatch.setattr(doctor, "_sees_gpu", lambda: gpu)
     (compiler,) = found("C compiler")

@@ -22,9 +22,7 @@ ON_TOP = {path.stem: path for path in (Path(__file__).parent / "versions").glob(
 COLUMNS = {"oldest": ROOT / "constraints-oldest.txt", "newest": ROOT / "constraints-newest.txt", **ON_TOP}
 
 TOOLS = {"pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "build", "twine", "sybil"}
-TOOLS |= {"sphinx", "myst-parser", "furo", "sphinx-click"}
-UNUSED = {"plotly"}
-"""Nothing imports it yet."""
+TOOLS |= {"sphinx", "myst-parser", "furo", "sphinx-click", "playwright"}
 UNBOUNDED = {"hqq", "numpy", "psycopg-binary"}
 """In the columns, but not in ``pyproject.toml`` under this name."""
 
@@ -56,7 +54,7 @@ def required() -> dict[str, Requirement]:
     found = [Requirement(line) for line in lines]
     for one in found:
         assert all(one.specifier == other.specifier for other in found if other.name == one.name), one
-    return {one.name: one for one in found if one.name not in TOOLS | UNUSED}
+    return {one.name: one for one in found if one.name not in TOOLS}
 
 
 def test_the_oldest_column_is_the_lower_bound_of_every_library() -> None:

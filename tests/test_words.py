@@ -18,7 +18,7 @@ NOT_THE_PACKAGE = {"tests", "build", "dist", "_build"}
 
 EVERYWHERE = ("",)
 PACKAGE_IS_PYTHONS = (
-    *("nn/", "integrations/", "internals/", "cache/", "tuner/", "doctor.py", "console.py", "cli.py", "CONTRIBUTING.md"),
+    *("nn/", "integrations/", "internals/", "cache/", "tuner/", "doctor.py", "terminal/", "cli.py", "CONTRIBUTING.md"),
     *("docs/install.md", "docs/reference/peft.md"),
 )
 
@@ -38,7 +38,11 @@ WORDS: list[tuple[str, tuple[str, ...], str]] = [
     (r"the story of", EVERYWHERE, "where … comes from"),
     (r"\b(it|so it) is told\b", EVERYWHERE, "a warning says …, or … is reported"),
     (r"such as it is", EVERYWHERE, "say what it is"),
-    (r"\b[Ll]ayers?\b", ("cache/",), "store or stack: a layer is a neural one"),
+    (
+        r"(?<!neural\s)(?<![\".])\b[Ll]ayers?\b(?![:\"])",
+        ("cache/",),
+        "store or stack: a layer is a neural one, and a column of entries counts those",
+    ),
     (
         r"\b[Pp]rograms?\b",
         ("runtime/", "nn/", "integrations/", "cache/"),

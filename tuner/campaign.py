@@ -18,7 +18,6 @@ another worker has finished it: a worker with a store of its own then tunes the 
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import socket
@@ -27,7 +26,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import optuna
@@ -37,6 +35,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..cache.entry import Environment
 from ..codegen.spec import KernelSpec
+from ..temporaries import machine, started
 from .study_storage import HEARTBEAT, StudyStorageError, fail_stale, patiently
 
 RETRIES = 3
@@ -203,7 +202,9 @@ class Campaign:
 
     def _take(self) -> KernelSpec | None:
         """Claim the first family that waits, if this worker does not hold its share yet."""
-        trials = self._study.get_trials(deepcopy=False, states=_OPEN)
+        trials = [
+            trial for trial in self._study.get_trials(deepcopy=False, states=_OPEN) if _FAMILY in trial.user_attrs
+        ]
         self._compare_workers(trials)
         first: dict[str, FrozenTrial] = {}
         for trial in trials:
@@ -371,31 +372,12 @@ def _is_taken(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.RUNNING and _WORKER in trial.user_attrs
 
 
-@functools.cache
-def _machine() -> str:
-    """What process numbers are unique in: a boot of a machine and, in containers, their namespace. Empty if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine was started, in clock ticks since the boot; None if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
 def _this_process() -> dict[str, object]:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid)}
+    return {"host": socket.gethostname(), "machine": machine(), "pid": pid, "started": started(pid)}
 
 
 def _has_ended(worker: dict[str, object]) -> bool:
     """Whether a worker is known to have ended: only a process of this machine can be, without waiting."""
-    machine, pid = worker.get("machine"), worker.get("pid")
-    return bool(machine) and machine == _machine() and isinstance(pid, int) and _started(pid) != worker.get("started")
+    where, pid = worker.get("machine"), worker.get("pid")
+    return bool(where) and where == machine() and isinstance(pid, int) and started(pid) != worker.get("started")

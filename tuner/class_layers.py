@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .meta_model import build_model, version
-from .projections import EXPERTS, HEAD, LeftOut, Model, ModelConfigError, Projection
+from .projections import EXPERTS, HEAD, LeftOut, Model, ModelConfigError, Projection, activation_in
 
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 """PEFT refuses adapters on ``out_proj`` of these (``_check_lora_target_modules_mamba``)."""
@@ -55,7 +55,9 @@ def list_layers(config: Mapping[str, Any], name: str) -> Model:
             "PEFT 0.21 takes gate_proj, up_proj, down_proj and all-linear for the fused experts in some models, and "
             "then refuses DoRA: where it does, leave these names out of target_modules"
         )
-    return Model(name, "", built.decoder_layers, projections, tuple(notes), left_out)
+    text = built.model.config.get_text_config()
+    activation = activation_in({field: getattr(text, field, None) for field in ("hidden_activation", "hidden_act")})
+    return Model(name, "", built.decoder_layers, projections, tuple(notes), left_out, activation)
 
 
 def _weights(model: Any) -> Iterator[_Weight]:
@@ -165,3 +167,8 @@ def _short(full: str) -> str:
     last = words[-1]
     numbers = full[last.end() :].split(".")[1:]
     return ".".join([last.group(), *("*" for _ in numbers[:-1]), *numbers[-1:]])
+
+
+def list_projections(model: Any) -> list[str]:
+    """The full names of the layers of ``model`` that PEFT can put a DoRA adapter on."""
+    return [weight.name for weight in _weights(model) if not weight.why and weight.linear]

@@ -1,4 +1,4 @@
-"""Run :mod:`.class_layers` in a separate process, which contains whatever a config makes transformers do.
+"""Run :mod:`.class_layers` and the like in a separate process, which contains whatever a config makes transformers do.
 
 That process has no network and limits on its memory and time. Transformers and its many imports stay out of the process
 that tunes.
@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from .projections import LeftOut, Model, ModelConfigError, Projection
@@ -49,20 +50,32 @@ def layers_of_class(text: str, name: str, seconds: int = BUILD_SECONDS) -> Model
     Raises:
         ModelConfigError: as :func:`~.class_layers.list_layers`, or the class took too much time or memory.
     """
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main({seconds})"
+    return model_of(ask(__name__, {"name": name, "text": text}, seconds)["model"])
+
+
+def ask(module: str, request: dict[str, Any], seconds: int) -> dict[str, Any]:
+    """What ``main(seconds)`` of ``module`` answers to a request in a contained process: it calls :func:`serve`.
+
+    Raises:
+        ModelConfigError: it refused the request, or took too much time or memory.
+    """
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main({seconds})"
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
-            input=f"{json.dumps(name)}\n{text}",
+            input=json.dumps(request),
             capture_output=True,
             text=True,
             encoding="utf-8",
             errors="replace",
             env={**os.environ, **_ENVIRONMENT},
-            timeout=START_SECONDS,
+            timeout=START_SECONDS + seconds,
+            start_new_session=True,  # Ctrl-C on a terminal is for this process, which ends the other one
         )
     except subprocess.TimeoutExpired:
-        raise ModelConfigError(f"reading it with transformers took over {START_SECONDS} s and was ended") from None
+        raise ModelConfigError(
+            f"reading it with transformers took over {START_SECONDS + seconds} s and was ended"
+        ) from None
     if done.returncode == -signal.SIGALRM:
         raise ModelConfigError(
             f"building its class took over {seconds} s and was ended; its counts or sizes are larger than any model's"
@@ -70,23 +83,31 @@ def layers_of_class(text: str, name: str, seconds: int = BUILD_SECONDS) -> Model
     if done.returncode or not done.stdout:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ModelConfigError(f"reading it with transformers failed: {said}")
-    answer = json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(done.stdout)
     if "refused" in answer:
         raise ModelConfigError(answer["refused"])
-    return _model_of(answer["model"])
+    return answer
 
 
-def _model_of(data: dict[str, Any]) -> Model:
+def model_of(data: dict[str, Any]) -> Model:
     """The model that the other process sent as JSON, which has lists where the values have tuples."""
     projections = tuple(Projection(**{**row, "modules": tuple(row["modules"])}) for row in data["projections"])
     left_out = tuple(
         LeftOut(**{**row, "shape": tuple(row["shape"]), "modules": tuple(row["modules"])}) for row in data["left_out"]
     )
-    return Model(data["name"], "", data["layers"], projections, tuple(data["notes"]), left_out)
+    return Model(data["name"], "", data["layers"], projections, tuple(data["notes"]), left_out, data["activation"])
 
 
 def main(seconds: int) -> None:
-    """Answer one request from standard input on standard output; runs in the separate process."""
+    """Answer one request of :func:`layers_of_class`; runs in the separate process."""
+    serve(_answer, seconds)
+
+
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]], seconds: int) -> None:
+    """Contain this process, read one request from standard input, and answer it on standard output.
+
+    ``answer`` has so many seconds once transformers is imported. What it refuses is told, too.
+    """
     answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what packages print must not mix with the answer
     gc.disable()  # a quarter of the time that the imports take: 2.7 s instead of 3.5
@@ -94,26 +115,28 @@ def main(seconds: int) -> None:
     for package in _UNUSED:
         sys.modules[package] = None  # type: ignore[assignment]
     sys.addaudithook(_refuse)
-    name = json.loads(sys.stdin.readline())
-    json.dump(_answer(json.loads(sys.stdin.read()), name, seconds), answer_to)
-    answer_to.flush()
-    os._exit(0)  # skip the interpreter's shutdown, which takes long with PyTorch
-
-
-def _answer(config: dict[str, Any], name: str, seconds: int) -> dict[str, Any]:
-    from .class_layers import list_layers
+    request = json.load(sys.stdin)
     from .meta_model import load_transformers
 
     load_transformers()
     signal.alarm(seconds)
     try:
-        return {"model": dataclasses.asdict(list_layers(config, name))}
+        found = answer(request)
     except ModelConfigError as error:
-        return {"refused": str(error)}
+        found = {"refused": str(error)}
     except MemoryError:
-        return {"refused": "building its class takes more memory than any model's; its counts or sizes are too large"}
+        found = {"refused": "building its class takes more memory than any model's; its counts or sizes are too large"}
     finally:
         signal.alarm(0)
+    json.dump(found, answer_to)
+    answer_to.flush()
+    os._exit(0)  # skip the interpreter's shutdown, which takes long with PyTorch
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    from .class_layers import list_layers
+
+    return {"model": dataclasses.asdict(list_layers(json.loads(request["text"]), request["name"]))}
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:

@@ -22,6 +22,7 @@ from ..cache.entry import MEASURED, SEARCH, Contender, Entry, Evaluation, Final
 from ..cache.store import Store
 from ..cache.upgrade import Change, changes
 from ..codegen.compile import CompileError, judge_failure
+from ..codegen.cost import floor_us
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec, SpecError
@@ -36,7 +37,6 @@ from .evaluation import (
     GpuMemoryError,
     Rejected,
     Undecided,
-    floor_us,
 )
 from .final import decide
 from .fusion import composition_of, with_unfused_time
@@ -161,6 +161,7 @@ class _Run:
             self._measure_all(due)
         except KeyboardInterrupt:
             stopped = "interrupt"
+            self.pool.kill()
         return DriftResult(
             store=self.store.location,
             gpu=self._gpu.slug,
@@ -363,7 +364,7 @@ class _Run:
         if row.outcome == UNJUDGED or best is None or best.source is None or best.evaluation is None:
             return row
         before = job.entry
-        if self.store.get(before.spec) != before:
+        if self.store.readable(before.spec) != before:
             return replace(row, notes=(*row.notes, "another process has changed the entry since: left as it is"))
         # Trials of another text say nothing about this one: `doratune tune` searches again.
         trials = len(job.players) if job.text_changed else before.evaluation.trials
@@ -406,7 +407,7 @@ class _Run:
         composition = composition_of(entry.spec)
         assert composition is not None
         try:
-            stored = self.store.get(composition)
+            stored = self.store.readable(composition)
             given = (stored.config, EXACT) if stored is not None else self.without(composition)
             if given is None:
                 return entry, ["no composition kernel to time it against"]

@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from ..cache.entry import Entry, Environment, Final
 from ..cache.upgrade import Change
 from ..codegen.spec import Config
+from ..terminal.tables import Table
 
 BROKEN, MOVED, UNJUDGED, HELD = "broken", "moved", "unjudged", "held"
 OUTCOMES = (BROKEN, MOVED, UNJUDGED, HELD)
@@ -144,9 +142,9 @@ def drift_table(rows: Iterable[Drifted]) -> Table:
     """A line for each winner, the worst first."""
     table = Table(title="winners measured again")
     for name in ("outcome", "spec", "stored config", "fastest now"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name)
     for name in ("loss", "µs then", "µs now"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     table.add_column("changed since")
     table.caption = (
         "loss: timed in turn in this run; then and now: different runs, so clocks and temperature differ too"
@@ -162,5 +160,5 @@ def drift_table(rows: Iterable[Drifted]) -> Table:
             *("" if us is None else f"{us:.2f}" for us in (row.us_before, row.us)),
             ", ".join(f"{change.what} {change.then}" for change in row.changes),
         )
-        table.add_row(*map(Text, cells))
+        table.add_row(*cells)
     return table

@@ -73,7 +73,7 @@ def drift_store(request: DriftRequest, progress: SilentProgress | None = None) -
 
 def _opened(request: DriftRequest) -> Store:
     if request.apply:
-        return Store.open(request.store or user_store_path())
+        return Store.open(user_store_path() if request.store is None else request.store)
     if request.store is not None:
         return Store.open(request.store, readonly=True)
     return open_place(Place(str(user_store_path()), USER))

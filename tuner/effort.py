@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from ..cache.entry import MEASURED
 from ..errors import UsageError, near_names
 
+MOST_TRIALS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -23,8 +25,10 @@ class Budget:
         """The budget of ``trials`` configurations, with the patience in proportion.
 
         Raises:
-            UsageError: ``trials`` is below 1.
+            UsageError: ``trials`` is below 1 or above :data:`MOST_TRIALS`.
         """
+        if trials > MOST_TRIALS:
+            raise UsageError(f"trials={trials}: more than any space has configs; use at most {MOST_TRIALS}")
         if trials < 1:
             raise UsageError(f"trials={trials}: a search needs at least 1 trial for each kernel")
         return replace(self, trials=trials, patience=max(1, round(self.patience * trials / self.trials)))

@@ -160,11 +160,9 @@ class Evaluator(ABC):
     def finish(self, spec: KernelSpec) -> None:  # noqa: B027
         """Release what is kept for candidates of ``spec``: its search is over."""
 
+    def cancel(self) -> None:  # noqa: B027
+        """End a call under way in another thread, where that is possible: it raises Undecided. No other call follows
+        but :meth:`close`."""
+
     def close(self) -> None:  # noqa: B027
         """Release everything."""
-
-
-def floor_us(spec: KernelSpec, gpu: Gpu) -> float:
-    """The least microseconds of any kernel of ``spec`` on ``gpu``: its bytes and flops at the GPU's peak rates."""
-    contract = spec.contract
-    return gpu.floor_us(contract.floor_bytes(spec), contract.matrix_flops(spec), spec.weight or spec.activation)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from .projections import EXPERTS, HEAD, MOST, LeftOut, Model, ModelConfigError, Projection
+from .projections import EXPERTS, HEAD, MOST, LeftOut, Model, ModelConfigError, Projection, activation_in
 
 AGAIN = "download the model's config.json again"
 
@@ -21,8 +21,8 @@ class Family:
 
     ``cls`` begins the names of its classes. ``qkv_bias`` and so on: True or False where the class fixes them, else the
     config field that says it and its default. ``experts_field`` counts the experts, ``experts_width`` is the width of
-    one. ``defaults`` are the class's defaults of the fields that published configs leave out. ``equal_kv_heads``: as
-    many key heads as heads where the config does not say.
+    one. ``activation`` is the class's default. ``defaults`` are the class's defaults of the fields that published
+    configs leave out. ``equal_kv_heads``: as many key heads as heads where the config does not say.
     """
 
     cls: str
@@ -34,6 +34,7 @@ class Family:
     experts_width: str = "moe_intermediate_size"
     defaults: tuple[tuple[str, int], ...] = ()
     equal_kv_heads: bool = False
+    activation: str = "silu"
 
 
 _ATTENTION_BIAS = ("attention_bias", False)
@@ -55,12 +56,14 @@ FAMILIES = {
         _ATTENTION_BIAS,
         _ATTENTION_BIAS,
         defaults=(("num_attention_heads", 8), ("num_key_value_heads", 4), ("head_dim", 256)),
+        activation="gelu_pytorch_tanh",
     ),
     "gemma3_text": Family(
         "Gemma3",
         _ATTENTION_BIAS,
         _ATTENTION_BIAS,
         defaults=(("num_attention_heads", 8), ("num_key_value_heads", 4), ("head_dim", 256)),
+        activation="gelu_pytorch_tanh",
     ),
     "phi3": Family("Phi3", layout="phi3", equal_kv_heads=True),
     "gpt_neox": Family(
@@ -69,6 +72,7 @@ FAMILIES = {
         ("attention_bias", True),
         True,
         layout="gpt_neox",
+        activation="gelu",
         equal_kv_heads=True,
     ),
 }
@@ -181,7 +185,8 @@ class _Reader:
         attention = self.attention(layers)
         taken = ", ".join(f"{field}={value}" for field, value in self.taken.items())
         notes = (f"not in the file, so as {self.family.cls}'s class has it: {taken}",) if taken else ()
-        return Model(name, hf_id, layers, (*attention, *projections), notes, (*experts, *self.head()))
+        activation = activation_in(self.config, self.family.activation)
+        return Model(name, hf_id, layers, (*attention, *projections), notes, (*experts, *self.head()), activation)
 
     def head(self) -> tuple[LeftOut, ...]:
         if "vocab_size" not in self.config:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..cache.entry import Contender, Final
+from . import student
 from .evaluation import FinalTimes
 from .machine import CLOCKS_MOVED, Machine, find_disturbance
 
@@ -68,7 +69,7 @@ class _Comparison:
     @property
     def margin(self) -> float:
         """What a difference must exceed to be no tie."""
-        return max(TIE, _student(1.0 - DOUBT, self.rounds - 1) * self.error)
+        return max(TIE, student.quantile(1.0 - DOUBT, self.rounds - 1) * self.error)
 
     @property
     def beaten(self) -> bool:
@@ -153,17 +154,6 @@ def _compare(times: Sequence[float], others: Sequence[float]) -> _Comparison:
     ratios = _ratios(times, others)
     error = max(statistics.stdev(ratios), RESOLUTION) / math.sqrt(len(ratios))
     return _Comparison(statistics.fmean(ratios), error, len(ratios))
-
-
-def _student(probability: float, freedom: int) -> float:
-    """The quantile of Student's t, by the expansion of Cornish and Fisher (Abramowitz and Stegun, 26.7.5)."""
-    z = statistics.NormalDist().inv_cdf(probability)
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
 
 
 def _confidence(against: Sequence[Sequence[float]], noise: float) -> float:

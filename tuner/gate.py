@@ -32,8 +32,14 @@ _GUARD = 0xFF
 kernel writes this NaN, since the hardware makes others."""
 
 
+GATE_LAYERS = 3
+"""Layers of the gate's inputs of a grouped operation at most: fp64 results take long, and more layers add nothing."""
+
+
 def gate_tokens(spec: KernelSpec) -> int:
-    """The tokens of the gate's inputs for ``spec``: the same for all larger buckets of a shape."""
+    """The tokens or layers of the gate's inputs for ``spec``: the same for all larger buckets of a shape."""
+    if spec.layers:
+        return min(spec.layers, GATE_LAYERS)
     return spec.tokens if spec.tokens <= 16 else min(spec.tokens, GATE_TOKENS) - 3
 
 

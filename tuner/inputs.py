@@ -13,7 +13,9 @@ import torch
 
 from ..codegen.ops import SMALLEST_GAIN
 from ..codegen.spec import KernelSpec
-from ..runtime.reference import TORCH_DTYPES, cancels, definition
+from ..runtime.dequantise import StoredWeight
+from ..runtime.reference import OPERAND_DTYPES, TORCH_DTYPES, cancels, definition
+from .quantise import quantise
 
 CASES = (
     "random",
@@ -40,9 +42,9 @@ _SCALING_SIGN = {"negative_scaling": -1.0}
 def make_inputs(
     spec: KernelSpec, tokens: int, *, case: str = "mixed", seed: int = 0, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Draw the inputs of ``spec`` with ``tokens`` rows for one of :data:`CASES`, and the scaling to go with them.
+    """Draw the inputs of ``spec`` with ``tokens`` tokens or layers for one of :data:`CASES`, and the scaling.
 
-    Returns the tensors by name, in the contract's shapes and dtypes, and s.
+    Layers are dense stacks. Returns the tensors by name, in the contract's shapes and dtypes, and s.
     """
     if case not in CASES:
         raise ValueError(f"unknown case {case!r}; known: {', '.join(CASES)}")
@@ -52,18 +54,21 @@ def make_inputs(
         return torch.randn(*shape, generator=generator, device=device)
 
     scaling = _SCALING.get(case, 0.75)
-    make = _norm_inputs if spec.op in ("weight_norm", "weight_norm_exact") else _token_inputs
+    if spec.op == "weight_norm_group":
+        return _layers(spec, tokens, case, normal, scaling), scaling
+    make = _MAKERS.get(spec.op, _token_inputs)
     values = make(spec, tokens, case, normal)
     if (
         spec.op == "weight_norm_exact" and case != "random"
     ):  # random inputs are those that are timed: there nothing cancels
         _cancel_rows(values, scaling)
+    values = _stored(spec, values)
     inputs = {
-        operand.name: values[operand.name].to(TORCH_DTYPES[operand.dtype_of(spec)])
+        operand.name: values[operand.name].to(OPERAND_DTYPES[operand.dtype_of(spec)])
         for operand in spec.contract.inputs_of(spec)
     }
     if "weight_sq" in inputs:  # of W as the kernel sees it, after rounding
-        inputs["weight_sq"] = _row_squares(inputs["weight"])
+        inputs["weight_sq"] = _row_squares(_weight_of(spec, inputs))
     if spec.op == "weight_norm_exact":
         inputs["norm"] = _marked_norm(spec, inputs, scaling)
     return inputs, scaling
@@ -73,16 +78,60 @@ def make_outputs(spec: KernelSpec, tokens: int, device: torch.device | str = "cp
     """The outputs of ``spec`` by name, filled with NaN so that an unwritten element shows."""
     return {
         operand.name: torch.full(
-            [tokens if dim == "tokens" else int(getattr(spec, dim)) for dim in operand.shape],
+            operand.sizes(spec, tokens),
             float("nan"),
-            dtype=TORCH_DTYPES[operand.dtype_of(spec)],
+            dtype=OPERAND_DTYPES[operand.dtype_of(spec)],
             device=device,
         )
         for operand in spec.contract.outputs_of(spec)
     }
 
 
-def _row_squares(weight: torch.Tensor) -> torch.Tensor:
+def _layers(
+    spec: KernelSpec, layers: int, case: str, normal: Callable[..., torch.Tensor], scaling: float
+) -> dict[str, torch.Tensor]:
+    """Stacks of layers, and their table in an order of its own, so that a kernel that ignores the table shows it."""
+    operands = spec.contract.inputs_of(spec)[1:]
+    stacks = {}
+    for operand in operands:
+        shape, dtype = [layers, *operand.sizes(spec)[1:]], OPERAND_DTYPES[operand.dtype_of(spec)]
+        stacks[operand.name] = torch.empty(shape, dtype=dtype, device=normal(1).device)
+    for layer in range(layers):
+        values = _norm_inputs(spec, 1, case, normal)
+        if case == "mixed" and layer % 2 == 0:
+            _cancel_few_rows(values, scaling)
+        values = _stored(spec, values)
+        for name, stack in stacks.items():
+            stack[layer] = values[name].to(stack.dtype)
+    order = torch.arange(layers).flip(0)[:, None]
+    sizes = torch.tensor([stack[0].numel() for stack in stacks.values()])
+    return {"table": (order * sizes).to(stacks["weight"].device), **stacks}
+
+
+def _cancel_few_rows(values: dict[str, torch.Tensor], scaling: float) -> None:
+    """Make W + sBA nearly cancel in the last row, and BA itself in the one before, by two rows of A that are alike."""
+    weight, lora_a, lora_b = values["weight"], values["lora_A"], values["lora_B"]
+    if lora_a.shape[0] > 1 and weight.shape[0] > 1:
+        lora_a[1] = lora_a[0] * 1.01
+        lora_b[-2] = 0.0
+        lora_b[-2, 0], lora_b[-2, 1] = 1.0, -1.0
+        weight[-2] *= 1e-2
+    weight[-1] = (-scaling / 0.999) * (lora_b[-1] @ lora_a)
+
+
+def _stored(spec: KernelSpec, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The values, with W packed if the spec has it in a weight format."""
+    return values | quantise(spec.format, values["weight"]) if spec.format else values
+
+
+def _weight_of(spec: KernelSpec, inputs: dict[str, torch.Tensor]) -> torch.Tensor | StoredWeight:
+    """W as it is read by rows."""
+    if spec.format is None:
+        return inputs["weight"]
+    return StoredWeight(spec.format, inputs, spec.d_out, spec.d_in, torch.float64)
+
+
+def _row_squares(weight: torch.Tensor | StoredWeight) -> torch.Tensor:
     rows = max(1, (1 << 26) // weight.shape[1])
     return torch.cat([part.double().square().sum(dim=1) for part in weight.split(rows)]).float()
 
@@ -180,3 +229,57 @@ def _token_inputs(
         values = {name: value.abs() for name, value in values.items()}
     values["y"] = values["g"] * values["inner"]
     return values
+
+
+def _gated_inputs(
+    spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Inputs of a gated MLP's composition.
+
+    Large activations are of gate in the first half of the columns and of up in the others, so that products of the two
+    fit fp16. Those of gate reach both ends of the activation, where exp(-y) is 0 or infinite.
+    """
+    values = {"h": normal(tokens, 2 * spec.rank).clamp(-1.0, 1.0), "dout": normal(tokens, spec.d_out)}
+    bands = _bands(case, spec.d_out, ("large_lora", "zero_gain", "zero_weight"))
+    half = spec.d_out // 2
+    for name, parity in (("gate", 0), ("up", 1)):
+        g = 1.0 + 0.1 * normal(spec.d_out).clamp(-1.0, 1.0)
+        base = normal(tokens, spec.d_out).clamp(-1.0, 1.0)
+        lora_b = normal(spec.d_out, spec.rank) * 0.5 * spec.rank**-0.5
+        lora_b[bands["large_lora"]] *= 100.0 if name == "gate" else 10.0
+        g[bands["zero_gain"]][parity::3] = 0.0
+        g[bands["zero_gain"]][2::3] *= 1e-6
+        base[:, bands["zero_weight"]] = 0.0
+        if case == "large_activations":
+            large = slice(0, half) if name == "gate" else slice(half, spec.d_out)
+            base[:, large] *= 1e4
+            lora_b[large] *= 1e4
+        values |= {name: base, f"lora_B_{name}": lora_b, f"g_{name}": g, f"bias_{name}": normal(spec.d_out)}
+        values[f"norm_{name}"] = 0.5 + normal(spec.d_out).abs()
+    if tokens * spec.d_out < FEW_VALUES:
+        values = {name: value.abs() for name, value in values.items()}
+    return values
+
+
+def _group_inputs(
+    spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Inputs of several projections of one x: of each those of its own composition, with columns of h of its own."""
+    values: dict[str, torch.Tensor] = {}
+    h = []
+    for number, width in enumerate(spec.widths, 1):
+        own = _token_inputs(replace(spec, d_out=width), tokens, case, normal)
+        h.append(own.pop("h"))
+        own["norm"] = 0.5 + normal(width).abs()
+        values |= {f"{name}_{number}": value for name, value in own.items()}
+    return {"h": torch.cat(h, dim=1), **values}
+
+
+_MAKERS = {
+    "weight_norm": _norm_inputs,
+    "weight_norm_exact": _norm_inputs,
+    "lora_compose_group": _group_inputs,
+    "compose_backward_group": _group_inputs,
+    "compose_swiglu": _gated_inputs,
+    "compose_swiglu_backward": _gated_inputs,
+}

@@ -37,6 +37,7 @@ from typing import Any
 
 from ..cache.entry import MEASURED, Environment, Evaluation
 from ..codegen.compile import judge_failure
+from ..codegen.compile_process import end_with_parent, starting
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source
 from ..codegen.spec import KernelSpec
@@ -53,7 +54,7 @@ from .evaluation import (
     Resources,
     Undecided,
 )
-from .workers import end_with_parent, without_interpreter
+from .workers import kill_with_tools
 
 _KILLED_FROM_OUTSIDE = frozenset((signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
 """Signals that a candidate does not cause: the kernel kills where memory runs out, a user or a batch system ends."""
@@ -183,11 +184,15 @@ class IsolatedEvaluator(Evaluator):
         if child is not None and child.done() and child.exception() is None:
             child.result().tell("finish", (spec,))
 
-    def close(self) -> None:
-        """End the child. A call under way in another thread raises Undecided."""
+    def cancel(self) -> None:
+        """End the child, and with it a call under way in another thread."""
         with self._lock:
             self._closed = True
         self._discard()
+
+    def close(self) -> None:
+        """End the child. A call under way in another thread raises Undecided."""
+        self.cancel()
         self._starter.shutdown(wait=True)
 
     def _call(self, method: str, arguments: tuple[object, ...], which: str) -> Any:
@@ -286,7 +291,7 @@ class _Child:
             target=_serve, args=(theirs, os.getpid(), factory), name="doratune-measure", daemon=True
         )
         self._since = time.monotonic()
-        with without_interpreter():
+        with starting():
             self._process.start()
         theirs.close()  # so that the pipe ends when the child does
 
@@ -337,7 +342,7 @@ class _Child:
         Raises:
             GpuLostError: it cannot be killed, which happens where the driver waits for its GPU.
         """
-        self._process.kill()
+        kill_with_tools(self._process)
         deadline = time.monotonic() + _END_SECONDS
         while self._process.exitcode is None and time.monotonic() < deadline:
             self._process.join(0.1)  # another thread may wait for it too, and get the exit code first

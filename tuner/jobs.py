@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from ..codegen.gpu import find_gpu
-from ..codegen.ops import DTYPE_BYTES, OPS
-from ..codegen.spec import TOKEN_BUCKETS, KernelSpec, bucket_tokens
+from ..codegen.ops import DTYPE_BYTES, OPS, WIDTHS
+from ..codegen.spec import MOST_RANK, TOKEN_BUCKETS, KernelSpec, bucket_tokens
+from ..codegen.weight_formats import stored_as
 from ..errors import UsageError, near_names
+from ..printable import brief
 from .models import Model, Projection
+
+_GATED = ("compose_swiglu", "compose_swiglu_backward")
+"""The operations of a gated MLP."""
+
+_GROUPED = ("lora_compose_group", "compose_backward_group")
+"""The operations of several projections of one x."""
+
+_WITH_MAGNITUDE = ("compose_swiglu_backward", "compose_backward_group", "adapter_backward")
+"""The operations that a training step gives m or w beside it; m's dtype is that of the adapters."""
+
+_OF_PARAMETERS = ("weight_norm_group", "adapter_backward")
+"""The operations that get A and B as they are kept. Others get them rounded under autocast."""
 
 
 def plan_jobs(
@@ -16,6 +31,7 @@ def plan_jobs(
     *,
     ranks: Sequence[int],
     dtype: str = "bf16",
+    weight: str | None = None,
     adapter_dtype: str | None = None,
     autocast: bool = False,
     gpu: str,
@@ -26,15 +42,21 @@ def plan_jobs(
 
     ``weight_norm`` depends on (d_out, d_in, rank), ``lora_compose`` on (d_out, rank, tokens, bias), ``compose_forward``
     on (d_out, tokens, bias), ``compose_backward`` on (d_out, tokens), ``adapter_backward`` on (d_out, rank), the others
-    on (d_out, d_in, rank, tokens); projections that agree in these share a job. ``compose_backward_exact`` serves
+    on (d_out, d_in, rank, tokens), and ``weight_norm_group`` on (d_out, d_in, rank) and the number of layers of that
+    shape in the model; projections that agree in these share a job. ``compose_swiglu`` and its backward run where the
+    model's MLP is gated by an activation that they know, once for gate and up; ``lora_compose_group`` and
+    ``compose_backward_group`` once for q, k and v. ``compose_backward_exact`` serves
     layers that keep their output instead of the base product, which is not the default: it is planned where ``ops``
     names it, for the most tokens only, since it seldom finds a column to compute.
 
     Args:
         ranks: the adapter ranks, each an integer of at least 1, without repeats.
         dtype: of the weights and activations: bf16, fp16 or fp32.
+        weight: the weight format of a quantised model, such as ``nf4.nested``: then operations that read W are planned
+            if they read it packed.
         adapter_dtype: of A and B; None means ``dtype``, fp32 beside bf16 is PEFT's default.
-        autocast: fp32 adapters are rounded to ``dtype``, as torch.autocast does, instead of kept exact.
+        autocast: fp32 adapters are rounded to ``dtype``, as torch.autocast does, instead of kept exact. A layer rounds
+            them once for all that multiplies by them; a norm pass does so in its kernels.
         gpu: a slug or an architecture, as :func:`~doratune.codegen.gpu.find_gpu` takes it.
         ops: the operations to plan; None means all that a layer runs by default.
         tokens: token counts, each rounded up to its bucket; None means every bucket.
@@ -49,29 +71,51 @@ def plan_jobs(
         raise UsageError(f"{model.name} has no linear layer that PEFT can put a DoRA adapter on: nothing to tune")
     adapter = dtype if adapter_dtype is None else adapter_dtype
     checked_ranks = _check_ranks(ranks)
+    layers: dict[tuple[int, int], int] = defaultdict(int)
+    for projection in model.projections:
+        layers[projection.shape] += projection.count
     _check_dtypes(dtype, adapter, autocast)
-    names = _check_ops(ops)
+    names = _check_ops(ops, weight)
+    stored = None if weight is None else stored_as(weight, dtype)
     slug = find_gpu(gpu).slug
     buckets = _check_tokens(tokens)
+    kept = {*_OF_PARAMETERS, *(("weight_norm",) if stored else ())}  # a stored W has no rounded adapters beside it
     specs = {
         KernelSpec.create(
             op,
-            d_out=projection.d_out,
             d_in=projection.d_in,
             rank=rank,
             tokens=bucket,
+            layers=layers[projection.shape],
             dtype=dtype if autocast or op != "adapter_backward" else adapter,  # the dtype that B is multiplied in
-            adapter=adapter,
+            adapter=dtype if autocast and op not in kept else adapter,
+            magnitude=adapter if op in _WITH_MAGNITUDE else None,
             gpu=slug,
-            **_flags(op, projection, autocast),
+            **_flags(op, projection, autocast and op in kept),
+            **{"d_out": projection.d_out, **added},
+            **({"weight": stored} if stored and OPS[op].formats else {}),
         )
         for op in names
-        for projection in model.projections
+        for projection, added in _calls(op, model)
         for rank in checked_ranks
         for bucket in (buckets[-1:] if op == "compose_backward_exact" else buckets)
     }
     order = list(OPS)
-    return sorted(specs, key=lambda s: (order.index(s.op), s.d_out, s.tokens, s.d_in, s.rank, s.bias, s.output))
+    return sorted(
+        specs,
+        key=lambda s: (order.index(s.op), *s.widths[:1], s.tokens, s.widths[1:], s.d_in, s.rank, s.bias, s.output),
+    )
+
+
+def _calls(op: str, model: Model) -> list[tuple[Projection, dict[str, int | bool]]]:
+    """The first of the projections that each call of ``op`` serves, and the fields that the others add to its spec."""
+    if op in _GATED:
+        flags: dict[str, int | bool] = {} if model.activation == "silu" else {model.activation: True}
+        return [(gate, flags) for gate in model.gated()]
+    if op in _GROUPED:
+        groups = model.grouped()
+        return [(group[0], {dim: one.d_out for dim, one in zip(WIDTHS, group, strict=False)}) for group in groups]
+    return [(projection, {}) for projection in model.projections]
 
 
 def _flags(op: str, projection: Projection, autocast: bool) -> dict[str, bool]:
@@ -90,7 +134,9 @@ def _check_ranks(ranks: object) -> tuple[int, ...]:
         raise UsageError("no rank given: give at least one, such as 384")
     for rank in checked:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise UsageError(f"rank {rank!r}: a rank is an integer of at least 1, such as 384")
+            raise UsageError(f"rank {brief(rank)}: a rank is an integer of at least 1, such as 384")
+        if rank > MOST_RANK:
+            raise UsageError(f"rank {brief(rank)}: no layer has such a rank; use at most {MOST_RANK}, such as 384")
     repeated = sorted({rank for rank in checked if checked.count(rank) > 1})
     if repeated:
         raise UsageError(f"rank {repeated[0]} is given more than once: name each rank once")
@@ -110,14 +156,24 @@ def _check_dtypes(dtype: str, adapter: str, autocast: bool) -> None:
         )
 
 
-def _check_ops(ops: Sequence[str] | None) -> tuple[str, ...]:
+def _reads_packed(op: str) -> bool:
+    """Whether a quantised layer can run ``op``: it does not read W, or reads it packed."""
+    return OPS[op].formats or all(operand.name != "weight" for operand in OPS[op].inputs)
+
+
+def _check_ops(ops: Sequence[str] | None, weight: str | None) -> tuple[str, ...]:
     if ops is None:
-        return tuple(op for op in OPS if op != "compose_backward_exact")
+        usual = (op for op in OPS if op != "compose_backward_exact")
+        return tuple(op for op in usual if weight is None or _reads_packed(op))
     if isinstance(ops, str) or not ops:
         raise UsageError(f"ops={ops!r}: give a list of operations out of {', '.join(OPS)}, or None for all")
     for op in ops:
         if op not in OPS:
             raise UsageError(f"unknown operation {op!r}{near_names(str(op), OPS)} (known: {', '.join(OPS)})")
+        if weight is not None and not _reads_packed(op):
+            raise UsageError(
+                f"{op} reads plain weights only, not {weight}: leave it out, or leave out the weight format"
+            )
     return tuple(ops)
 
 

@@ -10,7 +10,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from .. import __version__
 from ..cache.entry import MEASURED, Environment, Evaluation
 from ..codegen.compile import judge_failure
+from ..codegen.cost import floor_us
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source
 from ..codegen.spec import KernelSpec
@@ -36,11 +36,10 @@ from .evaluation import (
     LaunchFailureError,
     Rejected,
     Resources,
-    floor_us,
 )
 from .final import CHECK_ROUNDS, Rounds, most_rounds
 from .fusion import run_unfused
-from .gate import Gate, gate_tokens
+from .gate import GATE_LAYERS, Gate, gate_tokens
 from .inputs import make_inputs, make_outputs
 from .machine import Machine
 from .timing import (
@@ -162,8 +161,8 @@ class _Timed:
         self.scaling = 1.0
 
         def make(seed: int) -> Tensors:
-            inputs, self.scaling = make_inputs(spec, spec.tokens, case="random", seed=100 + seed, device=device)
-            return inputs, make_outputs(spec, spec.tokens, device)
+            inputs, self.scaling = make_inputs(spec, spec.count, case="random", seed=100 + seed, device=device)
+            return inputs, make_outputs(spec, spec.count, device)
 
         self.rotation = Rotation(
             make,
@@ -208,21 +207,23 @@ class _Timed:
         Raises:
             Rejected: they are inaccurate.
         """
-        if not self.spec.tokens:
+        if not self.spec.count:
             return 0.0  # the gate has run at this very size
         rows, judge = self._expected
         outputs = self.rotation.sets[-1][1]
         error, complaint = judge.worst_error({name: t[rows] for name, t in outputs.items() if t.ndim == 2})
         if complaint:
-            raise Rejected(f"inaccurate at {self.spec.tokens} tokens: {complaint}")
+            what = "tokens" if self.spec.tokens else "layers"
+            raise Rejected(f"inaccurate at {self.spec.count} {what}: {complaint}")
         return error
 
     @functools.cached_property
     def _expected(self) -> tuple[torch.Tensor, Judge]:
-        """The rows that are checked, and the judge of them."""
+        """The rows that are checked (of a grouped operation: the layers), and the judge of them."""
         spec, inputs = self.spec, self.rotation.sets[-1][0]
-        rows = torch.linspace(0, spec.tokens - 1, min(CHECKED_ROWS, spec.tokens), device=self._device).long()
-        by_token = {operand.name for operand in spec.contract.inputs if operand.shape[0] == "tokens"}
+        checked = min(CHECKED_ROWS if spec.tokens else GATE_LAYERS, spec.count)
+        rows = torch.linspace(0, spec.count - 1, checked, device=self._device).long()
+        by_token = {operand.name for operand in spec.contract.inputs if operand.shape[0] == "tokens"} | {"table"}
         per_row = {name: tensor[rows] if name in by_token else tensor for name, tensor in inputs.items()}
         return rows, Judge(spec, definition(spec, per_row, self.scaling))
 
@@ -328,7 +329,7 @@ class MeasureEvaluator(Evaluator):
             turns = Turns(graphs)
             round_ms = _round_ms(graphs, turns.play(1))
             turns.play(min(CHECK_ROUNDS, int(WARM_UP_MS / round_ms) + 1))
-            rounds = Rounds(turns.play, self._machine or Machine(_uuid(self.device)), self._sleep)
+            rounds = Rounds(turns.play, self._machine or Machine(gpu_uuid(self.device)), self._sleep)
             return rounds.times(len(sources), most_rounds(round_ms) if len(sources) > 1 else CHECK_ROUNDS)
 
     def fusion_times(self, fused: Source, composition: Source) -> tuple[float, float]:
@@ -402,7 +403,7 @@ def environment_of(gpu: Gpu, device: torch.device) -> Environment:
 
 def _gate_key(spec: KernelSpec) -> tuple[KernelSpec, int]:
     """Equal for specs that have the same gate."""
-    return replace(spec, tokens=1) if spec.tokens else spec, gate_tokens(spec)
+    return spec.family, gate_tokens(spec)
 
 
 def _name(source: Source) -> str:
@@ -414,7 +415,7 @@ def _round_ms(graphs: Sequence[Graph], samples_us: Sequence[Sequence[float]]) ->
     return sum(graph.calls * us / 1000.0 for graph, [us] in zip(graphs, samples_us, strict=True))
 
 
-def _uuid(device: torch.device) -> str:
+def gpu_uuid(device: torch.device) -> str:
     """The UUID of a GPU as nvidia-smi takes it; empty where PyTorch does not tell."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return "" if uuid is None else f"GPU-{uuid}"

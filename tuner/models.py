@@ -7,6 +7,7 @@ wrong shape would tune kernels that never run.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import importlib.util
@@ -20,6 +21,7 @@ from typing import Any
 from ..errors import UsageError, near_names
 from .families import FAMILIES, check_sizes, covers, is_family, read_family
 from .projections import LeftOut, Model, ModelConfigError, Projection
+from .text_file import read_text
 
 __all__ = [
     "ALIASES",
@@ -69,11 +71,26 @@ _AGAIN = "download the model's config.json again"
 
 @functools.cache
 def _table() -> Mapping[str, Model]:
+    return {row["name"]: _from_row(row) for row in _rows()}
+
+
+def _rows() -> list[dict[str, str]]:
     with TABLE.open(newline="", encoding="utf-8") as file:
-        return {row["name"]: _from_row(row) for row in csv.DictReader(file)}
+        return [*csv.DictReader(file)]
 
 
 def _from_row(row: Mapping[str, str]) -> Model:
+    kind, config = row["model_type"], _config_of(row)
+    notes = []
+    if config["model_type"] != kind:
+        notes.append("the language model alone: --config with the model's config.json has its other parts too")
+    if row["num_experts"]:
+        notes.append("transformers before 5 has a layer for each expert: --config lists what the installed one has")
+    return replace(read_family(config, row["name"], row["hf_id"]), notes=tuple(notes))
+
+
+def _config_of(row: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a ``config.json`` that decide a model's layers."""
     kind, width = row["model_type"], int(row["intermediate_size"])
     family = _LANGUAGE_PART.get(kind, kind)
     config: dict[str, Any] = {
@@ -86,13 +103,9 @@ def _from_row(row: Mapping[str, str]) -> Model:
         "intermediate_size": width,
         "vocab_size": int(row["vocab_size"]),
     }
-    notes = []
-    if family != kind:
-        notes.append("the language model alone: --config with the model's config.json has its other parts too")
     if row["num_experts"]:
         config |= {FAMILIES[family].experts_field: int(row["num_experts"]), "moe_intermediate_size": width}
-        notes.append("transformers before 5 has a layer for each expert: --config lists what the installed one has")
-    return replace(read_family(config, row["name"], row["hf_id"]), notes=tuple(notes))
+    return config
 
 
 def list_models() -> tuple[Model, ...]:
@@ -118,6 +131,23 @@ def find_model(name: str) -> Model:
     return model
 
 
+def config_text(model: str | None, config: str | Path | None) -> tuple[str, str]:
+    """A model's name and its config as JSON text, for a name as :func:`find_model` takes it, or a path of a config.
+
+    Of a model of the table the text has the fields that decide its layers.
+
+    Raises:
+        UnknownModelError, ModelConfigError: as :func:`find_model` and :func:`read_config`.
+    """
+    if config is not None:
+        file = _file_of(config)
+        text, _ = _load(file)
+        return _name_of(file), text
+    found = find_model(str(model))
+    row = next(row for row in _rows() if row["name"] == found.name)
+    return found.name, json.dumps(_config_of(row))
+
+
 def read_config(path: str | Path) -> Model:
     """Read the model of a Hugging Face ``config.json``, or of the folder that holds one.
 
@@ -128,11 +158,9 @@ def read_config(path: str | Path) -> Model:
         ModelConfigError: the file is missing or no JSON object, transformers has no class for it or cannot build it, or
             transformers is not installed and the model is of no known family.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "config.json"
+    file = _file_of(path)
     text, config = _load(file)
-    name = (file.resolve().parent.name if file.name == "config.json" else file.stem) or "config"
+    name = _name_of(file)
     try:
         if is_family(config):
             check_sizes(config)
@@ -145,13 +173,25 @@ def read_config(path: str | Path) -> Model:
         raise ModelConfigError(f"{file}: {error}") from error
 
 
+def _file_of(path: str | Path) -> Path:
+    file = Path(path)
+    with contextlib.suppress(OSError, ValueError):  # reading it says what is wrong
+        file = file / "config.json" if file.is_dir() else file
+    return file
+
+
+def _name_of(file: Path) -> str:
+    return (file.resolve().parent.name if file.name == "config.json" else file.stem) or "config"
+
+
 def _load(file: Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        text = read_text(file)
     except FileNotFoundError:
         raise ModelConfigError(f"{file}: no such file; give a model's config.json or its folder") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelConfigError(f"{file}: cannot be read as text ({error}); give a model's config.json") from error
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ModelConfigError(f"{file}: cannot be read as text ({reason}); give a model's config.json") from error
     try:
         config = json.loads(text)
     except json.JSONDecodeError as error:

@@ -10,12 +10,12 @@ from importlib import metadata
 
 from .. import __version__
 from ..cache.entry import PREDICTED, Environment, Evaluation
-from ..codegen.cost import DoesNotFitError, estimate_us, launch_us, library_us
+from ..codegen.cost import DoesNotFitError, estimate_us, floor_us, launch_us, library_us
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source
 from ..codegen.spec import Config, KernelSpec
 from ..codegen.variants import find_variant
-from .evaluation import Evaluator, Rejected, Resources, floor_us
+from .evaluation import Evaluator, Rejected, Resources
 from .space import Space
 
 SHORTLIST_DRAWS = 600

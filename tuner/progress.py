@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from ..codegen.spec import KernelSpec
+from ..printable import printable
 from .tally import Tally
 
 LINE_SECONDS = 15.0
@@ -120,7 +121,7 @@ class LineProgress(_Counting):
         self.note(f"{total} kernel{'' if total == 1 else 's'}{kept_text}")
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
     def _changed(self) -> None:
         now, ends = self._clock(), self._tally.ended and not self._ended
@@ -156,7 +157,7 @@ class BarProgress(_Counting):
             self._bar.advance(self._task)
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(printable(text), markup=False, highlight=False, emoji=False)
 
     def close(self) -> None:
         self._bar.stop()
@@ -178,7 +179,7 @@ class _BarWithLines(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         for line in self._lines_below():
-            yield Text(line, no_wrap=True, overflow="ellipsis")
+            yield Text(printable(line), no_wrap=True, overflow="ellipsis")
 
 
 def standard_error_progress(doing: str = "tuning") -> SilentProgress:

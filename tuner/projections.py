@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UsageError
 
@@ -10,6 +13,16 @@ HEAD = "the output head, which PEFT's all-linear leaves out"
 EXPERTS = "fused weights of experts: PEFT refuses DoRA on parameters"
 MOST = 10_000
 """No model has more layers, or more experts in one layer. A class makes a module for each, so more are refused."""
+
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+"""The activations that kernels of gated MLPs have, by transformers' names."""
 
 
 class ModelConfigError(UsageError):
@@ -57,7 +70,8 @@ class Model:
     """A model's linear layers: ``projections`` are tuned, ``left_out`` are not.
 
     ``layers`` counts decoder layers, None where the model has no one such number; ``hf_id`` is empty for a model read
-    from a file; ``notes`` says where the layers were read and what was assumed.
+    from a file; ``notes`` says where the layers were read and what was assumed. ``activation`` is that of the MLP:
+    ``silu``, ``gelu`` or ``gelu_tanh``; empty where it is another one or unknown.
     """
 
     name: str
@@ -66,3 +80,25 @@ class Model:
     projections: tuple[Projection, ...]
     notes: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    activation: str = ""
+
+    def gated(self) -> tuple[Projection, ...]:
+        """The gate projections whose output, activated, is multiplied by that of an up projection of the same shape."""
+        ups = {(each.shape, each.bias) for each in self.projections if each.name == "up_proj"}
+        gates = (each for each in self.projections if each.name == "gate_proj" and self.activation)
+        return tuple(gate for gate in gates if (gate.shape, gate.bias) in ups)
+
+    def grouped(self) -> tuple[tuple[Projection, ...], ...]:
+        """The projections q, k and v of an attention, which read one x: those that agree in d_in and bias."""
+        named = [[each for each in self.projections if each.name == name] for name in ("q_proj", "k_proj", "v_proj")]
+        return tuple(
+            group
+            for group in itertools.product(*named)
+            if len({(each.d_in, each.bias, each.count) for each in group}) == 1
+        )
+
+
+def activation_in(config: Mapping[str, Any], default: str = "") -> str:
+    """The activation that a config's fields name, in the words of :class:`Model`; ``default`` is the class's own."""
+    named = config.get("hidden_activation") or config.get("hidden_act") or default
+    return _ACTIVATIONS.get(named, "") if isinstance(named, str) else ""

@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from ..cache.entry import MEASURED, PREDICTED, BinaryKey, Entry, Final
+from ..cache.errors import CorruptRowError
 from ..cache.store import Store
+from ..printable import printable
+from ..terminal.tables import Table
 from .gain import Gains, gain, gains_of, percent, ran_before
 from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from .projections import LeftOut, Model, Projection
 from .tally import duration
 
-_SHAPE = ("d_out", "d_in", "rank", "tokens")
+_SHAPE = ("d_out", "d_in", "rank", "tokens", "layers")
 
 
 def row_of(entry: Entry) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def row_of(entry: Entry) -> dict[str, Any]:
         "op": spec.op,
         "spec": str(spec),
         **{name: getattr(spec, name) or None for name in _SHAPE},
+        **({"widths": list(spec.widths)} if spec.members > 1 else {}),
         "dtype": spec.weight or spec.activation,
         "variant": entry.config.variant,
         "config": str(entry.config),
@@ -46,8 +47,10 @@ def row_of(entry: Entry) -> dict[str, Any]:
     }
 
 
-def layers_of(model: Model) -> dict[str, Any]:
+def layers_of(model: Model | None) -> dict[str, Any]:
     """A model's linear layers as values for JSON: those that are tuned, and what is not, with the reason."""
+    if model is None:
+        return {"projections": [], "not_tuned": [], "notes": []}
     return {
         "projections": [vars(projection) for projection in model.projections],
         "not_tuned": [vars(left) for left in model.left_out],
@@ -74,14 +77,17 @@ def left_out_text(left: LeftOut) -> str:
     return f"{left.name} {list(left.shape)} ×{left.count}: {left.why}"
 
 
-def report(result: TuneResult, *, model: Model, gpu: str, store: str) -> dict[str, Any]:
-    """The whole report as values for JSON: model, GPU slug, store, a row for each entry, and the model's linear layers.
+def report(result: TuneResult, *, name: str, model: Model | None, gpu: str, store: str) -> dict[str, Any]:
+    """The whole report as values for JSON: what was tuned, GPU slug, store, a row for each entry, the linear layers.
+
+    ``name`` says what was tuned; ``model`` is None, and its layers are none, where that was a list of specs.
 
     ``outcomes`` counts the specs by outcome; ``gains`` are those of the kernels that this run tuned; ``failed`` has the
     specs without a winner and why; the other counts, ``stopped`` and ``fault`` are those of the result.
     """
     return {
-        "model": model.name,
+        "kernels_of": name,
+        "model": None if model is None else model.name,
         "gpu": gpu,
         "store": store,
         "rows": [{**row_of(row.entry), "outcome": row.outcome} for row in result.rows if row.entry is not None],
@@ -116,22 +122,23 @@ def closing_lines(result: TuneResult) -> list[str]:
     return lines
 
 
-def report_table(entries: Sequence[Entry], *, model: str, gpu: str) -> Table:
-    """A table of the entries for a terminal; its title says when times are predicted and not measured.
+def report_table(entries: Sequence[Entry], *, name: str, gpu: str) -> Table:
+    """A table of the entries for a terminal; its title says what was tuned, and when times are only predicted.
 
     The column ``gain`` is there only if an entry has a final with what ran before its search.
     """
     gains = any(gain(entry) is not None for entry in entries)
-    table = Table(title=f"{model} on {gpu}: {_how_known(entries)}")
+    table = Table(title=f"{name} on {gpu}: {_how_known(entries)}")
     for name in ("op", "shape", "tokens", "variant", "config"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name)
     numbers = ("reg/spill/smem", _time_column(entries), "floor µs", "× floor", *(("gain",) if gains else ()))
     for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     table.add_column("provenance")
     for entry in entries:
         spec, config, evaluation = entry.spec, entry.config, entry.evaluation
-        shape = "x".join(str(getattr(spec, dim)) for dim in ("d_out", "d_in") if getattr(spec, dim))
+        shape = "+".join(map(str, spec.widths)) + (f"x{spec.d_in}" if spec.d_in else "")
+        shape = f"{spec.layers} of {shape}" if spec.layers else shape
         params = str(config).partition(":")[2].replace(",", " ")
         used = (evaluation.registers, evaluation.spills, evaluation.shared_bytes)
         table.add_row(
@@ -156,10 +163,10 @@ def gains_table(gains: Gains) -> Table:
     The column ``before`` says which steps of a lookup gave what ran before.
     """
     table = Table(title="gained over what ran before")
-    table.add_column("spec", overflow="fold")
+    table.add_column("spec")
     table.add_column("before")
     for name in ("µs before", "µs now", "gain"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for of_kind in (gains.worst, gains.best[::-1]):
         for one in of_kind:
             before = ", ".join(one.before.origins)
@@ -255,11 +262,12 @@ def final_table(final: Final) -> Table:
     """A line for each contender of a final, the winner first, and below how sure the outcome is."""
     order = "the order held before the rounds ended" if final.settled else "the rounds ended before the order held"
     caption = f"confidence {final.confidence:.3f}, differences below {100.0 * final.noise:.1f} % are ties; {order}"
-    table = Table(title="final", caption=Text("\n".join((caption, *final.notices))))
-    table.add_column("config", overflow="fold")
+    table = Table(title="final")
+    table.caption = "\n".join(map(printable, (caption, *final.notices)))
+    table.add_column("config")
     table.add_column("origins")
     for name in ("µs", "slower", "rounds"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for contender in final.contenders:
         slower = "" if contender is final.winner else percent(contender.us / final.winner.us)
         rounds = str(len(contender.samples_us))
@@ -267,15 +275,15 @@ def final_table(final: Final) -> Table:
     return table
 
 
-def entries_of(store: Store, *, op: str | None = None, gpu: str | None = None) -> list[StoredEntry]:
-    """The entries of a store for an operation and a GPU, all when None."""
+def entries_of(
+    store: Store, *, op: str | None = None, gpu: str | None = None
+) -> tuple[list[StoredEntry], list[CorruptRowError]]:
+    """The entries of a store for an operation and a GPU, all when None, and the errors of the damaged rows there."""
     by_digest: dict[str, list[BinaryKey]] = {}
     for key in store.binary_keys():
         by_digest.setdefault(key.code_digest, []).append(key)
-    return [
-        StoredEntry(store.location, entry, by_digest.get(entry.code_digest, ()))
-        for entry in store.entries(op=op, gpu=gpu)
-    ]
+    entries, damaged = store.readable_entries(op=op, gpu=gpu)
+    return [StoredEntry(store.location, entry, by_digest.get(entry.code_digest, ())) for entry in entries], damaged
 
 
 def entries_table(found: Iterable[StoredEntry]) -> Table:

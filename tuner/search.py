@@ -20,9 +20,10 @@ candidate can be judged any more is given up, at once if the cause is known, els
 :data:`~.kernel_search.IN_A_ROW` candidates; without lanes the run ends and says why (``TuneResult.fault``).
 
 **Stopping.** At the time limit, on Ctrl-C and on SIGTERM the candidates under evaluation are finished and nothing new
-is started; after the time limit, searches that have tried their seeds still play their finals, for at most
-:data:`LAST_FINALS_SECONDS`. A search cut short stores its best so far only when all its seeds were tried, and stays
-open: the next run continues from its trials. A run that is killed loses the candidates under way.
+is started; on a signal they have :data:`STOP_SECONDS` for it, and compiles under way are ended. After the time limit,
+searches that have tried their seeds still play their finals, for at most :data:`LAST_FINALS_SECONDS`. A search cut
+short stores its best so far only when all its seeds were tried, and stays open: the next run continues from its trials.
+A run that is killed loses the candidates under way.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -45,6 +46,7 @@ import optuna
 
 from ..cache.entry import DEFAULT, MEASURED, PREDICTED, Entry
 from ..cache.store import Store
+from ..codegen.cost import floor_us
 from ..codegen.gpu import Gpu
 from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
@@ -52,7 +54,7 @@ from ..codegen.variants import check_config
 from ..errors import UsageError
 from .campaign import Campaign
 from .effort import STANDARD, Budget, Effort
-from .evaluation import BROKEN, ContextLostError, Evaluator, floor_us
+from .evaluation import BROKEN, ContextLostError, Evaluator
 from .fusion import composition_of, needs_timing, with_unfused_time
 from .incumbents import Incumbents, built_in
 from .kernel_search import BEHIND, FINAL, OVER, TRYING, KernelSearch, Lane
@@ -64,7 +66,7 @@ from .progress import SilentProgress
 from .sampler import ModelSampler
 from .space import Space
 from .studies import KernelStudy, searched_with, study_name
-from .study_storage import default_study_storage, open_study_storage, quiet, release
+from .study_storage import default_study_storage, open_study_storage, quiet, release, storage_file
 from .workers import POLL_SECONDS, Compiled, CompilePool, default_jobs
 
 SIBLINGS = 4
@@ -78,6 +80,9 @@ NEAR_BUCKET = 2
 
 LAST_FINALS_SECONDS = 20.0
 """How long the searches that a time limit cut short may take for their finals."""
+
+STOP_SECONDS = 1.5
+"""How long a candidate under evaluation may take after Ctrl-C before it is ended."""
 
 SWITCH_SECONDS = 0.0005
 """How long the main thread keeps Python's lock while a lane wants it, in place of 5 ms: a lane needs it several times
@@ -142,25 +147,28 @@ def tune(
     budgets = [effort.measure, effort.beside, effort.sister] if provenance == MEASURED else [effort.predict] * 3
     if trials is not None:
         budgets = [budget.with_trials(trials) for budget in budgets]
-    url = study_storage or default_study_storage()
+    url = default_study_storage() if study_storage is None else study_storage
     began = time.monotonic()
     deadline = None if timeout is None else began + timeout
     given = stand_ins or StandIns()
     pool = (given.pool or CompilePool)(gpu, jobs)
     storage = given.storage or open_study_storage(url)
     said = progress or SilentProgress()
-    pool.start()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     run = _Run(evaluators, store, gpu, effort, budgets, storage, url, pool, incumbents, binaries, said, given)
     try:
+        pool.start()
         with _interruption(run):
             run.search(list(dict.fromkeys(specs)), deadline)
     except KeyboardInterrupt:  # a second Ctrl-C: at once
         run.stopped = "interrupt"
+        run.end_evaluations()
     finally:
         sys.setswitchinterval(interval)
         run.progress.close()
+        if run.stopped == "interrupt":
+            pool.kill()
         pool.close()
         for lane in run.lanes:
             lane.close()
@@ -228,7 +236,7 @@ class _Run:
         self.trials = 0
         self.rejected: Counter[str] = Counter()
         self.undecided: Counter[str] = Counter()
-        shared = "://" in url and not url.startswith("sqlite:")
+        shared = storage_file(url) is None
         self._alone = not shared and not was_launched(os.environ)
         self._space = stand_ins.space or Space
         self._sampler = stand_ins.sampler
@@ -241,7 +249,7 @@ class _Run:
         """Of each family: the configs that this run has compiled. Its token buckets share their code."""
 
     def row(self, spec: KernelSpec) -> Tuned:
-        return self._rows.get(spec) or Tuned(spec, UNFINISHED, self.store.get(spec), "not begun")
+        return self._rows.get(spec) or Tuned(spec, UNFINISHED, self.store.readable(spec), "not begun")
 
     def search(self, specs: list[KernelSpec], deadline: float | None) -> None:
         self._deadline = deadline
@@ -253,7 +261,7 @@ class _Run:
             if entry is not None:
                 self._keep(entry)
             else:
-                families.setdefault(_family(spec), []).append(spec)
+                families.setdefault(spec.family, []).append(spec)
         self.progress.start(len(specs), len(self._rows), len(self.lanes))
 
         def lacks(family: KernelSpec) -> bool:
@@ -306,6 +314,10 @@ class _Run:
                 family = turns.pop(turn)
                 self._after_turn(turn, family, active, campaign, families[family])
             self._store_binaries()
+        if self.stopped == "interrupt":
+            self.progress.note("stopping; Ctrl-C again ends the run at once")
+            wait(turns, timeout=STOP_SECONDS)
+            self.end_evaluations()
         for turn in turns:  # the candidates under evaluation are finished
             turn.result()
         self._last_finals(active)
@@ -314,7 +326,12 @@ class _Run:
             self._cut_short(search)
         for family, reason in campaign.given_up.items():
             for spec in families[family]:
-                self._rows.setdefault(spec, Tuned(spec, FAILED, self.store.get(spec), reason))
+                self._rows.setdefault(spec, Tuned(spec, FAILED, self.store.readable(spec), reason))
+
+    def end_evaluations(self) -> None:
+        """End the candidates that are still under evaluation; nothing is recorded of them."""
+        for lane in self.lanes:
+            lane.evaluator.cancel()
 
     def _lanes(self) -> list[Lane]:
         """The lanes that can still judge candidates."""
@@ -407,10 +424,10 @@ class _Run:
         self._rows[spec] = Tuned(spec, KEPT, entry, "in the store already")
         played = entry.final.contenders if entry.final is not None else ()
         configs = list(dict.fromkeys((entry.config, *(contender.config for contender in played))))
-        self._best.setdefault(_family(spec), []).append((spec.tokens, configs[:SIBLINGS]))
+        self._best.setdefault(spec.family, []).append((spec.count, configs[:SIBLINGS]))
 
     def _kept(self, spec: KernelSpec) -> Entry | None:
-        entry = self.store.get(spec)
+        entry = self.store.readable(spec)
         if entry is None or check_config(spec, entry.config, self.gpu) is not None:
             return None
         digest = template_digest(spec.op, entry.config.variant)
@@ -441,7 +458,7 @@ class _Run:
         best_estimate = min((us for us in estimates.values() if us is not None), default=float("inf"))
         seeds = [config for config, us in estimates.items() if us is None or us <= BEHIND * best_estimate]
         siblings, near = self._siblings(spec)
-        compiled = self._compiled.setdefault(_family(spec), set())
+        compiled = self._compiled.setdefault(spec.family, set())
         budget = self.budget
         if near:
             budget = self.beside_budget
@@ -482,7 +499,7 @@ class _Run:
 
     def _incumbents_of(self, spec: KernelSpec) -> Incumbents:
         found = built_in(spec, self.gpu) if self._incumbents is None else self._incumbents(spec)
-        before = self.store.get(spec)  # from an older template or a lower effort
+        before = self.store.readable(spec)  # from an older template or a lower effort
         if before is not None and check_config(spec, before.config, self.gpu) is None:
             stored = (before.config, "exact")
             found = replace(found, played=tuple(dict.fromkeys((stored, *found.played))))
@@ -493,8 +510,8 @@ class _Run:
         whether the nearest has so few times more or fewer tokens that its best are likely to be the best here.
         """
         found = sorted(
-            (abs(tokens.bit_length() - spec.tokens.bit_length()), tokens, configs)
-            for tokens, configs in self._best.get(_family(spec), ())
+            (abs(tokens.bit_length() - spec.count.bit_length()), tokens, configs)
+            for tokens, configs in self._best.get(spec.family, ())
         )
         near = [configs[:SIBLINGS] if rank == 0 else configs[:1] for rank, (_, _, configs) in enumerate(found)]
         siblings = list(dict.fromkeys(config for configs in near for config in configs))
@@ -505,7 +522,7 @@ class _Run:
         if search.study.best is not None and search.study.seeded(search.budget):
             self._close(search, PARTIAL, search.given_up)
         else:
-            self._rows[search.spec] = Tuned(search.spec, FAILED, self.store.get(search.spec), search.given_up)
+            self._rows[search.spec] = Tuned(search.spec, FAILED, self.store.readable(search.spec), search.given_up)
             self.progress.done(search.spec, FAILED, None, search.study.floor_us)
 
     def _last_finals(self, active: dict[KernelSpec, tuple[KernelSearch, Lane]]) -> None:
@@ -536,18 +553,18 @@ class _Run:
         if study.best is not None and study.seeded(search.budget):
             self._close(search, PARTIAL, note)
         else:
-            self._rows[search.spec] = Tuned(search.spec, UNFINISHED, self.store.get(search.spec), note)
+            self._rows[search.spec] = Tuned(search.spec, UNFINISHED, self.store.readable(search.spec), note)
 
     def _close(self, search: KernelSearch, outcome: str, note: str) -> None:
         """Store the winner of a search and note the row."""
         spec, entry = search.spec, search.entry(self._environment)
         if entry is not None and search.doubt:
             outcome, note, entry = UNFINISHED, f"what runs today could not be judged: {search.doubt}", None
-            self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
+            self._rows[spec] = Tuned(spec, outcome, self.store.readable(spec), note)
             self.progress.notice("undecided", f"{spec}: {note}")
         elif entry is None:
             outcome, note = FAILED, search.why_none()
-            self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
+            self._rows[spec] = Tuned(spec, outcome, self.store.readable(spec), note)
         else:
             self.store.put(entry)
             undecided = search.study.undecided
@@ -556,8 +573,8 @@ class _Run:
                 self.progress.notice("undecided", f"{spec}: {note}")
             for kind, notice in disturbances(entry.final).items() if entry.final else ():
                 self.progress.notice(kind, f"{spec}: in the final, {notice}")
-            self._rows[spec] = Tuned(spec, outcome, self.store.get(spec), note)
-            self._best.setdefault(_family(spec), []).append((spec.tokens, search.best_configs(SIBLINGS)))
+            self._rows[spec] = Tuned(spec, outcome, self.store.readable(spec), note)
+            self._best.setdefault(spec.family, []).append((spec.count, search.best_configs(SIBLINGS)))
             if self.binaries:
                 self._packing.start(self._rows[spec].entry)
         self.progress.done(spec, outcome, entry.evaluation.us if entry else None, search.study.floor_us)
@@ -602,12 +619,12 @@ class _Run:
             return str(failure) or type(failure).__name__
         if times is not None:
             self.store.put(with_unfused_time(entry, *times))
-            self._rows[entry.spec] = replace(self._rows[entry.spec], entry=self.store.get(entry.spec))
+            self._rows[entry.spec] = replace(self._rows[entry.spec], entry=self.store.readable(entry.spec))
         return None
 
     def _config(self, spec: KernelSpec) -> Config:
         """The best config that is known for ``spec``, which need not be one of this run."""
-        entry = self.store.get(spec)
+        entry = self.store.readable(spec)
         if entry is not None and check_config(spec, entry.config, self.gpu) is None:
             return entry.config
         return self._incumbents_of(spec).configs[0]
@@ -640,11 +657,6 @@ class _Run:
             study.floor_us,
             search.incumbent_us,
         )
-
-
-def _family(spec: KernelSpec) -> KernelSpec:
-    """The spec without its token bucket: same shape, same code."""
-    return replace(spec, tokens=1) if spec.tokens else spec
 
 
 def _lazily(make: Callable[[], Sequence[Config]]) -> Iterator[Config]:

@@ -11,16 +11,18 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from ..cache.entry import Environment, Evaluation
-from ..codegen.spec import Config
-from .effort import Budget
+from ..cache.entry import MEASURED, PREDICTED, Environment, Evaluation
+from ..codegen.spec import Config, KernelSpec, SpecError
+from ..errors import DoratuneError
+from .effort import MOST_TRIALS, Budget
 from .sampler import ModelSampler
 from .space import Space
 from .study_storage import patiently
@@ -49,6 +51,16 @@ def study_name(space: Space, environment: Environment, provenance: str) -> str:
     """The name of a spec's study: a changed template, search space, Triton or GPU starts a new one."""
     state = "|".join((space.digest(), environment.triton, environment.gpu_name))
     return f"{space.spec} {provenance} {hashlib.sha256(state.encode()).hexdigest()[:12]}"
+
+
+def spec_of_study(name: str) -> tuple[KernelSpec, str] | None:
+    """The spec and the provenance that :func:`study_name` gave a study; None for a name of another kind."""
+    spec, _, rest = name.partition(" ")
+    provenance, _, digest = rest.partition(" ")
+    try:
+        return (KernelSpec.parse(spec), provenance) if digest and provenance in (MEASURED, PREDICTED) else None
+    except SpecError:
+        return None
 
 
 @dataclasses.dataclass
@@ -88,17 +100,17 @@ class KernelStudy:
         self.exhausted = False
         self._url = url
         self._stored, trials, attributes = patiently(url, lambda: _load(storage, name))
-        past = [trial for trial in trials if _is_judged(trial)]
-        self._done = int(attributes.get(_DONE, 0))
-        self._suspects: list[str] = list(attributes.get(_SUSPECTS, ()))
+        past = read_trials(trials)
+        self._done = _budget_of(attributes)
+        suspects = attributes.get(_SUSPECTS, ())
+        self._suspects = [str(name) for name in suspects] if isinstance(suspects, list) else []
         seed = int.from_bytes(hashlib.sha256(f"{name}+{len(past)}".encode()).digest()[:4], "big")
         self._chance = random.Random(seed)
         self._study = optuna.create_study(sampler=sampler(space, seed))
         # A config that an earlier process got from elsewhere may lie outside the space: the sampler cannot use it.
-        inside = [trial for trial in past if Config.parse(trial.user_attrs["config"]) in space]
-        self._study.add_trials([self._with_params(trial) for trial in inside])
-        for trial in past:
-            self._remember(trial)
+        self._study.add_trials([self._with_params(judged) for judged in past if judged.config in space])
+        for judged in past:
+            self._remember(judged)
         self._pending: set[Config] = set()
 
     @property
@@ -213,16 +225,15 @@ class KernelStudy:
         # If a broken connection has it stored twice, the second is read as the same trial.
         patiently(self._url, lambda: self._stored.add_trial(stored))
         self._pending.discard(candidate.config)
-        self._remember(frozen)
+        self._remember(Judged(candidate.config, evaluation, str(frozen.user_attrs.get(_VERDICT, ""))))
 
-    def _with_params(self, trial: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+    def _with_params(self, judged: Judged) -> optuna.trial.FrozenTrial:
         """A stored trial as the sampler needs it."""
-        config = Config.parse(trial.user_attrs["config"])
         return optuna.trial.create_trial(
-            state=trial.state,
-            value=trial.value,
-            params=self.space.params(config),
-            distributions=self.space.distributions(config),
+            state=TrialState.PRUNED if judged.evaluation is None else TrialState.COMPLETE,
+            value=None if judged.evaluation is None else judged.evaluation.us,
+            params=self.space.params(judged.config),
+            distributions=self.space.distributions(judged.config),
         )
 
     def _tell(self, trial: optuna.Trial, evaluation: Evaluation | None) -> optuna.trial.FrozenTrial:
@@ -230,15 +241,10 @@ class KernelStudy:
             return self._study.tell(trial, state=TrialState.PRUNED)  # the sampler ranks it behind every time
         return self._study.tell(trial, evaluation.us)
 
-    def _remember(self, trial: optuna.trial.FrozenTrial) -> None:
-        text = trial.user_attrs.get("evaluation")
-        evaluation = None
-        if text is not None:
-            values = json.loads(text)
-            evaluation = Evaluation(**{**values, "samples_us": tuple(values["samples_us"])})
-        else:
-            self.reasons.append(str(trial.user_attrs[_VERDICT]))
-        self.evaluated[Config.parse(trial.user_attrs["config"])] = evaluation
+    def _remember(self, judged: Judged) -> None:
+        if judged.evaluation is None:
+            self.reasons.append(judged.reason)
+        self.evaluated[judged.config] = judged.evaluation
 
     def _trials_without_gain(self) -> int:
         best, idle = float("inf"), 0
@@ -258,14 +264,49 @@ def _load(
     return study, study.get_trials(deepcopy=False), study.user_attrs
 
 
-def _is_judged(trial: optuna.trial.FrozenTrial) -> bool:
-    return "config" in trial.user_attrs and bool({"evaluation", _VERDICT} & trial.user_attrs.keys())
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What a stored trial says: the config with its evaluation, or with the reason why it is out."""
+
+    config: Config
+    evaluation: Evaluation | None
+    reason: str = ""
+
+
+def read_trials(trials: Iterable[optuna.trial.FrozenTrial]) -> list[Judged]:
+    """What stored trials say, in their order; those that say nothing or are damaged are left out."""
+    return [judged for trial in trials if (judged := _judged(trial)) is not None]
+
+
+def _judged(trial: optuna.trial.FrozenTrial) -> Judged | None:
+    """What a trial says; None if it says nothing, or is damaged: then its config is tried again."""
+    try:
+        config = Config.parse(trial.user_attrs["config"])
+        text = trial.user_attrs.get("evaluation")
+        if text is None:
+            return Judged(config, None, str(trial.user_attrs[_VERDICT]))
+        values = json.loads(text)
+        evaluation = Evaluation(**{**values, "samples_us": tuple(values["samples_us"])})
+        return Judged(config, evaluation) if 0.0 < float(evaluation.us or 0.0) < math.inf else None
+    except (DoratuneError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return None
 
 
 def searched_with(storage: optuna.storages.BaseStorage, name: str, url: str = "") -> int | None:
     """The trial budget with which this study was finished, 0 if it was not, None if there is no such study."""
-    try:
-        study_id = patiently(url, lambda: storage.get_study_id_from_name(name))
-    except KeyError:
-        return None
-    return int(patiently(url, lambda: storage.get_study_user_attrs(study_id)).get(_DONE, 0))
+
+    def attributes() -> dict[str, Any] | None:
+        try:
+            study_id = storage.get_study_id_from_name(name)
+        except KeyError:
+            return None
+        return storage.get_study_user_attrs(study_id)
+
+    found = patiently(url, attributes)
+    return None if found is None else _budget_of(found)
+
+
+def _budget_of(attributes: Mapping[str, Any]) -> int:
+    """The trial budget with which a study was finished; 0 if it was not, or says nothing readable."""
+    done = attributes.get(_DONE, 0)
+    return done if isinstance(done, int) and 0 <= done <= MOST_TRIALS else 0

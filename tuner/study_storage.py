@@ -7,10 +7,13 @@ lock two processes could both find a trial waiting and both take it.
 
 from __future__ import annotations
 
+import json
+import re
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,12 +22,14 @@ import optuna
 import sqlalchemy
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
-from ..cache.create import new_file, place, wait_for_claim
+from ..cache.create import keep_log, new_file, place, wait_for_claim
 from ..cache.location import Location, without_password
 from ..cache.stack import home
 from ..errors import DoratuneError
 
-_SQLITE = "sqlite:///"
+_SQLITE = re.compile(r"sqlite(\+pysqlite)?:", re.IGNORECASE)
+_SQLITE_MAGIC = b"SQLite format 3\x00"
+_STUDIES = "studies"  # a table of Optuna's
 _POSTGRESQL = ("postgresql://", "postgres://", "postgresql+psycopg://")
 _BUSY_SECONDS = 60
 _ADVISORY_LOCK = 0x646F7261
@@ -49,6 +54,9 @@ class Heartbeat:
 
 HEARTBEAT = Heartbeat(interval=15, grace=60)
 
+_DAMAGED = (AssertionError, AttributeError, IndexError, KeyError, TypeError, json.JSONDecodeError)
+"""What Optuna raises for rows that it would not have written."""
+
 PATIENCE_SECONDS = 30.0
 """How long a database that does not answer is tried again before the run ends."""
 
@@ -60,34 +68,57 @@ class StudyStorageError(DoratuneError):
 
 
 def default_study_storage() -> str:
-    """The URL of the user's own study storage, a SQLite file beside the user's store.
+    """The path of the user's own study storage, a SQLite file beside the user's store.
 
     Raises:
         NoHomeError: as :func:`~doratune.cache.stack.home`.
     """
-    return f"sqlite:///{home() / 'studies.sqlite'}"
+    return str(home() / "studies.sqlite")
 
 
 def open_study_storage(location: str | None = None) -> optuna.storages.BaseStorage:
     """Open the Optuna storage at ``location``, a SQLite file's path or a URL of SQLAlchemy's. A missing file is made.
 
     Raises:
+        LocationError: it is empty or a database in memory.
         StudyStorageError: it cannot be opened or made.
     """
-    location = location or default_study_storage()
+    location = default_study_storage() if location is None else location
+    path = storage_file(location)
     with explained(location):
+        if path is not None:
+            if not path.exists():
+                _create(path)
+            wait_for_claim(path)
+            _check_file(path)
+            return _sqlite_storage(path)
         if location.startswith(_POSTGRESQL):
             return _postgresql_storage(location)
-        if "://" in location and not location.startswith(_SQLITE):
-            return _storage(location, {"pool_pre_ping": True})
-        try:
-            path = Path(location.removeprefix(_SQLITE)).expanduser().absolute()
-        except RuntimeError as error:  # a ~ of a user without a home
-            raise ValueError(str(error)) from None
-        if not path.exists():
-            _create(path)
-        wait_for_claim(path)
-        return _sqlite_storage(path)
+        return _storage(location, {"pool_pre_ping": True})
+
+
+def check_study_storage(location: str) -> None:
+    """Say what is wrong with a study storage at ``location`` without making it.
+
+    Raises:
+        LocationError, StudyStorageError: as :func:`open_study_storage`, as far as that can be known.
+    """
+    path = storage_file(location)
+    with explained(location):
+        if path is not None and path.exists():
+            wait_for_claim(path)
+            _check_file(path)
+
+
+def storage_file(location: str) -> Path | None:
+    """The file of a study storage at a path or a ``sqlite:///`` URL; None for another database.
+
+    Raises:
+        LocationError: the location is empty or a database in memory.
+    """
+    if "://" in location and not _SQLITE.match(location):
+        return None
+    return Location.parse(location, "study storage").path
 
 
 def _storage(url: str, engine_kwargs: dict[str, object]) -> optuna.storages.RDBStorage:
@@ -137,29 +168,45 @@ def _has_studies(connection: sqlalchemy.Connection) -> bool:
     return connection.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).first() is not None
 
 
-def _url_of(path: Path) -> sqlalchemy.URL:
-    return sqlalchemy.URL.create("sqlite", database=str(path))
-
-
 def _create(path: Path) -> None:
     # Created completely under another name, in WAL mode: processes that start together would race for both.
     with new_file(Location.parse(path), path) as fresh:
-        engine = sqlalchemy.create_engine(_url_of(fresh))
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-        engine.dispose()
         release(_sqlite_storage(fresh))
+        keep_log(fresh)
         place(fresh, path)
 
 
+def _check_file(path: Path) -> None:
+    """Refuse a file that Optuna must not add its tables to.
+
+    Raises:
+        ValueError: it is no SQLite database, or one of another application, such as a store.
+    """
+    if not path.is_file():  # to open a pipe would wait for whoever writes to it
+        raise ValueError("it is not a file; name one")
+    with path.open("rb") as file:
+        head = file.read(len(_SQLITE_MAGIC))
+    if head != _SQLITE_MAGIC:
+        raise ValueError("the file is not a SQLite database and is left as it is")
+    with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if tables and _STUDIES not in tables:
+        raise ValueError(f"the database is of another application (its tables: {', '.join(sorted(tables))[:200]})")
+
+
 def _sqlite_storage(path: Path) -> optuna.storages.RDBStorage:
-    storage = _storage(_url_of(path).render_as_string(), {"connect_args": {"timeout": _BUSY_SECONDS}})
+    def connect() -> sqlite3.Connection:
+        # Without the file's name in a URL, whose text Optuna formats: a name may contain any character.
+        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+        # In WAL mode NORMAL loses nothing when the process dies, and at a power cut only the latest trials.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+    storage = _storage("sqlite://", {"creator": connect, "poolclass": sqlalchemy.QueuePool})
 
     @sqlalchemy.event.listens_for(storage.engine, "connect")
-    def relax(connection: object, record: object) -> None:
-        # In WAL mode NORMAL loses nothing when the process dies, and at a power cut only the latest trials.
-        connection.execute("PRAGMA synchronous = NORMAL")  # type: ignore[attr-defined]
-        connection.isolation_level = None  # type: ignore[attr-defined]  # the listener below begins the transactions
+    def relax(connection: sqlite3.Connection, record: object) -> None:
+        connection.isolation_level = None  # the listener below begins the transactions
 
     @sqlalchemy.event.listens_for(storage.engine, "begin")
     def begin(connection: sqlalchemy.Connection) -> None:
@@ -174,13 +221,28 @@ def explained(url: str) -> Iterator[None]:
     """Raise a failure of the database inside the block as a StudyStorageError with its cause and what to do."""
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, OSError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error  # Optuna's message hides it
-        reason = without_password(str(getattr(cause, "orig", None) or cause).strip().splitlines()[0])
+    except _DAMAGED as error:
         raise StudyStorageError(
-            f"study storage {without_password(url)}: {reason}; check the path or URL and its permissions, "
-            "or name another with --study-storage"
+            f"study storage {without_password(url)}: what Optuna reads there makes no sense to it "
+            f"({type(error).__name__}: {_first_line(error)}); it is damaged or of another version of Optuna. "
+            "Move it away, or name another with --study-storage"
         ) from error
+    except RuntimeError as error:  # Optuna's schema check
+        raise StudyStorageError(
+            f"study storage {without_password(url)}: {_first_line(error)} Or name another storage with --study-storage"
+        ) from error
+    except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.OptunaError, ImportError, ValueError, OSError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error  # Optuna's message hides it
+        reason = without_password(_first_line(getattr(cause, "orig", None) or cause))
+        damaged = "malformed" in reason or "no such" in reason or "has no column" in reason
+        remedy = "it is damaged: move it away" if damaged else "check the path or URL and its permissions"
+        raise StudyStorageError(
+            f"study storage {without_password(url)}: {reason}; {remedy}, or name another with --study-storage"
+        ) from error
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def patiently(url: str, work: Callable[[], T]) -> T:
@@ -199,11 +261,17 @@ def patiently(url: str, work: Callable[[], T]) -> T:
                 return work()
             except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
                 cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
-                passing = isinstance(cause, (OperationalError, InterfaceError))
-                if not passing or time.monotonic() + pause > deadline:
+                if not _may_pass(cause) or time.monotonic() + pause > deadline:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """Whether a failure may be gone when the work is tried again."""
+    if not isinstance(cause, (OperationalError, InterfaceError)):
+        return False
+    return not isinstance(cause.orig, sqlite3.Error) or "locked" in str(cause.orig)
 
 
 def release(storage: optuna.storages.BaseStorage) -> None:

@@ -1,34 +1,37 @@
-"""One tuning run for a model: plan, choose the evaluator, search, store."""
+"""One tuning run for a model or for listed specs: plan, choose the evaluator, search, store."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from ..cache.entry import MEASURED
 from ..cache.stack import user_store_path
 from ..cache.store import Store
+from ..codegen.compile_process import usable_cores
 from ..codegen.gpu import Gpu, find_gpu
 from ..codegen.spec import KernelSpec
 from ..errors import UsageError
 from ..runtime.device import find_device, gpu_of
+from ..runtime.local_ranks import share_of_cores
 from .effort import find_effort
 from .evaluation import Evaluator, GpuLostError
 from .incumbents import Incumbents, incumbents_of
 from .jobs import plan_jobs
-from .launcher import check_hosts, launcher_device, launcher_jobs
+from .launcher import check_hosts, launcher_device
 from .models import Model, requested_model
 from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from .predict import PredictEvaluator
 from .progress import SilentProgress
 from .report import layer_lines
 from .search import tune
-from .study_storage import default_study_storage
-from .workers import usable_cores
+from .spec_list import SpecList, read_spec_list
+from .study_storage import check_study_storage, default_study_storage
 
 EVALUATORS = ("auto", "measure", "predict")
 
@@ -37,15 +40,20 @@ EVALUATORS = ("auto", "measure", "predict")
 class Request:
     """The options of ``doratune tune``.
 
-    Exactly one of ``model`` and ``config`` is given; no ``ops`` or ``tokens`` means all. ``gpu`` is ``auto`` or a name
-    for :func:`~doratune.codegen.gpu.find_gpu`; ``adapter_dtype`` None means ``dtype``; ``timeout`` is in seconds;
+    Given are exactly one of ``model`` and ``config``, or else ``specs``, ``spec_file`` or both: then exactly these
+    kernels are tuned, and ``ranks`` to ``tokens`` mean nothing. No ``ops`` or ``tokens`` means all. ``gpu`` is ``auto``
+    or a name for :func:`~doratune.codegen.gpu.find_gpu`; ``weight`` is a weight format or None;
+    ``adapter_dtype`` None means ``dtype``; ``timeout`` is in seconds;
     ``device`` is a device, several with commas in between, or ``all``.
     """
 
     model: str | None = None
     config: Path | None = None
+    specs: tuple[str, ...] = ()
+    spec_file: Path | None = None
     ranks: tuple[int, ...] = (384,)
     dtype: str = "bf16"
+    weight: str | None = None
     adapter_dtype: str | None = None
     autocast: bool = False
     ops: tuple[str, ...] = ()
@@ -61,12 +69,21 @@ class Request:
     study_storage: str | None = None
     binaries: bool = True
 
+    @property
+    def listed(self) -> bool:
+        """Whether specs are tuned that the user lists, and no model's."""
+        return bool(self.specs) or self.spec_file is not None
+
 
 @dataclass(frozen=True)
 class ModelRun:
-    """A finished run. ``store`` is the store's location."""
+    """A finished run of a model, or of listed specs: then ``model`` is None.
 
-    model: Model
+    ``name`` says what was tuned; ``store`` is the store's location.
+    """
+
+    name: str
+    model: Model | None
     gpu: Gpu
     provenance: str
     store: str
@@ -90,42 +107,43 @@ class ModelRun:
 def tune_model(
     request: Request, progress: SilentProgress | None = None, model: Callable[[], Model] | None = None
 ) -> ModelRun:
-    """Tune every kernel that DoRA on a model's linear projections needs.
+    """Tune every kernel that DoRA on a model's linear projections needs, or those that the request lists.
 
     ``model`` is what :func:`~.models.requested_model` returned for the request, if the caller has called it already;
     ``progress`` lists the model's layers before the search.
 
     Raises:
-        UsageError: an unknown model or GPU, a malformed config, an invalid option.
+        UsageError: an unknown model or GPU, a malformed config or list of specs, an invalid option.
         NoHomeError: a store or study storage is not named, and this user has no folder for it.
         StoreError, StudyStorageError: a database failed.
     """
-    found = (model or requested_model(request.model, request.config))()
+    found: Model | SpecList
+    if request.listed:
+        if request.model is not None or request.config is not None:
+            raise UsageError("--spec and --specs tune the kernels that they list; leave --model and --config out")
+        found = read_spec_list(request.specs, request.spec_file, gpu=request.gpu)
+        request = replace(request, gpu=found.gpu)
+    else:
+        found = (model or requested_model(request.model, request.config))()
     gpu, evaluators = choose_evaluators(request)
     provenance = evaluators[0].provenance
-    specs = plan_jobs(
-        found,
-        ranks=request.ranks,
-        dtype=request.dtype,
-        adapter_dtype=request.adapter_dtype,
-        autocast=request.autocast,
-        gpu=gpu.slug,
-        ops=request.ops or None,
-        tokens=request.tokens or None,
-    )
+    specs = found.specs if isinstance(found, SpecList) else _plan(found, request, gpu)
     effort = find_effort(request.effort)
     if request.trials is not None:
         effort.budget(provenance).with_trials(request.trials)  # raises before a store is made
-    study_storage = request.study_storage or default_study_storage()  # likewise
+    study_storage = default_study_storage() if request.study_storage is None else request.study_storage  # likewise
+    check_study_storage(study_storage)
     check_hosts(os.environ, study_storage)
     said = progress or SilentProgress()
-    location = request.store or user_store_path()
+    if isinstance(found, SpecList) and request.evaluator == "auto" and provenance != MEASURED:
+        said.note(f"the GPU of these specs, {gpu.slug}, is not here: their times are predicted, not measured")
+    location = user_store_path() if request.store is None else request.store
 
     def incumbents(spec: KernelSpec) -> Incumbents:
         return incumbents_of(spec, gpu, None if request.store is None else str(request.store))
 
     with Store.open(location, create=True) as store:
-        for line in layer_lines(found):
+        for line in layer_lines(found) if isinstance(found, Model) else [found.name]:
             said.note(line)
         result = tune(
             specs,
@@ -135,13 +153,28 @@ def tune_model(
             effort=effort,
             trials=request.trials,
             timeout=request.timeout,
-            jobs=request.jobs or launcher_jobs(os.environ, usable_cores(), os.cpu_count() or 1),
+            jobs=request.jobs or share_of_cores(os.environ, usable_cores(), os.cpu_count() or 1),
             study_storage=study_storage,
             incumbents=incumbents,
             binaries=request.binaries,
             progress=said,
         )
-        return ModelRun(found, gpu, provenance, store.location, result)
+        model_tuned = found if isinstance(found, Model) else None
+        return ModelRun(found.name, model_tuned, gpu, provenance, store.location, result)
+
+
+def _plan(model: Model, request: Request, gpu: Gpu) -> Sequence[KernelSpec]:
+    return plan_jobs(
+        model,
+        ranks=request.ranks,
+        dtype=request.dtype,
+        weight=request.weight,
+        adapter_dtype=request.adapter_dtype,
+        autocast=request.autocast,
+        gpu=gpu.slug,
+        ops=request.ops or None,
+        tokens=request.tokens or None,
+    )
 
 
 def choose_evaluators(request: Request) -> tuple[Gpu, list[Evaluator]]:
@@ -176,7 +209,7 @@ def choose_evaluators(request: Request) -> tuple[Gpu, list[Evaluator]]:
         if here != target:
             raise UsageError(
                 f"cannot measure for {target.slug}: the GPU here is {here.slug}; "
-                "leave --gpu out, or use --evaluator predict"
+                f"{'list specs for it' if request.listed else 'leave --gpu out'}, or use --evaluator predict"
             )
         isolated = [
             IsolatedEvaluator(functools.partial(MeasureEvaluator, target, str(device)), target)

@@ -12,33 +12,38 @@ winner, nothing is compiled again.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..cache.entry import Binary
 from ..codegen.binary import check, pack
 from ..codegen.compile import CompiledKernel, CompileError, compile_source, prepare_launchers
+from ..codegen.compile_process import (
+    COMPILE_SECONDS,
+    STUCK_SECONDS,
+    prepare_worker,
+    starting,
+    time_limit,
+    usable_cores,
+)
 from ..codegen.gpu import Gpu, find_gpu
 from ..codegen.render import Source, render
 from ..codegen.spec import Config, KernelSpec
+from ..temporaries import remove_orphans, temporary_name
+from ..terminal.interrupts import remove_at_end
 from .evaluation import BrokenEnvironmentError, Resources, Undecided
-
-COMPILE_SECONDS = 60
-"""A compile that uses more processor time is ended: a kernel of this package takes one to three seconds."""
-
-STUCK_SECONDS = 180
-"""A compile that takes this long by the clock is ended too: the machine may be busy, or a disk may hang."""
 
 POLL_SECONDS = 0.2
 """How long :meth:`CompilePool.wait` sleeps at most, so that its caller can look at the clock and at signals."""
@@ -50,8 +55,6 @@ _Job = Callable[[str, str, str], _Result]
 
 _CRASHES = frozenset((signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP))
 _EXIT_SECONDS = 10
-_INTERPRETER = "TRITON_INTERPRET"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class CompilerCrashError(CompileError):
@@ -60,11 +63,6 @@ class CompilerCrashError(CompileError):
 
 class WorkerLostError(Undecided):
     """The worker ended for a reason outside the compiler; the message says how, and what to do."""
-
-
-def usable_cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_jobs() -> int:
@@ -90,15 +88,16 @@ class CompilePool:
         self._suspects: queue.SimpleQueue[tuple[Source, Future[Compiled]]] = queue.SimpleQueue()
         self._suspect: tuple[Source, Future[Compiled], Future[Compiled]] | None = None
         self._compiles = False  # whether the compiler has finished any source
+        self._temporary: str | None = None
 
     def start(self) -> None:
         """Start the workers without waiting for them, so that they import Triton while the caller does else.
 
         A machine that cannot start them says so at the first :meth:`submit`.
         """
-        with contextlib.suppress(OSError, ImportError, NotImplementedError), without_interpreter():
+        with contextlib.suppress(OSError, ImportError, NotImplementedError), starting():
             if self._pool is None:
-                self._pool = _workers(self.jobs)
+                self._pool = self._workers(self.jobs)
             self._pool.submit(_nothing)
 
     def submit(self, source: Source) -> Future[Compiled]:
@@ -133,22 +132,41 @@ class CompilePool:
         self._try_suspects()
         wait(futures, timeout=min(seconds, POLL_SECONDS), return_when=FIRST_COMPLETED)
 
+    def kill(self) -> None:
+        """End the workers and their assemblers at once. Their jobs fail; :meth:`close` comes next."""
+        for pool in (self._pool, self._solo):
+            for worker in [*(pool._processes or {}).values()] if pool is not None else ():
+                kill_with_tools(worker)
+
     def close(self) -> None:
         """Cancel the jobs that have not started, wait for the others, and end the workers."""
         for pool in (self._pool, self._solo):
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
         self._pool = self._solo = None
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+
+    def _workers(self, jobs: int) -> ProcessPoolExecutor:
+        if self._temporary is None:
+            folder = Path(tempfile.gettempdir())
+            remove_orphans(folder)
+            made = folder / temporary_name("doratune")
+            made.mkdir(mode=0o700)
+            self._temporary = str(made)
+            remove_at_end(self._temporary)
+        return _workers(jobs, self._temporary)
 
     def _start(self, source: Source, job: _Job[_Result]) -> Future[_Result]:
         try:
             if self._pool is None:
-                self._pool = _workers(self.jobs)
+                self._pool = self._workers(self.jobs)
             try:
                 return _send(self._pool, source, self.gpu, job)
             except BrokenProcessPool:
                 self._pool.shutdown(wait=False)
-                self._pool = _workers(self.jobs)
+                self._pool = self._workers(self.jobs)
                 return _send(self._pool, source, self.gpu, job)
         except (OSError, ImportError, NotImplementedError) as error:
             return _failed(error)
@@ -179,7 +197,7 @@ class CompilePool:
     def _start_alone(self, source: Source) -> Future[Compiled]:
         try:
             if self._solo is None:
-                self._solo = _workers(1)
+                self._solo = self._workers(1)
             job = _send(self._solo, source, self.gpu, compile_job)
         except BrokenProcessPool as error:  # it was killed between two jobs
             self._solo = None
@@ -274,47 +292,23 @@ def _exit_code(worker: BaseProcess | None) -> int | None:
     return None if worker is None else worker.exitcode
 
 
-def _workers(jobs: int) -> ProcessPoolExecutor:
+def _workers(jobs: int, temporary: str) -> ProcessPoolExecutor:
     # Spawned, because the search may hold a CUDA context and threads, neither of which survives a fork.
     return ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=_prepare_worker, initargs=(os.getpid(),)
+        jobs, multiprocessing.get_context("spawn"), initializer=prepare_worker, initargs=(os.getpid(), temporary)
     )
 
 
+def kill_with_tools(worker: BaseProcess) -> None:
+    """Kill a process that leads a group of its own, and the group: the assembler that it runs, for example."""
+    with contextlib.suppress(OSError, TypeError):  # it leads none yet
+        os.killpg(worker.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    worker.kill()
+
+
 def _send(pool: ProcessPoolExecutor, source: Source, gpu: Gpu, job: _Job[_Result]) -> Future[_Result]:
-    with without_interpreter():
+    with starting():
         return pool.submit(job, str(source.spec), str(source.config), gpu.slug)
-
-
-@contextmanager
-def without_interpreter() -> Iterator[None]:
-    """Unset the switch of Triton's CPU interpreter for workers that start inside the block: with it nothing compiles.
-
-    It must be unset before the worker starts: a spawned process first imports the parent's main module, which may
-    import Triton.
-    """
-    switch = os.environ.pop(_INTERPRETER, None)
-    try:
-        yield
-    finally:
-        if switch is not None:
-            os.environ[_INTERPRETER] = switch
-
-
-def _prepare_worker(parent: int) -> None:
-    for timer in (signal.SIGALRM, signal.SIGPROF):  # end the process even inside LLVM, where no Python handler runs
-        signal.signal(timer, signal.SIG_DFL)
-    end_with_parent(parent)
-
-
-def end_with_parent(parent: int) -> None:
-    """Make this process end when the thread that started it does, and leave Ctrl-C to process ``parent``."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
 
 
 def _nothing() -> None:
@@ -352,10 +346,5 @@ def binaries_job(spec: str, config: str, gpu: str) -> tuple[Binary, ...]:
 
 
 def _compiled(source: Source, gpu: Gpu) -> tuple[CompiledKernel, ...]:
-    signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)
-    signal.alarm(STUCK_SECONDS)
-    try:
+    with time_limit():
         return compile_source(source, gpu)
-    finally:
-        signal.alarm(0)
-        signal.setitimer(signal.ITIMER_PROF, 0)

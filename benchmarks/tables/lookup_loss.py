@@ -26,7 +26,7 @@ from ...cache.lookup import Resolution
 from ...cache.neighbours import Regret
 from ...cache.store import Store
 from ...codegen.gpu import find_gpu
-from ...codegen.render import template_digest
+from ...codegen.render import render, template_digest
 from ...codegen.spec import TILE_DTYPES, Config, KernelSpec
 from ...runtime.loader import resolve_in
 from .fit import Fitting
@@ -80,13 +80,13 @@ def _entry(part: SpecTable, *, finals: bool) -> Entry:
         tuple(Contender(config, (SEARCH,), (us,)) for config, us in ranked), confidence=1.0, noise=0.005, settled=True
     )
     config, us = part.best
-    digest = template_digest(part.spec.op, config.variant)
+    source = render(part.spec, config)
     return Entry(
         spec=part.spec,
         config=config,
-        template_digest=digest,
-        source_digest=digest,
-        source="",
+        template_digest=template_digest(part.spec.op, config.variant),
+        source_digest=source.digest,
+        source=source.text,
         evaluation=Evaluation(MEASURED, us=us, samples_us=(us,)),
         environment=Environment(gpu.slug, gpu.architecture, triton="", gpu_name=gpu.name),
         final=final if finals else None,

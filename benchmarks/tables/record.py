@@ -23,7 +23,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def families_of(specs: Iterable[KernelSpec]) -> list[list[KernelSpec]]:
     """The specs by family, in order."""
     families: dict[KernelSpec, list[KernelSpec]] = {}
     for spec in specs:
-        families.setdefault(replace(spec, tokens=1) if spec.tokens else spec, []).append(spec)
+        families.setdefault(spec.family, []).append(spec)
     return list(families.values())
 
 
@@ -230,7 +230,7 @@ class _Winners:
         paths = [self.folder / f"winners{part}.json" for part in range(self.parts)]
         while not all(path.exists() for path in paths) and time.monotonic() < end:
             time.sleep(0.2)
-        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
         best = [configs for specs in found for spec, configs in specs.items() if spec.split("/")[0] == op]
         return list(dict.fromkeys(Config.parse(configs[rank]) for configs in best if len(configs) > rank))
 

@@ -25,11 +25,11 @@ import numpy
 import optuna
 
 from ...cache.entry import MEASURED, Binary, Environment, Evaluation
-from ...codegen.cost import estimate_us
+from ...codegen.cost import estimate_us, floor_us
 from ...codegen.gpu import Gpu
 from ...codegen.render import Source
 from ...codegen.spec import Config, KernelSpec
-from ...tuner.evaluation import ContenderFailed, Evaluator, FinalTimes, Rejected, Resources, floor_us
+from ...tuner.evaluation import ContenderFailed, Evaluator, FinalTimes, Rejected, Resources
 from ...tuner.final import Rounds, most_rounds
 from ...tuner.machine import Machine
 from ...tuner.space import Space
@@ -223,6 +223,9 @@ class ReplayPool:
     def wait(self, futures: Collection[Future[Any]], seconds: float = 0.0) -> None:
         """Wait until one of the futures is done, such as the turn of a search."""
         wait(futures, timeout=seconds or None, return_when=FIRST_COMPLETED)
+
+    def kill(self) -> None:
+        """There is nothing to end."""
 
     def close(self) -> None:
         """Nothing is kept."""

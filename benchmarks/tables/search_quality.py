@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from .read import TABLES, SpecTable, Table, read_tables
 from .replay import ReplayEvaluator, ReplayPool, ReplaySpace, ReplayStorage
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from ...terminal.tables import Table as RichTable
 
 NEAR, FAR, WANTED = 1.01, 1.03, 0.95
 """The target: of the regrets of standard searches the share :data:`WANTED` is at most :data:`NEAR`, and none is above
@@ -141,7 +141,7 @@ class Searches:
         fresh = dict.fromkeys(self.tables, 0)
         for spec, config in evaluator.evaluated:
             own[spec].append(config)
-            shared = (replace(spec, tokens=1) if spec.tokens else spec, config)
+            shared = (spec.family, config)
             fresh[spec] += shared not in compiled
             compiled.add(shared)
         for spec, configs in own.items():
@@ -229,7 +229,7 @@ def _regret_row(op: str, name: str, regrets: Sequence[float], specs: int) -> Row
 
 def quality_table(gpu: str, rows: Iterable[Row]) -> RichTable:
     """One line a row."""
-    from rich.table import Table as RichTable
+    from ...terminal.tables import Table as RichTable
 
     table = RichTable("operation", "search", "searches", "≤ 1.01", "median", "95 %", "worst", "evaluated", "until 1 %")
     table.title = f"Regret of searches on recorded tables, {gpu}"

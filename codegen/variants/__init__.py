@@ -5,19 +5,25 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from ...errors import near_names
 from ..gpu import Gpu
-from ..spec import Config, KernelSpec, SpecError
+from ..spec import LAYER_BUCKETS, TOKEN_BUCKETS, Config, KernelSpec, SpecError
 from .adapter_backward import AdapterBackwardRows
 from .base import STAGES, WARPS, LibraryCall, Variant, Work, nearest
 from .compose import BackwardColumns, ForwardTile
 from .compose_backward_exact import BackwardExactTiles
 from .compose_library import DoraLinearLibrary, LoraComposeLibrary
 from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
+from .gated import SwigluBackwardTile, SwigluTile, SwigluTma
+from .group import ComposeBackwardGroupTile, LoraComposeGroupTile
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
+from .packed_norm import WeightNormGroupPacked, WeightNormPacked
 from .weight_norm import WeightNormFused, WeightNormTma
 from .weight_norm_exact import WeightNormExactRows
+from .weight_norm_group import WeightNormGroupTiles, WeightNormGroupWarpSpecialized
 from .weight_norm_library import WeightNormLibrary
 from .weight_norm_warp_specialized import WeightNormWarpSpecialized
 
@@ -40,7 +46,11 @@ VARIANTS: tuple[Variant, ...] = (
     WeightNormTma(),
     WeightNormWarpSpecialized(),
     WeightNormLibrary(),
+    WeightNormPacked(),
     WeightNormExactRows(),
+    WeightNormGroupTiles(),
+    WeightNormGroupWarpSpecialized(),
+    WeightNormGroupPacked(),
     LoraComposeTile(),
     LoraComposeTma(),
     LoraComposeWarpSpecialized(),
@@ -53,6 +63,11 @@ VARIANTS: tuple[Variant, ...] = (
     DoraLinearLibrary(),
     BackwardExactTiles(),
     AdapterBackwardRows(),
+    SwigluTile(),
+    SwigluTma(),
+    SwigluBackwardTile(),
+    LoraComposeGroupTile(),
+    ComposeBackwardGroupTile(),
 )
 
 MOST_CARRIED = 6
@@ -117,7 +132,8 @@ def default_config(spec: KernelSpec, gpu: Gpu) -> Config:
 def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     """Return why ``config`` cannot be used for ``spec`` on ``gpu``, or None when it can.
 
-    Checks what is known without compiling: parameter names, powers of two, tile limits, shared memory.
+    Checks what is known without compiling: parameter names, powers of two, the bounds of the search space, tile limits,
+    shared memory.
     """
     try:
         variant = find_variant(spec.op, config.variant)
@@ -131,6 +147,7 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
     if given != expected:
         named = ", ".join(sorted(given)) or "none"
         return f"{variant.name} takes {', '.join(sorted(expected))}, got {named}"
+    most = _most(variant, spec, gpu)
     for name, value in config.params:
         if name in variant.switches:
             if value > 1:
@@ -139,11 +156,29 @@ def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
             return f"{name} must be at least 1, got {value}"
         elif value & (value - 1) and name not in variant.counts:
             return f"{name} must be a power of two, got {value}"
+        elif value > most[name]:
+            return f"{name} must be at most {most[name]}, far beyond what a search tries, got {value}"
     if config.num_warps not in WARPS:
         return f"num_warps must be one of {', '.join(map(str, WARPS))}, got {config.num_warps}"
     if config.num_stages not in STAGES:
         return f"num_stages must be between {STAGES[0]} and {STAGES[-1]}, got {config.num_stages}"
     return variant.refuse(spec, config, gpu)
+
+
+BEYOND = 4
+"""A parameter may be this many times the largest value that a search tries for any shape: an earlier search space may
+have been wider, but a split of thousands only allocates memory."""
+_WIDE = {"d_out": 1 << 18, "d_out_2": 1 << 18, "d_out_3": 1 << 18, "d_in": 1 << 18, "rank": 1024}
+
+
+@functools.lru_cache(maxsize=64)
+def _most(variant: Variant, spec: KernelSpec, gpu: Gpu) -> Mapping[str, int]:
+    """The largest value of each parameter that is accepted."""
+    wide: dict[str, Any] = {dim: size for dim, size in _WIDE.items() if getattr(spec, dim)}
+    wide |= {"tokens": TOKEN_BUCKETS[-1]} if spec.tokens else {}
+    wide |= {"layers": LAYER_BUCKETS[-1]} if spec.layers else {}
+    found = [_choices(variant, each, gpu) for each in (spec, replace(spec, **wide))]
+    return {name: BEYOND * max(max(choices[name]) for choices in found) for name in found[0]}
 
 
 def carried(config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:

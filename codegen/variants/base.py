@@ -68,6 +68,7 @@ class Work:
         steps: the loop iterations of one program that wait for a load.
         matrix_flops: tensor-core operations, padding and extra passes included; 0 for an elementwise kernel.
         matrix_dtype: the dtype of those operations (a key of :attr:`~doratune.codegen.gpu.Gpu.matrix_flops`).
+        vector_ops: instructions of single threads that decode W, where they are as many as to matter.
     """
 
     kernel: str
@@ -77,6 +78,7 @@ class Work:
     steps: int
     matrix_flops: int = 0
     matrix_dtype: str = ""
+    vector_ops: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Variant(ABC):
     """Whether Triton's interpreter can run the template; it cannot run Gluon."""
     descriptors: ClassVar[bool] = False
     """Whether the template addresses matrices by tensor descriptors: rows must start at multiples of 16 bytes."""
+    packed: ClassVar[bool] = False
+    """Whether the template is for a W in a weight format, and only for such."""
     library: ClassVar[bool] = False
     """Whether ``launch`` also calls cuBLAS through PyTorch: starting its Triton kernels alone does not repeat it."""
 
@@ -121,7 +125,7 @@ class Variant(ABC):
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         """Return why this variant cannot run ``spec`` on ``gpu`` with any config, or None."""
-        return None
+        return format_unavailable(spec, self.packed)
 
     def default_order(self, spec: KernelSpec) -> int:
         """Return the rank of this variant as the built-in default for ``spec``; the lowest is tried first."""
@@ -267,6 +271,13 @@ def adapter_parts_work(spec: KernelSpec, *shapes: tuple[int, int]) -> tuple[Work
     tile_rows = ADAPTER_ELEMENTS // tile_cols
     programs = sum(ceil_div(rows, tile_rows) * ceil_div(cols, tile_cols) for rows, cols in shapes)
     return (Work("adapter_parts_kernel", programs=programs, dram_bytes=moved, l2_bytes=moved, steps=1),)
+
+
+def format_unavailable(spec: KernelSpec, packed: bool) -> str | None:
+    """Why a template for packed weights, or one for plain ones, cannot read W, or None."""
+    if packed == (spec.format is not None):
+        return None
+    return f"the variant reads {'packed' if packed else 'plain'} weights, W is {spec.weight}"
 
 
 def library_unavailable(gpu: Gpu) -> str | None:

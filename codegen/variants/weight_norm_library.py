@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from .base import (
     ceil_div,
     dtype_bytes,
     fit,
+    format_unavailable,
     library_product,
     library_products,
     library_unavailable,
@@ -43,7 +45,8 @@ MAX_ELEMENTS = 32
 
 def equal_shares(extent: int, longest: int) -> int:
     """The fewest equal shares of ``extent`` that are at most ``longest`` long."""
-    return next(count for count in range(ceil_div(extent, longest), extent + 1) if extent % count == 0)
+    small = [count for count in range(1, math.isqrt(extent) + 1) if extent % count == 0]
+    return min(count for divisor in small for count in (divisor, extent // divisor) if count * longest >= extent)
 
 
 class WeightNormLibrary(Variant):
@@ -66,7 +69,7 @@ class WeightNormLibrary(Variant):
     }
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
-        reason = library_unavailable(gpu)
+        reason = library_unavailable(gpu) or format_unavailable(spec, self.packed)
         if reason is None and equal_shares(spec.d_in, GRAM_SHARE) > MOST_SHARES:
             return f"d_in={spec.d_in} has no {MOST_SHARES} or fewer equal shares of at most {GRAM_SHARE} columns for G"
         return reason

@@ -1,10 +1,11 @@
 """The base layers that DoRA adapts: their kind, their W, and whether doratune may compute their gradient.
 
-A dense W is read as a matrix. A quantised W is only used through the forward of the package that made it, because its
-storage format and kernels change from version to version. The rows of A go through that forward as r extra tokens,
-which gives WAᵀ for the norm. Blocks of unit vectors go through it once, which gives rowsum(W²). The exception is
-bitsandbytes' 8-bit layer. It rounds its input to 8 bits (and keeps columns with outliers in 16), so it is not a linear
-map. There PEFT computes the norm of the dequantised int8 matrix, and doratune does the same, in blocks of rows.
+A dense W is read as a matrix. A quantised W is multiplied by the forward of the package that made it, because its
+storage format and kernels change from version to version. Where :mod:`.stored` recognises the format, its norm comes
+from the codes. Else the rows of A go through that forward as r extra tokens, which gives WAᵀ for the norm. Blocks of
+unit vectors go through it once, which gives rowsum(W²). The exception is bitsandbytes' 8-bit layer. It rounds its input
+to 8 bits (and keeps columns with outliers in 16), so it is not a linear map. There PEFT computes the norm of the
+dequantised int8 matrix, and with dropout the product with it. doratune does the same, the norm in blocks of rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+from ...nn.rehearsal import is_rehearsing
 from ...nn.watching import is_untouched
 
 LINEAR, CONV1D, BNB_4BIT, BNB_8BIT, HQQ, TORCHAO = (
@@ -67,7 +70,7 @@ def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> Ba
         return f"a {type(base).__name__} has no weight tensor"
     if type(weight) not in _PLAIN:
         return _subclassed(base, weight, (d_out, d_in))
-    if weight.is_meta:
+    if weight.is_meta and not is_rehearsing():
         return NotNow("its weight is on the meta device")
     if weight.dtype not in _DENSE:
         return f"its weight is {weight.dtype} in a {type(base).__name__}"
@@ -122,14 +125,21 @@ def _quantised(kind: str, base: nn.Module, weight: torch.Tensor, package: str) -
     return BaseLayer(kind, weight, None, plain=False, private=is_untouched(base))
 
 
-def multiply(base: nn.Module, layer: BaseLayer, rows: torch.Tensor) -> torch.Tensor:
+def multiply(base: nn.Module, layer: BaseLayer, rows: torch.Tensor, wanted: torch.dtype | None = None) -> torch.Tensor:
     """Return ``rows @ W.T`` [..., d_out] of a quantised layer for rows [..., d_in], in the layer's compute dtype.
 
-    It calls the forward of the layer's class, without hooks, as PEFT multiplies by W without calling the layer. It
-    leaves the bias out: adding a large bias and subtracting it again would round a small product away in 16 bits.
+    A layer without one computes in ``wanted``, or else in the dtype of ``rows``. It calls the forward of the layer's
+    class, without hooks, as PEFT multiplies by W without calling the layer. It leaves the bias out: adding a large bias
+    and subtracting it again would round a small product away in 16 bits. Of bitsandbytes' 8-bit layer it is the product
+    with the dequantised int8 matrix, as in PEFT: the layer's own product would round the rows.
     """
+    wanted = wanted or rows.dtype
+    if layer.kind == BNB_8BIT:
+        given = (rows.to(wanted), layer.weight, _int8_scales(base, layer))
+        product: torch.Tensor = _Int8Product.apply(*given)  # type: ignore[no-untyped-call]
+        return product
     dtype = layer.weight.dtype if layer.kind == TORCHAO else getattr(base, "compute_dtype", None)
-    product: torch.Tensor = type(base).forward(_without_bias(base), rows.to(dtype or rows.dtype))
+    product = type(base).forward(_without_bias(base), rows.to(dtype or wanted))
     return product
 
 
@@ -152,13 +162,14 @@ def products(base: Any, layer: BaseLayer, lora_A: torch.Tensor) -> torch.Tensor:
     if layer.kind != BNB_8BIT:
         return multiply(base, layer, lora_A).float().T
     wide = lora_A.float().T
-    return torch.cat([rows @ wide for rows in _int8_rows(base, layer)])
+    return torch.cat([rows @ wide for rows in _int8_rows(layer.weight, _int8_scales(base, layer))])
 
 
 def row_squares(base: Any, layer: BaseLayer, d_out: int, d_in: int) -> torch.Tensor:
     """Return ``rowsum(W*W)`` [d_out] in fp32 of a quantised layer, from blocks of W."""
     if layer.kind == BNB_8BIT:
-        return torch.cat([rows.square().sum(dim=1) for rows in _int8_rows(base, layer)])
+        blocks = _int8_rows(layer.weight, _int8_scales(base, layer))
+        return torch.cat([rows.square().sum(dim=1) for rows in blocks])
     total: torch.Tensor | None = None
     device = layer.weight.device
     step = max(1, _BLOCK_ELEMENTS // max(d_in, d_out))
@@ -171,12 +182,46 @@ def row_squares(base: Any, layer: BaseLayer, d_out: int, d_in: int) -> torch.Ten
     return total
 
 
-def _int8_rows(base: Any, layer: BaseLayer) -> Iterator[torch.Tensor]:
+class _Int8Product(torch.autograd.Function):
+    """``x @ W.T`` [..., d_out] for x [..., d_in] and W = weight * scales / 127 in the dtype of x, as PEFT computes it.
+
+    W is dequantised in both passes and not kept between them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight, scales)
+        return nn.functional.linear(x, _int8_matrix(weight, scales, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        weight, scales = ctx.saved_tensors
+        return dy @ _int8_matrix(weight, scales, dy.dtype), None, None
+
+
+def _int8_matrix(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The dequantised int8 matrix [d_out, d_in] in ``dtype``."""
+    matrix = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    start = 0
+    for rows in _int8_rows(weight, scales):
+        matrix[start : start + len(rows)] = rows
+        start += len(rows)
+    return matrix
+
+
+def _int8_scales(base: Any, layer: BaseLayer) -> torch.Tensor:
+    """The scales [d_out] of the rows: 127 times the value of one step."""
+    scales: torch.Tensor = base.weight.SCB if base.state.SCB is None else base.state.SCB
+    return scales.to(layer.weight.device)
+
+
+def _int8_rows(weight: torch.Tensor, scales: torch.Tensor) -> Iterator[torch.Tensor]:
     """The rows of the dequantised int8 matrix in fp32, a block at a time."""
     from bitsandbytes.functional import int8_vectorwise_dequant
 
-    scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
-    scales = scales.to(layer.weight.device)
-    step = max(1, _BLOCK_ELEMENTS // layer.weight.shape[1])
-    for rows, scale in zip(layer.weight.detach().split(step), scales.split(step), strict=True):
+    step = max(1, _BLOCK_ELEMENTS // weight.shape[1])
+    for rows, scale in zip(weight.detach().split(step), scales.split(step), strict=True):
         yield int8_vectorwise_dequant(rows, scale).float()

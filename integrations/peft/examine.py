@@ -13,6 +13,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from ...nn.rehearsal import is_rehearsing
 from ...nn.watching import is_untouched
 from .base_layers import BaseLayer, NotNow, read_base
 
@@ -58,17 +59,26 @@ class Glance:
         return found
 
     def _unchanged(self, module: LoraLayer, adapter: str, known: DoraLayer) -> bool:
+        """Whether everything that :func:`examine` reads is as it was; every layer asks this in every forward pass."""
         parts = _parts(module, adapter)
         if parts is None or module.scaling[adapter] != known.scaling:
             return False
-        for part, before in zip(parts, self._parts, strict=True):
-            weight = before.weight
-            if part is not before.module or type(part) is not before.kind:
-                return False
-            if part._parameters.get("weight") is not weight or not is_untouched(part):
-                return False
-            # Sharding or moving a model changes the data of the same parameter object.
-            if weight.data_ptr() != before.address or weight.dtype is not before.dtype or weight.shape != before.shape:
+        for part, (before, kind, weight, address, dtype, shape) in zip(parts, self._parts, strict=True):
+            held = part.__dict__
+            if (
+                part is not before
+                or type(part) is not kind
+                or held["_parameters"].get("weight") is not weight
+                or held["_forward_hooks"]
+                or held["_forward_pre_hooks"]
+                or held["_backward_hooks"]
+                or held["_backward_pre_hooks"]
+                or "forward" in held
+                # Sharding or moving a model changes the data of the same parameter object.
+                or weight.data_ptr() != address
+                or weight.dtype is not dtype
+                or weight.shape != shape
+            ):
                 return False
         return not known.base.weight.requires_grad and parts[1]._parameters.get("bias") is None
 
@@ -119,7 +129,7 @@ def examine(module: LoraLayer, adapter: str) -> DoraLayer | str:
             return NotNow(f"its {name} is partitioned by DeepSpeed ZeRO-3")
         if type(part.weight) not in PLAIN_TENSORS:
             return NotNow(f"its {name} is a {type(part.weight).__name__}: sharded")
-        if part.weight.is_meta:
+        if part.weight.is_meta and not is_rehearsing():
             return NotNow(f"its {name} is on the meta device")
     if lora_b.bias is not None:
         return "lora_bias=True: in PEFT that bias changes the norm too"

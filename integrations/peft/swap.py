@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
 
     from .examine import DoraLayer
+    from .variant import DoraVariant
 
 _COMPOSITION = ("lora_compose", "compose_backward")
+_DEFERRED = "its format is looked at in the first forward pass"
+_LARGE_ON_A_CPU = 1 << 22
+"""Elements of a quantised W, from which its product on a CPU, needed to recognise its format, takes long."""
 
 
-def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = False) -> Report:
+def accelerate(model: nn.Module, *, norm_reuse: str = "auto", precompile: bool = True, quiet: bool = False) -> Report:
     """Run the DoRA layers of a PEFT model on doratune, and report what runs each of them.
 
     It replaces only PEFT's variant hooks. Parameters, state dicts, saving and ``disable_adapter`` stay PEFT's; merging
@@ -38,6 +42,8 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = Fals
         model: any module that contains PEFT LoRA layers, e.g. a ``PeftModel``.
         norm_reuse: a policy of :class:`~doratune.nn.norm_cache.NormCache`: ``auto`` (in checkpoint recomputes),
             ``tracked`` (also from one forward to the next) or ``off``.
+        precompile: compile the kernels in parallel at the beginning of the first forward pass, where they are not
+            stored. Otherwise each compiles at its first launch, one after another.
         quiet: do not print the report.
 
     Raises:
@@ -50,6 +56,8 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = Fals
 
     from .base_layers import NotNow
     from .examine import examine
+    from .first_step import add_first_step, remove_first_step
+    from .passes import install, pass_over, remove
     from .resolve import VariantResolver, cast_no_input
     from .variant import DoraVariant
     from .zero_rows import count_zero_rows, warn_of_zero_rows
@@ -69,14 +77,21 @@ def accelerate(model: nn.Module, *, norm_reuse: str = "auto", quiet: bool = Fals
                 continue
             module.lora_variant[adapter] = variant
             cast_no_input(module)
-            layers.append(_describe(name, adapter, module, found))
+            layers.append(_describe(name, adapter, module, found, variant))
             if not isinstance(found, str) and not module.merged:
                 zero_rows.append((name, adapter, count_zero_rows(found)))
     if layers:
         for name, module in lora_layers:
             module.resolve_lora_variant = VariantResolver(module, name, norm_reuse)
+        _run_together(model)
+        remove_first_step(model)
+        remove(model)
+        if precompile:
+            add_first_step(model)  # before the passes, which launch some of its kernels
+        install(model)
     warn_of_zero_rows(zero_rows)
-    report = Report(tuple(layers))
+    deferred = any(layer.remark == _DEFERRED for layer in layers)
+    report = Report(tuple(layers), () if deferred else pass_over(model).sizes)
     if not quiet:
         print(report)
     return report
@@ -95,24 +110,51 @@ def restore(model: nn.Module) -> None:
     lora_layers = _lora_layers(model)
     from peft.tuners.lora.variants import DoraLinearVariant
 
+    from .first_step import remove_first_step
+    from .gated import GatedMlp
     from .merge import holds_rows
+    from .passes import remove
+    from .swapped import state_of, unswap
     from .variant import DoraVariant
 
     held = []
+    remove(model)
+    remove_first_step(model)
     for name, module in lora_layers:
         for adapter, variant in module.lora_variant.items():
             if isinstance(variant, DoraVariant):
                 module.lora_variant[adapter] = DoraLinearVariant()
                 if holds_rows(module, adapter):
                     held.append(f"{name} (adapter {adapter})")
+        unswap(module)
         module.__dict__.pop("_cast_input_dtype", None)
         module.__dict__.pop("resolve_lora_variant", None)
+    for module in model.modules():
+        if state_of(module, GatedMlp) is not None:
+            unswap(module)
     if held:
         warnings.warn(
             f"{len(held)} restored layers are merged and have rows with zero magnitude; the first is {held[0]}. "
             "PEFT's unmerge makes NaN of these rows. Call doratune.accelerate(model) again before you unmerge.",
             stacklevel=2,
         )
+
+
+def _run_together(model: nn.Module) -> None:
+    """Let dense layers run by themselves, in groups with their siblings, and gated MLPs with their activation."""
+    from peft.tuners.lora.layer import Linear
+
+    from . import gated, projections
+    from .swapped import plain_class, swap
+
+    for parent in list(model.modules()):
+        children = [child for child in parent._modules.values() if child is not None and plain_class(child) is Linear]
+        siblings = projections.Siblings()
+        for child in children:
+            swap(child, projections.forward, projections.Place(siblings))
+        mlp = gated.read_gated(parent)
+        if mlp is not None:
+            swap(parent, gated.forward, mlp)
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -136,18 +178,23 @@ def _is_linear(module: LoraLayer, adapter: str) -> bool:
     return type(module.lora_variant.get(adapter)) in (DoraLinearVariant, DoraVariant)
 
 
-def _describe(name: str, adapter: str, module: LoraLayer, found: DoraLayer | str) -> Layer:
-    from .base_layers import BNB_8BIT
-
+def _describe(name: str, adapter: str, module: LoraLayer, found: DoraLayer | str, variant: DoraVariant) -> Layer:
     if isinstance(found, str):
         return Layer(name, adapter, type(module.get_base_layer()).__name__, PENDING, remark=f"now {found}")
     base = found.base
-    drops = not isinstance(module.lora_dropout[adapter], nn.Identity)
-    remark = "PEFT's code in training, because it has dropout" if drops and base.kind == BNB_8BIT else ""
+    form = remark = ""
+    if base.matrix is None and base.weight.device.type == "cpu" and base.weight.numel() > _LARGE_ON_A_CPU:
+        remark = _DEFERRED
+    elif base.matrix is None:
+        stored = variant.stored_of(found)
+        if isinstance(stored, str):
+            remark = f"its norm through its own forward: {stored}"
+        else:
+            form = str(stored.form)
     if not _has_kernels(base.weight):
-        return Layer(name, adapter, base.kind, REFERENCE, remark=remark)
-    kernels = _COMPOSITION if base.matrix is None else ("weight_norm", *_COMPOSITION)
-    return Layer(name, adapter, base.kind, KERNELS, kernels, remark)
+        return Layer(name, adapter, base.kind, REFERENCE, (), remark, form)
+    kernels = _COMPOSITION if base.matrix is None and not form else ("weight_norm", *_COMPOSITION)
+    return Layer(name, adapter, base.kind, KERNELS, kernels, remark, form)
 
 
 def _has_kernels(weight: torch.Tensor) -> bool:

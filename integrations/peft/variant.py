@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from peft.tuners.lora import dora as peft_dora
@@ -20,14 +20,19 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from ...internals.torch import has_tangents, is_traced, transforms_active
-from ...nn.autocast import without_autocast
+from ...nn.autocast import autocast_dtype, autocast_is_on, without_autocast
 from ...nn.functional import checked_linear, dora_compose
+from ...nn.norm import NormAndGain
 from ...nn.norm_cache import NormCache
+from ...nn.stored_norm import StoredMatrix, how_of, norm_of_stored
+from ...nn.traced_pass import TracedLayer, stored_values
 from ...nn.watching import hidden, intercepted, seen
-from .base_layers import BNB_8BIT, multiply, products, row_squares
+from .base_layers import multiply, products, row_squares
 from .cancellation import CancellationWatch
 from .examine import PLAIN_TENSORS, DoraLayer, Glance
 from .merge import MergingVariant
+from .stored import StorageReader
+from .swapped import plain_class
 
 
 class DoraVariant(MergingVariant):
@@ -44,6 +49,7 @@ class DoraVariant(MergingVariant):
     def __init__(self, layer: str, norm_reuse: str) -> None:
         self.layer = layer
         self.norms = NormCache(norm_reuse)
+        self.storage = StorageReader(layer)
         self.squares = RowSquares()
         self.cancellation = CancellationWatch(layer)
         self.glance = Glance()
@@ -60,8 +66,9 @@ class DoraVariant(MergingVariant):
             return _by_peft(module, active_adapter, x, result, kwargs)
         dropout = module.lora_dropout[active_adapter] if module.training else None
         drops = dropout is not None and type(dropout) is not nn.Identity
-        dora = self.glance.look(module, active_adapter)
-        reason = dora if isinstance(dora, str) else _unfit(dora, x, result, drops)
+        # Inside a transform parameters have no memory to look at.
+        dora = _TRANSFORMED if _is_transformed() else self.glance.look(module, active_adapter)
+        reason = dora if isinstance(dora, str) else _unfit(dora, x, result)
         if reason:
             return self._leave_to_peft(reason, module, active_adapter, x, result, kwargs)
         assert isinstance(dora, DoraLayer)
@@ -73,37 +80,95 @@ class DoraVariant(MergingVariant):
             assert dropout is not None
             x = dropout(x)
             if matrix is not None and not matrix.requires_grad:
-                norm = self._norm(module, active_adapter, dora, owned=True)
-                return result + checked_linear(x, matrix, *adapter, norm=norm, delta=True)
+                given = self._norm_or_cache(module, active_adapter, dora)
+                return result + checked_linear(x, matrix, *adapter, norm=given, delta=True)
             norm = self._norm(module, active_adapter, dora)
             # A dense W that reaches this line is trained, and gets its gradient from this product, as with PEFT.
-            product = multiply(dora.layer, dora.base, x) if matrix is None else nn.functional.linear(x, matrix)
+            if matrix is None:
+                product = multiply(dora.layer, dora.base, x, autocast_dtype(x.device) or result.dtype)
+            else:
+                product = nn.functional.linear(x, matrix)
             return result + dora_compose(product, x, *adapter, norm=norm, delta=True, own_base=True)
         alone = _is_alone(module)
         own_base = alone and dora.base.private and type(module).__module__.startswith("peft.tuners.lora.")
-        if own_base and dora.base.plain and type(module) is PeftLinear:
+        if own_base and dora.base.plain and plain_class(module) is PeftLinear:
             assert matrix is not None
-            norm = self._norm(module, active_adapter, dora, owned=True)
-            return checked_linear(x, matrix, *adapter, bias, base=result, norm=norm, own_base=True)
+            given = self._norm_or_cache(module, active_adapter, dora)
+            return checked_linear(x, matrix, *adapter, bias, base=result, norm=given, own_base=True)
         norm = self._norm(module, active_adapter, dora)
         return dora_compose(result, x, *adapter, bias, norm=norm, own_base=own_base)
 
-    @overload
-    def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor: ...
-    @overload
-    def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer, owned: bool) -> torch.Tensor | NormCache: ...
-    def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer, owned: bool = False) -> torch.Tensor | NormCache:
-        """The row norm w [d_out]; with ``owned`` the norm cache instead, unless PEFT caches the norm."""
+    def _norm_or_cache(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor | NormCache:
+        """What provides the norm of a dense W: the norm cache, or where PEFT caches it, the row norm w [d_out]."""
+        return self._cached_norm(module, adapter, dora) if caches(module, adapter) else self.norms
+
+    def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor | NormAndGain:
+        """The row norm w [d_out], with g if a norm pass has computed both from a stored W."""
+        if caches(module, adapter):
+            return self._cached_norm(module, adapter, dora)
+        if torch.compiler.is_compiling() and (traced := self._traced_norm(dora)) is not None:
+            return traced
+        stored = self.stored_of(dora) if dora.base.matrix is None else None
+        if isinstance(stored, StoredMatrix) and (taken := self._taken(stored, dora)) is not None:
+            return taken
+        return self._compute_norm(dora, stored)
+
+    def _cached_norm(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor:
+        """The row norm w [d_out] through PEFT's cache."""
         magnitude = module.lora_magnitude_vector[adapter]
-        if not magnitude.__dict__.get("_dora_cache") and not getattr(peft_dora, "ENABLE_DORA_CACHING", False):
-            return self.norms if owned else self._compute_norm(dora)
         return _cached_by_peft(magnitude, lambda: self._compute_norm(dora), adapter_name=adapter)
 
-    def _compute_norm(self, dora: DoraLayer) -> torch.Tensor:
+    def traced_layer(self, dora: DoraLayer) -> TracedLayer | None:
+        """The layer with a stored W while a compiler traces it; None if its norm takes the base layer's own forward."""
+        if dora.base.matrix is not None or dora.lora_A.dtype is torch.float64:
+            return None
+        matrix = self.storage.trace(dora.layer, dora.base)
+        if isinstance(matrix, str):
+            return None
+        return TracedLayer(matrix, dora.lora_A, dora.lora_B, dora.magnitude, dora.scaling, self.norms)
+
+    def _traced_norm(self, dora: DoraLayer) -> NormAndGain | None:
+        """w and g of a stored W while a compiler traces the layer: its part of the graph's pass, or an operator's."""
+        layer = self.traced_layer(dora)
+        if layer is None:
+            return None
+        rounded, known = autocast_dtype(dora.lora_A.device), self.norms.traced
+        if (
+            known is not None
+            and known.weight is layer.weight.tensors[0]
+            and known.lora_A is layer.lora_A
+            and known.lora_B is layer.lora_B
+            and known.magnitude is layer.magnitude
+            and known.scaling == layer.scaling
+            and known.rounded is rounded
+        ):
+            return NormAndGain(known.norm, known.g)
+        return NormAndGain(*stored_values([layer], rounded)[0])
+
+    def _taken(self, stored: StoredMatrix, dora: DoraLayer) -> NormAndGain | None:
+        """w and g of a stored W from the norm pass, if it has read what the layer holds now."""
+        a, b, m = dora.lora_A, dora.lora_B, dora.magnitude
+        waits = self.norms.is_given
+        how = how_of(stored.form, a.dtype, autocast_dtype(a.device))
+        with hidden():
+            tensors, shapes = (*stored.tensors, a, b, m), (stored.shape, a.shape)
+            taken = self.norms.take_stored(tensors, shapes, dora.scaling, how, trains=torch.is_grad_enabled())
+        if taken is None and waits:
+            StorageReader.changes += 1  # what the pass has read of the layer is not what it is
+        return None if taken is None else NormAndGain(*taken)
+
+    def _compute_norm(self, dora: DoraLayer, stored: StoredMatrix | str | None = None) -> torch.Tensor:
+        """The row norm w [d_out] of the layer alone; ``stored`` as of :meth:`stored_of`, if that was called."""
         a, b, base = dora.lora_A, dora.lora_B, dora.base
         trains = torch.is_grad_enabled()
         if base.matrix is not None:
             return self.norms.of_weight(base.matrix, a, b, dora.scaling, trains=trains)
+        matrix = self.stored_of(dora) if stored is None else stored
+        if isinstance(matrix, StoredMatrix):
+            how = how_of(matrix.form, a.dtype, autocast_dtype(a.device))
+            with hidden():
+                compute = lambda: norm_of_stored(matrix, a, b, dora.scaling)  # noqa: E731
+                return self.norms.get((*matrix.tensors, a, b), (dora.scaling, how), compute, trains=trains)
         # Without autocast, so that the base layer chooses its dtype. Hidden from modes, because a reused norm runs
         # fewer operations.
         with torch.no_grad(), without_autocast(a.device), hidden():
@@ -116,6 +181,15 @@ class DoraVariant(MergingVariant):
                 ),
                 trains=trains,
             )
+
+    def stored_of(self, dora: DoraLayer) -> StoredMatrix | str:
+        """The quantised W as kernels read it, or the reason why the base layer's own forward is used instead."""
+        if torch.compiler.is_compiling():
+            return "a compiler traces the layer"
+        if dora.lora_A.dtype is torch.float64:
+            return "its adapter is in fp64"
+        with hidden():
+            return self.storage.read(dora.layer, dora.base, dora.lora_B.shape[0], dora.lora_A.shape[1])
 
     def _leave_to_peft(
         self,
@@ -189,7 +263,7 @@ class RowSquares:
         return self._value
 
 
-def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) -> str | None:
+def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor) -> str | None:
     """The reason why doratune does not support a call with these tensors; None if it does."""
     for name, tensor in (("its input", x), ("the base layer's output", result)):
         if type(tensor) not in PLAIN_TENSORS:
@@ -199,22 +273,30 @@ def _unfit(dora: DoraLayer, x: torch.Tensor, result: torch.Tensor, drops: bool) 
         return f"x is on {device}, W on {weight.device}, A on {dora.lora_A.device}, m on {dora.magnitude.device}"
     if dora.lora_B.dtype != dtype:
         return f"A is {dtype} and B {dora.lora_B.dtype}"
-    if dtype not in (torch.float32, result.dtype) and not torch.is_autocast_enabled(device.type):
+    if dtype not in (torch.float32, result.dtype) and not autocast_is_on(device):
         return f"its adapter must be torch.float32 or have the activations' dtype {result.dtype}, got {dtype}"
-    if drops and dora.base.kind == BNB_8BIT:
-        return "dropout needs the product with the dequantised W, which an 8-bit layer does not compute"
     if intercepted():
         return "a global module hook, a TorchFunctionMode or a replaced linear() may change the outputs of its modules"
-    if not torch.compiler.is_compiling():
-        if transforms_active():
-            return "a torch.func transform is active"
-        if has_tangents((x, result, dora.lora_A, dora.lora_B, dora.magnitude)):
-            return "forward-mode differentiation is on"
+    if not torch.compiler.is_compiling() and has_tangents((x, result, dora.lora_A, dora.lora_B, dora.magnitude)):
+        return "forward-mode differentiation is on"
     return None
+
+
+_TRANSFORMED = "a torch.func transform is active"
+
+
+def _is_transformed() -> bool:
+    return not torch.compiler.is_compiling() and transforms_active()
 
 
 def _active(module: LoraLayer) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def caches(module: LoraLayer, adapter: str) -> bool:
+    """Whether PEFT caches the norm: while its ``DoraCaching`` is on, or where it has cached one."""
+    magnitude = module.lora_magnitude_vector[adapter]
+    return bool(magnitude.__dict__.get("_dora_cache") or getattr(peft_dora, "ENABLE_DORA_CACHING", False))
 
 
 def _is_alone(module: LoraLayer) -> bool:

@@ -21,6 +21,7 @@ from doratune.benchmarks import adapted
 from doratune.benchmarks.adapted import (
     MODES,
     Contender,
+    Peers,
     contender,
     measure,
     relative_errors,
@@ -38,15 +39,6 @@ from ..command_line import RUNNER
 
 pytest.importorskip("peft")
 CPU = torch.device("cpu")
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 48,
-    "vocab_size": 64,
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,13 +54,6 @@ def model() -> nn.Module:
     torch.manual_seed(0)
     base = Projection(24, 40, CPU).requires_grad_(False)
     return with_dora(base, MODES["autocast"], rank=4, targets=["proj"])
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(TINY))
-    return path
 
 
 def bench(*args: str) -> Result:
@@ -91,7 +76,7 @@ def distance(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 def test_lora_and_dora_are_the_same_layer_with_and_without_the_magnitude(model: nn.Module) -> None:
     x = torch.randn(5, 40).bfloat16()
-    stock, plain = contender("peft_dora", model, None).model, contender("peft_lora", model, None).model
+    stock, plain = contender("peft_dora", model).model, contender("peft_lora", model).model
     with MODES["autocast"].context(CPU), torch.no_grad():
         dora, lora = stock(x), plain(x)
     assert distance(dora, exact(model, x, dora=True)) < 0.01 < distance(dora, exact(model, x, dora=False))
@@ -117,7 +102,7 @@ def test_dorafactors_runs_in_place_of_pefts_layer_and_can_be_taken_out(
     dorafactors: Dorafactors, model: nn.Module
 ) -> None:
     x = torch.randn(5, 40).bfloat16()
-    theirs = contender("dorafactors", model, dorafactors).model
+    theirs = contender("dorafactors", model, Peers(dorafactors)).model
     with MODES["autocast"].context(CPU), torch.no_grad():
         assert distance(theirs(x), exact(model, x, dora=True)) < 0.01
     (layer,) = (m for m in theirs.modules() if type(m).__name__ == "DoraLinearLayer")
@@ -176,9 +161,10 @@ def test_rounds_are_interleaved_and_a_contender_that_fails_is_left_out() -> None
         assert columns["peak_mb"] is None
 
 
-def test_distances_are_those_to_stock_peft_and_not_of_lora() -> None:
+def test_distances_are_those_to_stock_peft_of_dora_to_dora_and_of_lora_to_lora() -> None:
     outputs = {"peft_lora": torch.zeros(4), "peft_dora": torch.ones(4), "doratune": torch.tensor([1.0, 1.0, 1.0, 2.0])}
     assert relative_errors(outputs) == {"doratune": 0.5}
+    assert relative_errors({"peft_lora": torch.ones(4), "axolotl_lora": torch.ones(4)}) == {"axolotl_lora": 0.0}
     assert relative_errors({"doratune": torch.ones(4)}) == {}
 
 
@@ -206,6 +192,45 @@ def test_a_model_is_measured_in_every_implementation_and_mode(tiny: Path) -> Non
         assert 0.0 < row["us_p20"] <= row["us"] <= row["us_p80"]
         if row["impl"] == "doratune" and row["op"] == "inference":
             assert row["rel_err"] < 0.03
+
+
+def test_ranks_batches_and_decoding_are_cases_of_their_own(tiny: Path) -> None:
+    sizes = (
+        "--batch",
+        "2",
+        "--seq",
+        "16",
+        "--loss-tokens",
+        "8",
+        "--rank",
+        "8",
+        "--decode-tokens",
+        "3",
+        "--context",
+        "5",
+    )
+    ops = ("--op", "step", "--op", "inference", "--op", "decode", "--modes", "bf16")
+    rows = rows_of(bench("model", "--config", str(tiny), *sizes, *ops, *TRY))
+    cases = {(row["op"], tuple(row["shape"]), tuple(row["flags"]), row["rank"]) for row in rows}
+    assert cases == {
+        case
+        for rank in (4, 8)
+        for case in (
+            ("step", (2, 16), ("checkpointing", "batch=2"), rank),
+            ("inference", (2, 16), ("batch=2",), rank),
+            ("decode", (2, 3), ("cache=5",), rank),
+        )
+    }
+    for row in rows:
+        assert row["host_us"] == row["cpu_us"] > 0.0
+        assert row["launches"] is row["busy_us"] is None, "there is no GPU"
+        assert ("loss" in row) == (row["op"] == "step")
+        if row["impl"] == "doratune":
+            assert row["rel_err"] < 0.1
+            assert "ratio" not in row
+        else:
+            assert row["ratio_p20"] <= row["ratio_p80"]
+            assert row["rel_err"] is None
 
 
 def test_layers_and_modes_narrow_a_run_and_checkpointing_can_be_left_out(tiny: Path) -> None:
@@ -237,7 +262,7 @@ def test_checkpointing_computes_every_layer_again_in_each_contender(
         rows_of(bench("model", "--config", str(tiny), "--seq", "16", *narrow, *TRY))
         counts.append(calls["forward"])
     projections = 2 * 7
-    steps = 2 + 1 + 1 + 2  # warm-up, memory, host time, rounds
+    steps = 1 + 3 + 1 + 1 + 2  # comparison, warm-up, memory, host time, rounds
     assert counts[0] - counts[1] == steps * projections
 
 
@@ -251,7 +276,7 @@ def test_an_operation_and_the_tracked_norm_are_measured_when_named(tiny: Path, m
     for name in ("doratune", "doratune_tracked"):
         variants = [
             variant
-            for module in contender(name, model, None).model.modules()
+            for module in contender(name, model).model.modules()
             for variant in getattr(module, "lora_variant", {}).values()
         ]
         assert {variant.norms.reuse for variant in variants} == {"tracked" if "tracked" in name else "auto"}
@@ -263,7 +288,7 @@ def test_a_compiled_contender_runs_the_same_model(model: nn.Module, monkeypatch:
     torch.compiler.reset()
     x = torch.randn(5, 40).bfloat16()
     for dora, name in ((True, "peft_dora_compiled"), (False, "peft_lora_compiled")):
-        compiled = contender(name, model, None).model
+        compiled = contender(name, model).model
         with MODES["autocast"].context(CPU):
             y = compiled(x)
         assert distance(y.detach(), exact(model, x, dora=dora)) < 0.01
@@ -292,6 +317,11 @@ def test_a_layer_is_measured_in_every_shape_of_the_model_and_doratune_agrees_wit
         (("model", "--modes", "fp8", "--device", "cpu"), "unknown mode 'fp8'"),
         (("model", "--impl", "pefdora", "--device", "cpu"), "unknown implementation 'pefdora'; did you mean"),
         (("layer", "--impl", "dorafactors", "--device", "cpu"), "needs --peer-path"),
+        (("model", "--impl", "axolotl_lora", "--device", "cpu"), "needs --axolotl-path"),
+        (("layer", "--impl", "axolotl_lora", "--device", "cpu"), "unknown implementation 'axolotl_lora'"),
+        (("model", "--axolotl-path", "/nowhere", "--device", "cpu"), "no axolotl there"),
+        (("model", "--parallel", "ddp", "--impl", "dorafactors_compiled", "--device", "cpu"), "unknown implementation"),
+        (("model", "--op", "first-step", "--impl", "doratune_tracked", "--device", "cpu"), "first-step runs peft_lora"),
         (("layer", "--model", "lama-8b", "--device", "cpu"), "unknown model 'lama-8b'"),
         (("model", "--config", "/nowhere", "--device", "cpu"), "/nowhere"),
     ],
@@ -323,7 +353,8 @@ def test_the_targets_for_models_are_judged_like_those_for_kernels() -> None:
     rows += [
         model_row(f"{name}_compiled", us, **uncheckpointed) for name, us in (("doratune", 1.0), ("peft_lora", 1.0))
     ]
-    outcomes = {(v.target.figure, v.case): v.outcome for v in judge(rows) if v.measured is not None}
+    first = [v for v in judge(rows) if v.measured is not None and v.target.source == "issue 4"]
+    outcomes = {(v.target.figure, v.case): v.outcome for v in first}
     whole = "llama-8b step 32×4096 r=384 bf16 fp32 adapters autocast checkpointing"
     assert outcomes == {
         ("time / peft_lora", whole): MET,
@@ -331,3 +362,45 @@ def test_the_targets_for_models_are_judged_like_those_for_kernels() -> None:
         ("peak memory / peft_lora", whole): MISSED,
         ("time / peft_lora_compiled", "llama-8b step 4×4096 r=384 bf16 fp32 adapters autocast"): MET,
     }
+
+
+def test_targets_of_whole_models_select_their_shape_and_flags() -> None:
+    small: dict[str, Any] = {"model": "qwen2.5-0.5b", "shape": [24, 2048], "rank": 16, "adapter": "bf16", "flags": []}
+    counted: dict[str, Any] = {"launches": 90, "host_us": 50.0}
+    rows = [
+        model_row("doratune", 104.0, **small, launches=100, host_us=40.0),
+        model_row("axolotl_lora", 100.0, **small, **counted),
+        model_row("peft_lora", 100.0, **small, **counted),
+        model_row("peft_dora", 200.0, **small, **counted),
+    ]
+    for change in ({"flags": ["liger"]}, {"flags": ["batch=4"]}, {"rank": 64}, {"model": "another"}):
+        rows += [model_row(name, us, **{**small, **change}) for name, us in (("doratune", 9.0), ("peft_lora", 1.0))]
+    outcomes = [
+        (v.target.what, v.target.figure, v.outcome)
+        for v in judge(rows)
+        if v.target.source == "issue 14" and v.measured is not None
+    ]
+    what = "1B and 0.5B, 2048 tokens, bf16"
+    assert outcomes == [
+        (what, "time / axolotl_lora", MET),
+        (what, "time / peft_lora", MISSED),
+        (what, "time / peft_dora", MET),
+        ("0.5B, launches of a step", "launches / peft_lora", MISSED),
+        ("0.5B, the host's time of a step", "host_us / peft_lora", MET),
+        ("peak memory", "peak memory / peft_lora", MET),
+        ("peak memory", "peak memory / axolotl_lora", MET),
+    ]
+
+
+def test_first_steps_and_several_gpus_have_targets() -> None:
+    def outcomes(flag: str, op: str, ours: float, *peers: str) -> list[str]:
+        rows = [
+            model_row(name, us, op=op, flags=[flag]) for name, us in (("doratune", ours), *((p, 1e6) for p in peers))
+        ]
+        return [v.outcome for v in judge(rows) if v.target.source == "issue 14" and v.measured is not None]
+
+    assert outcomes("cold", "first-step", 5.9e6) == [MET]
+    assert outcomes("cold", "first-step", 6.1e6) == [MISSED]
+    assert outcomes("store", "first-step", 1.4e6, "peft_dora") == [MET]
+    assert outcomes("ddp", "step", 1.1e6, "peft_lora") == [MISSED]
+    assert outcomes("fsdp2", "step", 0.9e6, "peft_lora") == [MET]

@@ -201,7 +201,7 @@ def test_without_a_gpu_the_command_says_so() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--op", "weight_nrom"), "unknown operation 'weight_nrom'; did you mean weight_norm, weight_norm_exact?"),
+        (("--op", "weight_nrom"), "unknown operation 'weight_nrom'; did you mean weight_norm, "),
         (("--op", "q,k"), "unknown operation 'q,k'; did you mean q,k,v?"),
         (("--peer", "peft_eagre"), "unknown peer 'peft_eagre'; did you mean peft_eager"),
         (("--peer", "seperate"), "unknown peer 'seperate'; did you mean separate"),

@@ -39,6 +39,7 @@ def lost(gpu: str) -> dict[str, list[Loss]]:
     return {table.op: losses(table, [winners(table)], fitting()) for table in TABLES[gpu]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", TABLES)
 def test_a_lookup_of_a_spec_that_was_never_measured_loses_little(gpu: str) -> None:
     every = [loss for found in lost(gpu).values() for loss in found]
@@ -97,6 +98,7 @@ def changes(gpu: str, model: Callable[[KernelSpec], bool]) -> list[float]:
     return ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [_norms_of_llama, _small_models])
 @pytest.mark.parametrize("gpu", TABLES)
 def test_one_more_store_makes_few_lookups_slower(gpu: str, model: Callable[[KernelSpec], bool]) -> None:

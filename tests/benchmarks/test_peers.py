@@ -75,6 +75,8 @@ def test_every_peer_of_the_whole_operation_agrees_with_its_definition(op: str, f
 def test_dorafactors_agrees_with_the_definition(
     dorafactors: Dorafactors, op: str, form: dict[str, Any], case: str
 ) -> None:
+    if op.startswith("compose_swiglu") or op.endswith("_group"):
+        pytest.skip("dorafactors has no such kernel")
     spec = spec_of(op, **form)
     (theirs,) = (peer for peer in peers_of(spec, 0.75, dorafactors) if peer.name == "dorafactors")
     assert error_of(theirs, spec, case) < 1e-5

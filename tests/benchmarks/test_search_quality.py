@@ -49,6 +49,7 @@ def planted() -> SpecTable:
     return SpecTable(SPEC, {config: Timing(us, kinds[config]) for config, us in times.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", recorded())
 def test_standard_searches_meet_the_target(gpu: str) -> None:
     searched = [one for table in read_tables(gpu) for one in Searches(table).run(seed=0)]
@@ -63,6 +64,7 @@ class Backwards(ModelSampler):
         return max(left, key=lambda config: (self._estimates[config], str(config)))
 
 
+@pytest.mark.slow
 def test_a_broken_sampler_misses_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SAMPLERS, "backwards", Backwards)
     (gpu, *_) = recorded()
@@ -75,6 +77,7 @@ def test_a_broken_sampler_misses_the_target(monkeypatch: pytest.MonkeyPatch) -> 
     assert shortfalls(regrets["backwards"])
 
 
+@pytest.mark.slow
 def test_a_search_without_its_seeds_misses_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     class Seedless(ReplaySpace):
         def __init__(self, *arguments: object) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,98 @@ def test_a_full_disk_drops_the_write_and_nothing_before_it(tmp_path: Path, monke
         monkeypatch.undo()
         assert store.entries() == [an_entry()]
         assert store.verify() == []
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As a full disk, for this process: no file grows beyond ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("kilobytes", [0, 1, 4, 20, 36, 40, 56, 76, 200])
+def test_a_store_made_on_a_full_disk_is_complete_or_not_there(kilobytes: int, tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    with suppress(StoreError), files_of_at_most(kilobytes * 1024):
+        Store.open(path, create=True).close()
+    for found in tmp_path.iterdir():
+        assert found.name.startswith("store.sqlite")
+    with Store.open(path, create=True) as store:
+        assert store.put(an_entry())
+        assert store.verify() == []
+
+
+def test_a_store_on_a_full_disk_can_be_read_where_it_has_no_log(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    with Store.open(path, create=True) as store:
+        store.put(an_entry())
+    with files_of_at_most(0), Store.open(path, readonly=True) as store:
+        assert store.entries() == [an_entry()]
+
+
+KILLED_WRITER = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")  # pages go to the file before the commit
+connection.execute("BEGIN IMMEDIATE")
+connection.execute("DELETE FROM doratune_entries")
+connection.execute("CREATE TABLE filler (a)")
+for _ in range(100):
+    connection.execute("INSERT INTO filler VALUES (zeroblob(4000))")
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture
+def with_hot_journal(tmp_path: Path) -> Path:
+    """An export whose writer was killed in the middle of a transaction."""
+    path = tmp_path / "exported.sqlite"
+    with Store.open(tmp_path / "store.sqlite", create=True) as store:
+        store.put(an_entry())
+        store.export(path)
+    subprocess.run([sys.executable, "-c", KILLED_WRITER, str(path)], check=False)
+    assert path.with_name("exported.sqlite-journal").stat().st_size > 0
+    return path
+
+
+def test_what_a_killed_writer_did_not_finish_is_undone_by_the_next_reader(with_hot_journal: Path) -> None:
+    with Store.open(with_hot_journal, readonly=True) as store:
+        assert store.entries() == [an_entry()]
+        assert store.verify() == []
+
+
+def test_a_reader_who_may_not_undo_it_is_told_who_can(with_hot_journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = with_hot_journal.read_bytes()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(StoreAccessError, match=r"killed while it wrote.*doratune cache ls --store"):
+        Store.open(with_hot_journal, readonly=True).entries()
+    assert with_hot_journal.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "b/" * 3000, "x" * 5000])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_path_that_is_too_long_is_named_in_few_words(name: str, mode: dict[str, bool], tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="File name too long") as caught:
+        Store.open(tmp_path / name / "store.sqlite", **mode)
+    assert len(str(caught.value)) <= 1000
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_open(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    Store.open(path, create=True).close()
+    code = "from doratune.temporaries import temporary_name; print(temporary_name('exported.sqlite'))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    left = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip()
+    for suffix in ("", "-journal"):
+        (tmp_path / f"{left}{suffix}").write_text("half")
+    Store.open(path, readonly=True).close()  # a reader writes nothing
+    assert (tmp_path / left).exists()
+    Store.open(path).close()
+    assert [found.name for found in tmp_path.iterdir()] == ["store.sqlite"]
 
 
 def test_a_lock_held_too_long_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,7 @@ def strangers_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_stranger_whom_tritons_cache_refuses_is_told_so_and_tunes_once_it_is_named(strangers_folder: Path) -> None:
     place, outside = strangers_folder, strangers_folder.parent
     arguments = [*TUNE, "--evaluator", "predict", "--jobs", "1", "--no-binaries", "--json"]

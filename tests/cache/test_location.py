@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from doratune.cache.errors import LocationError
-from doratune.cache.location import Location, split_locations
+from doratune.cache.location import Location, passwords_of, split_locations, without_password
+from doratune.cache.store import Store
 
 
 @pytest.mark.parametrize(
@@ -49,12 +50,54 @@ def test_a_password_reaches_the_driver_but_no_message(scheme: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "postgresql://me:s3/cret@host/db",
+        "postgresql://me:s3@cret@host/db",
+        "postgresql://me:s3?cret@host/db",
+        "postgresql://me:s3#cret@host/db",
+        "postgresql://me:s3 cret@host/db",
+        "postgresql://me:s3'cret@host/db",
+        "postgresql:/me:s3cret@host/db",
+        "postgresql:me:s3cret@host/db",
+        "postgres:/me:s3cret@host/db",
+        "POSTGRESQL:/me:s3cret@host/db",
+        "mysql://me:s3cret@host/db",
+        "mysql:/me:s3cret@host/db",
+        "sqlite://me:s3cret@host/db",
+        "host=a user=me password=s3cret",
+        "host=a user=me password='s3 cret'",
+        "postgresql://me:s3cret@host:port/db",
+        "postgresql://host:port/db?password=s3cret",
+        "postgresql://host:port/db?PASS%57ORD=s3cret&sslpassword=s3cret",
+    ],
+)
+def test_no_message_of_a_refused_url_has_its_password(text: str) -> None:
+    with pytest.raises(LocationError) as caught:
+        Store.open(text)
+    for part in ("s3", "cret"):
+        assert part not in f"{caught.value} {caught.value!r} {caught.value.__cause__!r}"
+
+
+def test_a_password_is_masked_wherever_a_message_quotes_it() -> None:
+    quoted = "cannot reach postgresql://me:s3/c@ret@host/db or 'postgresql:/me:s3cret@host/db?sslpassword=s3cret'"
+    masked = without_password(quoted)
+    assert masked == "cannot reach postgresql://me:***@host/db or 'postgresql:/me:***@host/db?sslpassword=***'"
+    assert passwords_of("postgresql://me:s3%2Fcret@host/db?password=other") == {"s3%2Fcret", "s3/cret", "other"}
+    assert passwords_of("postgresql://me@host/db") == set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "",
+        " ",
         ":memory:",
         "sqlite://",
         "sqlite:///",
         "sqlite:///:memory:",
         "sqlite:///file:a?mode=memory",
+        "file:a?mode=memory",
+        "a\0b",
+        "~nobody-of-this-name/store.sqlite",
         "mysql://me@h/db",
     ],
 )

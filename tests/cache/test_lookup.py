@@ -325,3 +325,11 @@ def test_distance_is_symmetric_and_zero_only_for_equal_shapes(
 
 def test_halving_the_rank_counts_twice_as_much_as_halving_the_tokens() -> None:
     assert distance(WANTED, a_spec(rank=192)) == 2 * distance(WANTED, a_spec(tokens=2048)) == 2.0
+
+
+def test_an_entry_that_was_never_tuned_serves_its_own_spec_alone(tmp_path: Path) -> None:
+    """A built store pins the config of every kernel, and must not move the choice for another one."""
+    with Store.open(tmp_path / "built.sqlite", create=True) as store:
+        store.put(an_entry(a_spec(tokens=4096), DEFAULT, us=None))
+        assert store.neighbours(a_spec(tokens=2048), "sm_90", count=8).candidates == ()
+        assert store.get(a_spec(tokens=4096)) is not None

@@ -3,8 +3,10 @@ migrated by its next writer; and a reader of a present store pays for none of it
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +18,10 @@ from sqlalchemy import Connection, inspect, text
 
 from doratune.cache import create, migrations, schema
 from doratune.cache.errors import OlderStoreError
-from doratune.cache.stack import open_stack, user_store_path
+from doratune.cache.stack import open_stack, prebuilt_paths, user_store_path
 from doratune.cache.store import Store
 
-from .world import a_spec, an_entry, with_final
+from .world import a_binary, a_spec, an_entry, with_final
 
 NEXT_REVISION = """
 import sqlalchemy as sa
@@ -72,6 +74,51 @@ def test_the_listed_revisions_are_those_in_the_folder(place: str) -> None:
     with Store.open(place, create=True) as store, store._engine.connect() as connection:
         scripts = ScriptDirectory.from_config(migrations.configuration(connection))
     assert tuple(script.revision for script in scripts.walk_revisions())[::-1] == schema.REVISIONS
+
+
+RELEASED = sorted((Path(__file__).parent / "released").glob("*.sql"))
+
+
+def test_a_store_of_every_released_schema_is_kept_here() -> None:
+    assert tuple(path.stem for path in RELEASED) == schema.REVISIONS[:-1]
+
+
+@pytest.mark.parametrize("released", RELEASED, ids=lambda path: str(path.stem))
+def test_a_store_of_a_released_schema_keeps_all_its_rows(released: Path, tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(released.read_text(encoding="utf-8"))
+    with pytest.raises(OlderStoreError, match=rf"schema {released.stem}, now.*doratune tune --store"):
+        Store.open(path, readonly=True)
+    entries = [an_entry(), an_entry(a_spec("h100", tokens=16, bias=True), "predicted")]
+    if released.stem >= "0003":
+        entries.append(with_final(an_entry(a_spec(rank=64))))
+    with Store.open(path) as store:
+        assert store.entries() == sorted(entries, key=lambda entry: str(entry.spec))
+        assert store.binaries() == [a_binary()]
+        assert store.verify() == []
+        assert store.put(an_entry(a_spec(rank=8)))
+    with Store.open(path, readonly=True) as store:
+        assert len(store.entries()) == len(entries) + 1
+
+
+def test_a_bad_row_of_an_older_store_costs_that_row(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(RELEASED[-1].read_text(encoding="utf-8"))
+        connection.execute("UPDATE doratune_entries SET gpu_name = CAST(x'c328' AS TEXT) WHERE id = 1")
+        connection.execute("UPDATE doratune_entries SET us = 'fast' WHERE id = 2")
+        connection.commit()
+    with Store.open(path) as store:
+        found, damaged = store.readable_entries()
+        assert (len(found), len(damaged)) == (1, 2)
+
+
+def test_the_shipped_stores_are_of_the_present_schema() -> None:
+    for path in prebuilt_paths():
+        with Store.open(path, readonly=True) as store, store._engine.connect() as connection:
+            assert create.read_revision(connection) == schema.REVISIONS[-1]
+            assert store.verify() == []
 
 
 def _release_next_version(monkeypatch: pytest.MonkeyPatch, folder: Path, then: str = "pass") -> None:

@@ -18,6 +18,8 @@ from doratune.cache.entry import Contender
 from doratune.cache.errors import CorruptRowError, InvalidEntryError, LocationError, ReadOnlyStoreError
 from doratune.cache.rows import binary_values, entry_values
 from doratune.cache.store import Store
+from doratune.codegen.ops import WIDTHS
+from doratune.codegen.spec import KernelSpec
 
 from .world import DEFAULT, MEASURED, PREDICTED, a_binary, a_spec, an_entry, with_final
 
@@ -90,6 +92,21 @@ def test_neighbours_share_op_and_dtypes_and_leave_the_spec_itself_out(
             sister,
             nearer,
         ]
+
+
+def test_the_widths_of_a_groups_other_projections_count_too(store: Store, reader: Callable[[], Store]) -> None:
+    """They have no columns, so the distance reads them in the spec's text."""
+
+    def group(*widths: int) -> KernelSpec:
+        dims = dict(zip(WIDTHS, widths, strict=False))
+        return KernelSpec.create("lora_compose_group", rank=16, tokens=128, dtype="bf16", adapter="bf16", **dims)
+
+    wanted, near, far = group(4096, 1024, 1024), group(4096, 1024, 2048), group(4096, 4096, 4096)
+    store.put_all(map(an_entry, (far, near, wanted)))
+    with reader() as reading:
+        assert reading.get(wanted) == an_entry(wanted)
+        found = reading.neighbours(wanted, "sm_90", count=8).candidates
+    assert [(each.spec, each.distance) for each in found] == [(near, 1.0), (far, 4.0)]
 
 
 def test_of_many_neighbours_the_measured_ones_are_read(store: Store) -> None:
@@ -464,12 +481,15 @@ def test_an_invalid_regret_is_not_stored(store: Store, regret: object) -> None:
         ("d_out", -4096, "d_out"),
     ],
 )
-def test_a_damaged_neighbour_is_an_error_that_names_row_and_store(
+def test_a_damaged_neighbour_costs_itself_and_is_named_with_its_store(
     store: Store, column: str, value: object, complaint: str
 ) -> None:
-    store.put(with_final(an_entry(a_spec(rank=64))))
-    _spoil(store, f"UPDATE doratune_entries SET {column} = :value", value)
-    with pytest.raises(CorruptRowError, match=complaint) as caught:
-        store.neighbours(a_spec(), "sm_90", count=8)
-    assert store.location in str(caught.value)
-    assert "entry 1" in str(caught.value)
+    near, far = with_final(an_entry(a_spec(rank=64))), an_entry(a_spec(rank=16))
+    store.put_all([near, far])
+    _spoil(store, f"UPDATE doratune_entries SET {column} = :value WHERE rank = 64", value)
+    found = store.neighbours(a_spec(), "sm_90", count=8)
+    assert [candidate.spec for candidate in found.candidates] == [far.spec]
+    [problem] = found.damaged
+    assert complaint in problem
+    assert store.location in problem
+    assert "entry 1" in problem

@@ -34,6 +34,7 @@ from doratune.codegen.variants import VARIANTS, find_variant
 from doratune.tuner import workers
 from doratune.tuner.workers import binaries_job
 
+from ..specs import read_by
 from .test_compile import ARCHITECTURES, first_fitting_seed, spec_of
 
 pytest.importorskip("triton")
@@ -107,7 +108,8 @@ def test_honest_binaries_are_accepted(makers: Makers, architecture: str) -> None
     for variant in VARIANTS:
         if architecture not in ("sm_90", "gfx942") and variant.op != "lora_compose":
             continue
-        specs = [spec_of(variant.op, architecture, tokens=tokens) for tokens in (4096, 16)]
+        values = read_by(variant, {"dtype": "bf16"})
+        specs = [spec_of(variant.op, architecture, **values, tokens=tokens) for tokens in (4096, 16)]
         spec = next((spec for spec in specs if variant.unavailable(spec, gpu) is None), None)
         if spec is not None:
             config = first_fitting_seed(variant, spec)
@@ -293,7 +295,7 @@ def test_a_forged_fact_is_refused_by_its_name(
     with pytest.raises(BinaryError) as refused:
         norm.check(edited(honest, path, value))
     assert said in str(refused.value)
-    assert len(str(refused.value)) < 1000
+    assert len(str(refused.value)) <= 1000
 
 
 @pytest.mark.parametrize("shared", [LARGEST_TILE, LIMIT])
@@ -334,6 +336,7 @@ def test_tensor_memory_must_be_a_size_that_blackwell_can_allocate(makers: Makers
         "[" * 100_000,
         '{"name": ' + "9" * 10_000 + "}",
         '{"name": "\\ud800"}',
+        '{"name": "row_dots_kernel", "doratune": {}, "name": "row_dots_kernel"}',
         " " * (1 << 17),
     ],
     ids=lambda text: text[:12],
@@ -371,6 +374,53 @@ def description(image: bytes, attribute: int) -> int:
     return image.index(bytes((4, attribute, 12, 0)))
 
 
+def header(image: bytes, name: str) -> int:
+    """The offset of the header of a section."""
+    (table,), (count, names) = struct.unpack_from("<Q", image, 40), struct.unpack_from("<HH", image, 60)
+    (texts,) = struct.unpack_from("<Q", image, table + names * 64 + 24)
+    for at in range(table, table + count * 64, 64):
+        start = texts + struct.unpack_from("<I", image, at)[0]
+        if image[start : image.index(b"\0", start)] == name.encode():
+            return at
+    raise AssertionError(name)
+
+
+NAME, KIND, FLAGS, ADDRESS, OFFSET, SIZE, LINK, INFO, ALIGNMENT, EACH = 0, 4, 8, 16, 24, 32, 40, 44, 48, 56
+"""Where the values of a section are in its header."""
+
+
+Change = Callable[[bytes], bytes]
+
+
+def section(name: str, place: int, value: int) -> Change:
+    """Changes one value of a section's header."""
+    return lambda image: at(
+        image, header(image, name) + place, "<I" if place in (NAME, KIND, LINK, INFO) else "<Q", value
+    )
+
+
+def inside(name: str, place: int, form: str, value: int) -> Change:
+    """Changes a number in a section."""
+    return lambda image: at(
+        image, struct.unpack_from("<Q", image, header(image, name) + OFFSET)[0] + place, form, value
+    )
+
+
+def segment(number: int, place: int, value: int) -> Change:
+    """Changes one value of a segment's header."""
+    return lambda image: at(image, struct.unpack_from("<Q", image, 32)[0] + number * 56 + place, "<Q", value)
+
+
+def parameter(place: int, form: str, value: int) -> Change:
+    """Changes what a cubin says of its last parameter, which it describes first."""
+    return lambda image: at(image, description(image, 0x17) + place, form, value)
+
+
+def parameters(place: int, form: str, value: int) -> Change:
+    """Changes what a cubin says of where in constant memory its parameters lie."""
+    return lambda image: at(image, image.index(bytes((4, 0x0A, 8, 0))) + place, form, value)
+
+
 FORGED_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda image: b"", "not a 64-bit ELF"),
     "garbage": (lambda image: b"\x90" * 4096, "not a 64-bit ELF"),
@@ -395,11 +445,45 @@ FORGED_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "threads": (lambda image: at(image, description(image, 0x10) + 4, "<I", 1024), "threads of a block 1024"),
     "threads in y": (lambda image: at(image, description(image, 0x10) + 8, "<I", 2), "threads"),
     "no threads": (lambda image: at(image, description(image, 0x10) + 1, "B", 0x05), "threads"),
-    "parameter bytes": (lambda image: at(image, description(image, 0x17) + 12, "<I", 4096 << 18), "each parameter"),
+    "parameter bytes": (lambda image: at(image, description(image, 0x17) + 12, "<I", 4096 << 18), "parameter"),
     "parameter gone": (lambda image: at(image, description(image, 0x17) + 1, "B", 0x77), "parameter"),
     "parameter twice": (lambda image: at(image, description(image, 0x17) + 8, "<H", 0), "twice"),
     "attribute too long": (lambda image: at(image, description(image, 0x17) + 2, "<H", 0xFFFF), "damaged"),
     "clusters": (lambda image: at(image, description(image, 0x10) + 1, "B", 0x3D), "threads"),
+    "parameter beside the others": (parameter(10, "<H", 65528), "lies at 65528, expected"),
+    "parameter in other memory": (parameter(12, "<I", 8 << 18), "not lie among the parameters"),
+    "parameters far away": (parameters(8, "<H", 65000), "fill its constant memory"),
+    "parameters too many": (parameters(10, "<H", 65000), "fill its constant memory"),
+    "parameters nowhere": (parameters(4, "<I", 9999), "fill its constant memory"),
+    "not said where parameters are": (parameters(1, "B", 0x05), "where its parameters lie"),
+    "constants": (section(".nv.constant0.row_dots_kernel", SIZE, 8), "fill its constant memory of 8"),
+    "object": (lambda image: at(image, 16, "<H", 1), "its header has type 1"),
+    "entry": (lambda image: at(image, 24, "<Q", 64), "entry 64"),
+    "first section": (lambda image: at(image, header(image, "") + SIZE, "<Q", 1), "section 0 is not empty"),
+    "unknown kind": (section(".debug_frame", KIND, 0x60000000), "unknown kind 0x60000000"),
+    "unknown flags": (section(".debug_frame", FLAGS, 1 << 40), "has flags 0x10000000000"),
+    "address": (section(".nv.info", ADDRESS, 1 << 40), "and address 0x10000000000"),
+    "two of a name": (section(".nv.callgraph", NAME, 0), "two of its sections have the same name"),
+    "link to code": (section(".nv.info", LINK, 4), "refers to section 4, which is of kind 1"),
+    "alignment": (section(".debug_frame", ALIGNMENT, 3), "aligned to 3 bytes"),
+    "wide alignment": (section(".debug_frame", ALIGNMENT, 2**40), "aligned to"),
+    "link": (section(".nv.info", LINK, 4000), "refers to sections 4000"),
+    "target": (section(".rela.debug_line", INFO, 4000), "4000"),
+    "symbols of another size": (section(".symtab", EACH, 12), "symbols of 12 bytes"),
+    "symbols cut": (section(".symtab", SIZE, 25), "in parts of 24"),
+    "names of symbols": (section(".symtab", LINK, 3), "names in section 3"),
+    "symbol's section": (inside(".symtab", 24 + 6, "<H", 4000), "a symbol in section 4000"),
+    "symbol far away": (inside(".symtab", 24 + 8, "<Q", 2**40), "a symbol outside its section"),
+    "symbol's size": (inside(".symtab", 24 + 16, "<Q", 2**64 - 8), "a symbol outside its section"),
+    "symbol's name": (inside(".symtab", 24, "<I", 2**31), "a name lies outside its table"),
+    "relocation far away": (inside(".rela.debug_line", 0, "<Q", 2**33), "points outside section"),
+    "relocation's symbol": (inside(".rela.debug_line", 12, "<I", 4000), "points outside section"),
+    "relocation's size": (section(".rela.debug_line", EACH, 8), "parts of 8 bytes"),
+    "endless shared memory": (section(".nv.shared.reserved.0", SIZE, 2**40), "needs 1099511627776 bytes"),
+    "sections in each other": (section(".debug_line", OFFSET, 100), "overlap"),
+    "segment in memory": (segment(2, 40, 2**40), "and 1099511627776 in memory"),
+    "segment's alignment": (segment(2, 48, 12), "segment 2 is aligned to 12"),
+    "segment of segments": (segment(0, 32, 56), "segment 0 is not the table"),
 }  # fmt: skip
 
 
@@ -411,7 +495,7 @@ def test_a_damaged_or_foreign_image_is_refused(
     with pytest.raises(BinaryError, match=r"image of row_dots_kernel") as refused:
         norm.check(replace(honest, image=change(honest.image)))
     assert said in str(refused.value)
-    assert len(str(refused.value)) < 1000
+    assert len(str(refused.value)) <= 1000
 
 
 def test_another_kernels_image_is_refused_under_this_name(norm: Made, honest: Binary) -> None:
@@ -448,12 +532,17 @@ AMD_IMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda image: image.replace(b"\xa5.name\xb3lora_compose", b"\xa5.name\xb3lora_compozz"),
         "must describe its kernel 'lora_compose_kernel', got 'lora_compozz",
     ),
-    "argument bytes": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\x7f", 1), "bytes of each parameter"),
-    "negative bytes": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\xff", 1), "bytes of each parameter"),
+    "argument bytes": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\x7f", 1), "parameter 1 lies at 8"),
+    "negative bytes": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\xff", 1), "parameter 1 lies at 8"),
     "no size": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.sizf\x08", 1), ".size in its description must be"),
     "no arguments": (lambda image: image.replace(b"\xa5.args", b"\xa5.argz", 1), ".args in its description must be"),
     "another type": (lambda image: image.replace(b"\xa5.size\x08", b"\xa5.size\xc2", 1), ".size"),
     "kernels too many": (lambda image: image.replace(b"amdhsa.kernels\x91", b"amdhsa.kernels\x9f", 1), ""),
+    "argument elsewhere": (lambda image: image.replace(b".offset\x08", b".offset\x7f", 1), "lies at 127"),
+    "arguments' bytes": (lambda image: image.replace(b".kernarg_segment_size", b".kernarg_segment_siz_"), ".kernarg"),
+    "kernel's memory": (inside(".rodata", 0, "<I", 2**31), "its description has (0, 0, "),
+    "kernel's arguments": (inside(".rodata", 8, "<I", 2**31), "its description has (0, 0, "),
+    "descriptor elsewhere": (inside(".dynsym", 2 * 24 + 8, "<Q", 64), "a symbol outside its section '.rodata'"),
     "no description": (lambda image: image.replace(b"AMDGPU\0", b"BMDGPU\0", 1), "description of its kernels, got 0"),
     "cut off": (lambda image: image[:-1], "cut off"),
     "one byte more": (lambda image: image + b"\0", "1 more bytes follow"),
@@ -526,7 +615,7 @@ def test_no_mutation_of_the_metadata_is_accepted_or_ends_in_another_error(norm: 
         assert type(forged["shared"]) is int
         assert 0 <= forged["shared"] <= LIMIT
     else:
-        assert len(reason) < 1000
+        assert len(reason) <= 1000
 
 
 @settings(max_examples=200, deadline=None)
@@ -554,5 +643,5 @@ def test_no_damage_to_an_image_ends_in_another_error(makers: Makers, norm: Made,
         image[data.draw(st.integers(first, last - 1))] = data.draw(st.integers(0, 255))
     length = data.draw(st.sampled_from([len(image), len(image), len(image) // 2, 63, 0]))
     reason = refusal(lambda: read_image(bytes(image[:length])), ImageError)
-    assert reason is None or len(reason) < 1000
+    assert reason is None or len(reason) <= 1000
     assert reason is not None or length == len(image)

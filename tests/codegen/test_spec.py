@@ -154,7 +154,7 @@ def test_json_that_is_no_config_is_refused(data: object) -> None:
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(spec_module).failed == 0
-    assert set(FLAGS) == {"bias", "delta", "save", "output", "autocast"}
+    assert set(FLAGS) == {"bias", "delta", "save", "output", "autocast", "gelu", "gelu_tanh"}
 
 
 def test_floors_count_every_operand_once() -> None:

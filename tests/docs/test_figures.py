@@ -58,3 +58,28 @@ def test_a_table_has_ours_in_microseconds_and_peers_as_multiples_of_it(figures: 
         "doratune, MB": "0.5",
         "variant": "tile",
     }
+
+
+def test_a_model_has_tables_of_what_was_measured_and_none_without_cells(figures: ModuleType) -> None:
+    def row(op: str, impl: str, **values: object) -> dict[str, object]:
+        shape = {
+            "bench": "model",
+            "model": "m",
+            "shape": [2, 8],
+            "rank": 8,
+            "dtype": "bf16",
+            "adapter": "bf16",
+            "run": "",
+        }
+        return {**shape, "op": op, "impl": impl, "us": 2000.0, "flags": ["liger"], **values}
+
+    rows = [row("step", "doratune", launches=7, host_us=1500.0, peak_mb=3.0), row("step", "peft_lora", launches=9)]
+    found = {table.title: table.lines[1:] for table in figures.tables([*rows, row("first-step", "doratune")])}
+    case = ("m, 2×8, r = 8", "bf16, bf16 adapters, liger")
+    assert found == {
+        "step: time, ms": ((*case, "2.0", "2.0"),),
+        "step: peak memory above the weights, MB": ((*case, "3", ""),),
+        "step: the host's own time, ms": ((*case, "1.5", ""),),
+        "step: kernel launches": ((*case, "7", "9"),),
+        "first-step: time, ms": ((*case, "2.0"),),
+    }

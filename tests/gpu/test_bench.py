@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,85 @@ def test_layers_and_models_have_times_and_peaks(command: str, tmp_path: Path) ->
         assert row["peak_mb"] > 0.0
         if row["impl"] == "doratune" and row["op"] == "inference":
             assert row["rel_err"] < 0.05
+
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+PATHS = {"axolotl": "DORATUNE_AXOLOTL_PATH", "unsloth": "DORATUNE_UNSLOTH_PATH"}
+
+
+def model_rows(tmp_path: Path, *options: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of ``bench model`` on a tiny model at rank 16, and what it wrote to standard error."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    size = ["--seq", "128", "--loss-tokens", "64", "--rank", "16", "--rounds", "2", "--json"]
+    result = CliRunner().invoke(main, ["bench", "model", "--config", str(config), *size, *options])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["rows"], result.stderr
+
+
+@pytest.mark.parametrize("checkpointing", ["--checkpointing", "--no-checkpointing"])
+@pytest.mark.parametrize("project", [*PATHS])
+def test_fused_functions_agree_with_peft_and_are_timed(tmp_path: Path, project: str, checkpointing: str) -> None:
+    path = os.environ.get(PATHS[project])
+    if not path:
+        pytest.skip(f"{PATHS[project]} names no checkout or unpacked wheel of {project}")
+    ops = [option for op in ("step", "inference", "decode") for option in ("--op", op)]
+    less = ("--modes", "bf16", "--decode-tokens", "2", "--no-counts", "--batch", "2")  # kernels compile for each size
+    rows, told = model_rows(tmp_path, *ops, *less, checkpointing, f"--{project}-path", path)
+    assert "left out" not in told
+    peers = {"peft_lora", "peft_dora", "doratune", f"{project}_lora"} | {"axolotl_dora"} & {f"{project}_dora"}
+    assert {(row["op"], row["impl"]) for row in rows} == {(op, impl) for op in ops[1::2] for impl in peers}
+    for row in rows:
+        assert row["us"] > 0.0
+        if row["impl"] == f"{project}_lora" and row["op"] == "step":
+            assert row["loss_err"] < 5e-4
+
+
+def test_ligers_kernels_are_in_every_contender(tmp_path: Path) -> None:
+    pytest.importorskip("liger_kernel", reason="Liger's kernels are not installed: pip install liger-kernel")
+    losses = {}
+    for options in ([], ["--liger"]):
+        rows, told = model_rows(tmp_path, "--op", "step", "--op", "inference", "--batch", "2", "--no-counts", *options)
+        assert "left out" not in told
+        assert {row["impl"] for row in rows} == {"peft_lora", "peft_dora", "doratune"}
+        assert all(("liger" in row["flags"]) == bool(options) for row in rows)
+        for row in rows:
+            if row["op"] == "step":
+                losses.setdefault((row["impl"], row["adapter"]), []).append(row["loss"])
+    for plain, with_liger in losses.values():
+        assert with_liger == pytest.approx(plain, rel=2e-3)
+
+
+def test_launches_and_times_of_a_call_are_counted(tmp_path: Path) -> None:
+    rows, _ = model_rows(tmp_path, "--op", "step", "--op", "decode", "--decode-tokens", "2", "--modes", "bf16")
+    assert {row["op"] for row in rows} == {"step", "decode"}
+    for row in rows:
+        assert row["launches"] > 14 * 2, "at least base product and composition of each projection"
+        assert 0.0 < row["busy_us"] < 1.1 * row["us"]
+        assert row["host_us"] > 0.0
+
+
+def test_first_steps_and_two_gpus(tmp_path: Path) -> None:
+    rows, told = model_rows(tmp_path, "--op", "first-step", "--modes", "bf16", "--impl", "doratune")
+    assert "left out" not in told
+    cold, warm = rows
+    assert warm["us"] < cold["us"], "nothing is compiled again"
+    if torch.cuda.device_count() < 2:
+        pytest.skip("--parallel needs two GPUs")
+    for how in ("ddp", "fsdp2"):
+        rows, told = model_rows(tmp_path, "--parallel", how)
+        assert "left out" not in told
+        assert all(row["loss_err"] < 5e-3 for row in rows if row["impl"] == "doratune")
 
 
 def test_the_host_is_timed_in_every_way_to_launch() -> None:

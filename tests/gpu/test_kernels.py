@@ -14,7 +14,8 @@ from doratune.codegen.gpu import Gpu
 from doratune.codegen.ops import OPS, SMALLEST_GAIN
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
-from doratune.codegen.variants import VARIANTS, Variant, check_config
+from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config
+from doratune.codegen.weight_formats import parse_format, stored_as
 from doratune.runtime.binding import bind
 from doratune.runtime.device import find_device, gpu_of
 from doratune.runtime.kernel import Kernel
@@ -22,6 +23,8 @@ from doratune.runtime.reference import TORCH_DTYPES, definition
 from doratune.tuner.accuracy import NORM_ERROR, worst_error
 from doratune.tuner.inputs import CASES, make_inputs, make_outputs
 from doratune.tuner.timing import capture
+
+from ..specs import read_by
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,7 +54,8 @@ def spec_of(op: str, dtype: str, adapter: str, gpu: Gpu, **values: object) -> Ke
 
 def served_spec(variant: Variant, dtype: str, adapter: str, gpu: Gpu, **values: object) -> KernelSpec:
     """A spec for few tokens, or for many where the variant is for those alone."""
-    few, many = (spec_of(variant.op, dtype, adapter, gpu, **{**values, "tokens": tokens}) for tokens in (16, 4096))
+    values = read_by(variant, {"dtype": dtype, **values})
+    few, many = (spec_of(variant.op, adapter=adapter, gpu=gpu, **{**values, "tokens": tokens}) for tokens in (16, 4096))
     return few if variant.unavailable(few, gpu) is None else many
 
 
@@ -88,6 +92,39 @@ def test_each_term_is_right_where_it_dominates(
         assert complaint_of(source, 500, case) is None, case
 
 
+FORMATS = [
+    "nf4",
+    "nf4.128.nested",
+    "fp4",
+    "int8",
+    "ao8",
+    "ao8.tensor",
+    "ao8.block.zeros",
+    "hqq8",
+    "hqq4",
+    "hqq4.strided",
+]
+FORMATS += ["fp8", "fp8.tensor", "fp8.tile", "fp8.exact", "fp8.tile.exact"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", [(1024, 2048, 64), (512, 1920, 200), (301, 517, 24)], ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_packed_weights_are_read_as_they_are_stored(
+    form: str, shape: tuple[int, int, int], dtype: str, gpu: Gpu
+) -> None:
+    """Blocks along rows and across them, rows that begin inside a word; alone and for several layers."""
+    d_out, d_in, rank = shape
+    if parse_format(form).refuse(d_out, d_in):
+        pytest.skip("no such shape in this format")
+    values = {"d_out": d_out, "d_in": d_in, "rank": rank, "weight": stored_as(form, dtype), "magnitude": "fp32"}
+    for op, added in (("weight_norm", {"save": True}), ("weight_norm", {}), ("weight_norm_group", {"layers": 3})):
+        spec = spec_of(op, dtype, "fp32", gpu, **values, **added, autocast=True)
+        source = render(spec, default_config(spec, gpu))
+        for case in ("random", "cross_term", "mixed"):
+            assert complaint_of(source, 3, case) is None, (op, added, case)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)
 @pytest.mark.parametrize("tokens", [1, 16, 127, 4099])
 def test_any_token_count_is_right(variant: Variant, tokens: int, gpu: Gpu) -> None:
@@ -122,7 +159,8 @@ def test_long_rows_lose_no_digits(d_in: int, gpu: Gpu) -> None:
     """Tensor cores drop low bits of a running sum; G over 14336 columns in one sum failed the norm's 1e-5."""
     for variant in (v for v in VARIANTS if v.op == "weight_norm"):
         for adapter in ("bf16", "fp32"):
-            spec = spec_of("weight_norm", "bf16", adapter, gpu, d_out=512, d_in=d_in, rank=384)
+            values = read_by(variant, {"dtype": "bf16", "d_out": 512, "d_in": d_in, "rank": 384})
+            spec = spec_of("weight_norm", adapter=adapter, gpu=gpu, **values)
             source = render(spec, fitting_config(variant, spec, gpu))
             for case in ("cross_term", "large_lora", "mixed"):
                 assert complaint_of(source, 1, case) is None, (variant.name, adapter, case)

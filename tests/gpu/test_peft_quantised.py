@@ -18,6 +18,8 @@ pytest.importorskip("transformers")
 from peft.utils.integrations import dequantize_module_weight
 
 from doratune.integrations.peft import base_layers
+from doratune.integrations.peft.stored import StorageReader
+from doratune.nn.stored_norm import StoredMatrix, norm_of_stored
 
 from ..integrations.peft.peft_models import Pair, by_torchao, dense, gradients, relative, shake, with_dora
 
@@ -36,6 +38,7 @@ STORAGE: dict[str, dict[str, Any]] = {
     "torchao": {},
     "HQQ": {},
 }
+FORMATS = {"nf4": "nf4", "nested nf4": "nf4.nested", "fp4": "fp4", "int8": "int8", "torchao": "ao8", "HQQ": "hqq4"}
 KINDS = {"int8": base_layers.BNB_8BIT, "torchao": base_layers.TORCHAO, "HQQ": base_layers.HQQ}
 
 
@@ -103,6 +106,8 @@ def test_values_and_gradients_are_as_good_as_pefts(
         report = doratune.accelerate(model, quiet=True)
         kind = KINDS.get(storage, base_layers.BNB_4BIT)
         assert {(layer.runs, layer.base) for layer in report.layers} == {("kernels", kind)}
+        assert {layer.weight_format.removesuffix(".scales_fp32") for layer in report.layers} == {FORMATS[storage]}
+        assert {layer.kernels[0] for layer in report.layers} == {"weight_norm"}
         with autocast, warnings.catch_warnings():
             warnings.filterwarnings("error", message="doratune leaves")
             fast = step(model, x, dy)
@@ -137,3 +142,57 @@ def test_products_in_every_number_of_rows_are_those_of_the_dequantised_w(
     with torch.no_grad():
         squares = base_layers.row_squares(layer, base, *weight.shape)
     assert relative(squares, weight.square().sum(dim=1)) < 1e-3
+
+
+DOMINANT = {"W": (0.05, 0.02), "BA": (10.0, 1.0), "W along BA": (1.0, 0.01)}
+"""Standard deviations of A and B, by the term that dominates the norm."""
+
+
+def matrix_of(layer: Any) -> StoredMatrix:
+    base = base_layers.read_base(layer, layer.out_features, layer.in_features, transposed=False)
+    assert isinstance(base, base_layers.BaseLayer)
+    matrix = StorageReader("layer").read(layer, base, layer.out_features, layer.in_features)
+    assert isinstance(matrix, StoredMatrix), matrix
+    return matrix
+
+
+@pytest.mark.parametrize("dominates", DOMINANT)
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32], ids=["bf16 adapters", "fp32 adapters"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("storage", STORAGE)
+def test_the_norm_from_the_codes_is_that_of_the_dequantised_w(
+    storage: str, sizes: tuple[int, int, int], adapter: torch.dtype, dominates: str
+) -> None:
+    torch.manual_seed(0)
+    layer: Any = quantised(storage, sizes).first
+    matrix = matrix_of(layer)
+    if matrix.form.exact:
+        codes = matrix.tensors[0].view(torch.int8).double().view(matrix.d_out, matrix.d_in)
+        weight = codes * matrix.tensors[1].double().view(-1, 1) / matrix.form.of.unit
+    else:
+        weight = dequantize_module_weight(layer).double()
+    of_a, of_b = DOMINANT[dominates]
+    a = of_a * torch.randn(16, matrix.d_in, device="cuda")
+    b = of_b * torch.randn(matrix.d_out, 16, device="cuda")
+    if dominates == "W along BA":
+        a[0], b[:, 0] = weight[0].float(), 0.5 * torch.randn(matrix.d_out, device="cuda")
+    a, b = a.to(adapter), b.to(adapter)
+    wanted = (weight - 0.7 * (b.double() @ a.double())).norm(dim=1)
+    for _ in range(2):  # the second one takes rowsum(W*W) from the first
+        norm = norm_of_stored(matrix, a, b, -0.7).double()
+        assert float(((norm - wanted) / wanted).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_the_norm_needs_no_memory_of_the_size_of_w(storage: str) -> None:
+    layer: Any = quantised(storage, (2048, 2048, 256)).first
+    matrix = matrix_of(layer)
+    a = torch.randn(16, 2048, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(2048, 16, device="cuda", dtype=torch.bfloat16)
+    norm_of_stored(matrix, a, b, 1.0)
+    matrix._squares = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    norm_of_stored(matrix, a, b, 1.0)
+    assert torch.cuda.max_memory_allocated() - before <= 8 * (2048 * 16 + 16 * 16) + (1 << 20)

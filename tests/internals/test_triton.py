@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from doratune.cache.entry import Binary
+from doratune.cache.trust import Trust
 from doratune.codegen.gpu import find_gpu
-from doratune.codegen.module import declared_kernels, kernel_names
+from doratune.codegen.module import kernel_names
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
@@ -25,6 +26,7 @@ from doratune.runtime.binaries import find_binaries
 
 from ..runtime.fakes import Allocations, Compiled, Gpus, World
 from ..runtime.test_recording import allocations, gpus  # noqa: F401  fixtures
+from ..specs import read_by
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon.language")
@@ -86,7 +88,7 @@ def _nothing_said_yet() -> Iterator[None]:
 
 
 def source_of(variant: Variant) -> Source:
-    spec = KernelSpec.create(variant.op, **SIZES, gpu=GPU.slug)
+    spec = KernelSpec.create(variant.op, **read_by(variant, SIZES), gpu=GPU.slug)
     config = next(config for config in variant.seeds(spec, GPU) if check_config(spec, config, GPU) is None)
     return render(spec, config)
 
@@ -281,13 +283,18 @@ def test_where_triton_cannot_be_asked_what_a_binary_must_be_none_is_taken(
     class Team:
         location = "team"
 
-        def binaries(self, *_: Any) -> list[Binary]:
-            return [Binary(source.code_digest, kernel, "3", "sm_90", "{}", b"") for kernel in declared_kernels(source)]
+        def has_binaries(self, *_: str) -> bool:
+            return True
+
+        def get_binary(self, code: str, kernel: str, triton: str, architecture: str) -> Binary:
+            return Binary(code, kernel, triton, architecture, "{}", b"")
 
     monkeypatch.setattr("doratune.codegen.binary._parsed", lambda kernel, metadata: {})
+    monkeypatch.setattr(Trust, "refusal", lambda self, store: None)
     with pytest.warns(RuntimeWarning, match="kernels are compiled"):
-        found = find_binaries(source, [Team()], GPU, {"team"})  # type: ignore[list-item]
+        found = find_binaries(source, [Team()], GPU, Trust())  # type: ignore[list-item]
     assert not found.kernels
+    assert "Team" not in found.note, "it is Triton that fails"
 
 
 def test_a_tensor_map_that_cannot_be_made_later_leaves_the_recording(

@@ -93,12 +93,19 @@ def test_forward_and_backward_are_one_graph_each_with_the_operators_in_it(form: 
     if form == "foreign base":  # has its norm from weight_norm, and leaves W's part of dX to the base's own graph
         assert graphs.operators() == ["row_norm", "lora_compose", "compose_backward", "adapter_backward"]
     elif form == "own, bias":  # one operator for all of the forward, which keeps inner
-        assert graphs.operators() == ["row_norm_and_gain", "dora_linear_forward", "compose_backward", "sum_of_products"]
+        assert graphs.operators() == [
+            "row_norm_and_gain",
+            "dora_linear_forward",
+            "compose_backward",
+            "wide_product",
+            "sum_of_products",
+        ]
     else:
         backward = ["compose_backward", "adapter_backward", "sum_of_products"]
         assert graphs.operators() == ["row_norm_and_gain", "lora_compose", *backward]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("form", FORMS)
 def test_inductor_computes_the_same(form: str) -> None:
@@ -125,7 +132,13 @@ def test_fp32_adapters_under_autocast_compile_to_one_graph() -> None:
     assert torch.equal(y, wanted)
     for name, value in gradients(wanted, again).items():
         torch.testing.assert_close(grads[name], value, rtol=1e-2, atol=1e-2)
-    assert graphs.operators() == ["row_norm_and_gain", "dora_linear_forward", "compose_backward", "sum_of_products"]
+    assert graphs.operators() == [
+        "row_norm_and_gain",
+        "dora_linear_forward",
+        "compose_backward",
+        "wide_product",
+        "sum_of_products",
+    ]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -196,8 +209,8 @@ def test_fp64_magnitudes_and_norms_beside_others_compile(given: str, dtype: torc
         y.backward(layer.dy)
         assert magnitude.grad is not None
         results.append((y.detach(), magnitude.grad.clone()))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
 
 
 def samples(name: str) -> list[tuple[Any, ...]]:
@@ -206,6 +219,7 @@ def samples(name: str) -> list[tuple[Any, ...]]:
 
     weight, lora_a, lora_b, g = tensor(24, 16), tensor(4, 16), tensor(24, 4), tensor(24)
     rows, h = tensor(5, 24), tensor(5, 4)
+    gated = (rows, tensor(5, 24), tensor(5, 8), lora_b, tensor(24, 4), g, tensor(24))
     return {
         "row_norm": [(weight, lora_a, lora_b, given, 0.5) for given in (None, weight.square().sum(dim=1))],
         "row_norm_and_gain": [(weight, lora_a, lora_b, given, g, 0.5) for given in (None, weight.square().sum(dim=1))],
@@ -224,6 +238,35 @@ def samples(name: str) -> list[tuple[Any, ...]]:
             (rows, h, lora_b, g, g, g.abs(), 0.5, adapter, magnitude)
             for adapter, magnitude in ((torch.float32, torch.float32), (torch.bfloat16, torch.float64))
         ],
+        "compose_swiglu": [
+            (*gated, bias, bias, 0.5, activation)
+            for bias, activation in ((None, "silu"), (g, "gelu"), (None, "gelu_tanh"))
+        ],
+        "compose_swiglu_backward": [
+            (tensor(5, 24), *gated, g.abs(), g.abs(), bias, bias, 0.5, activation, magnitude)
+            for bias, activation, magnitude in ((None, "silu", torch.float32), (g, "gelu", torch.float64))
+        ],
+        "lora_compose_group": [
+            (list(group), tensor(5, 4 * len(group)), [tensor(t.shape[1], 4) for t in group], gains, biases, 0.5)
+            for group, gains in (
+                ((rows, tensor(5, 16)), [g, tensor(16)]),
+                ((rows, rows, tensor(5, 8)), [g, g, tensor(8)]),
+            )
+            for biases in ([], gains)
+        ],
+        "compose_backward_group": [
+            (
+                [tensor(5, 24), tensor(5, 16)],
+                [tensor(5, 24), tensor(5, 16)],
+                tensor(5, 8),
+                [lora_b, tensor(16, 4)],
+                [g, tensor(16)],
+                [g.abs(), tensor(16).abs()],
+                0.5,
+                magnitude,
+            )
+            for magnitude in (torch.float32, torch.float64)
+        ],
         "sum_of_products": [(rows, tensor(24, 16), h, tensor(4, 16))],
     }[name]
 
@@ -237,6 +280,10 @@ def samples(name: str) -> list[tuple[Any, ...]]:
         "dora_linear_forward",
         "compose_backward",
         "adapter_backward",
+        "compose_swiglu",
+        "compose_swiglu_backward",
+        "lora_compose_group",
+        "compose_backward_group",
         "sum_of_products",
     ],
 )

@@ -100,7 +100,7 @@ class Compiled:
 
     @staticmethod
     def _describe(type_: str, place: int) -> dict[str, Any]:
-        block = [int(side) for side in re.findall(r"\[(\d+), (\d+)\]", type_)[0]]
+        block = [int(side) for side in re.findall(r"\[([\d, ]+)\]", type_)[0].split(", ")]
         return {"swizzle": place, "elem_size": 2, "elem_type": 8, "block_size": block, "fp4_padded": False}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:

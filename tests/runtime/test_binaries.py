@@ -16,7 +16,9 @@ import torch
 from sqlalchemy import text
 
 import doratune
+from doratune.cache import rows
 from doratune.cache.entry import MEASURED, Binary, Entry, Environment, Evaluation
+from doratune.cache.signing import SigningKey, binary_digest, read_signing_key
 from doratune.cache.store import Store
 from doratune.codegen import binary as binary_module
 from doratune.codegen.binary import BinaryError, OtherSettingsError, check, restore
@@ -34,6 +36,9 @@ from doratune.runtime.kernel import Kernel
 from doratune.runtime.loader import load_kernel, resolve_binaries
 from doratune.tuner.workers import CompilePool
 
+from ..cache.test_signing import write_key
+from ..specs import read_by
+
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon.language")  # while the interpreter is on, or it cannot be loaded later
 
@@ -45,6 +50,7 @@ OTHER_TOKENS = replace(SPEC, tokens=8192)
 @pytest.fixture(autouse=True)
 def _own_stores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.delenv("DORATUNE_CACHE_PATH", raising=False)
+    monkeypatch.delenv("DORATUNE_TRUST", raising=False)
     monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("doratune.cache.stack._PREBUILT_FOLDER", tmp_path / "prebuilt")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # jit functions must be compiled, not interpreted
@@ -62,9 +68,11 @@ def pool() -> Iterator[CompilePool]:
     opened.close()
 
 
-def spec_of(op: str, d_out: int = 1024, d_in: int = 1024, rank: int = 64, tokens: int = 16) -> KernelSpec:
+def spec_of(
+    op: str, d_out: int = 1024, d_in: int = 1024, rank: int = 64, tokens: int = 16, **values: object
+) -> KernelSpec:
     sizes = {"d_out": d_out, "d_in": d_in, "rank": rank, "tokens": tokens}
-    return KernelSpec.create(op, **sizes, dtype="bf16", adapter="bf16", gpu="h200")
+    return KernelSpec.create(op, **{**sizes, "dtype": "bf16", "adapter": "bf16", "gpu": "h200", **values})
 
 
 def config_of(spec: KernelSpec, variant: Variant) -> Config:
@@ -164,7 +172,8 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_restored_kernel_is_the_compiled_one_without_its_intermediate_texts(
     variant: Variant, pool: CompilePool
 ) -> None:
-    specs = [spec_of(variant.op, tokens=tokens) for tokens in (16, 4096)]
+    values = read_by(variant, {"dtype": "bf16"})
+    specs = [spec_of(variant.op, tokens=tokens, **values) for tokens in (16, 4096)]
     spec = next(spec for spec in specs if variant.unavailable(spec, GPU) is None)
     source = render(spec, config_of(spec, variant))
     made = pool.binaries(source).result(120)
@@ -196,7 +205,8 @@ def test_specs_with_other_alignments_have_other_code() -> None:
         for d_out in (1024, 1026, 1028, 1032):
             for d_in in (1024, 1026, 1032):
                 for rank in (64, 66, 72):
-                    spec = spec_of(variant.op, d_out=d_out, d_in=d_in, rank=rank)
+                    values = read_by(variant, {"dtype": "bf16"})
+                    spec = spec_of(variant.op, d_out=d_out, d_in=d_in, rank=rank, **values)
                     if variant.unavailable(spec, GPU) is not None:
                         continue
                     source = render(spec, config_of(spec, variant))
@@ -236,11 +246,23 @@ def test_a_neighbouring_token_bucket_needs_no_binary_of_its_own(
 # The choice of the store.
 
 
+SHARED = ("team", "stranger")
+"""Stores that a group can write, whose binaries are therefore others'."""
+
+
+@pytest.fixture(autouse=True)
+def _no_private_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doratune.cache.permissions._private_group", lambda path, found: False)
+
+
 def whole_stack(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, contents: dict[str, tuple[bool, tuple[Binary, ...]]]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    contents: dict[str, tuple[bool, tuple[Binary, ...]]],
+    key: SigningKey | None = None,
 ) -> dict[str, str]:
     """Make stores with binaries, and with or without the entry; returns their locations. "user" and "prebuilt" are
-    those stores; the others are on the search path, in this order."""
+    those stores; the others are on the search path, in this order. ``key`` signs all."""
     special = {"user": tmp_path / "home" / "store.sqlite", "prebuilt": tmp_path / "prebuilt" / "h200.sqlite"}
     places = {name: special.get(name, tmp_path / f"{name}.sqlite") for name in contents}
     for name, (has_entry, binaries) in contents.items():
@@ -250,16 +272,19 @@ def whole_stack(
                 store.put(entry_of(source_of(SPEC)))
             for binary in binaries:
                 store.put_binary(binary)
+                if key is not None:
+                    store.put_signatures([key.sign(binary_digest(binary))])
+        places[name].chmod(0o664 if name in SHARED else 0o644)
     named = [str(place) for name, place in places.items() if name not in special]
     monkeypatch.setenv("DORATUNE_CACHE_PATH", ":".join(named))
     return {name: str(place) for name, place in places.items()}
 
 
-@pytest.mark.parametrize("other", ["user", "prebuilt"])
+@pytest.mark.parametrize("other", ["own", "user", "prebuilt"])
 def test_the_config_may_come_from_one_store_and_the_binary_from_your_own_or_a_prebuilt_one(
     other: str, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = whole_stack(monkeypatch, tmp_path, {"team": (True, ()), other: (False, compiled)})
+    at = whole_stack(monkeypatch, tmp_path, {"team": (True, compiled), other: (False, compiled)})
     Path(at[other]).chmod(0o444)
     resolution, source, binaries = resolve_binaries(SPEC)
     assert (resolution.store, binaries.store) == (at["team"], at[other])
@@ -267,19 +292,94 @@ def test_the_config_may_come_from_one_store_and_the_binary_from_your_own_or_a_pr
     assert len(gpu.loaded) == len(compiled)
 
 
-@pytest.mark.parametrize("holder", ["named", "user", "prebuilt", None])
-def test_a_store_without_the_entry_gives_no_binary(
+@pytest.mark.parametrize("holder", ["stranger", "named", "user", "prebuilt", None])
+def test_a_store_that_others_can_write_gives_no_binary(
     holder: str | None, gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if it is searched first, or the built-in default is chosen."""
+    """Even if it has the entry, is searched first, or the built-in default is chosen."""
     monkeypatch.setattr("doratune.codegen.variants.default_configs", lambda spec, gpu: (source_of(SPEC).config,))
-    at = whole_stack(monkeypatch, tmp_path, {"stranger": (False, compiled)} | ({holder: (True, ())} if holder else {}))
+    contents = {"stranger": (holder == "stranger", compiled)}
+    at = whole_stack(
+        monkeypatch, tmp_path, contents | ({holder: (True, ())} if holder not in (None, "stranger") else {})
+    )
     resolution, source, binaries = resolve_binaries(SPEC)
     assert resolution.store == (at[holder] if holder else None)
     assert binaries.explain().startswith(f"compiled at the first call: {at['stranger']}: its binaries are not used")
+    assert f"can write {at['stranger']} (mode 664); chmod go-w {at['stranger']}" in binaries.explain()
+    assert f"set DORATUNE_TRUST={at['stranger']}" in binaries.explain()
     assert (binaries.store, binaries.kernels, binaries.damaged) == (None, {}, ())
     with pytest.raises(Compiles):
         bind(source, None, binaries.kernels)
+
+
+def test_a_store_that_others_can_write_gives_binaries_to_those_who_trust_it(
+    gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = whole_stack(monkeypatch, tmp_path, {"stranger": (False, compiled), "team": (True, compiled)})
+    assert resolve_binaries(SPEC, trusted=[at["team"]])[2].store == at["team"]
+    assert resolve_binaries(SPEC, trusted=[str(tmp_path)])[2].store == at["stranger"]
+    monkeypatch.setenv("DORATUNE_TRUST", f"{tmp_path / 'another.sqlite'}:{at['team']}")
+    assert resolve_binaries(SPEC)[2].store == at["team"]
+    Path(at["team"]).chmod(0o666)
+    binaries = resolve_binaries(SPEC)[2]
+    assert binaries.store is None
+    assert f"everybody can write {at['team']} (mode 666); chmod go-w {at['team']}" in binaries.explain()
+
+
+def test_signed_binaries_are_used_in_whichever_store_they_are(
+    gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, stranger = (write_key(tmp_path / name) for name in ("key", "other"))
+    at = whole_stack(monkeypatch, tmp_path, {"stranger": (False, compiled)}, stranger)
+    at |= whole_stack(monkeypatch, tmp_path, {"team": (True, compiled)}, key)
+    for store in at.values():
+        Path(store).chmod(0o666)
+    monkeypatch.setenv("DORATUNE_CACHE_PATH", ":".join(at.values()))
+    assert resolve_binaries(SPEC)[2].store is None
+    monkeypatch.setenv("DORATUNE_TRUST", str(tmp_path / "key.pub"))
+    _, source, binaries = resolve_binaries(SPEC)
+    assert binaries.store == at["team"]
+    assert f"signed by {key.public.fingerprint}, for Triton" in binaries.explain()
+    assert "is not signed by a trusted key, and everybody can write" in binaries.explain()
+    assert binaries.damaged == ()
+    bind(source, None, binaries.kernels)
+    assert len(gpu.loaded) == len(compiled)
+
+
+def test_a_signed_store_with_one_other_binary_gives_none(
+    gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another image, other metadata, and a signed image under another kernel's name."""
+    write_key(tmp_path / "key")
+    key = read_signing_key(tmp_path / "key")
+    first, second = compiled[:2]
+    shared = json.loads(first.metadata)["shared"]
+    more = first.metadata.replace(f'"shared": {shared}', f'"shared": {shared + 16}')
+    assert more != first.metadata
+    for other in (
+        replace(first, image=first.image + b"\0"),
+        replace(first, metadata=more),
+        replace(second, kernel=first.kernel),
+    ):
+        at = whole_stack(monkeypatch, tmp_path, {"team": (True, compiled)}, key)
+        with Store.open(at["team"]) as store:
+            store.put_binary(other)
+        binaries = resolve_binaries(SPEC, trusted=[str(tmp_path / "key.pub")])[2]
+        assert binaries.store is None
+        assert f"{first.kernel} is not signed by a trusted key" in binaries.explain()
+
+
+def test_a_signature_does_not_make_a_forged_launch_fact_true(
+    gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = write_key(tmp_path / "key")
+    forged = tuple(
+        replace(binary, metadata=json.dumps({**json.loads(binary.metadata), "shared": -1})) for binary in compiled
+    )
+    whole_stack(monkeypatch, tmp_path, {"team": (True, forged)}, key)
+    binaries = resolve_binaries(SPEC, trusted=[str(tmp_path / "key.pub")])[2]
+    assert binaries.store is None
+    assert "shared=-1" in binaries.explain()
 
 
 def test_explain_names_the_store_of_the_binary_and_those_passed_over(
@@ -293,18 +393,18 @@ def test_explain_names_the_store_of_the_binary_and_those_passed_over(
         tmp_path,
         {
             "stranger": (False, compiled),
-            "team": (True, forged),
+            "own": (True, forged),
             "user": (False, compiled[:1]),
             "prebuilt": (False, compiled),
         },
     )
     resolution, source, binaries = resolve_binaries(SPEC)
-    assert (resolution.store, binaries.store) == (at["team"], at["prebuilt"])
+    assert (resolution.store, binaries.store) == (at["own"], at["prebuilt"])
     taken, *passed_over = binaries.explain().split("; passed over ")
     assert (
         taken == f"in {at['prebuilt']}, for Triton {triton.__version__} on sm_90: contiguous operands need no compile"
     )
-    assert [reason.split(":")[0] for reason in passed_over] == [at["stranger"], at["team"], at["user"]]
+    assert [reason.split(":")[0] for reason in passed_over] == [at["stranger"], at["own"], at["user"]]
     assert "shared=-1" in passed_over[1]
     assert "expected binaries of" in passed_over[2]
     assert list(binaries.damaged) == passed_over[1:]
@@ -312,14 +412,19 @@ def test_explain_names_the_store_of_the_binary_and_those_passed_over(
     assert len(gpu.loaded) == len(compiled)
 
 
-def test_your_own_store_stays_yours_where_it_is_also_named(
+def test_your_own_store_that_others_can_write_is_passed_over_with_a_warning(
     gpu: FakeGpu, tmp_path: Path, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("doratune.codegen.variants.default_configs", lambda spec, gpu: (source_of(SPEC).config,))
-    at = whole_stack(monkeypatch, tmp_path, {"team": (True, ()), "user": (False, compiled)})
-    monkeypatch.setenv("DORATUNE_CACHE_PATH", f"{at['user']}:{at['team']}")
+    at = whole_stack(monkeypatch, tmp_path, {"user": (True, compiled)})
+    (tmp_path / "home").chmod(0o777)
+    binaries = resolve_binaries(SPEC)[2]
+    assert binaries.store is None
+    with pytest.warns(
+        RuntimeWarning, match=f"everybody can write {tmp_path / 'home'} .*; chmod go-w {tmp_path / 'home'}"
+    ):
+        binaries.warn()
+    (tmp_path / "home").chmod(0o755)
     assert resolve_binaries(SPEC)[2].store == at["user"]
-    assert resolve_binaries(SPEC, at["user"])[2].store == at["user"]
 
 
 # Operands.
@@ -344,10 +449,10 @@ def test_the_kernel_object_takes_its_binary_for_contiguous_operands_alone(
     resolution, source, binaries = resolve_binaries(SPEC, store.location)
     kernel = Kernel(SPEC, torch.device("cuda", 0), resolution, source, binaries)
     plain = tuple(contiguous_alignments(SPEC).values())
-    kernel._bind(plain)
+    kernel.bind(plain)
     assert len(gpu.loaded) == len(declared_kernels(source))
     with pytest.raises(Compiles):
-        kernel._bind((2, *plain[1:]))
+        kernel.bind((2, *plain[1:]))
 
 
 def test_load_kernel_finds_the_binary_and_explain_says_so(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,6 +613,47 @@ def test_a_damaged_row_gives_one_warning_and_a_compile(column: str, value: objec
     with pytest.warns(RuntimeWarning, match="doratune compiles a kernel instead of using its stored binary") as told:
         binaries.warn()
     assert len(told) == 1
+
+
+HOSTILE_VALUES: list[tuple[str, object]] = [
+    *(
+        ("metadata", value)
+        for value in ("", "{", "x" * 100_000, b"{}", 7, 1.5, "\x1b[2J", '{"a":' * 20_000, "9" * 5000)
+    ),
+    *(("metadata", f'{{"shared": {text}}}') for text in ("9" * 5000, "1e999", "NaN", "-Infinity", "[" * 30_000)),
+    *(("image", value) for value in (b"", b"doratune-1\0", b"\0" * 100_000, "text", 7, b"doratune-1\0" + bytes(1000))),
+    *(("kernel", value) for value in ("x" * 100_000, b"bytes", 7, "[/b]", "\x1b[2J\n")),
+]
+
+
+@pytest.mark.parametrize(("column", "value"), HOSTILE_VALUES, ids=lambda part: repr(part)[:20])
+def test_a_hostile_value_in_any_column_gives_a_short_printable_reason(
+    column: str, value: object, store: Store, gpu: FakeGpu
+) -> None:
+    said = without_binary(sql(f"UPDATE doratune_binaries SET {column} = :value WHERE id = 1", value=value), store, gpu)
+    assert len(said) < 1000
+    assert said.isprintable()
+
+
+def test_a_lookup_unpacks_the_kernels_that_it_wants_alone_and_only_to_a_limit(
+    store: Store, gpu: FakeGpu, compiled: tuple[Binary, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kilobyte of xz unpacks to megabytes, and a store may have thousands of rows of this code."""
+    large = bytes(8 << 20)
+    for number in range(20):
+        store.put_binary(replace(compiled[0], kernel=f"kernel_{number}", image=large[: 1 << 20]))
+    unpacked: list[int] = []
+    original = rows._unpacked
+
+    def counting(compressed: bytes) -> bytes:
+        unpacked.append(len(compressed))
+        return original(compressed)
+
+    monkeypatch.setattr(rows, "_unpacked", counting)
+    assert resolve_binaries(SPEC, store.location)[2].store == store.location
+    assert len(unpacked) == len(compiled)
+    store.put_binary(replace(compiled[0], image=large + b"\0"))
+    assert "larger than any kernel" in resolve_binaries(SPEC, store.location)[2].explain()
 
 
 def test_a_missing_kernel_of_several_gives_a_warning_and_a_compile(store: Store, gpu: FakeGpu) -> None:

@@ -25,6 +25,8 @@ from doratune.runtime.recording import Bound
 from doratune.runtime.reference import reference
 from doratune.tuner.inputs import make_inputs, make_outputs
 
+from ..specs import read_by
+
 SPEC = KernelSpec.create("lora_compose", d_out=48, rank=8, tokens=16, dtype="fp32", adapter="fp32", gpu="cpu")
 
 
@@ -38,9 +40,9 @@ class Binding(Kernel):
         self.launched: list[tuple[Any, ...]] = []
         self.bound: list[tuple[int, ...]] = []
 
-    def _bind(self, alignments: tuple[int, ...]) -> Callable[..., None]:
+    def bind(self, alignments: tuple[int, ...]) -> Callable[..., None]:
         self.bound.append(alignments)
-        return super()._bind(alignments)
+        return super().bind(alignments)
 
 
 @pytest.fixture
@@ -106,7 +108,14 @@ def test_a_launch_that_calls_the_library_too_is_run_every_time(bound: Binding) -
     gpu = find_gpu("h200")
     for variant in VARIANTS:
         spec = KernelSpec.create(
-            variant.op, d_out=256, d_in=512, rank=64, tokens=64, dtype="bf16", adapter="bf16", gpu=gpu.slug
+            variant.op,
+            d_out=256,
+            d_in=512,
+            rank=64,
+            tokens=64,
+            adapter="bf16",
+            gpu=gpu.slug,
+            **read_by(variant, {"dtype": "bf16"}),
         )
         source = render(spec, variant.seeds(spec, gpu)[0])
         kernel = Kernel(spec, torch.device("cuda", 0), source=source)

@@ -21,6 +21,7 @@ from doratune import Kernel, load_kernel
 from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
 from doratune.cache.errors import MissingStoreError, NotAStoreError
 from doratune.cache.store import Store
+from doratune.codegen.cost import floor_us
 from doratune.codegen.fit import fitted
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
@@ -184,7 +185,7 @@ def test_concurrent_threads_get_one_object(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("op", "wrong", "said"),
     [
-        ("lora_compse", {}, "unknown operation 'lora_compse'; did you mean lora_compose?"),
+        ("lora_compse", {}, "unknown operation 'lora_compse'; did you mean lora_compose, lora_compose_group?"),
         ("lora_compose", {"rank": 0}, "rank=0: must be an integer of at least 1"),
         ("lora_compose", {"rank": -8}, "rank=-8: must be an integer of at least 1"),
         ("lora_compose", {"rank": 8.0}, "rank=8.0: must be an integer of at least 1"),
@@ -541,8 +542,10 @@ def test_a_store_of_absurd_times_changes_no_choice(llama_store: str, monkeypatch
     monkeypatch.setattr("doratune.cache.stack._PREBUILT_FOLDER", PREBUILT.parent)
     spec = KernelSpec.parse("weight_norm/d_out=8192/d_in=8192/rank=384/weight=bf16/adapter=bf16@h100-sxm")
     honest, _ = resolve(spec, llama_store)
-    for us in (1e-9, 1e12):
+    for share in (0.51, 1e9):  # of the floor; no store takes a smaller one
         with Store.open(llama_store) as store:
             for entry in store.entries():
+                floors = floor_us(entry.spec, find_gpu(entry.spec.gpu)), entry.evaluation.floor_us or 0.0
+                us = share * max(floors)
                 store.put(replace(entry, evaluation=replace(entry.evaluation, us=us, samples_us=(us,))))
         assert resolve(spec, llama_store)[0].config == honest.config

@@ -27,6 +27,7 @@ from doratune.codegen.variants import VARIANTS, Variant, check_config, find_vari
 from doratune.internals.triton import Launcher
 from doratune.runtime import recording
 
+from ..specs import read_by
 from .fakes import (
     SCALING,
     STREAM,
@@ -41,7 +42,7 @@ from .fakes import (
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon.language")  # while the interpreter is on, or it cannot be loaded later
 
-SIZES = {"d_out": 256, "d_in": 512, "rank": 64, "tokens": 16, "dtype": "bf16", "adapter": "bf16"}
+SIZES = {"d_out": 256, "d_in": 512, "rank": 64, "tokens": 16, "layers": 2, "dtype": "bf16", "adapter": "bf16"}
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def forms() -> list[Any]:
                 added += [{"adapter": "fp32", **({"autocast": True} if "autocast" in contract.flags else {})}]
                 added += [{"adapter": "fp32"}]
             for values in added:
-                spec = KernelSpec.create(variant.op, **{**SIZES, **values}, gpu=gpu.slug)
+                spec = KernelSpec.create(variant.op, **read_by(variant, {**SIZES, **values}), gpu=gpu.slug)
                 if variant.unavailable(spec, gpu) is None:
                     found.append(pytest.param(variant, spec, gpu, id=f"{variant.name}-{spec}"))
     return found

@@ -48,7 +48,9 @@ def test_the_reference_is_right_wherever_a_term_dominates(op: str, form: dict[st
         assert complaint is None, f"{case}: {complaint}"
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "weight_norm_exact", "lora_compose", "dora_linear_forward"])
+@pytest.mark.parametrize(
+    "op", ["weight_norm", "weight_norm_exact", "weight_norm_group", "lora_compose", "dora_linear_forward"]
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_fp32_adapters_on_16_bit_weights_keep_the_bounds(op: str, dtype: str) -> None:
     spec = spec_of(op, dtype, adapter="fp32")
@@ -64,8 +66,7 @@ def test_the_reference_returns_the_outputs_of_the_contract_in_order(op: str, for
     outputs = reference(spec, *make_inputs(spec, 5))
     assert list(outputs) == [operand.name for operand in spec.contract.outputs_of(spec)]
     for operand in spec.contract.outputs_of(spec):
-        shape = [5 if dim == "tokens" else int(getattr(spec, dim)) for dim in operand.shape]
-        assert list(outputs[operand.name].shape) == shape
+        assert tuple(outputs[operand.name].shape) == operand.sizes(spec, 5)
         assert outputs[operand.name].dtype == TORCH_DTYPES[operand.dtype_of(spec)]
 
 
@@ -83,6 +84,14 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
             if norm[i] ** 2 < 0.5 * (w.dot(w) + summands):
                 norm[i] = (w + scaling * b @ t["lora_A"]).square().sum().sqrt()
         return {"norm_exact": norm, "g": t["magnitude"] / norm.clamp_min(1e-12)}
+    if spec.op == "weight_norm_group":
+        norms = []
+        for places in inputs["table"].tolist():
+            at = places[0] // (spec.d_out * spec.d_in)
+            adapted = t["weight"][at] + scaling * t["lora_B"][at] @ t["lora_A"][at]
+            norms.append(torch.stack([row.dot(row).sqrt() for row in adapted]))
+        order = [places[3] // spec.d_out for places in inputs["table"].tolist()]
+        return {"norm": torch.stack(norms), "g": t["magnitude"][order] / torch.stack(norms)}
     if spec.op == "compose_backward_exact":
         inner = torch.einsum("ti,oi->to", t["x"], t["weight"]) + scaling * torch.einsum(
             "tr,or->to", t["h"], t["lora_B"]
@@ -103,14 +112,92 @@ def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scali
             "dg": sum((t["dy"][i] * t["inner"][i] for i in tokens), torch.zeros(spec.d_out).double()),
             "dbias": sum((t["dy"][i] for i in tokens), torch.zeros(spec.d_out).double()),
         }
+    if spec.op in ("lora_compose_group", "compose_backward_group"):
+        return group_by_the_book(spec, t, scaling)
+    if spec.op in ("compose_swiglu", "compose_swiglu_backward"):
+        return gated_by_the_book(spec, t, scaling)
     lora = t["lora"] if "lora" in t else torch.einsum("tr,or->to", t["h"], t["lora_B"])
     base = t["base"] if "base" in t else torch.einsum("ti,oi->to", t["x"], t["weight"])
     return {"y": t["g"] * (base + scaling * lora) + t["bias"]}
 
 
+def group_by_the_book(spec: KernelSpec, t: dict[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
+    """Each projection of a group alone, its gradients by PyTorch's autograd."""
+    columns, outputs = t["h"].split(spec.rank, dim=1), {}
+    for number, h in enumerate(columns, 1):
+        base, b = t[f"base_{number}"].requires_grad_(), t[f"lora_B_{number}"]
+        g = t[f"g_{number}"].requires_grad_()
+        y = g * (base + scaling * torch.einsum("tr,or->to", h, b))
+        if spec.op == "lora_compose_group":
+            outputs[f"y_{number}"] = (y + t[f"bias_{number}"]).detach()
+            continue
+        outputs[f"dyg_{number}"], dg = torch.autograd.grad(y, [base, g], t[f"dy_{number}"])
+        norm = t.get(f"norm_{number}")
+        outputs |= {f"dg_{number}": dg} if norm is None else {f"dmagnitude_{number}": dg / norm.clamp_min(1e-12)}
+    return outputs
+
+
+@pytest.mark.parametrize("op", ["lora_compose_group", "compose_backward_group"])
+@pytest.mark.parametrize("widths", [(80, 48, 0), (48, 80, 16), (16, 16, 16)])
+def test_the_projections_of_a_group_have_their_own_widths(op: str, widths: tuple[int, int, int]) -> None:
+    values = {name: width for name, width in zip(("d_out", "d_out_2", "d_out_3"), widths, strict=True) if width}
+    spec = spec_of(op, "fp32", bias="bias" in OPS[op].flags, **values)
+    assert spec.widths == tuple(filter(None, widths))
+    inputs, scaling = make_inputs(spec, 7)
+    exact, by_the_book = (
+        definition(spec, inputs, scaling),
+        group_by_the_book(spec, {name: tensor.double() for name, tensor in inputs.items()}, scaling),
+    )
+    assert exact.keys() == by_the_book.keys()
+    for name, value in by_the_book.items():
+        assert exact[name].shape[-1] == widths[int(name[-1]) - 1]
+        torch.testing.assert_close(exact[name], value, rtol=1e-12, atol=1e-12)
+
+
+def gated_by_the_book(spec: KernelSpec, t: dict[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
+    """A gated MLP's activation by formulas of textbooks, and its gradients by PyTorch's autograd."""
+    h = {"gate": t["h"][:, : spec.rank], "up": t["h"][:, spec.rank :]}
+    inner = {n: t[n] + scaling * torch.einsum("tr,or->to", h[n], t[f"lora_B_{n}"]) for n in h}
+    y = {n: (t[f"g_{n}"] * inner[n] + t[f"bias_{n}"]).requires_grad_() for n in h}
+    x = y["gate"]
+    if spec.gelu:
+        act = x * torch.distributions.Normal(0.0, 1.0).cdf(x)
+    elif spec.gelu_tanh:
+        act = 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    else:
+        act = x / (1.0 + torch.exp(-x))
+    out = act * y["up"]
+    if spec.op == "compose_swiglu":
+        return {"out": out.detach()}
+    dy = dict(zip(h, torch.autograd.grad(out, [*y.values()], t["dout"]), strict=True))
+    dg = {n: (dy[n] * inner[n]).sum(dim=0) for n in h}
+    norms = {n: t[f"norm_{n}"].clamp_min(1e-12) for n in h if f"norm_{n}" in t}
+    return {
+        **{f"dyg_{n}": t[f"g_{n}"] * dy[n] for n in h},
+        **({f"dmagnitude_{n}": dg[n] / norms[n] for n in h} if norms else {f"dg_{n}": dg[n] for n in h}),
+        **{f"dbias_{n}": dy[n].sum(dim=0) for n in h},
+    }
+
+
+@pytest.mark.parametrize("op", ["compose_swiglu", "compose_swiglu_backward"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_the_definition_of_a_gated_mlp_matches_each_activation(op: str, activation: str) -> None:
+    spec = spec_of(op, "fp32", bias=True, **{activation: True})
+    inputs, scaling = make_inputs(spec, 7, case="random")
+    exact = definition(spec, inputs, scaling)
+    for name, value in dora_by_the_book(spec, inputs, scaling).items():
+        torch.testing.assert_close(exact[name], value, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("op", "magnitude"),
-    [*((op, "fp32") for op in OPS), ("compose_backward_exact", None), ("adapter_backward", None)],
+    [
+        *((op, "fp32") for op in OPS),
+        ("compose_backward_exact", None),
+        ("adapter_backward", None),
+        ("compose_swiglu_backward", None),
+        ("compose_backward_group", None),
+    ],
     ids=lambda value: str(value),
 )
 def test_the_definition_matches_the_contract(op: str, magnitude: str | None) -> None:
@@ -122,7 +209,9 @@ def test_the_definition_matches_the_contract(op: str, magnitude: str | None) -> 
         torch.testing.assert_close(exact[name], value, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("op", ["weight_norm", "weight_norm_exact", "lora_compose", "compose_backward_exact"])
+@pytest.mark.parametrize(
+    "op", ["weight_norm", "weight_norm_exact", "weight_norm_group", "lora_compose", "compose_backward_exact"]
+)
 def test_autocast_means_adapters_rounded_first(op: str) -> None:
     rounded, plain = spec_of(op, "bf16", autocast=True), spec_of(op, "bf16")
     inputs, scaling = make_inputs(rounded, 7)

@@ -15,8 +15,12 @@ from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import make_inputs, make_outputs
 
 GPU = find_gpu("h200")
-INTERPRETED = [variant for variant in VARIANTS if variant.interpreted]
-IDS = {variant: f"{variant.op}-{variant.name}" for variant in INTERPRETED}
+LAYERS = 3
+"""Layers of a grouped operation's inputs at most."""
+INTERPRETED = [variant for variant in VARIANTS if variant.interpreted and not variant.packed]
+PACKED = [variant for variant in VARIANTS if variant.packed]
+"""The variants for weight formats: test_packed.py runs them."""
+IDS = {variant: f"{variant.op}-{variant.name}" for variant in (*INTERPRETED, *PACKED)}
 
 
 def forms(op: str) -> list[dict[str, object]]:
@@ -30,7 +34,8 @@ def small_config(variant: Variant, spec: KernelSpec) -> Config:
 
     But not much smaller: the interpreter's time goes by programs and steps, not by elements.
     """
-    least = {"block_t": 8, "block_m": 32, "block_n": 16 if variant.op == "weight_norm" else 32}  # there it is of ranks
+    ranks = variant.op.startswith("weight_norm")  # there block_n is of ranks
+    least = {"block_t": 8, "block_m": 32, "block_n": 16 if ranks else 32}
     if variant.op == "compose_backward_exact":
         least["block_k"] = 32
     params = {
@@ -57,7 +62,7 @@ def interpretable(config: Config) -> Config:
 
 def spec_of(op: str, dtype: str, adapter: str | None = None, **values: object) -> KernelSpec:
     # An exact norm's rows are redone one after another, which takes the interpreter long.
-    dims = {"d_out": 40 if op == "weight_norm_exact" else 80, "d_in": 144, "rank": 24, "tokens": 128}
+    dims = {"d_out": 40 if op == "weight_norm_exact" else 80, "d_in": 144, "rank": 24, "tokens": 128, "layers": 4}
     adapter = adapter or ("fp32" if values.get("autocast") else dtype)  # only fp32 adapters are rounded
     return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": adapter, "gpu": "h200", **values})
 
@@ -75,6 +80,8 @@ loaded = functools.lru_cache(maxsize=4)(load_module)
 def complaint_of(source: Source, tokens: int, *, case: str = "mixed", seed: int = 0) -> str | None:
     """Run an emitted module on fresh inputs into poisoned outputs; returns what is wrong with them, or None."""
     spec = source.spec
+    if spec.layers:
+        tokens = min(tokens, LAYERS)
     inputs, scaling = make_inputs(spec, tokens, case=case, seed=seed)
     outputs = make_outputs(spec, tokens)
     scalars = (scaling,) if spec.contract.scaling else ()

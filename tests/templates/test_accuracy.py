@@ -19,6 +19,9 @@ from doratune.codegen.ops import OPS
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import Variant, check_config, find_variant
+from doratune.nn.norm_cache import NormCache
+from doratune.nn.norm_layer import NormLayer
+from doratune.nn.norm_table import places_of
 from doratune.runtime.reference import definition
 from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import CASES, make_inputs, make_outputs
@@ -80,6 +83,26 @@ def test_autocast_is_seen_to_round_the_adapters(variant: Variant) -> None:
         load_module(render(spec, small_config(variant, spec))).launch(*inputs.values(), *outputs.values(), scaling)
         assert worst_error(spec, outputs, definition(spec, inputs, scaling))[1] is None
         assert worst_error(spec, outputs, definition(other, inputs, scaling))[0] > 0.0
+
+
+def test_a_grouped_norm_finds_layers_wherever_they_are() -> None:
+    """As a norm pass starts it: each layer in memory of its own, in any order, at distances from the lowest ones."""
+    variant = find_variant("weight_norm_group", "tiles")
+    spec = spec_of(variant.op, "fp16", d_in=32, rank=32)
+    stacks, scaling = make_inputs(spec, 5, case="random")
+    layers = []
+    for index in (3, 0, 4, 1, 2):
+        tensors = [stacks[operand.name][index].clone() for operand in spec.contract.inputs[1:]]
+        layers.append(NormLayer(*tensors, scaling, NormCache()))
+    fits, anchors, places = places_of(layers)
+    assert fits == layers
+    outputs = make_outputs(spec, 5)
+    launch = load_module(render(spec, small_config(variant, spec))).launch
+    launch(torch.tensor(places), *anchors, *outputs.values(), scaling)
+    for layer, norm, g in zip(layers, *outputs.values(), strict=True):
+        exact = (layer.weight.double() + scaling * layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
+        torch.testing.assert_close(norm.double(), exact, rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(g.double(), layer.magnitude.double() / exact, rtol=1e-5, atol=0.0)
 
 
 def test_dg_from_the_output_catches_a_wrong_bound() -> None:
@@ -216,6 +239,26 @@ BREAKAGES = [
     ("weight_norm_exact-rows", "w + s_wide * ba", "w + 0.999 * s_wide * ba", "BA 1e-3 off where it takes W away"),
     ("weight_norm_exact-rows", "weight_sq + s * s * summands", "weight_sq", "A's rows that are alike not noticed"),
     ("weight_norm_exact-rows", "tl.where(lane == i, cancels, 0)", "1 + 0 * cancels", "good rows replaced too"),
+    ("compose_swiglu-tile", "h_ptrs + RANK + start", "h_ptrs + start", "up multiplied with gate's h"),
+    ("compose_swiglu-tma", "g_up * (up", "1.002 * g_up * (up", "g of up off by one bf16 step"),
+    ("compose_swiglu-tma fp32", "part = (step % 2) * D_OUT", "part = 0 * step", "low parts replaced by the high parts"),
+    ("compose_swiglu-tile", "+ scaling * lora_gate", "+ tl.abs(scaling) * lora_gate", "sign of s lost"),
+    ("compose_swiglu_backward-tile", "(1.0 + y_gate *", "(1.0 + 0.99 * y_gate *", "slope of the activation 1 % off"),
+    ("compose_swiglu_backward-tile", "dy_up * inner_up", "dy_up * up.to(tl.float32)", "rank-r term of dg left out"),
+    ("compose_swiglu_backward-tile", "dy_gate * inner_gate", "dy_gate * y_gate", "g in dg"),
+    ("compose_swiglu_backward-tile", "range(0, chunks", "range(BLOCK_C, chunks", "first chunks left out"),
+    ("compose_swiglu_backward-tile", "range(0, CHUNK,", "range(BLOCK_T, CHUNK,", "first rows left out"),
+    ("lora_compose_group-tile", "h_ptr + RANK", "h_ptr", "the second projection multiplied with the first one's h"),
+    ("lora_compose_group-tile", "g_ptr = g_2_ptr", "g_ptr = g_1_ptr", "the second projection with the first one's g"),
+    ("lora_compose_group-tile", "+ scaling * lora", "+ tl.abs(scaling) * lora", "sign of s lost"),
+    ("compose_backward_group-tile", "scaling * lora)", "0.98 * scaling * lora)", "rank-r term of dg 2 % off"),
+    (
+        "compose_backward_group-tile",
+        "range(0, CHUNK,",
+        "range(BLOCK_T, CHUNK,",
+        "first rows of a group's chunk left out",
+    ),
+    ("compose_backward_group-tile", "range(0, chunks,", "range(BLOCK_C, chunks,", "first chunks of a group left out"),
     (
         "compose_backward-columns",
         "tl.store(dyg_ptrs",

@@ -27,7 +27,7 @@ CASE_TABLE = [
 def test_a_variant_touches_its_operands_alone(
     variant: Variant, form: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("doratune.tuner.gate.gate_tokens", lambda spec: 37 if spec.tokens else 0)
+    monkeypatch.setattr("doratune.tuner.gate.gate_tokens", lambda spec: 37 if spec.tokens else 3 if spec.layers else 0)
     spec = served_spec(variant, "fp16", **form)
     launch = load_module(render(spec, small_config(variant, spec))).launch
     Gate(spec, torch.device("cpu")).check(launch)

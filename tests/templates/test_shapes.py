@@ -13,7 +13,7 @@ from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import Variant, check_config, default_config, find_variant
 
-from ..specs import EVEN, every_variant
+from ..specs import EVEN, every_variant, read_by
 from .interpreter import GPU, IDS, INTERPRETED, complaint_of, interpretable, spec_of
 
 SHAPES = [(151, 89, 1), (1, 1, 1), (271, 115, 100), (40, 96, 384), (48, 72, 1024), (136, 1160, 24)]
@@ -53,7 +53,7 @@ def test_every_gpu_has_a_config_for_every_shape_and_dtype(architecture: str) -> 
                     for flag in (None, *contract.flags):
                         if flag == "autocast" and (dtype, adapter) != ("bf16", "fp32"):
                             continue
-                        dims = {"d_out": d_out, "d_in": d_in, "rank": rank, "tokens": tokens}
+                        dims = {"d_out": d_out, "d_in": d_in, "rank": rank, "tokens": tokens, "layers": 8}
                         flags = {flag: True} if flag else {}
                         spec = KernelSpec.create(op, **dims, dtype=dtype, adapter=adapter, gpu=architecture, **flags)
                         assert check_config(spec, default_config(spec, gpu), gpu) is None
@@ -62,7 +62,7 @@ def test_every_gpu_has_a_config_for_every_shape_and_dtype(architecture: str) -> 
 @every_variant
 def test_what_is_multiplied_by_a_size_is_64_bits_wide(variant: Variant) -> None:
     """Of program numbers and rows; inside a tile, and times RANK, nothing reaches 2**31."""
-    spec = KernelSpec.create(variant.op, **EVEN)
+    spec = KernelSpec.create(variant.op, **read_by(variant, EVEN))
     text = render(spec, variant.seeds(spec, GPU)[0]).text
     wide = {"part", *re.findall(r"^ *(\w+) = .*int64", text, flags=re.MULTILINE)}
     if variant.name == "warp_specialized":

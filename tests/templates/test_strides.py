@@ -24,8 +24,11 @@ from doratune.runtime.reference import definition
 from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import make_inputs, make_outputs
 
-from ..specs import EVEN, every_variant
+from ..specs import EVEN, every_variant, read_by
 from .interpreter import GPU, IDS, INTERPRETED, forms, served_spec, small_config
+
+SINGLE = [variant for variant in INTERPRETED if "layers" not in OPS[variant.op].dims]
+"""The variants that do not take many layers at once: those must be contiguous."""
 
 PADDING = 8
 """Elements between two rows: 16 bytes of fp16, so that tensor descriptors can say it too."""
@@ -50,7 +53,7 @@ def around(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(
     ("variant", "form"),
-    [pytest.param(v, form, id=f"{IDS[v]}-{'-'.join(form) or 'plain'}") for v in INTERPRETED for form in forms(v.op)],
+    [pytest.param(v, form, id=f"{IDS[v]}-{'-'.join(form) or 'plain'}") for v in SINGLE for form in forms(v.op)],
 )
 @pytest.mark.parametrize("adapter", [None, "fp32"])
 def test_rows_may_lie_apart(variant: Variant, form: dict[str, object], adapter: str | None) -> None:
@@ -71,8 +74,11 @@ def test_rows_may_lie_apart(variant: Variant, form: dict[str, object], adapter: 
 
 @every_variant
 def test_every_matrix_is_addressed_by_its_row_stride_or_by_a_descriptor(variant: Variant) -> None:
+    if "layers" in OPS[variant.op].dims:
+        pytest.skip("layers are contiguous, and a table says where they are")
     for form in forms(variant.op):
-        spec = KernelSpec.create(variant.op, **{**EVEN, **form} | ({"adapter": "fp32"} if "autocast" in form else {}))
+        values = {**EVEN, **form} | ({"adapter": "fp32"} if "autocast" in form else {})
+        spec = KernelSpec.create(variant.op, **read_by(variant, values))
         text = render(spec, variant.seeds(spec, find_gpu("h200"))[0]).text
         operands = spec.contract.inputs_of(spec) + spec.contract.outputs_of(spec)
         matrices = {operand.name.lower() for operand in operands if len(operand.shape) == 2}

@@ -23,7 +23,7 @@ from doratune.codegen.variants import Variant
 from ..specs import every_variant
 from ..strategies import kernels
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i64": torch.int64, "u8": torch.uint8}
 VIEWS = {"alias", "as_strided", "expand", "permute", "select", "slice", "split", "t", "transpose", "unsqueeze", "view"}
 
 
@@ -63,7 +63,7 @@ def launched(source: Source, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tupl
         setattr(module, name, Recorder(name))
     spec = source.spec
     operands = [
-        torch.empty([getattr(spec, dim) for dim in operand.shape], dtype=DTYPES[operand.dtype_of(spec)], device="meta")
+        torch.empty(operand.sizes(spec), dtype=DTYPES[operand.dtype_of(spec)], device="meta")
         for operand in (*spec.contract.inputs_of(spec), *spec.contract.outputs_of(spec))
     ]
     with monkeypatch.context() as patched, Calls() as calls:

@@ -68,7 +68,7 @@ def run(options: Options) -> None:
     campaign.POLL_SECONDS = 0.2
     study_storage.HEARTBEAT.interval, study_storage.HEARTBEAT.grace = options.interval, options.grace
     if options.host:
-        campaign._machine = lambda: options.host  # type: ignore[assignment]
+        campaign.machine = lambda: options.host  # type: ignore[assignment]
     shapes = range(options.first, options.last + 1)
     specs = [forward_spec(tokens, 1024 * n) for n in shapes for tokens in (1024, 2048)]
     try:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from doratune.cache.entry import MEASURED, Binary, Environment, Evaluation
 from doratune.cache.store import Store
+from doratune.codegen.cost import floor_us
 from doratune.codegen.gpu import Gpu, find_gpu
 from doratune.codegen.module import declared_kernels
 from doratune.codegen.render import Source
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.tuner import search
-from doratune.tuner.evaluation import Evaluator, FinalTimes, Resources, floor_us
+from doratune.tuner.evaluation import Evaluator, FinalTimes, Resources
 
 Cost = Callable[[KernelSpec, Config], float]
 GPU = find_gpu("h200")
@@ -59,6 +60,9 @@ class FakePool:
 
     def wait(self, futures: Collection[Future[tuple[Resources, ...]]], seconds: float = 0.0) -> None:
         wait(futures, timeout=seconds, return_when=FIRST_COMPLETED)
+
+    def kill(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

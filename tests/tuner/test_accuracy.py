@@ -57,8 +57,9 @@ def test_an_unwritten_first_output_is_noticed_though_the_second_is_right() -> No
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_draws_finite_inputs_of_the_contracts_shapes(case: str) -> None:
     for op in OPS:
-        spec = KernelSpec.create(op, d_out=40, d_in=64, rank=4, tokens=16, dtype="fp16", adapter="fp16", gpu="h200")
+        dims = {"d_out": 40, "d_in": 64, "rank": 4, "tokens": 16, "layers": 16}
+        spec = KernelSpec.create(op, **dims, dtype="fp16", adapter="fp16", gpu="h200")
         inputs, _ = make_inputs(spec, 16, case=case)
         for operand in spec.contract.inputs_of(spec):
-            assert list(inputs[operand.name].shape) == [getattr(spec, dim) for dim in operand.shape]
+            assert list(inputs[operand.name].shape) == [*operand.sizes(spec, 16)]
             assert bool(inputs[operand.name].isfinite().all())

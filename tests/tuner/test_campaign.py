@@ -147,6 +147,7 @@ def all_stored(workers: Workers, last: int = 6) -> None:
     assert entries == {forward_spec(tokens, 1024 * n) for n in range(1, last + 1) for tokens in (1024, 2048)}
 
 
+@pytest.mark.slow
 def test_two_workers_do_twice_as_much_and_nothing_twice(
     on_postgresql: Workers, nursery: BaseContext, tmp_path: Path
 ) -> None:
@@ -177,6 +178,7 @@ def test_two_workers_do_twice_as_much_and_nothing_twice(
     all_stored(on_postgresql, last=8)
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_held_is_finished_by_another(workers: Workers) -> None:
     workers.start("killed", "other")
     workers.wait_until(8, "killed")
@@ -191,6 +193,7 @@ def test_what_a_killed_worker_held_is_finished_by_another(workers: Workers) -> N
     all_stored(workers)
 
 
+@pytest.mark.slow
 def test_the_same_command_on_the_same_host_need_not_wait_for_the_heartbeat(workers: Workers) -> None:
     patient: dict[str, Any] = {"host": "", "interval": 100, "grace": 1000}
     workers.start("killed", **patient)
@@ -202,6 +205,7 @@ def test_the_same_command_on_the_same_host_need_not_wait_for_the_heartbeat(worke
     all_stored(workers)
 
 
+@pytest.mark.slow
 def test_workers_come_and_go(workers: Workers) -> None:
     long: dict[str, Any] = {"last": 10, "pause": 0.1, "interval": 100, "grace": 1000}  # no heartbeat is waited for
     workers.start("first", "second", **long)
@@ -217,6 +221,7 @@ def test_workers_come_and_go(workers: Workers) -> None:
     all_stored(workers, last=10)
 
 
+@pytest.mark.slow
 def test_five_workers_started_at_one_moment_do_nothing_twice(workers: Workers) -> None:
     names = [f"w{n}" for n in range(5)]
     workers.start(*names, grace=60)
@@ -226,6 +231,7 @@ def test_five_workers_started_at_one_moment_do_nothing_twice(workers: Workers) -
     all_stored(workers)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_kills_its_workers_is_given_up(on_postgresql: Workers) -> None:
     victims = [f"victim{attempt}" for attempt in range(RETRIES + 1)]
     on_postgresql.start("steady", last=2, pause=5.0, grace=600)  # a run is under way all the time
@@ -241,6 +247,7 @@ def test_a_kernel_that_kills_its_workers_is_given_up(on_postgresql: Workers) -> 
     assert all(f"{RETRIES + 1} workers" in note for note in failed.values())
 
 
+@pytest.mark.slow
 def test_a_database_that_restarts_costs_nothing(on_postgresql: Workers, postgresql_server: Server) -> None:
     on_postgresql.start("a", "b", grace=20)
     for name in ("a", "b"):

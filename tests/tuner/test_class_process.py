@@ -59,6 +59,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     server.close()
 
 
+@pytest.mark.slow
 def test_no_connection_is_opened_even_where_transformers_would_download(
     hub: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_no_connection_is_opened_even_where_transformers_would_download(
     assert hub == []
 
 
+@pytest.mark.slow
 def test_code_that_comes_with_a_model_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = tmp_path / "executed"
     folder = tmp_path / "model"
@@ -116,6 +118,7 @@ def test_a_model_comes_back_whole_and_transformers_stays_out_of_the_process_that
     assert [(left.name, left.shape, left.modules) for left in model.left_out] == [("lm_head", (128, 64), ("lm_head",))]
 
 
+@pytest.mark.slow
 def test_a_class_that_takes_too_long_is_ended() -> None:
     endless = {"model_type": "swin", "depths": [10_000] * 100, "num_heads": [1] * 100}
     with pytest.raises(ModelConfigError, match="building its class took over 2 s and was ended; its counts or sizes"):

@@ -88,6 +88,7 @@ def assert_as_the_class(config: dict[str, Any]) -> None:
     assert tuned(read) == tuned(real)
     assert left_out(read) == left_out(real)
     assert read.layers == real.layers
+    assert read.activation == real.activation
     assert [left.why for left in read.left_out] == [left.why for left in real.left_out]
 
 
@@ -126,6 +127,7 @@ def test_a_model_of_the_table_has_the_layers_of_its_class(model: Model) -> None:
     )
     assert tuned(model) == tuned(real)
     assert left_out(model) == left_out(real)
+    assert model.activation == real.activation
 
 
 def test_a_family_covers_its_causal_lm_and_no_other_class() -> None:

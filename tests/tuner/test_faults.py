@@ -262,10 +262,13 @@ def test_what_earlier_versions_rejected_without_saying_what_for_is_tried_again(t
     assert mended.evaluated[0] == (ONE[0], SEEDS[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", ["INSERT INTO trials", "INSERT INTO study_user_attributes", "SELECT trials."])
 def test_a_study_database_that_is_lost_ends_the_run_with_a_sentence_and_the_next_run_succeeds(
-    tune: Tune, statement: str
+    tune: Tune, statement: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("doratune.tuner.study_storage.PATIENCE_SECONDS", 1.0)
+
     def fail(connection: object, cursor: object, text: str, *rest: object) -> None:
         if text.startswith(statement):
             raise OperationalError(text, {}, Exception("server closed the connection unexpectedly"))

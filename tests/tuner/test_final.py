@@ -89,6 +89,7 @@ def winners(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "spikes"), [(0.002, 0.0), (0.01, 0.0), (0.007, 0.05)])
 def test_equal_kernels_keep_the_incumbent(noise: float, spikes: float, monkeypatch: pytest.MonkeyPatch) -> None:
     found = winners([100.0] * 6, noise, monkeypatch, spikes=spikes, drift=0.05 if spikes else 0.0)

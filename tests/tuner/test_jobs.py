@@ -20,19 +20,32 @@ LLAMA = find_model("llama-3.1-8b")
 QWEN = find_model("qwen2.5-7b")
 
 
-def test_llama_8b_at_one_rank_has_141_jobs() -> None:
+def test_llama_8b_at_one_rank_has_185_jobs() -> None:
     jobs = plan_jobs(LLAMA, ranks=[384], gpu="h200")
     assert Counter(job.op for job in jobs) == {
         "weight_norm": 4,
         "weight_norm_exact": 4,
+        "weight_norm_group": 4,
         "lora_compose": 30,
         "compose_forward": 30,
         "compose_backward": 30,
         "adapter_backward": 3,
+        "compose_swiglu": 10,
+        "compose_swiglu_backward": 10,
+        "lora_compose_group": 10,
+        "compose_backward_group": 10,
         "dora_linear_forward": 40,
     }
     norms = [(job.d_out, job.d_in) for job in jobs if job.op == "weight_norm"]
     assert norms == [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096)]
+
+
+def test_a_grouped_norm_is_planned_for_the_layers_of_its_shape() -> None:
+    shapes = [("a", 64, 128, 5), ("b", 64, 128, 4), ("c", 128, 64, 3), ("d", 64, 64, 100)]
+    model = Model("m", "", 12, tuple(Projection(name, *sizes, False, count) for name, *sizes, count in shapes))
+    jobs = plan_jobs(model, ranks=[8], gpu="h200", ops=["weight_norm_group"])
+    assert {(job.d_out, job.d_in): job.layers for job in jobs} == {(64, 128): 16, (128, 64): 4, (64, 64): 32}
+    assert {job.magnitude for job in jobs} == {"bf16"}
 
 
 def test_a_job_prints_as_a_spec_of_its_own_fields_alone() -> None:
@@ -42,10 +55,15 @@ def test_a_job_prints_as_a_spec_of_its_own_fields_alone() -> None:
         "weight_norm/d_out=4096/d_in=14336/rank=384/weight=bf16/adapter=fp32@h200",
         "weight_norm_exact/d_out=4096/d_in=4096/rank=384/weight=bf16/adapter=fp32@h200",
         "weight_norm_exact/d_out=4096/d_in=14336/rank=384/weight=bf16/adapter=fp32@h200",
+        "weight_norm_group/d_out=4096/d_in=4096/rank=384/layers=32/weight=bf16/adapter=fp32/magnitude=fp32@h200",
+        "weight_norm_group/d_out=4096/d_in=14336/rank=384/layers=32/weight=bf16/adapter=fp32/magnitude=fp32@h200",
         "lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=fp32@h200",
         "compose_forward/d_out=4096/tokens=4096/activation=bf16@h200",
         "compose_backward/d_out=4096/tokens=4096/activation=bf16@h200",
-        "adapter_backward/d_out=4096/rank=384/activation=fp32/adapter=fp32@h200",
+        "adapter_backward/d_out=4096/rank=384/activation=fp32/adapter=fp32/magnitude=fp32@h200",
+        "lora_compose_group/d_out=4096/d_out_2=1024/d_out_3=1024/rank=384/tokens=4096/activation=bf16/adapter=fp32@h200",
+        "compose_backward_group/d_out=4096/d_out_2=1024/d_out_3=1024/rank=384/tokens=4096/activation=bf16/adapter=fp32/"
+        "magnitude=fp32@h200",
         "dora_linear_forward/d_out=4096/d_in=4096/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
         "dora_linear_forward/d_out=4096/d_in=14336/rank=384/tokens=4096/weight=bf16/activation=bf16/adapter=fp32@h200",
     ]
@@ -57,9 +75,13 @@ def test_adapters_have_the_models_dtype_unless_told_otherwise() -> None:
 
 def test_autocast_is_planned_where_there_are_adapters_to_round() -> None:
     jobs = plan_jobs(LLAMA, ranks=[8], tokens=[1], gpu="h200", adapter_dtype="fp32", autocast=True)
-    assert {job.op: job.autocast for job in jobs} == {
-        op: "autocast" in OPS[op].flags for op in OPS if op != "compose_backward_exact"
-    }
+    assert {job.op for job in jobs if job.autocast} == {"weight_norm_group"}, (
+        "a layer rounds A and B once for the others"
+    )
+    assert {job.adapter for job in jobs if job.op in ("lora_compose", "weight_norm", "compose_swiglu")} == {"bf16"}
+    assert {(job.adapter, job.magnitude) for job in jobs if job.op == "weight_norm_group"} == {("fp32", "fp32")}
+    packed = plan_jobs(LLAMA, ranks=[8], tokens=[1], weight="nf4", gpu="h200", adapter_dtype="fp32", autocast=True)
+    assert {job.op for job in packed if job.autocast} == {"weight_norm", "weight_norm_group"}
     (backward,) = {job for job in jobs if job.op == "adapter_backward" and job.d_out == 1024}
     assert (backward.activation, backward.adapter) == ("bf16", "fp32")
 
@@ -71,11 +93,16 @@ def test_a_second_rank_adds_only_kernels_that_depend_on_the_rank() -> None:
     assert {(job.op, job.rank) for job in two - one} == {
         ("weight_norm", 64),
         ("weight_norm_exact", 64),
+        ("weight_norm_group", 64),
         ("lora_compose", 64),
         ("adapter_backward", 64),
+        ("compose_swiglu", 64),
+        ("compose_swiglu_backward", 64),
+        ("lora_compose_group", 64),
+        ("compose_backward_group", 64),
         ("dora_linear_forward", 64),
     }
-    assert len(two - one) == 81
+    assert len(two - one) == 125
 
 
 def test_biased_and_unbiased_projections_of_one_width_are_two_jobs() -> None:
@@ -112,7 +139,7 @@ def test_every_listed_model_plans_and_covers_its_projections(model: Model) -> No
             for op in ("lora_compose", "compose_forward", "dora_linear_forward"):
                 assert KernelSpec.create(op, tokens=tokens, bias=p.bias, **fields) in jobs
             assert KernelSpec.create("compose_backward", tokens=tokens, **fields) in jobs
-        assert KernelSpec.create("adapter_backward", **{**fields, "dtype": "fp32"}) in jobs
+        assert KernelSpec.create("adapter_backward", **{**fields, "dtype": "fp32", "magnitude": "fp32"}) in jobs
 
 
 projections = st.builds(
@@ -142,6 +169,7 @@ def test_the_plan_is_sorted_distinct_and_blind_to_the_order_of_its_inputs(
     shapes = {(p.d_out, p.d_in, p.bias) for p in layers}
     widths, buckets = {(p.d_out, p.bias) for p in layers}, {bucket_tokens(count) for count in tokens}
     assert found["weight_norm"] == found["weight_norm_exact"] == len({(p.d_out, p.d_in) for p in layers}) * len(ranks)
+    assert found["weight_norm_group"] == found["weight_norm"]
     assert found["lora_compose"] == len(widths) * len(buckets) * len(ranks)
     assert found["dora_linear_forward"] == len(shapes) * len(buckets) * len(ranks)
     assert found["compose_forward"] == len(widths) * len(buckets)
@@ -150,6 +178,35 @@ def test_the_plan_is_sorted_distinct_and_blind_to_the_order_of_its_inputs(
     for values in (layers, ranks, tokens):
         random.shuffle(values)
     assert plan_jobs(Model("m", "", 1, tuple(layers)), ranks=ranks, tokens=tokens, gpu="h200") == jobs
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "flags"),
+    [("llama-3.1-8b", 14336, ()), ("gemma-2-9b", 14336, ("gelu_tanh",)), ("phi-3-mini", None, ())],
+)
+def test_a_gated_mlp_is_planned_with_its_activation(model: str, width: int | None, flags: tuple[str, ...]) -> None:
+    """Where gate and up are one projection, or there is no gate, its operations have nothing to do."""
+    for adapter in ("bf16", "fp32"):
+        jobs = plan_jobs(find_model(model), ranks=[16], tokens=[512], adapter_dtype=adapter, gpu="h200")
+        gated = [job for job in jobs if job.op.startswith("compose_swiglu")]
+        assert {job.d_out for job in gated} == ({width} if width else set())
+        assert len(gated) == (2 if width else 0)
+        for job in gated:
+            assert tuple(flag for flag in ("gelu", "gelu_tanh") if getattr(job, flag)) == flags
+            assert job.magnitude == (adapter if job.op.endswith("backward") else "")
+
+
+@pytest.mark.parametrize(
+    ("model", "widths", "bias"),
+    [("llama-3.1-8b", (4096, 1024, 1024), False), ("qwen2.5-0.5b", (896, 128, 128), True), ("phi-3-mini", (), False)],
+)
+def test_q_k_and_v_are_planned_as_a_group(model: str, widths: tuple[int, ...], bias: bool) -> None:
+    jobs = plan_jobs(find_model(model), ranks=[16], tokens=[512], adapter_dtype="fp32", gpu="h200")
+    grouped = [job for job in jobs if job.op in ("lora_compose_group", "compose_backward_group")]
+    assert [(job.op, job.widths) for job in grouped] == (
+        [("lora_compose_group", widths), ("compose_backward_group", widths)] if widths else []
+    )
+    assert [(job.bias, job.magnitude) for job in grouped] == ([(bias, ""), (False, "fp32")] if widths else [])
 
 
 def test_only_the_wanted_operations_are_planned() -> None:
@@ -185,7 +242,8 @@ def test_only_the_wanted_operations_are_planned() -> None:
         ({"ops": []}, f"ops=[]: give a list of operations out of {', '.join(OPS)}, or None for all"),
         (
             {"ops": ["weight_nrm"]},
-            f"unknown operation 'weight_nrm'; did you mean weight_norm, weight_norm_exact? (known: {', '.join(OPS)})",
+            "unknown operation 'weight_nrm'; did you mean weight_norm, weight_norm_group, weight_norm_exact? "
+            f"(known: {', '.join(OPS)})",
         ),
         ({"tokens": []}, "no token count given: give at least one, or None for every bucket"),
         ({"tokens": "16"}, "tokens='16': give a list of token counts, such as [1, 4096]"),
@@ -207,3 +265,15 @@ def test_a_model_without_a_layer_for_an_adapter_is_refused() -> None:
 def test_an_unknown_gpu_is_refused() -> None:
     with pytest.raises(UnknownGpuError, match="unknown GPU 'h2000'; did you mean h200"):
         plan_jobs(LLAMA, ranks=[8], gpu="h2000")
+
+
+def test_a_quantised_model_runs_what_reads_its_weights_packed_or_not_at_all() -> None:
+    model = find_model("llama-8b")
+    specs = plan_jobs(model, ranks=[16], weight="nf4.nested", adapter_dtype="fp32", autocast=True, gpu="h200")
+    assert {spec.op for spec in specs if spec.weight} == {"weight_norm", "weight_norm_group"}
+    assert {spec.weight for spec in specs if spec.weight} == {"nf4.nested"}
+    assert {spec.op for spec in specs} >= {"lora_compose", "compose_backward", "adapter_backward"}
+    with pytest.raises(UsageError, match="dora_linear_forward reads plain weights only"):
+        plan_jobs(model, ranks=[16], weight="nf4", gpu="h200", ops=["dora_linear_forward"])
+    with pytest.raises(UsageError, match="unknown weight format 'nf5'"):
+        plan_jobs(model, ranks=[16], weight="nf5", gpu="h200")

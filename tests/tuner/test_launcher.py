@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from doratune.errors import UsageError
-from doratune.tuner.launcher import check_hosts, launcher_device, launcher_hosts, launcher_jobs
+from doratune.runtime.local_ranks import share_of_cores
+from doratune.tuner.launcher import check_hosts, launcher_device, launcher_hosts
 
 TORCHRUN = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
 SRUN = {"SLURM_PROCID": "11", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
@@ -61,14 +62,14 @@ def test_a_variable_that_is_no_number_is_an_error(variable: str) -> None:
 
 @LAUNCHERS
 def test_the_processes_of_a_host_share_its_cores(environ: dict[str, str]) -> None:
-    assert launcher_jobs(environ, usable=64, installed=64) == 8
-    assert launcher_jobs(environ, usable=8, installed=64) is None  # bound to them by the launcher
-    assert launcher_jobs(environ, usable=4, installed=4) == 1
+    assert share_of_cores(environ, usable=64, installed=64) == 8
+    assert share_of_cores(environ, usable=8, installed=64) is None  # bound to them by the launcher
+    assert share_of_cores(environ, usable=4, installed=4) == 1
 
 
 def test_without_a_launcher_all_usable_cores_are_used() -> None:
-    assert launcher_jobs({}, usable=64, installed=64) is None
-    assert launcher_jobs({"SLURM_LOCALID": "0"}, usable=64, installed=64) is None  # no count given
+    assert share_of_cores({}, usable=64, installed=64) is None
+    assert share_of_cores({"SLURM_LOCALID": "0"}, usable=64, installed=64) is None  # no count given
 
 
 def test_the_number_of_hosts_is_known() -> None:
@@ -87,9 +88,10 @@ def test_a_file_is_refused_on_several_hosts(location: str) -> None:
 
 REPORT = """
 import os
-from doratune.tuner.launcher import launcher_device, launcher_hosts, launcher_jobs
+from doratune.runtime.local_ranks import share_of_cores
+from doratune.tuner.launcher import launcher_device, launcher_hosts
 environ = os.environ
-os.write(1, f"{launcher_device(environ, 2)} {launcher_jobs(environ, 8, 8)} {launcher_hosts(environ)}\\n".encode())
+os.write(1, f"{launcher_device(environ, 2)} {share_of_cores(environ, 8, 8)} {launcher_hosts(environ)}\\n".encode())
 """
 
 

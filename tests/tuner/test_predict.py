@@ -8,13 +8,13 @@ import statistics
 import pytest
 
 from doratune.cache.entry import PREDICTED
-from doratune.codegen.cost import LAUNCH_GAP_US, estimate_us, resident_programs
+from doratune.codegen.cost import LAUNCH_GAP_US, estimate_us, floor_us, resident_programs
 from doratune.codegen.gpu import Gpu, find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.render import render
 from doratune.codegen.spec import TOKEN_BUCKETS, Config, KernelSpec
 from doratune.codegen.variants import default_config, find_variant
-from doratune.tuner.evaluation import Rejected, Resources, floor_us
+from doratune.tuner.evaluation import Rejected, Resources
 from doratune.tuner.predict import PredictEvaluator, predict_us, shortlist
 from doratune.tuner.space import Space
 

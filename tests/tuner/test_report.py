@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from doratune.cache.entry import MEASURED, PREDICTED, BinaryKey, Contender, Entry, Environment, Evaluation, Final
 from doratune.codegen.spec import Config, KernelSpec
+from doratune.terminal.tables import Table
 from doratune.tuner.gain import SHOWN, gains_of, ran_before
 from doratune.tuner.outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, Tuned, TuneResult, kind_of_reason
 from doratune.tuner.projections import LeftOut, Model, Projection
@@ -55,9 +55,9 @@ def shown(table: Table) -> str:
 
 def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> None:
     result = TuneResult((Tuned(ENTRY.spec, TUNED, ENTRY), Tuned(NORM.spec, TUNED, NORM)))
-    document = json.loads(json.dumps(report(result, model=MODEL, gpu="h200", store="/s")))
+    document = json.loads(json.dumps(report(result, name=MODEL.name, model=MODEL, gpu="h200", store="/s")))
     rows = document.pop("rows")
-    about = {"model": "tiny", "gpu": "h200", "store": "/s"}
+    about = {"kernels_of": "tiny", "model": "tiny", "gpu": "h200", "store": "/s"}
     for name in ("projections", "not_tuned", "notes"):
         assert document.pop(name)
     assert document == {
@@ -80,6 +80,7 @@ def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> N
         "d_in": None,
         "rank": None,
         "tokens": 512,
+        "layers": None,
         "dtype": "fp16",
         "variant": "tile",
         "config": str(CONFIG),
@@ -108,7 +109,7 @@ def test_the_json_rows_hold_every_field_and_null_where_one_does_not_apply() -> N
 def test_the_json_says_which_kernels_failed_and_why_the_run_ended() -> None:
     rows = (Tuned(ENTRY.spec, TUNED, ENTRY), Tuned(NORM.spec, FAILED, None, "the disk is full"))
     result = TuneResult(rows, "fault", "the disk is full: free space")
-    document = json.loads(json.dumps(report(result, model=MODEL, gpu="h200", store="/s")))
+    document = json.loads(json.dumps(report(result, name=MODEL.name, model=MODEL, gpu="h200", store="/s")))
     assert [row["spec"] for row in document["rows"]] == [str(ENTRY.spec)]
     assert document["failed"] == [{"spec": str(NORM.spec), "reason": "the disk is full"}]
     assert (document["stopped"], document["fault"]) == ("fault", "the disk is full: free space")
@@ -124,19 +125,19 @@ def test_the_json_says_which_kernels_failed_and_why_the_run_ended() -> None:
     ],
 )
 def test_the_title_says_how_the_times_are_known(entries: list[Entry], says: str) -> None:
-    assert says in str(report_table(entries, model="llama-8b", gpu="h200").title)
+    assert says in str(report_table(entries, name="llama-8b", gpu="h200").title)
 
 
 @pytest.mark.parametrize(
     ("entries", "name"), [([ENTRY], "predicted µs"), ([NORM], "measured µs"), ([ENTRY, NORM], "µs"), ([], "µs")]
 )
 def test_the_time_column_says_how_its_times_are_known(entries: list[Entry], name: str) -> None:
-    headers = [column.header for column in report_table(entries, model="llama-8b", gpu="h200").columns]
+    headers = [column.header for column in report_table(entries, name="llama-8b", gpu="h200").columns]
     assert headers[-4:] == [name, "floor µs", "× floor", "provenance"]
 
 
 def test_the_table_shows_shapes_resources_and_times() -> None:
-    text = shown(report_table([ENTRY, NORM], model="llama-8b", gpu="h200"))
+    text = shown(report_table([ENTRY, NORM], name="llama-8b", gpu="h200"))
     for part in ("4096x1024, r 16", "40/0/4096", "-/-/-", "12.3", "9.0", "1.37", "512", "predicted", "measured"):
         assert part in text
 
@@ -156,7 +157,7 @@ MODEL = Model(
 
 
 def test_the_layers_of_a_run_are_in_its_json() -> None:
-    document = json.loads(json.dumps(report(TuneResult(()), model=MODEL, gpu="h200", store="/s")))
+    document = json.loads(json.dumps(report(TuneResult(()), name="m", model=MODEL, gpu="h200", store="/s")))
     assert document["projections"][0] == {
         "name": "q",
         "d_out": 64,
@@ -258,13 +259,13 @@ def test_kept_kernels_gained_nothing_in_this_run() -> None:
     before = tuned(100.0, 110.0)
     result = TuneResult((Tuned(before.spec, KEPT, before), Tuned(NORM.spec, UNFINISHED, before)))
     assert closing_lines(result) == []
-    assert report(result, model=MODEL, gpu="h200", store="/s")["gains"]["kernels"] == 0
+    assert report(result, name=MODEL.name, model=MODEL, gpu="h200", store="/s")["gains"]["kernels"] == 0
 
 
 def test_gains_are_in_the_rows_and_the_counts_of_the_json() -> None:
     entries = [tuned(100.0, 110.0, 512), stayed(50.0, 2048)]
     result = TuneResult(tuple(Tuned(entry.spec, PARTIAL, entry) for entry in entries))
-    document = json.loads(json.dumps(report(result, model=MODEL, gpu="h200", store="/s")))
+    document = json.loads(json.dumps(report(result, name=MODEL.name, model=MODEL, gpu="h200", store="/s")))
     first, second = document["rows"]
     assert (first["before"], first["before_us"], first["gain"]) == (str(OTHER), 110.0, pytest.approx(1.1))
     assert (first["margin"], first["confidence"], first["over_floor"]) == (pytest.approx(0.1), 0.987, 10.0)
@@ -287,7 +288,7 @@ def test_gains_are_in_the_rows_and_the_counts_of_the_json() -> None:
 @pytest.mark.parametrize(("entries", "there"), [([tuned(100.0, 103.0)], True), ([tuned(1.0, None)], False)])
 def test_the_column_of_gains_is_there_where_one_is_known(entries: list[Entry], there: bool) -> None:
     stored = [StoredEntry("/s", entry, ()) for entry in entries]
-    for table in (report_table(entries, model="m", gpu="h200"), entries_table(stored)):
+    for table in (report_table(entries, name="m", gpu="h200"), entries_table(stored)):
         assert ("gain" in [column.header for column in table.columns]) == there
         assert ("3.0 %" in shown(table)) == there
 
@@ -343,7 +344,7 @@ def test_what_was_rejected_and_disturbed_is_a_line_each() -> None:
         "clocks moved in 2 finals; `doratune cache show SPEC` says more",
         "interruptions in 1 final; `doratune cache show SPEC` says more",
     ]
-    document = report(result, model=MODEL, gpu="h200", store="/s")
+    document = report(result, name=MODEL.name, model=MODEL, gpu="h200", store="/s")
     assert document["rejected"] == {"inaccurate": 12, "did not end": 1}
     assert document["undecided"] == {"too little GPU memory": 2}
     assert document["disturbed_finals"] == {"clocks moved": 2, "interruptions": 1}

@@ -11,12 +11,15 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +28,7 @@ import optuna
 import pytest
 import torch
 
-from doratune.cache.entry import MEASURED, PREDICTED, Binary
+from doratune.cache.entry import MEASURED, PREDICTED, Binary, Evaluation
 from doratune.cache.store import Store
 from doratune.codegen.compile import CompileError
 from doratune.codegen.render import Source, render, template_digest
@@ -35,14 +38,14 @@ from doratune.errors import DoratuneError, UsageError
 from doratune.runtime.reference import definition, reference
 from doratune.tuner import search
 from doratune.tuner.effort import EFFORTS, STANDARD, find_effort
-from doratune.tuner.evaluation import ContextLostError, Rejected
+from doratune.tuner.evaluation import ContextLostError, Rejected, Resources, Undecided
 from doratune.tuner.fusion import composition_of, run_unfused
 from doratune.tuner.incumbents import Incumbents, built_in
 from doratune.tuner.inputs import make_inputs, make_outputs
 from doratune.tuner.progress import SilentProgress
 from doratune.tuner.search import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from doratune.tuner.space import Space
-from doratune.tuner.study_storage import open_study_storage, release
+from doratune.tuner.study_storage import StudyStorageError, open_study_storage, release
 
 from .fakes import FORWARD, GPU, SPECS, TRIALS, FakeEvaluator, FakePool, forward_spec, steps_from
 
@@ -274,6 +277,7 @@ def test_every_level_of_effort_searches_what_the_level_before_left() -> None:
             assert low.budget(provenance).trials < high.budget(provenance).patience
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "searched"),
     [("template and text", True), ("template, not text", False), ("worse", True), ("better", False)],
@@ -353,6 +357,7 @@ def test_a_search_cut_short_after_its_seeds_stores_its_best_but_stays_open(tune:
     assert not set(more.evaluated) & set(evaluator.evaluated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_ended_in_the_middle_goes_on_where_it_was(tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "log"
@@ -403,7 +408,7 @@ def test_the_study_storage_is_a_wal_file_in_the_users_folder(tmp_path: Path, mon
     assert list((tmp_path / "home").glob(".*")) == []
 
 
-@pytest.mark.parametrize("name", ["studies.sqlite", "a folder/100%41 #1.sqlite"])
+@pytest.mark.parametrize("name", ["studies.sqlite", "a folder/100%41 #1.sqlite", "{what}.sqlite"])
 def test_a_study_storage_is_named_by_its_path_or_its_url(name: str, tmp_path: Path) -> None:
     """Both open one file, whose name is taken as it stands."""
     path = tmp_path / name
@@ -427,6 +432,108 @@ def test_a_relative_study_storage_is_below_the_current_folder(tmp_path: Path, mo
 def test_an_unusable_study_storage_is_explained(location: str) -> None:
     with pytest.raises(DoratuneError, match=r"cannot be made|check the path or URL"):
         open_study_storage(location)
+
+
+@pytest.mark.parametrize("name", ["what?.sqlite", "a?mode=ro&b.sqlite", "tab\t[x].sqlite"])
+def test_a_study_storage_in_a_folder_of_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / name))
+    release(open_study_storage())
+    release(open_study_storage(str(tmp_path / name / "other.sqlite")))
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["other.sqlite", "studies.sqlite"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("location", ["", " ", ":memory:", "sqlite:///:memory:", "sqlite://", "file:a?mode=memory"])
+def test_a_study_storage_in_memory_is_refused(location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"study storage .* use a file path"):
+        open_study_storage(location)
+    assert list(tmp_path.iterdir()) == []
+
+
+def in_studies(path: Path, statement: str) -> Path:
+    """A study storage in which a statement was executed."""
+    release(open_study_storage(str(path)))
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(statement)
+        connection.commit()
+    return path
+
+
+def truncated(path: Path) -> Path:
+    release(open_study_storage(str(path)))
+    path.write_bytes(path.read_bytes()[:20_000])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda path: in_studies(path, "UPDATE alembic_version SET version_num = 'v99.0.0'"), "updating optuna"),
+        (lambda path: in_studies(path, "UPDATE alembic_version SET version_num = 'v2.6.0.a'"), "storage upgrade"),
+        (lambda path: in_studies(path, "DROP TABLE studies"), "another application"),
+        (lambda path: in_studies(path, "ALTER TABLE studies RENAME study_name TO name"), "damaged"),
+        (truncated, "damaged|malformed"),
+        (lambda path: path.write_bytes(b"notes\n" * 999) and path, "not a SQLite database"),
+    ],
+)
+def test_a_damaged_study_storage_is_named_with_what_to_do(
+    make: Callable[[Path], Path], complaint: str, tune: Tune, tmp_path: Path
+) -> None:
+    path = make(tmp_path / "broken.sqlite")
+    with pytest.raises(StudyStorageError, match=complaint) as caught:
+        tune(ONE, FakeEvaluator(steps_from(FORWARD)), trials=2, study_storage=str(path))
+    assert str(path) in str(caught.value)
+    assert "--study-storage" in str(caught.value)
+
+
+def test_a_store_is_no_study_storage(tune: Tune, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StudyStorageError, match="another application"):
+        tune(ONE, FakeEvaluator(steps_from(FORWARD)), study_storage=str(tmp_path / "store.sqlite"))
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("evaluation", json.dumps('{"us": "fast"}')),
+        ("evaluation", json.dumps("[" * 3000)),
+        ("evaluation", json.dumps('{"provenance": "measured", "us": -1, "samples_us": []}')),
+        ("config", json.dumps("tile:nonsense")),
+        ("config", "17"),
+    ],
+)
+def test_a_damaged_trial_costs_only_itself(key: str, value: str, tune: Tune, store: Store, tmp_path: Path) -> None:
+    tune(ONE, FakeEvaluator(steps_from(FORWARD)), trials=6)
+    store.remove(ONE[0])
+    with closing(sqlite3.connect(tmp_path / "studies.sqlite")) as connection:
+        first = "(SELECT min(trial_id) FROM trial_user_attributes WHERE key = 'evaluation')"
+        changed = connection.execute(
+            f"UPDATE trial_user_attributes SET value_json = ? WHERE key = ? AND trial_id = {first}", (value, key)
+        ).rowcount
+        connection.commit()
+    assert changed == 1
+    again = FakeEvaluator(steps_from(FORWARD))
+    assert tune(ONE, again, trials=6).rows[0].outcome == TUNED
+    assert len(again.evaluated) == 1
+
+
+def test_a_candidate_that_hangs_is_ended_after_ctrl_c(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "STOP_SECONDS", 0.2)
+    ended = threading.Event()
+
+    class Hangs(FakeEvaluator):
+        def evaluate(self, source: Source, compiled: Sequence[Resources]) -> Evaluation:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert ended.wait(30)
+            raise Undecided("it was ended")
+
+        def cancel(self) -> None:
+            ended.set()
+
+    began = time.monotonic()
+    assert tune(ONE, Hangs(steps_from(FORWARD))).stopped == "interrupt"
+    assert time.monotonic() - began < 10
 
 
 def test_unknown_efforts_and_empty_budgets_are_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from doratune.cache.entry import MEASURED, Entry, Environment, Evaluation
 from doratune.cache.store import Store
+from doratune.codegen.cost import floor_us
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.render import render, template_digest
 from doratune.codegen.spec import Config, KernelSpec
@@ -22,14 +23,14 @@ def spec_of(rank: int, gpu: str = "l40s") -> KernelSpec:
 
 
 def entry_of(spec: KernelSpec, config: Config, provenance: str) -> Entry:
-    source = render(spec, config)
+    source, least = render(spec, config), floor_us(spec, find_gpu(spec.gpu))
     return Entry(
         spec=spec,
         config=config,
         template_digest=template_digest(spec.op, config.variant),
         source_digest=source.digest,
         source=source.text,
-        evaluation=Evaluation(provenance, us=10.0, floor_us=5.0, trials=24),
+        evaluation=Evaluation(provenance, us=2.0 * least, floor_us=least, trials=24),
         environment=Environment(gpu=spec.gpu, architecture=find_gpu(spec.gpu).architecture, triton="3.7.1"),
     )
 

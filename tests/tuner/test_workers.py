@@ -93,6 +93,7 @@ DEATHS = {
 """How the worker dies of a kernel with this many warps, and what is said of that kernel."""
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_says_of_its_candidate_what_its_end_shows_and_the_others_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_worker_that_dies_says_of_its_candidate_what_its_end_shows_and_the_oth
     assert late.result()[0].registers > 0
 
 
+@pytest.mark.slow
 def test_a_crash_where_nothing_has_compiled_yet_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assembler = tmp_path / "ptxas"
     assembler.write_text("#!/bin/sh\n[ $# = 1 ] && exec echo 'release 12.8, V12.8.93'\nkill -SEGV $PPID && sleep 2\n")
@@ -143,8 +145,35 @@ def test_a_crash_where_nothing_has_compiled_yet_is_no_verdict(tmp_path: Path, mo
         job.result()
 
 
+def test_workers_have_a_group_of_their_own_and_print_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    pool = CompilePool(GPU, jobs=1)
+    pool.start()
+    assert pool._pool is not None
+    pid = pool._pool.submit(os.getpid).result(60)
+    assert os.getpgid(pid) == pid
+    temporary = Path(str(pool._temporary))
+    assert temporary.is_dir()
+    pool._pool.submit(print, "a compiler's message", flush=True).result(60)
+    waiting = pool._pool.submit(os.system, "sleep 60")
+    deadline = time.monotonic() + 30
+    while not children(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    below = children(pid)
+    began = time.monotonic()
+    pool.kill()
+    pool.close()
+    assert time.monotonic() - began < 10
+    assert waiting.exception() is not None
+    assert below
+    assert not any(alive(process) for process in below), "its tools go with it"
+    assert not temporary.exists()
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert "a compiler's message" in errors
+
+
 def test_a_worker_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("doratune.tuner.workers._prepare_worker", sys.exit)  # any function that ends the process
+    monkeypatch.setattr("doratune.tuner.workers.prepare_worker", sys.exit)  # any function that ends the process
     pool = CompilePool(GPU, jobs=1)
     job = pool.submit(forward(16))
     settle(pool, job)
@@ -154,7 +183,7 @@ def test_a_worker_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_pool_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(jobs: int) -> object:
+    def refuse(jobs: int, temporary: str) -> object:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("doratune.tuner.workers._workers", refuse)

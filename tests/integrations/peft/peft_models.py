@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,6 +90,24 @@ def by_torchao(model: nn.Module, config: str) -> None:
     model.hf_quantizer = SimpleNamespace(quantization_config=settings)  # type: ignore[assignment]
 
 
+def four_bits(linear: nn.Linear) -> Any:
+    """A layer of bitsandbytes in nf4 with the weights of ``linear``, as it is on a GPU: never packed anew for a CPU."""
+    nn4bit = pytest.importorskip("bitsandbytes").nn
+    layer = nn4bit.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32)
+    made = nn4bit.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+    layer.weight = made.to("cpu")
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def in_four_bits(model: nn.Module, which: Callable[[str], bool] = lambda name: True) -> None:
+    """Quantise the linear layers in the blocks of a llama whose names ``which`` picks."""
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, nn.Linear) and ".layers." in name and which(name):
+            model.set_submodule(name, four_bits(module))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
 def dense(model: PeftModel) -> PeftModel:
     """``model``, a Pair with adapters, in fp64, with every quantised W replaced by the matrix that PEFT makes of it."""
     layers = [model.base_model.model.get_submodule(name) for name in ("first", "second")]
@@ -104,6 +123,11 @@ def dense(model: PeftModel) -> PeftModel:
             for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 getattr(wide, part)["default"].weight.copy_(getattr(layer, part)["default"].weight)
     return exact
+
+
+def read_no_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every quantised layer be one whose storage is unknown: it is read through its own forward."""
+    monkeypatch.setattr("doratune.integrations.peft.stored.StorageReader.read", lambda *_: "unknown")
 
 
 def twin(model: nn.Module) -> Any:

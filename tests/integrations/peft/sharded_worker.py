@@ -1,14 +1,17 @@
 """One of two processes that train an accelerated model, sharded, next to stock PEFT in one piece; run by the tests.
 
-usage: python sharded_worker.py CASE RANK RENDEZVOUS_FILE; the import path holds this folder and doratune.
+usage: python sharded_worker.py RANK RENDEZVOUS_FILE CASE...; the import path holds this folder and doratune. Prints one
+JSON object for each case, with doratune's warnings.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -94,15 +97,16 @@ def train(case: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    case, rank, rendezvous = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    rank, rendezvous, *cases = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train(case, rank)
-    for text in sorted({str(warning.message) for warning in caught if "doratune" in str(warning.message)}):
-        print(text)
+    limit = timedelta(seconds=60)  # the other process has failed
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=WORLD, timeout=limit)
+    for case in cases:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(case, int(rank))
+        said = sorted({str(warning.message) for warning in caught if "doratune" in str(warning.message)})
+        print(json.dumps({"case": case, "warnings": "\n".join(said)}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
-    print("done", flush=True)
     os._exit(0)  # PyTorch 2.10 may abort in a thread of its own while the interpreter ends

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import doratune
-from doratune.internals.torch import knows_backward
 
 from ...nn.layers import kernels_on_paper
 from .peft_models import Pair, assert_same_gradients, relative, twin, with_dora
@@ -215,8 +214,8 @@ def test_watching_only_a_forward_pass_or_only_its_recompute_changes_nothing(
 
     try:
         assert_alike(stock, fast, run)
-    except CheckpointError:  # under a global hook PEFT's code runs, which keeps other tensors: said, not used
-        assert watcher != "hooks" or not knows_backward
+    except CheckpointError:  # whatever watches, PEFT's forward pass runs, which keeps other tensors: said, not used
+        assert watcher != "hooks" or dropout == 0.0
 
 
 @pytest.mark.parametrize("write", ["through data", "under no_grad"])

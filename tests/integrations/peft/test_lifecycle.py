@@ -81,7 +81,8 @@ def test_saving_and_loading_round_trip(tmp_path: Path) -> None:
     ids = tokens()
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     doratune.accelerate(loaded, quiet=True)
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    # From its second pass on a model runs its layers in groups, which adds up in another order.
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("copied", ["deepcopy", "torch.save", "pickle"])
@@ -136,6 +137,7 @@ def test_pefts_own_norm_caching_is_honoured() -> None:
     assert not any(cache for cache in caches)
 
 
+@pytest.mark.slow
 def test_an_accelerated_model_compiles_to_one_graph() -> None:
     for dropout in (0.0, 0.4):
         model = with_dora(Pair(), lora_dropout=dropout)

@@ -8,7 +8,6 @@ on CPU tensors.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -19,7 +18,17 @@ from torch import nn
 import doratune
 from doratune.integrations.peft import base_layers
 
-from .peft_models import Pair, assert_same_gradients, by_torchao, dense, relative, shake, twin, with_dora
+from .peft_models import (
+    Pair,
+    assert_same_gradients,
+    by_torchao,
+    dense,
+    read_no_storage,
+    relative,
+    shake,
+    twin,
+    with_dora,
+)
 
 KINDS = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "HQQ", "torchao")
 LINEAR_KINDS = ("bitsandbytes 4-bit", "HQQ", "torchao")
@@ -104,13 +113,13 @@ def test_values_and_gradients_are_pefts(kind: str, dropout: float, sizes: tuple[
             torch.manual_seed(3)
             model.zero_grad()
             source = x.clone().requires_grad_()
-            with warnings.catch_warnings():
-                if is_8bit and dropout and train:  # the report announces this
-                    warnings.filterwarnings("ignore", message="doratune leaves")
-                y = model(source)
+            y = model(source)
+            after = torch.random.get_rng_state()
             y.square().sum().backward()
-            results.append((y.detach(), source.grad, {n: p.grad for n, p in model.named_parameters() if "lora" in n}))
-        (y, dx, grads), (stock_y, stock_dx, stock_grads) = results
+            grads = {n: p.grad for n, p in model.named_parameters() if "lora" in n}
+            results.append((y.detach(), source.grad, grads, after))
+        (y, dx, grads, after), (stock_y, stock_dx, stock_grads, stock_after) = results
+        assert torch.equal(after, stock_after)  # as many random numbers
         assert relative(y, stock_y) < 1e-6
         assert relative(dx, stock_dx) < 1e-6
         for name, gradient in grads.items():
@@ -122,13 +131,14 @@ def test_values_and_gradients_are_pefts(kind: str, dropout: float, sizes: tuple[
 @pytest.mark.parametrize(
     ("kind", "storage"),
     [
+        ("bitsandbytes 8-bit", {}),
         ("bitsandbytes 4-bit", {"quant_type": "nf4"}),
         ("bitsandbytes 4-bit", {"quant_type": "nf4", "nested": True}),
         ("bitsandbytes 4-bit", {"quant_type": "fp4"}),
         ("HQQ", {}),
         ("torchao", {}),
     ],
-    ids=["nf4", "nested nf4", "fp4", "HQQ", "torchao"],
+    ids=["int8", "nf4", "nested nf4", "fp4", "HQQ", "torchao"],
 )
 def test_products_and_their_gradients_are_those_of_the_dequantised_w(
     kind: str, storage: dict[str, Any], sizes: tuple[int, int, int], name: str
@@ -148,6 +158,23 @@ def test_products_and_their_gradients_are_those_of_the_dequantised_w(
         products = base_layers.products(layer, base, x[0])
     assert relative(squares, weight.square().sum(dim=1)) < 1e-6
     assert relative(products, weight @ x[0].double().T) < 1e-6
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_dropout_on_8_bits_keeps_no_dequantised_weight(autocast: bool) -> None:
+    base = quantised(base_layers.BNB_8BIT, sizes=(64, 128, 64))
+    model = with_dora(base, lora_dropout=0.4)
+    doratune.accelerate(model.train(), quiet=True)
+    kept: list[torch.Tensor] = []
+    x = torch.randn(5, 64).bfloat16().requires_grad_()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),  # type: ignore[func-returns-value]
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        y = model(x)
+    y.float().square().sum().backward()
+    assert all(tensor.dtype is torch.int8 for tensor in kept if tensor.numel() >= 64 * 128)
+    assert any(tensor.dtype is torch.int8 for tensor in kept)
 
 
 @pytest.mark.parametrize("sizes", [SQUARE, OBLONG], ids=["square", "oblong"])
@@ -255,6 +282,7 @@ def test_hqq_that_quantises_activations_is_left_to_peft(monkeypatch: pytest.Monk
 
 
 def test_the_squares_of_w_are_kept_until_w_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_no_storage(monkeypatch)
     model = with_dora(quantised(base_layers.BNB_4BIT))
     doratune.accelerate(model, quiet=True)
     computed = []

@@ -1,0 +1,114 @@
+"""What PEFT's ``adapter_config.json`` says of an adapter: ranks and scalings of its layers, and what m is for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterError
+
+NAME = "adapter_config.json"
+_UNLIKE_DORA = ("target_parameters", "megatron_config", "arrow_config", "trainable_token_indices", "kasa_config")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The fields that decide what the tensors mean. ``raw`` has all of them, as in the file."""
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+    lora_bias: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    base: str
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> AdapterConfig:
+        """Read the file.
+
+        Raises:
+            AdapterError: it is missing, no JSON object, or of another method than LoRA.
+        """
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise AdapterError(f"{file}: no such file; PEFT saves it beside the adapter's tensors") from None
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"{file}: not readable as JSON ({error}); save the adapter again") from error
+        if not isinstance(raw, dict):
+            raise AdapterError(f"{file}: expected a JSON object; save the adapter again")
+        return cls.of(raw, str(file))
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any], where: str = NAME) -> AdapterConfig:
+        """The config of these fields; ``where`` names them in errors."""
+        kind = raw.get("peft_type", "LORA")
+        if kind != "LORA":
+            raise AdapterError(f"{where}: peft_type is {kind!r}; DoRA adapters are of type LORA")
+        rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
+        if not _is_rank(rank) or not _is_number(alpha):
+            raise AdapterError(
+                f"{where}: r is {rank!r} and lora_alpha {alpha!r}; expected a positive integer, a number"
+            )
+        ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
+        if not (isinstance(ranks, dict) and all(map(_is_rank, ranks.values()))):
+            raise AdapterError(f"{where}: rank_pattern must map names to positive integers")
+        if not (isinstance(alphas, dict) and all(map(_is_number, alphas.values()))):
+            raise AdapterError(f"{where}: alpha_pattern must map names to numbers")
+        return cls(
+            r=rank,
+            alpha=float(alpha),
+            use_rslora=bool(raw.get("use_rslora")),
+            use_dora=bool(raw.get("use_dora")),
+            fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+            lora_bias=bool(raw.get("lora_bias")),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            base=str(raw.get("base_model_name_or_path") or ""),
+            raw=raw,
+        )
+
+    def rank_of(self, module: str) -> int:
+        """The rank that PEFT gives the layer of this name."""
+        return self.rank_pattern.get(_pattern(self.rank_pattern, module), self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """The factor s of BA in the layer of this name."""
+        alpha = self.alpha_pattern.get(_pattern(self.alpha_pattern, module), self.alpha)
+        rank = self.rank_of(module)
+        return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @property
+    def unlike_dora(self) -> str:
+        """The first field that is set and makes the adapter more than A, B and m; or an empty text."""
+        if self.lora_bias:
+            return "lora_bias"
+        return next((field for field in _UNLIKE_DORA if self.raw.get(field)), "")
+
+
+def _pattern(patterns: Mapping[str, object], module: str) -> str:
+    """The first pattern that fits a name, as PEFT's ``get_pattern_key`` finds it."""
+    for pattern in patterns:
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return pattern
+        except re.error:
+            raise AdapterError(f"{NAME}: {pattern!r} in a pattern is no regular expression; correct it") from None
+    return module
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,74 @@
+"""Examine a checkpoint's weights for DoRA, in pieces of rows: zero and near-zero rows, NaN, what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+
+import torch
+
+from . import fault
+from .checkpoint import Checkpoint, is_embedding, is_head
+from .errors import AdapterError
+from .fault import Fault, Places
+from .tensor_files import TensorInfo
+
+NEAR = 1e-4
+"""A norm below this share of the median norm is near zero."""
+
+
+@torch.no_grad()
+def examine_checkpoint(checkpoint: Checkpoint, examined: Collection[str] = ()) -> list[Fault]:
+    """Examine the linear layers' weights, without embeddings and output heads, which DoRA seldom adapts.
+
+    ``examined`` are tensors whose zero rows are known already. W that is stored as [d_in, d_out] is examined by columns
+    where a config says that it is (GPT-2).
+
+    Raises:
+        AdapterError: a file cannot be read.
+    """
+    places = Places()
+    _missing(checkpoint, places)
+    packed = [info.name for info in checkpoint.tensors.infos.values() if not info.dense and len(info.shape) >= 2]
+    if checkpoint.quantised or packed:
+        places.add(fault.QUANTISED, packed[0] if packed else str(checkpoint.path), checkpoint.quantised)
+    transposed = checkpoint.config.get("model_type") in ("gpt2", "openai-gpt")
+    for info in checkpoint.matrices():
+        if is_embedding(info.name) or is_head(info.name):
+            continue
+        _rows(checkpoint, info, transposed, info.name in examined, places)
+    return places.faults()
+
+
+def _rows(checkpoint: Checkpoint, info: TensorInfo, transposed: bool, examined: bool, places: Places) -> None:
+    norms = torch.cat(
+        [
+            torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+            for _, rows in checkpoint.tensors.rows(info.name, transposed=transposed)
+        ]
+    )
+    bad = (~norms.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        places.add(fault.NOT_FINITE, info.name, rows=bad)
+        return
+    zero = norms == 0
+    if zero.any() and not examined:
+        places.add(fault.ZERO_ROWS, info.name, rows=zero.nonzero().flatten().tolist())
+    if zero.all():
+        return
+    near = ((norms < NEAR * norms[~zero].median()) & ~zero).nonzero().flatten().tolist()
+    if near:
+        places.add(fault.NEAR_ZERO_ROWS, info.name, rows=near)
+
+
+def _missing(checkpoint: Checkpoint, places: Places) -> None:
+    index = checkpoint.path / "model.safetensors.index.json"
+    if not checkpoint.path.is_dir() or not index.exists():
+        return
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise AdapterError(f"{index}: cannot be read ({error}); download it again") from error
+    for name in names:
+        if name not in checkpoint.tensors.infos:
+            places.add(fault.TENSOR_MISSING, name, f"{names[name]} lacks it")

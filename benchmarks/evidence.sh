@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Measure the figures of docs/results that a GPU can give in one sitting, each part with a time limit of its own:
+#   benchmarks/evidence.sh OUT PART...
+# OUT is a folder for the JSON files (benchmarks/results/h100-sxm). A part is a line of the case below.
+# AXOLOTL names a checkout of axolotl, or its unpacked wheel; COMMIT the commit where there is no git.
+set -uo pipefail
+out=$1
+shift
+mkdir -p "$out"
+peers=(${AXOLOTL:+--axolotl-path "$AXOLOTL"})
+commit=(${COMMIT:+--commit "$COMMIT"})
+python=${PYTHON:-python3}
+failed=0
+
+bench() {  # SECONDS FILE ARGUMENTS...: the rows go to OUT/FILE.json, the tables to OUT/FILE.txt
+    local limit=$1 file=$2
+    shift 2
+    echo "== $file: bench $*"
+    timeout --signal=INT --kill-after=20 "$limit" "$python" -m doratune.cli bench "$@" "${commit[@]}" --targets \
+        --output "$out/$file.json" > "$out/$file.txt" 2>&1 || { echo "$file: exit code $?"; failed=1; }
+    tail -n 40 "$out/$file.txt"
+}
+
+# The first step with nothing but stored binaries: nothing is compiled, and there is no C compiler.
+without_compiler() {  # FILE ARGUMENTS...
+    local file=$1 store=$out/$1.sqlite
+    timeout 120 "$python" -m doratune.cli cache build --model qwen2.5-0.5b --rank 16 --tokens 2048 --replace -o "$store" \
+        || { echo "$file: no store"; failed=1; return; }
+    DORATUNE_NO_JIT=1 CC=/no/compiler bench 200 "$@" --store "$store"
+}
+
+large=(model --checkpointing --rank 16 --rank 384 --impl peft_lora --impl doratune)
+small=(model --rank 16 --seq 2048 --no-checkpointing --modes bf16 --rounds 20 --impl peft_lora --impl peft_dora --impl doratune)
+first=(model --shape 0.5b --rank 16 --seq 2048 --op first-step --modes bf16)
+fused=(${AXOLOTL:+--impl axolotl_lora})
+
+for part; do
+    case $part in
+    large) bench 420 model-8b "${large[@]}" "${fused[@]}" "${peers[@]}" --op step --op inference --rounds 5 ;;
+    1b) bench 200 model-1b "${small[@]}" "${fused[@]}" "${peers[@]}" --shape 1b --op step --op inference --op decode ;;
+    0.5b) bench 200 model-0.5b "${small[@]}" "${fused[@]}" "${peers[@]}" --shape 0.5b --op step --op inference --op decode ;;
+    first) bench 200 first-step "${first[@]}" ;;
+    no-jit) without_compiler no-jit "${first[@]}" ;;
+    compiled)
+        bench 300 model-compiled model --layers 4 --no-checkpointing --compile --rank 16 --rank 384 --modes bf16 --rounds 10 \
+            --impl peft_lora --impl peft_lora_compiled --impl doratune --impl doratune_compiled --op step
+        ;;
+    norms) bench 200 norms norms --model llama-8b --rank 16 --rank 384 ;;
+    packed) bench 200 packed packed ;;
+    nf4 | int8 | fp8 | hqq)
+        bench 200 "model-$part" model --layers 4 --rank 16 --rank 64 --seq 2048 --checkpointing --modes bf16 --quant "$part" \
+            --impl peft_lora --impl doratune "${fused[@]}" "${peers[@]}" --op step --op inference --op decode
+        ;;
+    ddp | fsdp2) bench 250 "$part" model --layers 6 --rank 16 --modes bf16 --parallel "$part" --processes 2 --rounds 10 ;;
+    host) bench 120 host host ;;
+    *) echo "unknown part $part" >&2; exit 2 ;;
+    esac
+done
+exit "$failed"

@@ -1,0 +1,58 @@
+"""The variants of ``lora_compose_group`` and ``compose_backward_group``: projections of one x in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..gpu import Gpu
+from ..spec import Config, KernelSpec
+from .base import Work, ceil_div
+from .chunks import FEW_TOKENS, LOW_RANK, ChunkedSums, ChunkedTile, narrow, refuse_reduction
+
+REDUCED = 16
+"""Chunks that the kernel which adds them loads at a time by default."""
+
+
+class _GroupTile(ChunkedTile):
+    """What the two share: where one projection is narrow, short chunks fill the GPU better."""
+
+    def low_rank_seeds(self, spec: KernelSpec) -> tuple[Config, ...]:
+        *long, short, smallest = super().low_rank_seeds(spec)
+        return (short, *long, smallest)
+
+
+class LoraComposeGroupTile(_GroupTile):
+    """The projections' tiles one after another in one grid; a program picks its projection by its number."""
+
+    op = "lora_compose_group"
+    passes = 2
+
+
+class ComposeBackwardGroupTile(_GroupTile, ChunkedSums):
+    """The same grid; the second launch adds the sums of one tile's columns per program."""
+
+    op = "compose_backward_group"
+    passes = 3
+
+    def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
+        return {**super().choices(spec, gpu), "reduce_c": (8, 16, 32)}
+
+    def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        found = super().seeds(spec, gpu)
+        if gpu.architecture != "sm_90" or spec.tokens <= FEW_TOKENS or spec.rank <= LOW_RANK or not narrow(spec):
+            return found
+        return (self._config(spec, 64, 64, 64, 4, 3, chunk=512, resident=1), *found)
+
+    def _config(
+        self, spec: KernelSpec, t: int, n: int, k: int, warps: int, stages: int, chunk: int = 0, resident: int = 0
+    ) -> Config:
+        tile = super()._config(spec, t, n, k, warps, stages, chunk, resident)
+        params = {**dict(tile.params), "reduce_c": REDUCED}
+        return Config.create(self.name, **params, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+    def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
+        return super().refuse(spec, config, gpu) or refuse_reduction(config["reduce_c"], config["block_n"])
+
+    def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
+        tiles = sum(ceil_div(width, config["block_n"]) for width in spec.widths)
+        return (*super().work(spec, config), self.added(spec, config, tiles))

@@ -1,0 +1,123 @@
+"""Tell whether a PEFT layer is as it was when it was examined.
+
+Between two calls, or within one, a layer's adapter may be switched, merged, rescaled or replaced, its weights streamed
+in, its modules wrapped. Every layer asks in every call, and small models wait for Python: so what was read is read
+again by a few calls into C, and compared there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...internals.torch import hooks_made
+
+_data_ptr = torch.Tensor.data_ptr
+_numel = torch.Tensor.numel
+_is_contiguous = torch.Tensor.is_contiguous
+_dtype = attrgetter("dtype")
+_needs_gradient = attrgetter("requires_grad")
+
+_SWITCHES = itemgetter("_active_adapter", "_disable_adapters", "merged_adapters", "training", "scaling", "lora_variant")
+_OF_ADAPTERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout")
+_MODULES = itemgetter(*_OF_ADAPTERS, "base_layer")
+_KEYS = [*["weight"] * 4, "bias", "bias", *["forward"] * 4]
+
+
+class Unchanged:
+    """The state of ``layer`` with its only active adapter, ``active``; ``tensors`` are its W, A, B and m.
+
+    It counts as changed once a hook is registered on any module. Hooks from before are the caller's business.
+
+    Attributes:
+        attributes: the layer's own dictionary, which a copy of the layer does not share.
+        dtype, adapter_dtype, device: of W and of A.
+        frozen: whether no gradient of the bias is wanted.
+    """
+
+    __slots__ = (
+        "_adapters",
+        "_are_needed",
+        "_bases",
+        "_copies",
+        "_dicts",
+        "_hooks",
+        "_kinds",
+        "_layout",
+        "_modules",
+        "_parts",
+        "_places",
+        "_switches",
+        "_tensors",
+        "_values",
+        "adapter_dtype",
+        "attributes",
+        "device",
+        "dtype",
+        "frozen",
+    )
+
+    def __init__(self, layer: nn.Module, active: str, tensors: Sequence[torch.Tensor]) -> None:
+        self.attributes = layer.__dict__
+        self._switches = switches_of(layer)
+        self._places = layer._modules
+        self._modules = _MODULES(self._places)
+        self._adapters = [held._modules for held in self._modules[:4]]
+        self._copies = [{**held} for held in self._adapters]
+        a, b, m = (held[active] for held in self._adapters[:3])
+        base: nn.Module = self._modules[4]
+        self._parts = [a, b, m, base]
+        self._kinds = [*map(type, self._parts)]
+        attributes = [part.__dict__ for part in self._parts]
+        self._dicts: list[dict[str, Any]] = [
+            *[part._parameters for part in (base, a, b, m)], b._parameters, base._parameters, *attributes
+        ]  # fmt: skip
+        self._values = [*map(dict.get, self._dicts, _KEYS)]
+        bias = self._values[5]
+        self._bases = [tensors[0]] if bias is None else [tensors[0], bias]
+        self._are_needed = [*map(_needs_gradient, self._bases)]
+        self._tensors = [*tensors]
+        self._layout = self._read_layout()
+        self._hooks = hooks_made()
+        self.dtype, self.adapter_dtype, self.device = tensors[0].dtype, tensors[1].dtype, tensors[0].device
+        self.frozen = bias is None or not bias.requires_grad
+
+    def holds(self) -> bool:
+        """Whether nothing has changed that decides what the layer computes, but for the values of its tensors."""
+        try:
+            return (
+                _SWITCHES(self.attributes) == self._switches
+                and _MODULES(self._places) == self._modules
+                and self._adapters == self._copies
+                and [*map(type, self._parts)] == self._kinds
+                and all(map(is_, map(dict.get, self._dicts, _KEYS), self._values))
+                and not self._parts[2].__dict__.get("_dora_cache")
+                and [*map(_needs_gradient, self._bases)] == self._are_needed
+                and self._hooks == hooks_made()
+                and self.stands()
+            )
+        except KeyError:
+            return False
+
+    def stands(self) -> bool:
+        """Whether W, A, B and m are where they were, in their dtypes and sizes."""
+        return self._read_layout() == self._layout
+
+    def _read_layout(self) -> list[object]:
+        # Conversions may end at an old address, and a square W may be transposed where it is.
+        tensors = self._tensors
+        return [*map(_data_ptr, tensors), *map(_numel, tensors), *map(_dtype, tensors), *map(_is_contiguous, tensors)]
+
+
+def switches_of(layer: nn.Module) -> tuple[Any, ...]:
+    """What is switched in ``layer`` now: its adapters, merging, training and scaling."""
+    return tuple([_copied(value) for value in _SWITCHES(layer.__dict__)])
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a list or dictionary, which may be written to where it is; any other value itself."""
+    return [*value] if type(value) is list else {**value} if type(value) is dict else value

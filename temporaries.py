@@ -1,0 +1,78 @@
+"""Temporary files and folders whose names tell which process made them, so that a later one can remove what a killed
+process left.
+
+A name ends in ``PID-START-MACHINE-RANDOM.new``, where START is when the process started, in clock ticks since the boot,
+and MACHINE stands for the boot and the container that process numbers are unique in. What a process of this machine
+left is removed as soon as that process has ended; what another machine left on a shared disk, after a day.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+ORPHAN_SECONDS = 86_400.0
+"""How old a temporary file is whose process cannot be looked up, before it counts as left behind."""
+
+_MOST = 60  # characters of the name that are kept, since file systems limit a name to 255 bytes
+
+_NAME = re.compile(
+    r"\..+\.(?P<pid>\d+)-(?:(?P<start>\d+)-(?P<machine>[0-9a-f]{8})-)?[0-9a-f]{8}\.new(?:-wal|-shm|-journal)?"
+)
+"""Earlier versions wrote neither START nor MACHINE."""
+
+
+def temporary_name(name: str) -> str:
+    """A new name for a temporary file or folder of this process that has to do with ``name``."""
+    pid = os.getpid()
+    mark = hashlib.sha256(machine().encode()).hexdigest()[:8]
+    return f".{name[:_MOST]}.{pid}-{started(pid) or 0}-{mark}-{secrets.token_hex(4)}.new"
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove the temporary files and folders directly in ``folder`` whose process has ended. Never raises OSError."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            found = _NAME.fullmatch(entry.name)
+            if found is not None and _is_orphan(entry, found):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+
+
+def _is_orphan(entry: os.DirEntry[str], found: re.Match[str]) -> bool:
+    here = hashlib.sha256(machine().encode()).hexdigest()[:8]
+    if machine() and found["machine"] == here:
+        return started(int(found["pid"])) != found["start"]
+    try:
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > ORPHAN_SECONDS
+    except OSError:
+        return False
+
+
+@functools.cache
+def machine() -> str:
+    """What process numbers are unique in: a boot of a machine and, in containers, their namespace. Empty if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def started(pid: int) -> str | None:
+    """When a process of this machine was started, in clock ticks since the boot; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

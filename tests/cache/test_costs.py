@@ -1,0 +1,72 @@
+"""What a lookup and a listing cost, counted in calls of Python and C functions, which no other process changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from doratune.cache.store import Store
+from doratune.codegen.spec import TOKEN_BUCKETS
+from doratune.tuner.report import entries_of, entries_table
+
+from .world import a_spec, an_entry, with_final
+
+EXACT_CALLS = 700
+"""611 were counted, which take 110 µs; through SQLAlchemy and with slower checks it were 1,040 and 230 µs."""
+LISTED_CALLS = 900
+"""For each entry: 780 were counted, which take 0.15 ms. Laid out by rich it were 5,980."""
+
+SPECS = [a_spec(d_out=64 * size, tokens=tokens) for size in range(1, 11) for tokens in TOKEN_BUCKETS]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    path = tmp_path_factory.mktemp("costs") / "store.sqlite"
+    with Store.open(path, create=True) as made:
+        made.put_all(with_final(an_entry(spec)) for spec in SPECS)
+    with Store.open(path, readonly=True) as opened:
+        yield opened
+
+
+def calls(action: Callable[[], object]) -> int:
+    """How many functions a second run of ``action`` calls."""
+    action()
+    count = 0
+
+    def counted(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(counted)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def test_an_exact_lookup_takes_few_calls(store: Store) -> None:
+    assert store.get(SPECS[7]) == with_final(an_entry(SPECS[7]))
+    assert calls(lambda: store.get(SPECS[7])) <= EXACT_CALLS
+
+
+def test_an_exact_lookup_costs_the_same_in_a_larger_store(store: Store, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "small.sqlite", create=True) as small:
+        small.put(with_final(an_entry(SPECS[7])))
+    with Store.open(tmp_path / "small.sqlite", readonly=True) as small:
+        assert calls(lambda: small.get(SPECS[7])) == calls(lambda: store.get(SPECS[7]))
+
+
+def test_a_listing_takes_few_calls_for_each_entry(store: Store) -> None:
+    def listing() -> str:
+        found, damaged = entries_of(store, op="lora_compose", gpu="h200")
+        assert (len(found), damaged) == (len(SPECS), [])
+        return "\n".join(entries_table(found).lines())
+
+    assert all(str(spec) in listing() for spec in SPECS[:3])
+    assert calls(listing) / len(SPECS) <= LISTED_CALLS

@@ -1,0 +1,139 @@
+"""Backward of a gated MLP: gate and up are composed again, a second kernel adds the sums over chunks of tokens.
+
+    dYg = dout*yu*act'(yg), dYu = dout*act(yg); dyg = g*dY, dg = sum_t dY*(base + s*(h@B.T)), db = sum_t dY
+
+spec    compose_swiglu_backward/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=bf16@h200
+config  tile:block_k=64,block_n=64,block_t=64,chunk=64,reduce_c=32,reduce_n=64,resident=0,num_warps=4,num_stages=3
+
+Emitted by doratune from templates/compose_swiglu_backward_tile.py.j2; edit the template, not this text.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def compose_swiglu_backward_kernel(
+    dout_ptr: "*bf16",
+    dout_stride: "i64",
+    gate_ptr: "*bf16",
+    gate_stride: "i64",
+    up_ptr: "*bf16",
+    up_stride: "i64",
+    h_ptr: "*bf16",
+    h_stride: "i64",
+    lora_b_gate_ptr: "*bf16",
+    lora_b_gate_stride: "i64",
+    lora_b_up_ptr: "*bf16",
+    lora_b_up_stride: "i64",
+    g_gate_ptr: "*fp32",
+    g_up_ptr: "*fp32",
+    dyg_gate_ptr: "*bf16",
+    dyg_gate_stride: "i64",
+    dyg_up_ptr: "*bf16",
+    dyg_up_stride: "i64",
+    chunks_ptr: "*fp32",
+    tokens: "i32",
+    scaling: "fp32",
+):
+    """Write CHUNK rows of BLOCK_N columns of both dyg, which may be the memory of gate and up, and the sums over those rows."""
+    D_OUT: tl.constexpr = 4096
+    RANK: tl.constexpr = 384
+    SUMS: tl.constexpr = 2
+    CHUNK: tl.constexpr = 64
+    BLOCK_T: tl.constexpr = 64
+    BLOCK_N: tl.constexpr = 64
+    BLOCK_K: tl.constexpr = 64
+    N_TILES: tl.constexpr = 64
+
+    chunk = tl.program_id(0) // N_TILES
+    tile_n = tl.program_id(0) % N_TILES
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    g_gate = tl.load(g_gate_ptr + n)[None, :]
+    b_gate_ptrs = lora_b_gate_ptr + n.to(tl.int64)[None, :] * lora_b_gate_stride + k[:, None]
+    g_up = tl.load(g_up_ptr + n)[None, :]
+    b_up_ptrs = lora_b_up_ptr + n.to(tl.int64)[None, :] * lora_b_up_stride + k[:, None]
+
+    dg_gate = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
+    dg_up = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
+    for first in tl.range(0, CHUNK, BLOCK_T):
+        t = chunk * CHUNK + first + tl.arange(0, BLOCK_T)
+        row = t.to(tl.int64)[:, None]  # times a row stride it may pass 2**31
+        in_t = (t < tokens)[:, None]
+        dout = tl.load(dout_ptr + row * dout_stride + n[None, :], mask=in_t, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + row * gate_stride + n[None, :], mask=in_t, other=0.0)
+        up = tl.load(up_ptr + row * up_stride + n[None, :], mask=in_t, other=0.0)
+
+        h_ptrs = h_ptr + row * h_stride + k[None, :]  # of gate; up's columns follow
+        lora_gate = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
+        lora_up = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
+        for start in range(0, RANK, BLOCK_K):
+            h_gate = tl.load(h_ptrs + start, mask=in_t, other=0.0)
+            b_gate = tl.load(b_gate_ptrs + start)
+            lora_gate = tl.dot(h_gate, b_gate, lora_gate)
+            h_up = tl.load(h_ptrs + RANK + start, mask=in_t, other=0.0)
+            b_up = tl.load(b_up_ptrs + start)
+            lora_up = tl.dot(h_up, b_up, lora_up)
+
+        inner_gate = gate.to(tl.float32) + scaling * lora_gate
+        y_gate = g_gate * inner_gate
+        inner_up = up.to(tl.float32) + scaling * lora_up
+        y_up = g_up * inner_up
+        fraction = 1.0 / (1.0 + tl.exp(-y_gate))
+        act = y_gate * fraction
+        slope = fraction * (1.0 + y_gate * (1.0 - fraction))
+        dy_gate = dout * y_up * slope
+        dy_up = dout * act
+        tl.store(dyg_gate_ptr + row * dyg_gate_stride + n[None, :], (g_gate * dy_gate).to(tl.bfloat16), mask=in_t)
+        tl.store(dyg_up_ptr + row * dyg_up_stride + n[None, :], (g_up * dy_up).to(tl.bfloat16), mask=in_t)
+        dg_gate += dy_gate * inner_gate
+        dg_up += dy_up * inner_up
+
+    sums = chunks_ptr + chunk.to(tl.int64) * D_OUT * SUMS + n
+    tl.store(sums, tl.sum(dg_gate, axis=0))
+    tl.store(sums + 1 * D_OUT, tl.sum(dg_up, axis=0))
+
+
+@triton.jit
+def add_chunks_kernel(
+    chunks_ptr: "*fp32",
+    dg_gate_ptr: "*fp32",
+    dg_up_ptr: "*fp32",
+    chunks: "i32",
+):
+    """Add the chunks' sums in a fixed order, so that equal inputs give equal bits."""
+    D_OUT: tl.constexpr = 4096
+    SUMS: tl.constexpr = 2
+    BLOCK_C: tl.constexpr = 32
+    BLOCK_N: tl.constexpr = 64
+
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_C)
+    dg_gate = tl.full((BLOCK_C, BLOCK_N), 0.0, tl.float32)
+    dg_up = tl.full((BLOCK_C, BLOCK_N), 0.0, tl.float32)
+    for start in range(0, chunks, BLOCK_C):
+        sums = chunks_ptr + (start + c).to(tl.int64)[:, None] * D_OUT * SUMS + n[None, :]
+        dg_gate += tl.load(sums, mask=(start + c < chunks)[:, None], other=0.0)
+        dg_up += tl.load(sums + 1 * D_OUT, mask=(start + c < chunks)[:, None], other=0.0)
+    tl.store(dg_gate_ptr + n, tl.sum(dg_gate, axis=0))
+    tl.store(dg_up_ptr + n, tl.sum(dg_up, axis=0))
+
+
+def launch(
+    dout, gate, up, h, lora_b_gate, lora_b_up, g_gate, g_up, dyg_gate, dyg_up, dg_gate, dg_up, scaling
+):
+    """Fill dyg [T, 4096] and dg [4096] of both from dout, gate and up [T, 4096], h [T, 768], lora_b [4096, 384], g [4096]."""
+    tokens = gate.shape[0]
+    chunks = triton.cdiv(tokens, 64)
+    sums = torch.empty((chunks, 2, 4096), dtype=torch.float32, device=gate.device)
+    compose_swiglu_backward_kernel[(chunks * 64,)](
+        dout, dout.stride(0), gate, gate.stride(0), up, up.stride(0), h, h.stride(0),
+        lora_b_gate, lora_b_gate.stride(0), lora_b_up, lora_b_up.stride(0), g_gate, g_up, dyg_gate, dyg_gate.stride(0), dyg_up, dyg_up.stride(0),
+        sums, tokens, scaling, num_warps=4, num_stages=3,
+    )
+    add_chunks_kernel[(64,)](
+        sums, dg_gate, dg_up, chunks,
+        num_warps=4, num_stages=2,
+    )

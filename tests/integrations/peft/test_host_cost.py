@@ -1,0 +1,169 @@
+"""A pass costs the host no more operations and launches than PEFT's LoRA, and a bounded number of calls.
+
+Small models wait for Python. Times depend on the machine, so what is bounded here are counts, with kernels that start
+nothing in the place of the real ones: operations of PyTorch that are kernels on a GPU, launches, and calls of Python
+and of C. A fix that needs more has to say so here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import doratune
+from doratune.nn import kernels, norm_pass
+
+from .peft_models import in_four_bits
+
+LAYERS = 3
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NO_KERNELS = {
+    "view", "t", "transpose", "as_strided", "reshape", "select", "slice", "split", "unbind", "expand", "unsqueeze",
+    "squeeze", "empty", "empty_like", "empty_strided", "narrow", "alias", "detach", "chunk", "permute", "linear",
+    "matmul", "to", "contiguous", "resolve_conj", "resolve_neg", "result_type", "item", "_local_scalar_dense",
+    "_unsafe_view", "view_as", "expand_as", "type_as", "flatten", "unflatten", "lift_fresh", "new_empty", "_to_copy",
+    "clone", "numpy_T", "_reshape_alias", "zeros", "ones", "ones_like", "zeros_like", "new_zeros", "is_nonzero",
+}  # fmt: skip
+"""Operations that start no kernel, or whose kernel is counted as another operation."""
+
+
+QUANTISED_CALLS = 1.95
+"""Of a quantised model, over PEFT LoRA's on the same: layers run through PEFT, and check their codes and scales."""
+
+
+class Cost(NamedTuple):
+    """Counts of one pass through a model: kernels of PyTorch, launches of doratune, calls of Python and of C."""
+
+    operations: int
+    launches: int
+    calls: int
+
+
+class Started:
+    """In the place of every kernel: counts its launches."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def launch(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], scaling: float = 0.0) -> None:
+        self.launches += 1
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    kernel = Started()
+
+    def values(group: Any, found: Any, rounded: torch.dtype) -> Any:
+        norms = torch.empty(2, len(found.members), found.members[0].weight.shape[0])
+        kernel.launch(found.tensors, norms)
+        return norms[0], norms[1].unbind()
+
+    monkeypatch.setattr(kernels, "kernel_for", lambda *key: kernel)
+    monkeypatch.setattr(kernels, "paying_kernel_for", lambda *key: None)
+    monkeypatch.setattr(norm_pass._Group, "_values", values)
+    return kernel
+
+
+def model_of(use_dora: bool, quantised: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64 if quantised else 32,
+        intermediate_size=128 if quantised else 48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, use_dora=use_dora, init_lora_weights=False)
+    base = LlamaForCausalLM(config)
+    if quantised:
+        in_four_bits(base)
+    model = get_peft_model(base, settings)
+    if use_dora:
+        doratune.accelerate(model, quiet=True)
+    return model
+
+
+IDS = torch.arange(8).view(1, 8)
+
+
+def step(model: nn.Module) -> None:
+    model.train()
+    model(input_ids=IDS, use_cache=False).logits.sum().backward()
+
+
+def checkpointed(model: Any) -> None:
+    if not model.is_gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    step(model)
+
+
+def inference(model: nn.Module) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=IDS, use_cache=False)
+
+
+def cost(model: nn.Module, run: Callable[[Any], None], started: Started) -> Cost:
+    for _ in range(4):  # groups are learned, memos filled
+        run(model)
+    started.launches = 0
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        run(model)
+    finally:
+        sys.setprofile(None)
+    launches = started.launches
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        run(model)
+    names = [event.name for event in recorded.events() if event.name.startswith("aten::")]
+    return Cost(sum(name[6:].rstrip("_") not in NO_KERNELS for name in names), launches, calls)
+
+
+@pytest.mark.parametrize(
+    ("run", "operations", "launches", "calls"),
+    [(step, 0.85, 14, 1.35), (checkpointed, 0.85, 16, 1.15), (inference, 0.8, 6, 1.2)],
+)
+def test_a_pass_costs_the_host_no_more_than_peft_lora(
+    run: Callable[[Any], None],
+    operations: float,
+    launches: int,
+    calls: float,
+    started: Started,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The bounds: kernels and calls as a part of PEFT LoRA's, launches of doratune for each block of the model."""
+    lora, ours = cost(model_of(False), run, started), cost(model_of(True), run, started)
+    assert lora.launches == 0
+    assert ours.launches <= launches * LAYERS
+    assert ours.operations + ours.launches <= operations * lora.operations
+    others = 1.1 if request.config.getoption("--versions") else 1.0  # of other versions LoRA itself takes fewer
+    assert ours.calls <= others * calls * lora.calls
+
+
+def test_a_quantised_model_launches_one_norm_for_all_layers_of_a_shape(
+    started: Started, request: pytest.FixtureRequest
+) -> None:
+    """Beside the compositions: one for each layer, and two launches for each in the backward pass."""
+    lora, ours = (cost(model_of(dora, quantised=True), inference, started) for dora in (False, True))
+    shapes, layers = 4, LAYERS * len(TARGETS)
+    assert ours.launches == layers + shapes
+    assert ours.operations <= lora.operations
+    others = 1.1 if request.config.getoption("--versions") else 1.0
+    assert ours.calls <= others * QUANTISED_CALLS * lora.calls
+    model = model_of(True, quantised=True)
+    assert cost(model, step, started).launches == 3 * layers + shapes

@@ -1,0 +1,189 @@
+"""A layer is examined again when anything has changed that decides what it computes, wherever it is and whenever."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from .peft_models import relative
+from .test_projections import assert_step, attention_of, calls, pair, x_of
+
+__all__ = ["calls"]
+
+PLACES = ["attention.q", "attention.k", "middle", "mlp.one", "mlp.two", "mlp.out"]
+"""Layers first and later in a group, alone, in a gated MLP."""
+
+
+def layer_of(model: nn.Module, place: str) -> Any:
+    return model.base_model.model.get_submodule(place)  # type: ignore[union-attr,operator]
+
+
+def rescale(layer: Any) -> None:
+    layer.scaling = {name: 3.0 * value for name, value in layer.scaling.items()}
+
+
+def replace_weight(layer: Any) -> None:
+    base = layer.base_layer
+    base.weight = nn.Parameter(1.5 * base.weight.detach(), requires_grad=False)
+
+
+def replace_adapter(layer: Any) -> None:
+    layer.lora_A["default"].weight = nn.Parameter(1.5 * layer.lora_A["default"].weight.detach())
+
+
+def replace_module(layer: Any) -> None:
+    layer.lora_B["default"] = copy.deepcopy(layer.lora_B["default"])
+    layer.lora_B["default"].weight.data.mul_(0.5)
+
+
+def replace_bias(layer: Any) -> None:
+    layer.base_layer.bias = nn.Parameter(layer.base_layer.bias.detach() + 1.0, requires_grad=False)
+
+
+def new_data(layer: Any) -> None:
+    for parameter in layer.parameters():
+        parameter.data = 1.3 * parameter.data
+
+
+def lower_rank(layer: Any) -> None:
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    down.data, up.data = down.data[:3], up.data[:, :3]
+
+
+class Halved(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x
+
+
+def dropout(layer: Any) -> None:
+    layer.lora_dropout["default"] = Halved()
+
+
+def wrap_forward(layer: Any) -> None:
+    own = layer.lora_A["default"].forward
+    layer.lora_A["default"].forward = lambda x: 2.0 * own(x)
+
+
+def hook(layer: Any) -> None:
+    layer.base_layer.register_forward_hook(lambda module, args, y: y + 1.0)
+
+
+def merge(layer: Any) -> None:
+    layer.merge()
+
+
+def disable(layer: Any) -> None:
+    layer.enable_adapters(False)
+
+
+def train_bias(layer: Any) -> None:
+    layer.base_layer.bias.requires_grad_()
+
+
+def freeze(layer: Any) -> None:
+    layer.lora_magnitude_vector["default"].weight.requires_grad_(False)
+
+
+CHANGES = [
+    rescale, replace_weight, replace_adapter, replace_module, replace_bias, new_data, lower_rank, dropout, wrap_forward,
+    hook, merge, disable, train_bias, freeze,
+]  # fmt: skip
+IN_A_CALL = [
+    rescale,
+    replace_weight,
+    replace_adapter,
+    replace_module,
+    replace_bias,
+    new_data,
+    merge,
+    disable,
+    lower_rank,
+]
+
+
+@pytest.mark.filterwarnings("ignore:doratune leaves")
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_one_layer_takes_effect_in_the_next_call(change: Callable[[Any], None], place: str) -> None:
+    stock, fast = pair()
+    for seed in range(2):
+        assert_step(stock, fast, seed)
+    for model in (stock, fast):
+        change(layer_of(model, place))
+    for seed in range(2, 4):
+        assert_step(stock, fast, seed)
+
+
+@pytest.mark.parametrize("change", IN_A_CALL)
+@pytest.mark.parametrize("place", ["attention.k", "attention.v", "middle", "mlp.two"])
+def test_a_change_of_a_later_layer_within_a_call_takes_effect(change: Callable[[Any], None], place: str) -> None:
+    """The code between two layers of a group makes it, in a call for which the norms have been computed."""
+    stock, fast = pair()
+    with torch.no_grad():
+        for seed in range(3):
+            assert relative(fast(x_of(seed)), stock(x_of(seed))) <= 1e-10
+        for model in (stock, fast):
+            later = layer_of(model, place)
+            attention_of(model).between = lambda _, x, later=later: (change(later), x)[1]
+        for seed in range(3, 5):
+            assert relative(fast(x_of(seed)), stock(x_of(seed))) <= 1e-10
+
+
+def transpose(layer: Any) -> None:
+    layer.base_layer.weight.data = layer.base_layer.weight.data.t()
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_square_weight_that_is_transposed_where_it_is_has_another_norm(within: bool) -> None:
+    """Its address, size and version stay. In fp32, since norm passes leave out fp64."""
+    stock, fast = pair()
+    for model in (stock, fast):
+        model.float()
+        weight = torch.randn(24, 24, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 25.0)
+        layer_of(model, "attention.v").base_layer.weight.data = weight
+    for seed in range(3):
+        assert_close(stock, fast, seed)
+    for model in (stock, fast):
+        layer = layer_of(model, "attention.v")
+        if within:
+            attention_of(model).between = lambda _, x, layer=layer: (transpose(layer), x)[1]
+        else:
+            transpose(layer)
+    for seed in range(3, 6):
+        assert_close(stock, fast, seed)
+
+
+def assert_close(stock: nn.Module, fast: nn.Module, seed: int) -> None:
+    with torch.no_grad():
+        x = x_of(seed).to(next(stock.parameters()).dtype)
+        assert relative(fast(x), stock(x)) <= (1e-5 if x.dtype is torch.float32 else 2e-2)
+
+
+def test_conversions_of_the_whole_model_are_seen() -> None:
+    stock, fast = pair()
+    for kind in ("float", "bfloat16", "float", "half", "float", "bfloat16", "half", "bfloat16"):
+        for model in (stock, fast):
+            getattr(model, kind)()
+        for seed in range(2):
+            assert_close(stock, fast, seed)
+
+
+def test_a_shallow_copy_of_a_layer_is_another_layer() -> None:
+    stock, fast = pair()
+    for seed in range(2):
+        assert_step(stock, fast, seed)
+    results = []
+    for model in (stock, fast):
+        layer = layer_of(model, "attention.q")
+        other = copy.copy(layer)
+        other.scaling = {"default": 7.0}
+        with torch.no_grad():
+            results += [other(x_of()), layer(x_of()), other(x_of()), layer(x_of())]
+    for one, exact in zip(results[4:], results[:4], strict=True):
+        assert relative(one, exact) <= 1e-10
+    assert_step(stock, fast, 3)

@@ -1,0 +1,257 @@
+"""Projections of one x as one function, and a gated activation of two: values and gradients against plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional
+
+from doratune.codegen.ops import EPS
+from doratune.nn.differentiation import DifferentiationError
+from doratune.nn.group import project as project_plan
+from doratune.nn.group import project_gated as project_gated_plan
+from doratune.nn.group_plan import ACTIVATIONS, Plan, Projection, are_alike
+from doratune.nn.norm_cache import NormCache
+
+from .layers import CASES, kernels_on_paper, make_layer
+
+__all__ = ["kernels_on_paper"]
+
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+WIDTHS = (48, 24, 17)
+
+
+def make_group(
+    case: str, widths: tuple[int, ...], *, bias: bool = False, dtype: torch.dtype = torch.float64, rank: int = 6
+) -> tuple[torch.Tensor, list[Projection]]:
+    """x [3, 11, 40] and projections of it, of which all but W and b are trained."""
+    made = [make_layer(case, d_out=width, rank=rank, dtype=dtype, seed=seed) for seed, width in enumerate(widths)]
+    projections = [
+        Projection(
+            layer.weight,
+            layer.lora_A,
+            layer.lora_B,
+            layer.magnitude,
+            layer.bias.detach() if bias else None,
+            layer.scaling,
+            NormCache(),
+        )
+        for layer in made
+    ]
+    return made[0].x, projections
+
+
+def project(x: torch.Tensor, projections: list[Projection], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    assert are_alike(projections)
+    return project_plan(x, Plan(projections), dtype)
+
+
+def project_gated(
+    x: torch.Tensor, gate: Projection, up: Projection, activation: str, dtype: torch.dtype
+) -> torch.Tensor:
+    return project_gated_plan(x, Plan((gate, up), activation), dtype)
+
+
+def plain(x: torch.Tensor, own: Projection) -> torch.Tensor:
+    """The formula of DoRA in autograd's own operations."""
+    dense = own.weight + own.scaling * own.lora_B @ own.lora_A
+    g = own.magnitude / dense.detach().norm(dim=1).clamp_min(EPS)
+    y = g * functional.linear(x, dense)
+    return y if own.bias is None else y + own.bias
+
+
+def leaves(x: torch.Tensor, projections: list[Projection]) -> list[torch.Tensor]:
+    return [x, *[tensor for one in projections for tensor in one[1:4] if isinstance(tensor, torch.Tensor)]]
+
+
+def assert_close(got: torch.Tensor | None, wanted: torch.Tensor | None, bound: float = 1e-9) -> None:
+    if wanted is None or got is None:
+        assert got is wanted
+        return
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
+    assert torch.isfinite(got).all()
+    assert float((got - wanted).norm()) <= bound * (float(wanted.norm()) + 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_group_equals_its_projections(case: str, count: int, bias: bool) -> None:
+    x, projections = make_group(case, WIDTHS[:count], bias=bias)
+    outputs = project(x, projections, torch.float64)
+    wanted = [plain(x, one) for one in projections]
+    dys = [torch.randn_like(y) for y in wanted]
+    got = torch.autograd.grad(outputs, leaves(x, projections), dys)
+    exact = torch.autograd.grad(wanted, leaves(x, projections), dys)
+    for one, other in zip((*outputs, *got), (*wanted, *exact), strict=True):
+        assert_close(one.detach(), other.detach())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_pair_equals_its_formula(case: str, activation: str, bias: bool) -> None:
+    x, (gate, up) = make_group(case, (48, 48), bias=bias)
+    if case == "large_activations":
+        x = (x.detach() / x.detach().abs().max()).requires_grad_()  # beyond a few thousand, gradients of both overflow
+    y = project_gated(x, gate, up, activation, torch.float64)
+    wanted = FUNCTIONS[activation](plain(x, gate)) * plain(x, up)
+    dy = torch.randn_like(wanted)
+    got = torch.autograd.grad(y, leaves(x, [gate, up]), dy)
+    exact = torch.autograd.grad(wanted, leaves(x, [gate, up]), dy)
+    for one, other in zip((y, *got), (wanted, *exact), strict=True):
+        assert_close(one.detach(), other.detach())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_kernels_that_write_over_memory_give_the_same(
+    keep: bool, kernels_on_paper: Callable[[], dict[str, int]]
+) -> None:
+    x, projections = make_group("random", (48, 48), dtype=torch.float32)
+    y = project_gated(x, *projections, "gelu_tanh", torch.float32)
+    outputs = project(x, projections, torch.float32)
+    wanted = [FUNCTIONS["gelu_tanh"](plain(x, projections[0])) * plain(x, projections[1])]
+    wanted += [plain(x, one) for one in projections]
+    dys = [torch.randn_like(one) for one in wanted]
+    exact = torch.autograd.grad(wanted, leaves(x, projections), dys)
+    for _ in range(1 + keep):
+        got = torch.autograd.grad((y, *outputs), leaves(x, projections), dys, retain_graph=keep)
+        for one, other in zip((y, *outputs, *got), (*wanted, *exact), strict=True):
+            assert_close(one.detach(), other.detach(), 2e-5)
+    with torch.no_grad():
+        for one, other in zip(
+            (project_gated(x, *projections, "gelu_tanh", torch.float32), *project(x, projections, torch.float32)),
+            wanted,
+            strict=True,
+        ):
+            assert_close(one, other.detach(), 2e-5)
+    counts = kernels_on_paper()
+    assert counts["compose_swiglu"] == 2
+    assert counts["compose_swiglu_backward"] == 1 + keep
+    assert counts["lora_compose_group"] == 2
+    assert counts["compose_backward_group"] == 1 + keep
+
+
+@pytest.mark.parametrize("unused", [(0,), (1,), (0, 2)])
+def test_outputs_that_nobody_uses_get_no_gradient(unused: tuple[int, ...]) -> None:
+    x, projections = make_group("random", WIDTHS)
+    outputs = project(x, projections, torch.float64)
+    wanted = [plain(x, one) for one in projections]
+    used = [index for index in range(3) if index not in unused]
+    sum(outputs[index].square().sum() for index in used).backward()
+    got = [leaf.grad for leaf in leaves(x, projections)]
+    for leaf in leaves(x, projections):
+        leaf.grad = None
+    sum(wanted[index].square().sum() for index in used).backward()
+    for one, leaf in zip(got, leaves(x, projections), strict=True):
+        assert_close(one, leaf.grad)
+
+
+def test_a_kept_graph_gives_the_same_gradients_again() -> None:
+    x, (gate, up) = make_group("random", (48, 48))
+    y = project_gated(x, gate, up, "silu", torch.float64)
+    (z,) = project(x, [gate], torch.float64)
+    dy = torch.randn_like(y)
+    first = torch.autograd.grad((y, z), leaves(x, [gate, up]), (dy, dy), retain_graph=True)
+    again = torch.autograd.grad((y, z), leaves(x, [gate, up]), (dy, dy))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_cannot_be_differentiated_again() -> None:
+    x, (gate, up) = make_group("random", (48, 48))
+    for y in (project_gated(x, gate, up, "silu", torch.float64), project(x, [gate], torch.float64)[0]):
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        with pytest.raises(DifferentiationError, match="cannot be differentiated again"):
+            dx.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_B"])
+def test_a_parameter_written_before_the_backward_pass_is_an_error(name: str) -> None:
+    x, projections = make_group("random", (48, 48))
+    written = torch.nn.Parameter(getattr(projections[1], name).detach().clone(), requires_grad=name != "weight")
+    projections[1] = projections[1]._replace(**{name: written})
+    y = project_gated(x, *projections, "silu", torch.float64)
+    outputs = project(x, projections, torch.float64)
+    with torch.no_grad():
+        written.mul_(2.0)
+    for output in (y, outputs[1]):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+def test_outputs_may_be_overwritten() -> None:
+    """Fused activations and rotary embeddings do so: the backward pass must not depend on it."""
+    x, projections = make_group("random", WIDTHS)
+    wanted = torch.autograd.grad([y.sum() for y in project(x, projections, torch.float64)], leaves(x, projections))
+    outputs = project(x, projections, torch.float64)
+    sums = [y.sum() for y in outputs]
+    for y in outputs:
+        y.data.fill_(float("nan"))
+    for one, other in zip(torch.autograd.grad(sums, leaves(x, projections)), wanted, strict=True):
+        assert torch.equal(one, other)
+    doubled = [y.mul_(2.0).sum() for y in project(x, projections, torch.float64)]  # in place, seen by autograd
+    for one, other in zip(torch.autograd.grad(doubled, leaves(x, projections)), wanted, strict=True):
+        assert_close(one, 2.0 * other)
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("lora_A",), ("lora_B",), ("magnitude",), ("lora_A", "lora_B")])
+def test_frozen_tensors_get_no_gradient(frozen: tuple[str, ...]) -> None:
+    x, projections = make_group("random", (48, 48))
+    if "x" in frozen:
+        x = x.detach()
+    held = {name: False for name in frozen if name != "x"}
+    projections = [
+        one._replace(**{name: getattr(one, name).detach().requires_grad_(False) for name in held})
+        for one in projections
+    ]
+    y = project_gated(x, *projections, "gelu", torch.float64) + project(x, projections, torch.float64)[0]
+    wanted = functional.gelu(plain(x, projections[0])) * plain(x, projections[1]) + plain(x, projections[0])
+    trained = [leaf for leaf in leaves(x, projections) if leaf.requires_grad]
+    dy = torch.randn_like(y)
+    for one, other in zip(torch.autograd.grad(y, trained, dy), torch.autograd.grad(wanted, trained, dy), strict=True):
+        assert_close(one, other)
+
+
+def test_no_tokens_and_no_gradients() -> None:
+    x, projections = make_group("random", (48, 48))
+    empty = torch.empty(0, 40, dtype=torch.float64)
+    with torch.no_grad():
+        assert project_gated(empty, *projections, "silu", torch.float64).shape == (0, 48)
+        y = project_gated(x, *projections, "silu", torch.float64)
+        assert not y.requires_grad
+        assert_close(y, functional.silu(plain(x, projections[0])) * plain(x, projections[1]))
+        for z, one in zip(project(x, projections, torch.float64), projections, strict=True):
+            assert_close(z, plain(x, one))
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_gradients_have_the_dtypes_of_their_parameters(adapter: torch.dtype) -> None:
+    x, projections = make_group("random", (48, 48), dtype=torch.bfloat16)
+    projections = [
+        one._replace(
+            lora_A=one.lora_A.detach().to(adapter).requires_grad_(),
+            lora_B=one.lora_B.detach().to(adapter).requires_grad_(),
+            magnitude=one.magnitude.detach().float().requires_grad_(),
+        )
+        for one in projections
+    ]
+    wide = x.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = project_gated(wide, *projections, "silu", torch.bfloat16)
+        z = project(wide, projections, torch.bfloat16)[1]
+    assert y.dtype == z.dtype == torch.bfloat16
+    (y.float().sum() + z.float().sum()).backward()
+    for leaf in leaves(wide, projections):
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == leaf.dtype
+    exact = [one._replace(**{n: getattr(one, n).detach().double() for n in one._fields[:4]}) for one in projections]
+    wanted = functional.silu(plain(x.detach().double(), exact[0])) * plain(x.detach().double(), exact[1])
+    assert float((y.detach().double() - wanted).norm() / wanted.norm()) <= 0.01

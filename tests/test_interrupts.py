@@ -1,0 +1,168 @@
+"""Ctrl-C ends every command with exit code 130 within seconds, whatever it is doing, and leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+START = "import sys, time, doratune.cli\nfrom doratune.__main__ import main\n"
+END = '\nsys.argv = ["doratune"]\ndoratune.cli.main = command\nmain()\n'
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+COMMANDS = {
+    "waits": "def command():\n    say()\n    time.sleep(60)",
+    "swallows": """
+def command():
+    say()
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass""",
+    "fails": """
+def command():
+    say()
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise SystemExit(1)""",
+    "waits in C for a lock": """
+import sqlite3
+def command():
+    first = sqlite3.connect(PATH); first.execute("CREATE TABLE t (a)"); first.execute("BEGIN IMMEDIATE")
+    say()
+    sqlite3.connect(PATH, timeout=60, isolation_level=None).execute("BEGIN IMMEDIATE")""",
+    "has children": """
+import subprocess
+CHILD = "import signal, subprocess, time; signal.signal(signal.SIGINT, signal.SIG_IGN);" \
+    "child = subprocess.Popen(['sleep', '60'], start_new_session=True); print(child.pid, flush=True); time.sleep(60)"
+def command():
+    child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    say(child.pid, child.stdout.readline().strip())
+    child.wait()""",
+    "leaves threads": """
+import threading
+def command():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    say()
+    time.sleep(60)""",
+}
+
+
+def started(command: str, folder: Path) -> subprocess.Popen[str]:
+    """A process group of its own, as a terminal has, that runs ``command`` in place of the command line's."""
+    say = "def say(*what):\n    print('ready', *what, flush=True)\n"
+    code = f"{START}PATH = {str(folder / 'locked.sqlite')!r}\n{say}{command}{END}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_ends_with_130(name: str, presses: int, tmp_path: Path) -> None:
+    process = started(COMMANDS[name], tmp_path)
+    assert process.stdout is not None
+    ready = process.stdout.readline().split()
+    assert ready[:1] == ["ready"], process.stderr and process.stderr.read()
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    if presses == 2:
+        time.sleep(0.1)
+        os.kill(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - began < (2.0 if presses == 2 else 5.0) + 5.0  # for a busy machine
+    assert (output, "Traceback" in errors) == ("", False)
+    deadline = time.monotonic() + 5
+    while any(alive(int(pid)) for pid in ready[1:]):
+        assert time.monotonic() < deadline, "children are left"
+        time.sleep(0.02)
+
+
+def test_the_command_line_itself_is_started_so(tmp_path: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "doratune", "--version"], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.startswith("doratune, version")
+    scripts = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'doratune = "doratune.__main__:main"' in scripts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("presses", [1, 2])
+def test_a_tuning_run_leaves_neither_a_process_nor_a_file_nor_half_an_object(presses: int, tmp_path: Path) -> None:
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 128}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "vocab_size": 64, **layers}))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    options = ["--gpu", "h200", "--evaluator", "predict", "--jobs", "1", "--trials", "50", "--json"]
+    environment = {
+        **ENVIRONMENT,
+        "DORATUNE_HOME": str(tmp_path / "home"),
+        "TMPDIR": str(temporary),
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "doratune", "tune", "--config", str(config), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    while "kernels" not in process.stderr.readline():  # the search begins
+        assert process.poll() is None
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "triton").glob("*")) and time.monotonic() < deadline:  # a worker compiles
+        time.sleep(0.02)
+    for _ in range(presses):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    if output:
+        assert json.loads(output)["stopped"] == "interrupt"
+    if presses == 1:
+        assert output
+    assert [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")] == []
+    assert list((tmp_path / "home").glob(".*")) == []
+    deadline = time.monotonic() + 5
+    while os.path.exists(f"/proc/{process.pid}") or _with_environment(f"TMPDIR={temporary}"):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.05)
+
+
+def _with_environment(setting: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if setting.encode() in (folder / "environ").read_bytes().split(b"\0") and alive(int(folder.name)):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
