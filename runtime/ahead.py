@@ -139,8 +139,8 @@ class Batch:
             if text not in self._launchers:
                 self._threads = self._threads or ThreadPoolExecutor(self._processes, "doratune")
                 self._launchers[text] = self._threads.submit(compile_launcher, text)
-        if not needs.tasks:  # loading a stored binary waits for its launchers
-            (self._last if needs.launchers else self._ready).append(request)
+        if not mine:  # loading waits for launchers in C, and for what the batch besides compiles
+            (self._last if needs.tasks or needs.launchers else self._ready).append(request)
 
     def _ask(self) -> None:
         if len(self._tasks) < 2:  # the first launch compiles it

@@ -2,7 +2,8 @@
 
 - norm, g and nW, of ``weight_norm_exact`` and ``weight_norm_group`` too: largest relative error 1e-5.
 - y, inner, dYg: in each band of columns, the relative Frobenius error is at most 1.05 times that of rounding the fp64
-  result to the output dtype. An fp32 output has no room for its own fp32 accumulation in that, so there 1e-6 holds.
+  result to the output dtype. An fp32 output has no room for its own fp32 accumulation in that, so there 1e-6 holds; for
+  dYg of a gated MLP 5e-6, because where terms of y_gate 1e4 times as large nearly cancel, act' has what they lost.
 - dg, dm and db, in the same bands: 1e-3 from 16-bit inputs, 1e-5 from fp32 inputs; and what rounding adds, where m has
   16 bits.
 - Each element of these: one unit in its last place, and :data:`ELEMENT_FACTOR` times what the band's bound gives to an
@@ -22,6 +23,7 @@ from ..codegen.spec import KernelSpec
 NORM_ERROR = 1e-5
 ROUNDING_FACTOR = 1.05
 FP32_ERROR = 1e-6
+SLOPE_ERROR = 5e-6
 SUM_ERROR = {"bf16": 1e-3, "fp16": 1e-3, "fp32": 1e-5}
 
 ELEMENT_FACTOR = 16.0
@@ -125,7 +127,9 @@ def _bounds(spec: KernelSpec, exact: torch.Tensor, dtype: torch.dtype) -> _Bound
         relative = sum_error + (rounding if dtype is not torch.float32 else torch.zeros_like(rounding))
         share = unit + SUM_ELEMENT_FACTOR * sum_error
     else:
-        relative = (ROUNDING_FACTOR * rounding).clamp_min(FP32_ERROR)
+        relative = (ROUNDING_FACTOR * rounding).clamp_min(
+            SLOPE_ERROR if spec.op == "compose_swiglu_backward" else FP32_ERROR
+        )
         share = unit + (ELEMENT_FACTOR * FP32_ERROR if dtype is torch.float32 else 0.0)
     counts = _band_norms(torch.ones_like(exact[:1] if exact.ndim == 2 else exact)).square() * exact[..., 0].numel()
     average = relative * torch.where(norms > 0.0, norms / counts.sqrt(), 1.0)

@@ -214,8 +214,7 @@ def _activation(module: nn.Module) -> str | None:
         return None
     x = torch.cat([torch.linspace(-12.0, 12.0, 481, dtype=torch.float64), torch.tensor([-1e3, 1e3]).double()])
     try:
-        with torch.enable_grad():
-            results = [_with_gradient(copy.deepcopy(module).train(training), x) for training in (True, False)]
+        results = [_with_gradient(copy.deepcopy(module).train(training), x) for training in (True, False)]
     except Exception:  # whatever it needs, it is no differentiable function of one tensor
         return None
     if not torch.equal(*results):
@@ -234,7 +233,8 @@ def _activation(module: nn.Module) -> str | None:
 
 def _with_gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """[2, n]: the function's values at x [n] and its derivatives, which may be other than those of its values."""
-    x = x.clone().requires_grad_()
-    y = function(x)
-    (derivatives,) = torch.autograd.grad(y.sum(), x)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone().requires_grad_()
+        y = function(x)
+        (derivatives,) = torch.autograd.grad(y.sum(), x)
     return torch.stack((y.detach().to(x.dtype).view(x.shape), derivatives))

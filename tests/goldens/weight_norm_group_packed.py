@@ -45,6 +45,12 @@ def value_of(codes, table):
 
 
 @triton.jit
+def product(value, outer):
+    """value*outer, rounded before the offset is added, as bitsandbytes does. The compiler would fuse the two, and a scale that differs in its last bit rounds some of W otherwise."""
+    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [value, outer], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def rounded(first, second):
     """Both values rounded to bf16, in fp32."""
     pair = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1)
@@ -146,7 +152,7 @@ def sums_kernel(
     for step in range(0, K_STEPS):
         words = tl.load(word_ptrs + step * 8)
         number = scale_number + step * 1
-        scale = (tl.load(scale_table_start + tl.load(scales_start + number).to(tl.int32)) * tl.load(outer_scales_start + number // 256) + scale_offset)[:, :, None]
+        scale = (product(tl.load(scale_table_start + tl.load(scales_start + number).to(tl.int32)), tl.load(outer_scales_start + number // 256)) + scale_offset)[:, :, None]
         w_0, w_1 = rounded(value_of(words >> 4, table) * scale, value_of(words, table) * scale)
         squares += w_0 * w_0
         squares += w_1 * w_1
@@ -284,7 +290,7 @@ def finish_kernel(
                     flat = row * D_IN + start + k
                     w = value_of(tl.load(weight_start + flat // 2).to(tl.int32) >> (4 - 4 * (flat % 2)).to(tl.int32), table)
                     number = flat // 64
-                    scale = tl.load(scale_table_start + tl.load(scales_start + number).to(tl.int32)) * tl.load(outer_scales_start + number // 256) + scale_offset
+                    scale = product(tl.load(scale_table_start + tl.load(scales_start + number).to(tl.int32)), tl.load(outer_scales_start + number // 256)) + scale_offset
                     w = (w * scale).to(tl.bfloat16).to(tl.float64)
                     entry = w + s_wide * ba
                     squared += entry * entry

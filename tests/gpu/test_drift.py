@@ -40,14 +40,14 @@ def test_a_winner_from_before_an_upgrade_is_measured_again(tmp_path: Path, monke
     here = evaluator.environment()
     evaluator.close()
     source, fast = render(spec, SLOW), default_config(spec, gpu)
-    contenders = (Contender(SLOW, (SEARCH,), (10.0, 10.0)), Contender(fast, ("default",), (10.3, 10.3)))
+    contenders = (Contender(SLOW, (SEARCH,), (100.0, 100.0)), Contender(fast, ("default",), (103.0, 103.0)))
     entry = Entry(
         spec,
         SLOW,
         template_digest(spec.op, SLOW.variant),
         source.digest,
         source.text,
-        Evaluation(MEASURED, us=10.0, samples_us=(10.0, 10.0), trials=40),
+        Evaluation(MEASURED, us=100.0, samples_us=(100.0, 100.0), trials=40),
         replace(here, triton="3.0.0", driver="450.1"),
         final=Final(contenders, 0.999, 0.003, True),
     )

@@ -62,8 +62,8 @@ def test_the_operators_of_a_gated_mlp_are_right(
     biases = (t.get("bias_gate"), t.get("bias_up"))
     out = operators.compose_swiglu(t["gate"], t["up"], *common, *biases, scaling, activation)
     assert complaint(spec, [out], exact) is None
-    over = operators.compose_swiglu_(t["gate"].clone(), t["up"], *common, *biases, scaling, activation)
-    assert torch.equal(over, out)
+    again = operators.compose_swiglu(t["gate"], t["up"], *common, *biases, scaling, activation)
+    assert torch.equal(again, out)
 
     spec, t, scaling, exact = drawn("compose_swiglu_backward", tokens, case, rank=rank, magnitude="bf16", **flags)
     common = [t[name] for name in ("h", "lora_B_gate", "lora_B_up", "g_gate", "g_up", "norm_gate", "norm_up")]
@@ -85,10 +85,8 @@ def test_the_operators_of_a_group_are_right(widths: tuple[int, ...], tokens: int
         bases, b, g = (each(t, name) for name in ("base", "lora_B", "g"))
         ys = operators.lora_compose_group(bases, t["h"], b, g, each(t, "bias"), scaling)
         assert complaint(spec, ys, exact) is None
-        copies = [base.clone() for base in bases]
-        over = operators.lora_compose_group_(copies, t["h"], b, g, each(t, "bias"), scaling)
-        assert all(map(torch.equal, over, ys))
-        assert [y.data_ptr() for y in over] == [copy.data_ptr() for copy in copies]
+        again = operators.lora_compose_group(bases, t["h"], b, g, each(t, "bias"), scaling)
+        assert all(map(torch.equal, again, ys))
 
     spec, t, scaling, exact = drawn("compose_backward_group", tokens, magnitude="fp32", **dims)
     dys, bases, b, g, norms = (each(t, name) for name in ("dy", "base", "lora_B", "g", "norm"))

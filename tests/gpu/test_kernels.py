@@ -290,6 +290,8 @@ def test_y_may_be_written_over_base_and_leading_dimensions_stay(gpu: Gpu) -> Non
 def test_rows_may_lie_apart(variant: Variant, adapter: str, padding: int, gpu: Gpu) -> None:
     """Slices of wider matrices, also where tensor descriptors need a copy; what lies between the rows stays."""
     spec = spec_of(variant.op, "bf16", adapter, gpu)
+    if spec.layers:
+        pytest.skip("its layers are contiguous: another one is left to a kernel of its own")
     kernel = Kernel(spec, find_device("cuda"), source=render(spec, fitting_config(variant, spec, gpu)))
     plain, scaling = make_inputs(spec, 300, device="cuda")
 
