@@ -17,8 +17,9 @@ import json
 import os
 import sysconfig
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,6 +104,33 @@ def warn_once(way: str, instead: str, problem: BaseException) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+class LaunchRefusedError(DoratuneError):
+    """A kernel was started where tensors have no memory (:func:`without_launches`)."""
+
+
+@contextlib.contextmanager
+def without_launches() -> Iterator[None]:
+    """Have every ``kernel[grid](…)`` of this thread raise :class:`LaunchRefusedError` in the block.
+
+    Blocks must not overlap. Triton takes a tensor on the meta device for one at address 0, and its kernel would be a
+    fault on the GPU.
+    """
+    from triton.runtime import KernelInterface
+
+    own, launcher_of = threading.get_ident(), KernelInterface.__getitem__
+
+    def refused(kernel: Any, grid: Any) -> Any:
+        if threading.get_ident() != own:
+            return launcher_of(kernel, grid)
+        raise LaunchRefusedError(f"{getattr(kernel, '__name__', kernel)} was started on tensors without memory")
+
+    KernelInterface.__getitem__ = refused
+    try:
+        yield
+    finally:
+        KernelInterface.__getitem__ = launcher_of
 
 
 # Start a compiled kernel.

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..internals.torch import without_modes
+from ..internals.triton import without_launches
 from ..runtime.kernel import Kernel, Request
 
 META = "meta"
@@ -41,11 +42,11 @@ class Rehearsal:
 def rehearsing(device: torch.device) -> Iterator[Rehearsal]:
     """Note the kernels that the block launches on meta tensors, as if these were on ``device``.
 
-    Modes of the caller do not see the block's operations. One rehearsal runs at a time; a second one, in another
-    thread, waits.
+    Modes of the caller do not see the block's operations, and kernels of others are not started: meta tensors have no
+    memory. One rehearsal runs at a time; a second one, in another thread, waits.
     """
     global _active
-    with _lock, without_modes():
+    with _lock, without_modes(), without_launches():
         _active = Rehearsal(device)
         try:
             yield _active

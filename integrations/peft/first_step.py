@@ -255,11 +255,11 @@ def accelerated_layers(model: nn.Module) -> Iterator[LoraLayer]:
 
 
 def _parts(model: nn.Module) -> Iterator[Part]:
-    """The modules to rehearse: gated MLPs, and the layers outside of them."""
+    """The modules to rehearse: gated MLPs whose forward pass nobody has replaced, and the layers outside of them."""
     inside: set[LoraLayer] = set()
     for module in model.modules():
         mlp = state_of(module, GatedMlp)
-        gate = None if mlp is None else module._modules.get(mlp.form.gate)
+        gate = None if mlp is None or not mlp.serves(module) else module._modules.get(mlp.form.gate)
         if isinstance(gate, LoraLayer):
             inside |= {*accelerated_layers(module)}
             yield Part(module, gate.in_features, _activation_dtype(gate))

@@ -65,6 +65,11 @@ class GatedMlp:
             self._seen = {**act.__dict__}, forward
         return True
 
+    def serves(self, module: nn.Module) -> bool:
+        """Whether a call of the MLP runs :func:`forward`, and nothing in it is another than was recognised."""
+        act = module._modules.get(self.form.act)
+        return "forward" not in vars(module) and act is not None and self.fits(module, act)
+
     def plan(self, gate: Projection, up: Projection) -> Plan | None:
         """How the two run together; None if they cannot."""
         plan = self._plan

@@ -117,7 +117,7 @@ def test_the_first_forward_pass_prepares_itself_and_so_does_decoding(monkeypatch
     model.generate(ids, max_new_tokens=4, do_sample=False)
     assert seen.loaded
     assert seen.late == [], [each for each in seen.loaded if "tokens=1/" in each]
-    assert seen.compiled == []
+    assert len(seen.compiled) <= 1, "one alone, the groups' kernel, is compiled where it is loaded"
 
 
 def test_without_processes_the_results_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ def test_the_norm_from_the_codes_is_that_of_the_dequantised_w(
         codes = matrix.tensors[0].view(torch.int8).double().view(matrix.d_out, matrix.d_in)
         weight = codes * matrix.tensors[1].double().view(-1, 1) / matrix.form.of.unit
     else:
-        weight = dequantize_module_weight(layer).double()
+        weight = dequantize_module_weight(layer).to(torch.bfloat16).double()  # as the layer multiplies by it
     of_a, of_b = DOMINANT[dominates]
     a = of_a * torch.randn(16, matrix.d_in, device="cuda")
     b = of_b * torch.randn(matrix.d_out, 16, device="cuda")

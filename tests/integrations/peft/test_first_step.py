@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import nn
 
 import doratune
@@ -18,6 +21,8 @@ from doratune.codegen.gpu import find_gpu
 from doratune.codegen.spec import KernelSpec
 from doratune.integrations.peft import first_step
 from doratune.integrations.peft.first_step import FirstStep, FirstStepEnd, group_kernels_of, kernels_of
+from doratune.integrations.peft.swapped import plain_class
+from doratune.internals.triton import LaunchRefusedError, without_launches
 from doratune.nn import kernels, norm_pass
 from doratune.runtime import loader
 from doratune.runtime.kernel import Kernel, Request
@@ -234,6 +239,53 @@ def test_a_layer_that_cannot_be_rehearsed_costs_only_its_kernels(launches: dict[
     part = {*kernels_of(model, 12, train=False, device=GPU)}
     assert part < whole
     assert part
+
+
+@triton.jit
+def fill_kernel(out_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(out_ptr + tl.arange(0, BLOCK), 7.0)
+
+
+@pytest.mark.parametrize("replaced", ["of the module", "of its class", "nothing"])
+def test_no_kernel_of_others_starts_on_tensors_without_memory(
+    replaced: str, launches: dict[Request, None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Liger and others replace the forward pass of an MLP; Triton would take meta tensors to lie at address 0."""
+    model = with_dora(llama().to(torch.bfloat16), autocast_adapter_dtype=False).eval()
+    doratune.accelerate(model, quiet=True, precompile=False)
+    mlps = [module for module in model.modules() if type(module).__name__ == "LlamaMLP"]
+    started: list[bool] = []
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        started.append(x.is_meta)
+        fill_kernel[(1,)](x, BLOCK=16)
+        y: torch.Tensor = self.down_proj(self.up_proj(x) * self.gate_proj(x))
+        return y
+
+    if replaced == "of the module":
+        for mlp in mlps:
+            mlp.forward = MethodType(forward, mlp)
+    elif replaced == "of its class":
+        monkeypatch.setattr(plain_class(mlps[0]), "forward", forward)
+    else:  # a hook inside
+        mlps[0].down_proj.lora_A["default"].register_forward_pre_hook(
+            lambda module, args: fill_kernel[(1,)](args[0], BLOCK=16)
+        )
+    found = {kernel.spec.op for kernel, _ in kernels_of(model, 12, train=False, device=GPU)}
+    assert not started, "nor is the replaced forward pass rehearsed: its layers run alone in it"
+    assert "lora_compose" in found
+    assert ("compose_swiglu" in found) == (replaced == "nothing")
+    launched: list[int] = []
+    with without_launches():
+        with pytest.raises(LaunchRefusedError, match="fill_kernel"):
+            fill_kernel[(1,)](torch.empty(16, device="meta"), BLOCK=16)
+        other = threading.Thread(target=lambda: launched.append(bool(fill_kernel[(1,)])))
+        other.start()
+        other.join()
+    assert launched == [True], "other threads go on"
+    out = torch.zeros(16)
+    fill_kernel[(1,)](out, BLOCK=16)
+    assert bool((out == 7.0).all())
 
 
 class Collected:
