@@ -183,6 +183,20 @@ def test_the_norm_from_the_codes_is_that_of_the_dequantised_w(
         assert float(((norm - wanted) / wanted).abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("sizes", [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (896, 128)], ids=str)
+@pytest.mark.parametrize("storage", ["nf4", "nested nf4", "fp4"])
+def test_layers_of_the_sizes_of_models_are_read(storage: str, sizes: tuple[int, int]) -> None:
+    """bitsandbytes multiplies by other kernels where W is larger."""
+    bitsandbytes = pytest.importorskip("bitsandbytes").nn
+    linear = nn.Linear(*sizes, bias=False, device="cuda", dtype=torch.bfloat16)
+    layer = bitsandbytes.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, **STORAGE[storage])
+    layer.weight = bitsandbytes.Params4bit(linear.weight.data, requires_grad=False, **STORAGE[storage])
+    matrix = matrix_of(layer.to("cuda"))
+    a, b = torch.randn(16, sizes[0], device="cuda") * 0.01, torch.randn(sizes[1], 16, device="cuda") * 0.01
+    wanted = (dequantize_module_weight(layer).double() + b.double() @ a.double()).norm(dim=1)
+    assert float(((norm_of_stored(matrix, a, b, 1.0).double() - wanted) / wanted).abs().max()) <= 1e-5
+
+
 @pytest.mark.parametrize("storage", STORAGE)
 def test_the_norm_needs_no_memory_of_the_size_of_w(storage: str) -> None:
     layer: Any = quantised(storage, (2048, 2048, 256)).first
