@@ -18,6 +18,7 @@ kernel computes all of y (``dora_linear_forward``), there is no base product, an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from .norm import NormAndGain, norm_and_gain_of, safe_norm
 from .norm_cache import NormCache
 from .tracing import recorded_dora
 from .watching import hidden
+
+_NOTHING = contextlib.nullcontext()
 
 
 class Form(NamedTuple):
@@ -101,6 +104,31 @@ def dora(
             x, base, weight, lora_A, lora_B, magnitude, bias, norm, form
         )
     return result
+
+
+def compose_unseen(
+    form: Form,
+    x: torch.Tensor,
+    base: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor | NormAndGain,
+) -> torch.Tensor:
+    """:func:`dora` over a base layer's output, where nothing records or watches (``undisturbed``)."""
+    if form.dtype is not x.dtype:
+        x = x.to(form.dtype)
+    if form.train:
+        result: torch.Tensor = apply_eagerly(_Dora, x, base, None, lora_A, lora_B, magnitude, bias, norm, form)
+        return result
+    with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+        return _forward(form, x, base, None, lora_A, lora_B, magnitude, bias, norm, needs_dg=False)[0]
+
+
+def apply_eagerly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply`` without its preparations for functorch, which must not run."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def _forward(

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 
 from ..internals.torch import current_backward
 from . import operators
-from .autograd import _as, _rows, _versions
+from .autograd import _as, _rows, _versions, apply_eagerly
 from .group_backward import differentiate, gated_backward, project_backward
 from .group_plan import Plan
 from .norm_cache import norms_taken, slice_settings, take_gains
@@ -39,7 +39,7 @@ def project(x: torch.Tensor, plan: Plan, dtype: torch.dtype, held: object = None
     if x.dtype is not dtype:
         x = x.to(dtype)
     if torch.is_grad_enabled() and _trains(x, plan):
-        outputs: tuple[torch.Tensor, ...] = _apply(_Project, plan, held, x, *plan.trained)
+        outputs: tuple[torch.Tensor, ...] = apply_eagerly(_Project, plan, held, x, *plan.trained)
         return outputs
     with torch.no_grad():
         return _project(x, plan, trains=False)[0]
@@ -50,15 +50,10 @@ def project_gated(x: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tens
     if x.dtype is not dtype:
         x = x.to(dtype)
     if torch.is_grad_enabled() and _trains(x, plan):
-        output: torch.Tensor = _apply(_Gated, plan, None, x, *plan.trained)
+        output: torch.Tensor = apply_eagerly(_Gated, plan, None, x, *plan.trained)
         return output
     with torch.no_grad():
         return _gated(x, plan, trains=False)[0]
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply`` without its preparations for functorch, which does not run here."""
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def _trains(x: torch.Tensor, plan: Plan) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +28,9 @@ from ...nn.stored_operator import TracedMatrix
 from ...runtime.dequantise import StoredWeight
 from ...runtime.reference import OPERAND_DTYPES
 from .base_layers import BNB_4BIT, BNB_8BIT, HQQ, TORCHAO, BaseLayer, multiply
+
+_data_ptr = torch.Tensor.data_ptr
+_referent = weakref.ref.__call__
 
 _said: set[tuple[str, str]] = set()
 """The kinds of layers, and the versions of their packages, of which a warning has been given: a model has hundreds."""
@@ -53,12 +57,14 @@ class Sample(NamedTuple):
 class Package(NamedTuple):
     """How the layers of a package are read.
 
-    ``hold`` reads what a layer holds; it is called in every forward pass. ``form`` names the format and its operands,
-    or says why there is none. ``decode`` has the package decode some of W.
+    ``hold`` reads what a layer holds, and ``parts`` returns the dictionaries that it reads it from; one of them is
+    called in every forward pass. ``form`` names the format and its operands, or says why there is none. ``decode`` has
+    the package decode some of W.
     """
 
     name: str
     hold: Callable[[Any], Held]
+    parts: Callable[[Any], Sequence[dict[str, Any]]]
     form: Callable[[Any, int, int], tuple[WeightFormat, Tensors] | str]
     decode: Callable[[Any, int, int], Iterator[Sample]]
 
@@ -87,6 +93,40 @@ class Dependant(Protocol):
 
     def release(self, reader: StorageReader) -> None:
         """Release what ``reader`` has found last: the layer holds it no more."""
+
+
+class Snapshot:
+    """What a layer held when its W was read, to be compared in every call; it keeps none of the tensors alive.
+
+    Writes to the tensors where they are do not count: whoever reuses a norm looks at their versions.
+    """
+
+    __slots__ = ("_base", "_parts", "_places", "_tensors", "_values")
+
+    def __init__(self, base: nn.Module, kind: str) -> None:
+        package = _PACKAGES[kind]
+        self._base, self._parts = base, package.parts
+        self._values = self._read_values()
+        with as_plain_tensors():
+            tensors = package.hold(base).tensors.values()
+            self._tensors = [*map(weakref.ref, tensors)]
+            self._places = [*map(_data_ptr, tensors)]
+
+    def holds(self) -> bool:
+        """Whether the layer holds the same tensors and settings, where they were."""
+        try:
+            tensors: list[Any] = [*map(_referent, self._tensors)]
+            return (
+                None not in tensors
+                and self._read_values() == self._values
+                and [*map(_data_ptr, tensors)] == self._places
+            )
+        except (AttributeError, KeyError):
+            return False
+
+    def _read_values(self) -> list[int]:
+        # Of an object that is gone another may have the id, but not of all: the tensors are known to live.
+        return [*map(id, chain.from_iterable(map(dict.values, self._parts(self._base))))]
 
 
 class StorageReader:
@@ -299,6 +339,14 @@ def _hold_4bit(base: Any) -> Held:
     return Held((*settings, _is_packed(state), outer.blocksize), {**tensors, **nested})
 
 
+def _parts_4bit(base: Any) -> Sequence[dict[str, Any]]:
+    weight = base._parameters["weight"]
+    state = weight.quant_state
+    outer = state.state2
+    own = (base.__dict__, weight.__dict__, state.__dict__)
+    return own if outer is None else (*own, outer.__dict__)
+
+
 def _is_packed(state: Any) -> bool:
     """Whether bitsandbytes has packed W for its kernels for CPUs."""
     return bool(getattr(state, "packing_format_for_cpu", False))
@@ -363,6 +411,10 @@ def _hold_8bit(base: Any) -> Held:
     return Held((weight.dtype, tuple(weight.shape)), {"weight": weight, "scales": scales})
 
 
+def _parts_8bit(base: Any) -> Sequence[dict[str, Any]]:
+    return base._parameters["weight"].__dict__, base.__dict__["state"].__dict__
+
+
 def _form_8bit(base: Any, d_out: int, d_in: int) -> tuple[WeightFormat, Tensors] | str:
     return WeightFormat("int8"), _hold_8bit(base).tensors
 
@@ -386,6 +438,10 @@ def _hold_hqq(base: Any) -> Held:
     tensors = {"weight": base.W_q}
     tensors.update({name: meta[key] for name, key in (("scales", "scale"), ("zeros", "zero")) if key in meta})
     return Held((*[meta.get(name) for name in _HQQ_SETTINGS], tuple(meta["shape"]), base.W_q.dtype), tensors)
+
+
+def _parts_hqq(base: Any) -> Sequence[dict[str, Any]]:
+    return base.__dict__, base._parameters, base.meta
 
 
 def _form_hqq(base: Any, d_out: int, d_in: int) -> tuple[WeightFormat, Tensors] | str:
@@ -448,6 +504,12 @@ def _hold_torchao(base: Any) -> Held:
     return Held((*settings, codes.dtype), tensors if zeros is None else {**tensors, "zeros": zeros})
 
 
+def _parts_torchao(base: Any) -> Sequence[dict[str, Any]]:
+    own = base._parameters["weight"].__dict__
+    inner = own.get("tensor_impl")
+    return (own,) if inner is None else (own, inner.__dict__)
+
+
 def _form_torchao(base: Any, d_out: int, d_in: int) -> tuple[WeightFormat, Tensors] | str:
     weight: Any = base.weight
     name, tensors = type(weight).__name__, _hold_torchao(base).tensors
@@ -503,9 +565,9 @@ def _decode_torchao(base: Any, d_out: int, d_in: int) -> Iterator[Sample]:
 
 
 _PACKAGES = {
-    BNB_4BIT: Package("bitsandbytes", _hold_4bit, _form_4bit, _decode_4bit),
-    BNB_8BIT: Package("bitsandbytes", _hold_8bit, _form_8bit, _decode_8bit),
-    HQQ: Package("hqq", _hold_hqq, _form_hqq, _decode_hqq),
-    TORCHAO: Package("torchao", _hold_torchao, _form_torchao, _decode_torchao),
+    BNB_4BIT: Package("bitsandbytes", _hold_4bit, _parts_4bit, _form_4bit, _decode_4bit),
+    BNB_8BIT: Package("bitsandbytes", _hold_8bit, _parts_8bit, _form_8bit, _decode_8bit),
+    HQQ: Package("hqq", _hold_hqq, _parts_hqq, _form_hqq, _decode_hqq),
+    TORCHAO: Package("torchao", _hold_torchao, _parts_torchao, _form_torchao, _decode_torchao),
 }
 """By the kind of base layer."""

@@ -1,25 +1,84 @@
-"""A quantised layer of a norm pass: which of its adapters is active, and the W that it stores."""
+"""A quantised layer of a norm pass: which of its adapters is active, the W that it stores, and its own forward pass.
+
+PEFT's forward pass of a quantised layer copies the base layer's output, and reads the layer's state piece by piece. A
+small model, and one that decodes, waits for that. So a layer passes it by where nothing in it applies: one active
+adapter, not merged, no dropout, no hooks. The base layer itself is called as PEFT calls it.
+"""
 
 from __future__ import annotations
 
 import weakref
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
-from peft.tuners.lora.layer import LoraLayer
+import torch
+from peft.tuners.lora import dora as peft_dora
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import nn
 
+from ...internals.torch import current_backward
+from ...nn.autocast import autocast_is_on
+from ...nn.autograd import Form, compose_unseen
+from ...nn.norm import NormAndGain
+from ...nn.norm_cache import norms_taken, slice_settings, take_gains
 from ...nn.norm_layer import StoredLayer
-from .projections import active_adapter
-from .stored import StorageReader
-from .unchanged import switches_of
+from ...nn.stored_norm import How, how_of
+from .examine import PLAIN_TENSORS
+from .projections import active_adapter, product_dtype
+from .stored import Snapshot, StorageReader
+from .swapped import STATE, plain_class, run_plain
+from .unchanged import Unchanged, switches_of
 from .variant import DoraVariant, caches
 
 
-class StoredPlace:
-    """What norm passes know of one layer whose W is quantised.
+def forward(module: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward pass of an accelerated layer with a quantised W, for x [..., d_in]; returns [..., d_out]."""
+    if torch.compiler.is_compiling() or args or kwargs:
+        return run_plain(module, x, *args, **kwargs)  # type: ignore[no-any-return]
+    place = module.__dict__.get(STATE)
+    y = place.run(module, x) if type(place) is StoredPlace else None
+    return run_plain(module, x) if y is None else y
 
-    The layer itself is checked in each of its calls, by its :class:`.variant.DoraVariant`: it takes no norm of a pass
-    that has read anything else than the layer holds.
+
+class _Call(NamedTuple):
+    """What the layer was examined as, for calls of :meth:`StoredPlace.run`, and what tells that it still is that.
+
+    ``layer`` is the base layer. ``tensors`` are those that W is stored in, A, B and m, and ``addresses`` theirs.
+    ``passed_by`` is PEFT's forward pass; if other code has replaced it, that runs.
+    """
+
+    unchanged: Unchanged
+    snapshot: Snapshot
+    passed_by: object
+    variant: DoraVariant
+    active: str
+    layer: nn.Module
+    own: StoredLayer
+    tensors: tuple[torch.Tensor, ...]
+    addresses: tuple[int, ...]
+
+    def stands(self, module: LoraLayer) -> bool:
+        """Whether nothing has changed that decides what the layer computes, but for the values of A, B and m."""
+        return (
+            self.unchanged.attributes is module.__dict__
+            and plain_class(module).forward is self.passed_by
+            and self.unchanged.holds()
+            and self.snapshot.holds()
+        )
+
+    def norm(self, module: LoraLayer) -> torch.Tensor | NormAndGain:
+        """The row norm w [d_out] of the layer alone, or w and g."""
+        dora = self.variant.glance.look(module, self.active)
+        assert not isinstance(dora, str), dora  # it stands
+        return self.variant.norm_of(module, self.active, dora)
+
+
+class StoredPlace:
+    """What is known of one accelerated layer whose W is quantised, for norm passes and for its own calls.
+
+    In a call everything that PEFT's forward pass would do is checked: whether the layer is unchanged since it was
+    examined, and if not, by examining it again. A call takes no norm of a pass that has read anything else than the
+    layer holds.
 
     Attributes:
         is_left_out: whether the layer is one that no pass reads: no kernel knows its format, or hooks on its base layer
@@ -32,6 +91,94 @@ class StoredPlace:
         self.reader: StorageReader | None = None
         self._own: StoredLayer | None = None
         self._switches: tuple[Any, ...] = ()
+        self._call: _Call | None = None
+        self._forms: dict[tuple[float, torch.dtype, bool, bool], Form] = {}
+        self._hows: dict[torch.dtype | None, How] = {}
+
+    def __reduce__(self) -> tuple[type[StoredPlace], tuple[()]]:
+        return StoredPlace, ()  # a copied layer is examined anew
+
+    def run(self, module: LoraLayer, x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output; None if PEFT's forward pass must compute it."""
+        dtype = product_dtype(x)
+        if dtype is None:
+            return None
+        call = self._call
+        if call is None or not call.stands(module):
+            self._call = call = self._examine_call(module)
+            if call is None:
+                return None
+        own, unchanged = call.own, call.unchanged
+        if unchanged.device != x.device or (unchanged.adapter_dtype is not dtype and not autocast_is_on(x.device)):
+            return None  # adapters that are not rounded
+        base = call.layer(x)
+        if type(base) not in PLAIN_TENSORS:
+            return None
+        returned = base.dtype
+        if returned is not dtype:
+            base = base.to(dtype)
+        bias: torch.Tensor | None = call.layer._parameters.get("bias")
+        trains = torch.is_grad_enabled() and (base.requires_grad or x.requires_grad or _train(own, bias))
+        taken = self._taken(call, dtype, trains=trains)
+        norm = call.norm(module) if taken is None else taken
+        key = (own.scaling, dtype, bias is not None, trains)
+        form = self._forms.get(key)
+        if form is None:
+            scaling, _, biased, _ = key
+            settings: Any = {"exact": False, "base_has_bias": biased, "owns_memory": True, "train": trains}
+            form = self._forms[key] = Form("dora_compose", scaling, dtype, **settings)
+        y = compose_unseen(form, x, base, own.lora_A, own.lora_B, own.magnitude, bias, norm)
+        if returned is not dtype and (call.passed_by is Linear.forward or not torch.is_autocast_enabled("cuda")):
+            return y.to(returned)  # as PEFT's forward passes do
+        return y
+
+    def _taken(self, call: _Call, dtype: torch.dtype, *, trains: bool) -> NormAndGain | None:
+        """w and g from the open norm pass, in the first call within it; None where the layer must be asked alone."""
+        if trains and current_backward() != -1:
+            return None
+        own = call.own
+        rounded = dtype if autocast_is_on(call.unchanged.device) else None
+        how = self._hows.get(rounded)
+        if how is None:
+            how = self._hows[rounded] = how_of(own.weight.form, own.lora_A.dtype, rounded)
+        held = (own.norms,)
+        gains = take_gains(held, call.tensors, (call.addresses,), slice_settings(call.tensors[0], own.scaling, how))
+        return None if gains is None else NormAndGain(norms_taken(held)[0], gains[0])
+
+    def _examine_call(self, module: LoraLayer) -> _Call | None:
+        """Examine the layer: what a call without PEFT's forward pass needs; None if anything of that applies."""
+        self._hows.clear()
+        if "_is_replica" in module.__dict__ or getattr(peft_dora, "ENABLE_DORA_CACHING", False):
+            return None
+        cls, active = plain_class(module), active_adapter(module)
+        if cls.forward.__module__ != cls.__module__ and not cls.forward.__module__.startswith("peft.tuners.lora."):
+            return None
+        if active is None:
+            return None
+        modules: dict[str, Any] = module._modules
+        if module.training and type(modules["lora_dropout"]._modules.get(active)) is not nn.Identity:
+            return None
+        variant = module.lora_variant.get(active)
+        if type(variant) is not DoraVariant or module._disable_adapters or module.merged_adapters:
+            return None
+        dora = variant.glance.look(module, active)
+        if isinstance(dora, str) or dora.base.matrix is not None or modules["base_layer"] is not dora.layer:
+            return None
+        own = self._examine(module)
+        if own is None:
+            return None
+        tensors = (*own.weight.tensors, own.lora_A, own.lora_B, own.magnitude)
+        if own.lora_B.dtype is not own.lora_A.dtype:
+            return None
+        bias = dora.layer._parameters.get("bias")
+        if bias is not None and (type(bias) not in PLAIN_TENSORS or bias.device != tensors[0].device):
+            return None
+        if any(tensor.device != tensors[0].device for tensor in tensors):
+            return None
+        unchanged = Unchanged(module, active, (own.lora_A, own.lora_B, own.magnitude))
+        snapshot = Snapshot(dora.layer, dora.base.kind)
+        addresses = tuple([tensor.data_ptr() for tensor in tensors])
+        return _Call(unchanged, snapshot, cls.forward, variant, active, dora.layer, own, tensors, addresses)
 
     def own(self, module: LoraLayer) -> StoredLayer | None:
         """Examine the layer: what a pass reads of it now, or None. While nothing has changed it is the same object."""
@@ -83,14 +230,26 @@ class StoredPlace:
     def release(self, reader: StorageReader) -> None:
         """Release the W that ``reader`` has found."""
         if self.reader is reader:
-            self._own = None
+            self._own = self._call = None
+
+
+def _train(own: StoredLayer, bias: torch.Tensor | None) -> bool:
+    return (
+        own.lora_A.requires_grad
+        or own.lora_B.requires_grad
+        or own.magnitude.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
 
 
 _places: weakref.WeakKeyDictionary[LoraLayer, StoredPlace] = weakref.WeakKeyDictionary()
 
 
 def stored_place(layer: LoraLayer) -> StoredPlace:
-    """The place of a quantised layer, the same for the passes of the model and of its blocks."""
+    """The place of a quantised layer, the same for its calls and for the passes of the model and of its blocks."""
+    own = layer.__dict__.get(STATE)
+    if isinstance(own, StoredPlace):
+        return own
     place = _places.get(layer)
     if place is None:
         place = _places[layer] = StoredPlace()

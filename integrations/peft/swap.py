@@ -140,13 +140,20 @@ def restore(model: nn.Module) -> None:
         )
 
 
+_QUANTISED = ("peft.tuners.lora.bnb", "peft.tuners.lora.hqq", "peft.tuners.lora.torchao")
+"""PEFT's modules with layers over a quantised W."""
+
+
 def _run_together(model: nn.Module) -> None:
-    """Let dense layers run by themselves, in groups with their siblings, and gated MLPs with their activation."""
+    """Let layers run by themselves, dense ones in groups with their siblings, and gated MLPs with their activation."""
     from peft.tuners.lora.layer import Linear
 
-    from . import gated, projections
+    from . import gated, projections, stored_place
     from .swapped import plain_class, swap
 
+    for _, module in _lora_layers(model):
+        if plain_class(module).__module__ in _QUANTISED:
+            swap(module, stored_place.forward, stored_place.StoredPlace())
     for parent in list(model.modules()):
         children = [child for child in parent._modules.values() if child is not None and plain_class(child) is Linear]
         siblings = projections.Siblings()

@@ -25,11 +25,13 @@ _needs_gradient = attrgetter("requires_grad")
 _SWITCHES = itemgetter("_active_adapter", "_disable_adapters", "merged_adapters", "training", "scaling", "lora_variant")
 _OF_ADAPTERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout")
 _MODULES = itemgetter(*_OF_ADAPTERS, "base_layer")
-_KEYS = [*["weight"] * 4, "bias", "bias", *["forward"] * 4]
+_KEYS = ["bias", "bias", *["forward"] * 4, *["weight"] * 4]
 
 
 class Unchanged:
     """The state of ``layer`` with its only active adapter, ``active``; ``tensors`` are its W, A, B and m.
+
+    Without W, the storage of a quantised one is the caller's business.
 
     It counts as changed once a hook is registered on any module. Hooks from before are the caller's business.
 
@@ -46,6 +48,7 @@ class Unchanged:
         "_copies",
         "_dicts",
         "_hooks",
+        "_keys",
         "_kinds",
         "_layout",
         "_modules",
@@ -73,17 +76,21 @@ class Unchanged:
         self._parts = [a, b, m, base]
         self._kinds = [*map(type, self._parts)]
         attributes = [part.__dict__ for part in self._parts]
+        dense = len(tensors) == 4
         self._dicts: list[dict[str, Any]] = [
-            *[part._parameters for part in (base, a, b, m)], b._parameters, base._parameters, *attributes
+            b._parameters, base._parameters, *attributes, *[part._parameters for part in (a, b, m)]
         ]  # fmt: skip
-        self._values = [*map(dict.get, self._dicts, _KEYS)]
-        bias = self._values[5]
-        self._bases = [tensors[0]] if bias is None else [tensors[0], bias]
+        if dense:
+            self._dicts.append(base._parameters)
+        self._keys = _KEYS[: len(self._dicts)]
+        self._values = [*map(dict.get, self._dicts, self._keys)]
+        bias = self._values[1]
+        self._bases = [*([tensors[0]] if dense else []), *([] if bias is None else [bias])]
         self._are_needed = [*map(_needs_gradient, self._bases)]
         self._tensors = [*tensors]
         self._layout = self._read_layout()
         self._hooks = hooks_made()
-        self.dtype, self.adapter_dtype, self.device = tensors[0].dtype, tensors[1].dtype, tensors[0].device
+        self.dtype, self.adapter_dtype, self.device = tensors[0].dtype, tensors[-2].dtype, tensors[0].device
         self.frozen = bias is None or not bias.requires_grad
 
     def holds(self) -> bool:
@@ -94,7 +101,7 @@ class Unchanged:
                 and _MODULES(self._places) == self._modules
                 and self._adapters == self._copies
                 and [*map(type, self._parts)] == self._kinds
-                and all(map(is_, map(dict.get, self._dicts, _KEYS), self._values))
+                and all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
                 and not self._parts[2].__dict__.get("_dora_cache")
                 and [*map(_needs_gradient, self._bases)] == self._are_needed
                 and self._hooks == hooks_made()

@@ -82,7 +82,7 @@ class DoraVariant(MergingVariant):
             if matrix is not None and not matrix.requires_grad:
                 given = self._norm_or_cache(module, active_adapter, dora)
                 return result + checked_linear(x, matrix, *adapter, norm=given, delta=True)
-            norm = self._norm(module, active_adapter, dora)
+            norm = self.norm_of(module, active_adapter, dora)
             # A dense W that reaches this line is trained, and gets its gradient from this product, as with PEFT.
             if matrix is None:
                 product = multiply(dora.layer, dora.base, x, autocast_dtype(x.device) or result.dtype)
@@ -95,14 +95,14 @@ class DoraVariant(MergingVariant):
             assert matrix is not None
             given = self._norm_or_cache(module, active_adapter, dora)
             return checked_linear(x, matrix, *adapter, bias, base=result, norm=given, own_base=True)
-        norm = self._norm(module, active_adapter, dora)
+        norm = self.norm_of(module, active_adapter, dora)
         return dora_compose(result, x, *adapter, bias, norm=norm, own_base=own_base)
 
     def _norm_or_cache(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor | NormCache:
         """What provides the norm of a dense W: the norm cache, or where PEFT caches it, the row norm w [d_out]."""
         return self._cached_norm(module, adapter, dora) if caches(module, adapter) else self.norms
 
-    def _norm(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor | NormAndGain:
+    def norm_of(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor | NormAndGain:
         """The row norm w [d_out], with g if a norm pass has computed both from a stored W."""
         if caches(module, adapter):
             return self._cached_norm(module, adapter, dora)

@@ -34,8 +34,10 @@ NO_KERNELS = {
 """Operations that start no kernel, or whose kernel is counted as another operation."""
 
 
-QUANTISED_CALLS = 1.95
-"""Of a quantised model, over PEFT LoRA's on the same: layers run through PEFT, and check their codes and scales."""
+QUANTISED_CALLS = 1.25
+"""Of a quantised model in inference, over PEFT LoRA's on the same: the base layer is called as PEFT calls it."""
+
+QUANTISED_CALLS_OF_A_STEP = 1.4
 
 
 class Cost(NamedTuple):
@@ -165,5 +167,6 @@ def test_a_quantised_model_launches_one_norm_for_all_layers_of_a_shape(
     assert ours.operations <= lora.operations
     others = 1.1 if request.config.getoption("--versions") else 1.0
     assert ours.calls <= others * QUANTISED_CALLS * lora.calls
-    model = model_of(True, quantised=True)
-    assert cost(model, step, started).launches == 3 * layers + shapes
+    lora, ours = (cost(model_of(dora, quantised=True), step, started) for dora in (False, True))
+    assert ours.launches == 3 * layers + shapes
+    assert ours.calls <= others * QUANTISED_CALLS_OF_A_STEP * lora.calls

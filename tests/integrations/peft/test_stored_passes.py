@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import doratune
 from doratune.integrations.peft import passes, stored
 from doratune.integrations.peft.base_layers import BNB_4BIT, BNB_8BIT, TORCHAO
+from doratune.integrations.peft.examine import examine
 from doratune.integrations.peft.stored_place import StoredPlace
 from doratune.integrations.peft.variant import DoraVariant
 from doratune.nn.norm import NormAndGain
@@ -51,21 +52,37 @@ SHAPES = 4
 def used(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many norms of quantised layers came from a pass, and how many from the layers; each one is checked."""
     count: Counter[str] = Counter()
-    norm_of = DoraVariant._norm
+    norm_of, run, taken = DoraVariant.norm_of, StoredPlace.run, StoredPlace._taken
+    running: list[Any] = []
 
-    def checked(self: Any, module: Any, adapter: str, dora: Any) -> Any:
-        given = norm_of(self, module, adapter, dora)
+    def run_noted(self: Any, module: Any, x: torch.Tensor) -> Any:
+        running.append(module)
+        try:
+            return run(self, module, x)
+        finally:
+            running.pop()
+
+    def taken_by_the_call(self: Any, call: Any, dtype: Any, *, trains: bool) -> Any:
+        given = taken(self, call, dtype, trains=trains)
+        return None if given is None else check(given, examine(running[-1], call.active), call.variant.layer)
+
+    def asked(self: Any, module: Any, adapter: str, dora: Any) -> Any:
+        return check(norm_of(self, module, adapter, dora), dora, self.layer)
+
+    def check(given: Any, dora: Any, name: str) -> Any:
         norm = given.norm if isinstance(given, NormAndGain) else given
         if dora.base.matrix is None:
             w = w_of(dora.layer).double()
             exact = (w + dora.scaling * dora.lora_B.double() @ dora.lora_A.double()).norm(dim=1)
-            assert relative(norm, exact) < 2e-6, self.layer
+            assert relative(norm, exact) < 2e-6, name
             if isinstance(given, NormAndGain):
-                assert relative(given.g, dora.magnitude / exact) < 2e-6, self.layer
+                assert relative(given.g, dora.magnitude / exact) < 2e-6, name
             count["pass" if isinstance(given, NormAndGain) else "alone"] += 1
         return given
 
-    monkeypatch.setattr(DoraVariant, "_norm", checked)
+    monkeypatch.setattr(DoraVariant, "norm_of", asked)
+    monkeypatch.setattr(StoredPlace, "run", run_noted)
+    monkeypatch.setattr(StoredPlace, "_taken", taken_by_the_call)
     return count
 
 
