@@ -13,10 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from ..codegen.compile import contiguous_alignments
 from ..codegen.gpu import Gpu
 from ..codegen.spec import KernelSpec
 from ..codegen.weight_formats import is_format, stored_as
 from ..errors import UsageError
+from ..runtime.ahead import compile_ahead
 from ..runtime.device import find_device, gpu_of
 from ..runtime.kernel import Kernel
 from ..runtime.loader import load_kernel
@@ -74,19 +76,30 @@ def bench_packed(
     require_gpu()
     gpu = gpu_of(find_device("cuda"))
     outcome = Outcome()
-    for shape in shapes:
-        for rank in ranks:
-            for mode in modes:
-                progress(f"norms of {shape[0]}x{shape[1]} at rank {rank}, nW {mode}")
-                _run([spec_of(shape, rank, weight, mode, gpu) for weight in (PLAIN, *formats)], gpu, rounds, outcome)
+    cases = {
+        (shape, rank, mode): [_load(spec_of(shape, rank, weight, mode, gpu)) for weight in (PLAIN, *formats)]
+        for shape in shapes
+        for rank in ranks
+        for mode in modes
+    }
+    progress(f"compiling {sum(map(len, cases.values()))} kernels")
+    compile_ahead((kernel, contiguous(kernel)) for kernels in cases.values() for kernel in kernels)
+    for (shape, rank, mode), kernels in cases.items():
+        progress(f"norms of {shape[0]}x{shape[1]} at rank {rank}, nW {mode}")
+        _run(kernels, gpu, rounds, outcome)
     return outcome
 
 
-def _run(specs: Sequence[KernelSpec], gpu: Gpu, rounds: int, outcome: Outcome) -> None:
-    graphs, rotations, kernels, pool = {}, [], {}, GraphPool()
+def contiguous(kernel: Kernel) -> tuple[int, ...]:
+    """The alignments of operands as :func:`~doratune.tuner.inputs.make_inputs` makes them."""
+    return tuple(contiguous_alignments(kernel.spec).values())
+
+
+def _run(kernels: Sequence[Kernel], gpu: Gpu, rounds: int, outcome: Outcome) -> None:
+    graphs, rotations, pool = {}, [], GraphPool()
     errors: dict[KernelSpec, float | None] = {}
-    for spec in specs:
-        kernel = _load(spec)
+    for kernel in kernels:
+        spec = kernel.spec
         inputs, scaling = make_inputs(spec, 1, device="cuda")
         outputs = make_outputs(spec, 1, "cuda")
         kernel.launch(tuple(inputs.values()), tuple(outputs.values()), scaling)
@@ -101,16 +114,16 @@ def _run(specs: Sequence[KernelSpec], gpu: Gpu, rounds: int, outcome: Outcome) -
         rotations.append(_rotation(spec, gpu))  # a graph does not keep its inputs
         calls = rotations[-1].calls(functools.partial(_launch, kernel))
         graphs[str(spec)] = Graph(pool.capture(calls), len(calls))
-        kernels[str(spec)] = kernel
-    for (name, samples), spec in zip(interleaved_us(graphs, rounds=rounds).items(), specs, strict=True):
+    for samples, kernel in zip(interleaved_us(graphs, rounds=rounds).values(), kernels, strict=True):
+        spec = kernel.spec
         contract = spec.contract
         outcome.rows.append(
             {
                 "bench": "packed",
                 **spec_columns(spec, 0),
                 "impl": OURS,
-                "config": str(kernels[name].config),
-                "provenance": kernels[name].provenance,
+                "config": str(kernel.config),
+                "provenance": kernel.provenance,
                 **timing(samples),
                 "floor_us": gpu.floor_us(contract.floor_bytes(spec), contract.matrix_flops(spec), spec.wide),
                 "rel_err": errors[spec],
