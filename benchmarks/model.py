@@ -35,7 +35,7 @@ from .adapted import (
     with_dora,
 )
 from .agreement import compare
-from .counts import COUNTS, device_work
+from .counts import COUNTS, device_work, host_calls
 from .intervals import disturbance
 from .measuring import check_names
 from .quantised import quantise
@@ -137,7 +137,7 @@ def bench_model(
                 rows = bench.rows(able, rank, mode, facts, counts, told)
                 outcome.rows += rows
                 groups.append((able, rank, mode, rows, told))
-        if counts and where.type == "cuda":
+        if counts:
             for group in groups:  # after all timing: a process that was profiled once launches more slowly
                 bench.count(*group)
     return outcome
@@ -262,13 +262,16 @@ class ModelBench:
 
     def _counted(self, task: Task, model: nn.Module) -> Row:
         model.train(task.op == STEP)
-        for _ in range(2):
+        call = functools.partial(task.call, model)
+        for _ in range(4):  # the first three find out what compiles ahead
             task.before()
-            task.call(model)
+            call()
         task.before()
-        work = device_work(functools.partial(task.call, model), self.device)
+        calls = host_calls(call)
         task.before()
-        return work
+        work = device_work(call, self.device)
+        task.before()
+        return {**work, "calls": calls}
 
 
 def _told(progress: Callable[[str], None], begin: float, where: str, what: str) -> None:
