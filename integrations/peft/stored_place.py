@@ -17,12 +17,15 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
 from ...internals.torch import current_backward
+from ...nn import kernels
 from ...nn.autocast import autocast_is_on
-from ...nn.autograd import Form, compose_unseen
+from ...nn.autograd import Form, compose_over, compose_unseen
+from ...nn.kernels import token_bucket
 from ...nn.norm import NormAndGain
 from ...nn.norm_cache import norms_taken, slice_settings, take_gains
 from ...nn.norm_layer import StoredLayer
 from ...nn.stored_norm import How, how_of
+from ...runtime.kernel import Kernel
 from .examine import PLAIN_TENSORS
 from .projections import active_adapter, product_dtype
 from .stored import Snapshot, StorageReader
@@ -94,6 +97,7 @@ class StoredPlace:
         self._call: _Call | None = None
         self._forms: dict[tuple[float, torch.dtype, bool, bool], Form] = {}
         self._hows: dict[torch.dtype | None, How] = {}
+        self._kernels: dict[tuple[int, torch.dtype], Kernel | None] = {}
 
     def __reduce__(self) -> tuple[type[StoredPlace], tuple[()]]:
         return StoredPlace, ()  # a copied layer is examined anew
@@ -120,6 +124,11 @@ class StoredPlace:
         bias: torch.Tensor | None = call.layer._parameters.get("bias")
         trains = torch.is_grad_enabled() and (base.requires_grad or x.requires_grad or _train(own, bias))
         taken = self._taken(call, dtype, trains=trains)
+        kernel = None
+        if taken is not None and bias is None and returned is dtype is x.dtype is unchanged.adapter_dtype:
+            kernel = None if torch.is_grad_enabled() else self._kernel(call, base)
+        if taken is not None and kernel is not None:
+            return compose_over(base, x, own.lora_A, own.lora_B, taken.g, own.scaling, kernel)
         norm = call.norm(module) if taken is None else taken
         key = (own.scaling, dtype, bias is not None, trains)
         form = self._forms.get(key)
@@ -131,6 +140,28 @@ class StoredPlace:
         if returned is not dtype and (call.passed_by is Linear.forward or not torch.is_autocast_enabled("cuda")):
             return y.to(returned)  # as PEFT's forward passes do
         return y
+
+    def _kernel(self, call: _Call, base: torch.Tensor) -> Kernel | None:
+        """The kernel that composes over ``base`` [..., d_out]; None where there is none, or it is not contiguous."""
+        if not base.is_contiguous():
+            return None
+        tokens = base.numel() // base.shape[-1]
+        try:
+            return self._kernels[tokens, base.dtype]
+        except KeyError:
+            own = call.own
+            key = (
+                "lora_compose",
+                own.weight.d_out,
+                1,
+                own.lora_A.shape[0],
+                token_bucket(tokens),
+                base.dtype,
+                base.dtype,
+            )
+            found = kernels.kernel_for(*key, (), None, base.device) if tokens else None
+            self._kernels[tokens, base.dtype] = found
+            return found
 
     def _taken(self, call: _Call, dtype: torch.dtype, *, trains: bool) -> NormAndGain | None:
         """w and g from the open norm pass, in the first call within it; None where the layer must be asked alone."""
@@ -148,6 +179,7 @@ class StoredPlace:
     def _examine_call(self, module: LoraLayer) -> _Call | None:
         """Examine the layer: what a call without PEFT's forward pass needs; None if anything of that applies."""
         self._hows.clear()
+        self._kernels.clear()
         if "_is_replica" in module.__dict__ or getattr(peft_dora, "ENABLE_DORA_CACHING", False):
             return None
         cls, active = plain_class(module), active_adapter(module)

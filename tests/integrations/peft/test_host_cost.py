@@ -34,7 +34,7 @@ NO_KERNELS = {
 """Operations that start no kernel, or whose kernel is counted as another operation."""
 
 
-QUANTISED_CALLS = 1.25
+QUANTISED_CALLS = 1.2
 """Of a quantised model in inference, over PEFT LoRA's on the same: the base layer is called as PEFT calls it."""
 
 QUANTISED_CALLS_OF_A_STEP = 1.4

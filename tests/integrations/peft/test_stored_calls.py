@@ -17,8 +17,11 @@ from torch import nn
 
 import doratune
 from doratune.integrations.peft import base_layers
+from doratune.integrations.peft.passes import pass_over
 from doratune.integrations.peft.stored_place import StoredPlace
 from doratune.integrations.peft.variant import DoraVariant
+from doratune.nn import kernels
+from doratune.nn.kernels import token_bucket
 
 from .peft_models import Pair, gradients, shake, with_dora
 from .test_first_step import autocast
@@ -105,6 +108,59 @@ def test_values_and_gradients_are_those_of_the_way_through_peft(
             assert value.dtype == wanted[name].dtype
             assert torch.equal(value, wanted[name]), name
     assert not through_peft
+
+
+class Composes:
+    """A kernel of the op lora_compose on CPU tensors."""
+
+    launches = 0
+
+    def launch(self, inputs: Any, outputs: Any, scaling: float) -> None:
+        base, h, lora_b, g = inputs
+        assert h.dtype is lora_b.dtype is base.dtype
+        outputs[0].copy_(g * (base.float() + scaling * h.float() @ lora_b.float().T))
+        Composes.launches += 1
+
+
+@contextmanager
+def norm_pass_over(module: nn.Module) -> Iterator[None]:
+    by = pass_over(module).open()
+    assert by is not None
+    try:
+        yield
+    finally:
+        by.close()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_inference_one_launch_composes_over_the_base_layers_output(
+    kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pair(kind, torch.bfloat16)
+    layer = model.base_model.model.second
+    x = torch.randn(2, rows, layer.in_features).bfloat16()
+    every = nn.ModuleList([layer]).eval()
+    find = kernels.kernel_for
+    with torch.no_grad():
+        wanted = layer(x).float()
+        sizes = set()
+
+        def found(*key: Any) -> Any:
+            if key[0] != "lora_compose":
+                return find(*key)
+            sizes.add(key[1:5])
+            return Composes()
+
+        monkeypatch.setattr(kernels, "kernel_for", found)
+        Composes.launches = 0
+        for given in (x, x.reshape(-1, x.shape[-1]), x.transpose(0, 1).contiguous().transpose(0, 1)):
+            with norm_pass_over(every):
+                y = layer(given)
+            assert torch.allclose(y.reshape(wanted.shape).float(), wanted, rtol=2e-2, atol=1e-3)
+        assert Composes.launches == 3
+        assert sizes == {(layer.out_features, 1, 4, token_bucket(2 * rows))}
+        assert layer(x[:0]).shape == (0, rows, layer.out_features)
 
 
 def test_the_base_layers_output_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
