@@ -165,6 +165,9 @@ def test_workers_have_a_group_of_their_own_and_print_to_standard_error(capfd: py
     assert time.monotonic() - began < 10
     assert waiting.exception() is not None
     assert below
+    deadline = time.monotonic() + 10  # a killed process is gone once its parent, or init, has heard of it
+    while any(alive(process) for process in below) and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not any(alive(process) for process in below), "its tools go with it"
     assert not temporary.exists()
     output, errors = capfd.readouterr()
