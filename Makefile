@@ -30,7 +30,7 @@ CORE_TESTS = tests/test_versions.py tests/test_import.py tests/test_cli.py tests
 	tests/integrations tests/adapters tests/cache tests/codegen/test_render.py tests/tuner/test_search.py tests/tuner/test_tune_model.py \
 	tests/report
 TYPED = -m doratune -m doratune.errors -p doratune.internals -m doratune.cli -m doratune.cache_commands \
-	-m doratune.printable -m doratune.doctor -m doratune.temporaries -m doratune.__main__ -p doratune.terminal \
+	-m doratune.printable -m doratune.doctor -m doratune.temporaries -m doratune.text_file -m doratune.__main__ -p doratune.terminal \
 	-p doratune.codegen -p doratune.cache -p doratune.tuner -p doratune.runtime -p doratune.nn -p doratune.integrations \
 	-p doratune.adapters -p doratune.benchmarks -p doratune.report
 # The newest Python that starts here: a command of that name may be a version manager's stub.

@@ -14,6 +14,7 @@ from .errors import DoratuneError, UsageError, near_names
 from .printable import printable
 from .terminal.console import (
     Dtype,
+    NamedPath,
     config_option,
     counting,
     jobs_range,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from .tuner.reachable import Reach
 
 
-_PATH = click.Path(path_type=Path)
+_PATH = NamedPath()
 
 
 @contextmanager
@@ -202,7 +203,7 @@ _output_option = click.option("-o", "--output", required=True, type=_PATH, metav
 _replace_option = click.option("--replace", is_flag=True, help="Replace the file if it is a store.")
 _sign_option = click.option(
     "--sign",
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     metavar="KEY",
     help="Sign every row with this Ed25519 private key, a file.",
 )

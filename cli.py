@@ -18,6 +18,7 @@ from .terminal.console import (
     Dtype,
     Group,
     LocationText,
+    NamedPath,
     Seconds,
     config_option,
     jobs_range,
@@ -55,7 +56,7 @@ def main() -> None:
 @click.option(
     "--specs",
     "spec_file",
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     metavar="FILE",
     help="Only the kernels listed in FILE, or on standard input if it is -: one spec a line.",
 )
@@ -267,7 +268,7 @@ def models(config: Path | None, as_json: bool) -> None:
             message(f"note: {note}")
 
 
-_local_path = click.Path(path_type=Path)
+_local_path = NamedPath()
 
 
 @main.command()

@@ -36,6 +36,30 @@ def temporary_name(name: str) -> str:
     return f".{name[:_MOST]}.{pid}-{started(pid) or 0}-{mark}-{secrets.token_hex(4)}.new"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file wholly or not at all, in a folder that is made if it is missing; a link to a file stays one.
+
+    Raises:
+        OSError: it cannot be written; the error names ``path``.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_char_device():  # /dev/null, or a terminal: there is nothing to replace
+        target.write_text(text, encoding="utf-8")
+        return
+    fresh = target.with_name(temporary_name(target.name))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(text, encoding="utf-8")
+        if target.exists():
+            shutil.copymode(target, fresh)
+        os.replace(fresh, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # and not the temporary file's name
+    finally:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+
+
 def remove_orphans(folder: Path) -> None:
     """Remove the temporary files and folders directly in ``folder`` whose process has ended. Never raises OSError."""
     with contextlib.suppress(OSError):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..text_file import parse_json
 from .config import NAME, AdapterConfig
 from .errors import AdapterError
 from .keys import ALPHA, EMBEDDING, LYCORIS, MID, NVLABS, PEFT, TRTLLM, A, B, Keys, M, sort_keys
@@ -140,7 +140,7 @@ def axis_of(format: str, shape: tuple[int, ...], d_out: int, d_in: int) -> str:
 
 def _note(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        note = json.loads(metadata.get(METADATA, "{}"))
+        note = parse_json(metadata.get(METADATA, "{}"))
     except ValueError:
         return {}
     return note if isinstance(note, dict) else {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..text_file import read_object, reason_of
 from .errors import AdapterError
 from .tensor_files import TensorFiles, TensorInfo, find_tensor_files
 
@@ -174,14 +174,11 @@ def is_head(name: str) -> bool:
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{file}: not readable as JSON ({error}); download it again") from error
-    if not isinstance(found, dict):
-        raise AdapterError(f"{file}: expected a JSON object; download it again")
-    return found
+        raise AdapterError(f"{file}: {reason_of(error)}; download it again") from error
 
 
 def _size(shape: tuple[int, ...]) -> int:

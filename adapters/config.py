@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..printable import brief
+from ..text_file import read_object, reason_of
 from .errors import AdapterError
 
 NAME = "adapter_config.json"
+_MOST = 2**64
+"""More than any rank or alpha."""
 _UNLIKE_DORA = ("target_parameters", "megatron_config", "arrow_config", "trainable_token_indices", "kasa_config")
 
 
@@ -39,13 +42,11 @@ class AdapterConfig:
             AdapterError: it is missing, no JSON object, or of another method than LoRA.
         """
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = read_object(file)
         except FileNotFoundError:
             raise AdapterError(f"{file}: no such file; PEFT saves it beside the adapter's tensors") from None
         except (OSError, ValueError) as error:
-            raise AdapterError(f"{file}: not readable as JSON ({error}); save the adapter again") from error
-        if not isinstance(raw, dict):
-            raise AdapterError(f"{file}: expected a JSON object; save the adapter again")
+            raise AdapterError(f"{file}: {reason_of(error)}; save the adapter again") from error
         return cls.of(raw, str(file))
 
     @classmethod
@@ -53,17 +54,18 @@ class AdapterConfig:
         """The config of these fields; ``where`` names them in errors."""
         kind = raw.get("peft_type", "LORA")
         if kind != "LORA":
-            raise AdapterError(f"{where}: peft_type is {kind!r}; DoRA adapters are of type LORA")
+            raise AdapterError(f"{where}: peft_type is {brief(kind)}; DoRA adapters are of type LORA")
         rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
         if not _is_rank(rank) or not _is_number(alpha):
             raise AdapterError(
-                f"{where}: r is {rank!r} and lora_alpha {alpha!r}; expected a positive integer, a number"
+                f"{where}: r is {brief(rank)} and lora_alpha {brief(alpha)}; expected a positive integer, a finite "
+                "number. Correct them, or save the adapter again"
             )
         ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
         if not (isinstance(ranks, dict) and all(map(_is_rank, ranks.values()))):
-            raise AdapterError(f"{where}: rank_pattern must map names to positive integers")
+            raise AdapterError(f"{where}: rank_pattern must map names to positive integers; correct it")
         if not (isinstance(alphas, dict) and all(map(_is_number, alphas.values()))):
-            raise AdapterError(f"{where}: alpha_pattern must map names to numbers")
+            raise AdapterError(f"{where}: alpha_pattern must map names to finite numbers; correct it")
         return cls(
             r=rank,
             alpha=float(alpha),
@@ -107,8 +109,9 @@ def _pattern(patterns: Mapping[str, object], module: str) -> str:
 
 
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that a float holds: not NaN, no infinity, no integer of hundreds of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST < value < _MOST

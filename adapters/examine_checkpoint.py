@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 
 import torch
 
+from ..text_file import reason_of
 from . import fault
 from .checkpoint import Checkpoint, is_embedding, is_head
 from .errors import AdapterError
 from .fault import Fault, Places
-from .tensor_files import TensorInfo
+from .tensor_files import TensorInfo, weight_map_of
 
 NEAR = 1e-4
 """A norm below this share of the median norm is near zero."""
@@ -66,9 +66,9 @@ def _missing(checkpoint: Checkpoint, places: Places) -> None:
     if not checkpoint.path.is_dir() or not index.exists():
         return
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
-        raise AdapterError(f"{index}: cannot be read ({error}); download it again") from error
+        names = weight_map_of(index)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{index}: cannot be read ({reason_of(error)}); download it again") from error
     for name in names:
         if name not in checkpoint.tensors.infos:
             places.add(fault.TENSOR_MISSING, name, f"{names[name]} lacks it")

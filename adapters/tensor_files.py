@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..text_file import read_object, reason_of
 from .errors import AdapterError
 
 PIECE_BYTES = 32 << 20
@@ -176,12 +177,25 @@ def _pickled() -> str:
     )
 
 
+def weight_map_of(file: Path) -> dict[str, str]:
+    """Which file each tensor of a checkpoint is in, as its index says.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no index.
+    """
+    told = read_object(file).get("weight_map")
+    if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
+        raise ValueError("its weight_map does not name a file for each tensor")
+    return told
+
+
 def _index(file: Path) -> list[str]:
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{file}: not an index of safetensors files ({error}); download it again") from error
+        weight_map = weight_map_of(file)
+    except (OSError, ValueError) as error:
+        reason = reason_of(error)
+        raise AdapterError(f"{file}: not an index of safetensors files ({reason}); download it again") from error
+    names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise AdapterError(f"{file}: names {outside[0]!r}, which is not a file beside it; download it again")

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import DoratuneError, UsageError
+from ..internals.versions import PEFT_EXTRA, import_fault
 from ..runtime.device import find_device
 from ..tuner.timing import no_collection
 from .axolotl import Axolotl
@@ -191,9 +192,7 @@ def with_dora(model: nn.Module, mode: Mode, *, rank: int, targets: Sequence[str]
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UsageError(
-            "this benchmark compares with PEFT, which is not installed: pip install 'doratune[peft]'"
-        ) from error
+        raise UsageError(f"this benchmark compares with PEFT: {import_fault('peft', error, PEFT_EXTRA)}") from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), use_dora=True)
     device = next(model.parameters()).device
     with device:  # adapters are made where they stay

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import DoratuneError, UsageError
+from ..printable import shortened
+from ..temporaries import write_whole
 from ..terminal.console import (
+    FiniteRange,
+    NamedPath,
     Seconds,
     config_option,
     counting,
@@ -27,6 +31,7 @@ from ..terminal.console import (
     rank_range,
     store_option,
 )
+from ..text_file import is_results
 from .quality.sizes import SIZES
 
 if TYPE_CHECKING:
@@ -37,19 +42,19 @@ F = Callable[..., Any]
 Measured = tuple["Outcome", Mapping[str, str]]
 """What a benchmark found, and the versions of its peers."""
 
-_PATH = click.Path(path_type=Path)
+_PATH = NamedPath()
 _COUNT, _SEVERAL = click.IntRange(min=1, max=2**24), click.IntRange(min=2, max=2**24)
 
 
-class _Output(click.Path):
+class _Output(NamedPath):
     """A file to write. What keeps it from being written is said before the benchmark runs, which takes minutes."""
 
     def __init__(self) -> None:
-        super().__init__(dir_okay=False, writable=True, path_type=Path)
+        super().__init__(dir_okay=False, writable=True)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not str(value).strip():
-            self.fail("it is empty; name a file", param, ctx)
+        if value == "-":
+            self.fail("it is no file; --json prints on standard output", param, ctx)
         try:
             path = Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()
             if path.exists() and not (path.is_file() or path.is_char_device()):
@@ -66,17 +71,28 @@ class _Output(click.Path):
         return path
 
 
+class _Results(_Output):
+    """A results file to write. An earlier one is replaced, and any other file is left as it is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if path.is_file() and not is_results(path):
+            self.fail(
+                f"{shortened(str(path), 200)} exists and is no results file; name another, or remove it", param, ctx
+            )
+        return path
+
+
 def _write_results(output: Path, text: str) -> None:
-    """Write the results, in a folder that is made if it is missing."""
+    """Write the results wholly or not at all, in a folder that is made if it is missing."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        write_whole(output, text)
     except OSError as error:
         reason = error.strerror or error
         raise DoratuneError(f"--output {output}: the results were not written ({reason}); name another file") from error
 
 
-_OUTPUT = _Output()
+_OUTPUT, _PICTURE = _Results(), _Output()
 _NO_ROOM = re.compile(r"out of memory|allocate|storage size|Overflow when unpacking|numel: integer|larger than")
 """In PyTorch's errors for tensors that are too large."""
 
@@ -391,13 +407,13 @@ def model(
 )
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0.0, max=1440.0, min_open=True),
+    type=FiniteRange(min=0.0, max=1440.0, min_open=True),
     default=3.0,
     show_default=True,
     help="About how long to take; layers and rounds are cut to fit.",
 )
 @click.option("--output", type=_OUTPUT, metavar="FILE", help="Write the results here as JSON, as the others do.")
-@click.option("--picture", type=_OUTPUT, metavar="FILE", help="Draw the times into this .html, .svg or .png.")
+@click.option("--picture", type=_PICTURE, metavar="FILE", help="Draw the times into this .html, .svg or .png.")
 @click.option("--commit", help="The commit measured; read from git by default.")
 @json_option
 def mine(output: Path | None, picture: Path | None, commit: str | None, as_json: bool, **request: Any) -> None:
@@ -412,11 +428,13 @@ def mine(output: Path | None, picture: Path | None, commit: str | None, as_json:
 
     if picture is not None:
         check_picture(picture)
+        if output is not None and output.resolve() == picture.resolve():
+            raise UsageError("--output and --picture name the same file; name two")
     with _enough_memory():
         found = bench_mine(Asked(**request), progress=message)
     env = environment(commit, **found.versions)
     if output is not None:
-        output.write_text(document(env, found.outcome.rows), encoding="utf-8")
+        _write_results(output, document(env, found.outcome.rows))
     if as_json:
         print_json(values(found, env))
     else:
@@ -552,7 +570,7 @@ def coverage(
         line(choice.line())
     message(
         f"{found.covered:.1%} of the kernels are covered, and all kernels of {found.whole_draws:.1%} of the draws; "
-        f"{len(missing)} specs are not"
+        f"{len(missing)} spec{' is' if len(missing) == 1 else 's are'} not"
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..internals.versions import PEFT_EXTRA, import_fault
 
 _LAYOUTS = ("code/peft_patched/src", "vendor/dorafactors-peft/src", "src")
 """Where a checkout of the repository, with its submodule, or of the submodule alone has the patched PEFT."""
@@ -145,7 +146,7 @@ def _load(name: str, file: Path) -> ModuleType:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise PeerError("dorafactors runs inside PEFT, which is not installed: pip install 'doratune[peft]'") from error
+        raise PeerError(f"dorafactors runs inside PEFT: {import_fault('peft', error, PEFT_EXTRA)}") from error
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None or not file.is_file():
         raise PeerError(f"dorafactors: {file} is missing; its layout has changed since this benchmark was written")

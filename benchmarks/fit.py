@@ -6,6 +6,7 @@ its weights and adapters, those of a call, its time. Stock PEFT's DoRA is called
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,12 +86,18 @@ def fit(costs: Costs, wanted: int, *, memory: float | None, seconds: float, cont
     if by_memory < wanted:
         needed = costs.of(wanted).bytes / 1e9
         cuts.append(f"{layers} of {wanted} layers: all need about {needed:.1f} GB, and {room / 1e9:.1f} GB are there")
-    elif by_time < wanted:
+    elif layers < wanted:
         needed = CALLS * contenders * costs.of(wanted).us / 1e6
-        cuts.append(f"{layers} of {wanted} layers: all take about {needed:.0f} s, and {seconds:.0f} s are there")
+        cuts.append(
+            f"{layers} of {wanted} layers: all take about {_seconds(needed)}, and {_seconds(seconds)} are there"
+        )
     return Fit(layers, CALLS * contenders * costs.of(layers).us / 1e6, tuple(cuts))
 
 
 def _most(wanted: int, fits: Callable[[int], bool]) -> int:
     """The most layers that fit, 0 if one does not; whatever fits, fewer layers do, too."""
-    return next((layers for layers in range(wanted, 0, -1) if fits(layers)), 0)
+    return bisect.bisect_left(range(1, wanted + 1), True, key=lambda layers: not fits(layers))
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10.0 else f"{max(0.0, seconds):.1f} s"

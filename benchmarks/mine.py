@@ -36,6 +36,19 @@ CPU_LAYERS, CPU_SEQ, GPU_SEQ = 2, 32, 2048
 """On a CPU the command is tried out."""
 
 
+_NO_MODEL = (
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ImportError,
+    AssertionError,
+    NotImplementedError,
+    ZeroDivisionError,
+)
+"""What transformers and PEFT raise for a config of which they make no model; they check few of its fields."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a user asks of the model: see the options of ``doratune bench mine``."""
@@ -119,8 +132,16 @@ def bench_mine(asked: Asked, *, progress: Callable[[str], None] = lambda line: N
     mine.seconds = budget.spent
     if not mine.outcome.rows:
         reason = next(iter(mine.outcome.notes), "no reason is known")
-        raise DoratuneError(f"nothing of {name} could be measured: {reason}; choose a smaller --seq, --batch or --rank")
+        raise _nothing(name, reason)
     return mine
+
+
+class _NotMeasuredError(DoratuneError):
+    """What a layer takes could not be measured; the message is the reason."""
+
+
+def _nothing(name: str, reason: str) -> DoratuneError:
+    return DoratuneError(f"nothing of {name} could be measured: {reason}; choose a smaller --seq, --batch or --rank")
 
 
 @dataclass
@@ -213,11 +234,13 @@ class _Measuring:
         modes = chosen_modes(asked.modes)
         try:
             one = two = self._probe(1, next(iter(modes.values())))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except _NO_MODEL as error:
             raise UsageError(
                 f"transformers and PEFT make no causal language model with DoRA of the config of {self.mine.name}: "
-                f"{type(error).__name__}: {error}; name the config of one"
+                f"{type(error).__name__}: {_first_line(error)}; name the config of one"
             ) from error
+        except _NotMeasuredError as error:
+            raise _nothing(self.mine.name, str(error)) from error
         if wanted > 1:
             try:
                 two = self._probe(2, next(iter(modes.values())))
@@ -248,7 +271,7 @@ class _Measuring:
                 options: dict[str, Any] = {"rounds": 1, "device": self.device, "hide_host": False, "notes": notes}
                 sample = measure(running, task.call, before=task.before, **options).get(STOCK)
                 if sample is None:
-                    raise DoratuneError(notes[-1])
+                    raise _NotMeasuredError(notes[-1])
                 peak, us = max(peak, 1e6 * (sample.peak_mb or 0.0)), us + sample.us[0]
         del base, bench
         self._release()
@@ -273,6 +296,11 @@ class _Measuring:
             torch.cuda.empty_cache()
 
 
+def _first_line(error: Exception) -> str:
+    """What an error says, without the lists of transformers' hundreds of models that some have below."""
+    return next(iter(str(error).strip().splitlines()), "no reason is given").rstrip(".")
+
+
 def adapted_layers(model: nn.Module) -> Sequence[str]:
     """The names of the linear layers that PEFT's ``all-linear`` adapts: every one but the output head.
 
@@ -281,7 +309,8 @@ def adapted_layers(model: nn.Module) -> Sequence[str]:
     """
     head = model.get_output_embeddings()  # type: ignore[operator]  # transformers' models have it
     kinds = (nn.Linear, _conv1d())
-    linear = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if type(module) in kinds}
+    # Some models' layers are subclasses, which PEFT adapts too.
+    linear = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if isinstance(module, kinds)}
     found = sorted(name for name, module in linear.items() if module is not head)
     if not found:
         raise UsageError("the model has no linear layers that PEFT's all-linear would adapt; name another config")

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DoratuneError, UsageError
-from ..printable import printable
+from ..internals.versions import import_fault
+from ..printable import printable, shortened
+from ..temporaries import write_whole
 from .mine import Mine
 from .mine_report import cases_of, name_of, ratio_text
 from .results import COMPILED, OURS, Row
 
+_EXTRA = "pip install 'doratune[report]'"
 KINDS = (".html", ".svg", ".png")
 _OURS, _OTHERS = "#2a6fb0", "#9aa5b1"
 
@@ -27,13 +30,14 @@ def check_picture(path: Path) -> None:
     try:
         import plotly  # noqa: F401
     except ImportError as error:
-        raise UsageError("--picture needs plotly: pip install 'doratune[report]'") from error
+        raise UsageError(f"--picture: {import_fault('plotly', error, _EXTRA)}") from error
     if path.suffix.lower() != ".html":
         try:
             import kaleido  # noqa: F401
         except ImportError as error:
             raise UsageError(
-                f"--picture {path}: {path.suffix} needs kaleido and a Chrome: pip install kaleido; .html does not"
+                f"--picture {path}: {path.suffix} needs kaleido and a Chrome, .html neither; "
+                + import_fault("kaleido", error, _EXTRA)
             ) from error
 
 
@@ -46,11 +50,16 @@ def draw(mine: Mine, gpu: str, path: Path) -> None:
     figure = figure_of(mine, gpu)
     try:
         if path.suffix.lower() == ".html":
-            figure.write_html(str(path), include_plotlyjs=True)
+            write_whole(path, figure.to_html(include_plotlyjs=True))
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             figure.write_image(str(path))
     except Exception as error:  # kaleido and Chrome fail in many ways
-        raise DoratuneError(f"the picture {path} cannot be drawn: {type(error).__name__}: {error}") from error
+        remedy = "name another file" if isinstance(error, OSError) else "a name that ends in .html needs no browser"
+        raise DoratuneError(
+            f"the picture {shortened(str(path), 200)} cannot be drawn: {type(error).__name__}: "
+            f"{shortened(str(error), 500)}; {remedy}"
+        ) from error
 
 
 def figure_of(mine: Mine, gpu: str) -> Any:

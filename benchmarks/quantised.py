@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..internals.versions import import_fault
 
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "fp8": "torchao", "hqq": "hqq"}
 QUANTS = tuple(_PACKAGES)
@@ -34,7 +35,7 @@ def quantise(model: nn.Module, targets: Collection[str], quant: str) -> nn.Modul
                     setattr(parent, name, replace(child))
     except ImportError as error:
         package = _PACKAGES[quant]
-        raise UsageError(f"--quant {quant} needs {package}: pip install {package} ({error})") from error
+        raise UsageError(f"--quant {quant}: {import_fault(package, error, f'pip install {package}')}") from error
     if _PACKAGES[quant] == "bitsandbytes":  # as transformers says it; PEFT chooses its layers by this
         setattr(model, "is_loaded_in_8bit" if quant == "int8" else "is_loaded_in_4bit", True)
     return model

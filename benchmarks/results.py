@@ -22,14 +22,18 @@ import torch
 from .. import __version__
 from ..codegen.spec import FLAGS, KernelSpec
 from ..errors import UsageError
+from ..printable import brief, shortened
+from ..text_file import json_type, read_object, reason_of
 from ..tuner.measure import driver_version
-from ..tuner.text_file import read_text
 
 if TYPE_CHECKING:
     from ..terminal.tables import Table
 
 SCHEMA = 1
 OURS = "doratune"
+_MOST_PATH = 200
+"""Characters of a path in a message."""
+
 COMPILED = "_compiled"
 """Ends the names of implementations under torch.compile."""
 
@@ -131,21 +135,46 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UsageError: it is not one.
     """
+    return read_document(path)[1]
+
+
+def read_document(path: Path) -> tuple[Any, list[Row]]:
+    """The environment that a results file names, whatever it is, and its rows, which have ``bench``, ``op`` and
+    ``impl``.
+
+    Raises:
+        UsageError: it is not a results file of this schema.
+    """
     try:
-        data = json.loads(read_text(path))
-        rows = data["rows"] if data["schema"] == SCHEMA else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+        data = read_object(path)
+        for name in ("schema", "rows"):
+            if name not in data:
+                raise ValueError(f"it has no field {name!r}")
+        if not isinstance(data["rows"], list):
+            raise ValueError(f"expected a list of rows, found {json_type(data['rows'])}")
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"{path} is not a results file of doratune bench: {reason}; name one that `doratune bench` wrote"
+            f"{shown(path)} is not a results file of doratune bench: {reason_of(error)}; name one that "
+            "`doratune bench` wrote"
         ) from error
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and {"bench", "op", "impl"} <= row.keys() for row in rows
-    ):
+    schema, rows = data["schema"], data["rows"]
+    if type(schema) is not int or schema != SCHEMA:
         raise UsageError(
-            f"{path} has schema {data['schema']!r}, or rows that are no results; this doratune reads schema {SCHEMA}"
+            f"{shown(path)} has schema {brief(schema)}, and this doratune reads schema {SCHEMA}; measure again with it"
         )
-    return rows
+    for number, row in enumerate(rows, 1):
+        lacking = ("bench", "op", "impl") if not isinstance(row, dict) else {"bench", "op", "impl"} - row.keys()
+        if lacking:
+            what = json_type(row) if not isinstance(row, dict) else f"an object without {', '.join(sorted(lacking))}"
+            raise UsageError(
+                f"{shown(path)}: row {number} is no result but {what}; name a file that `doratune bench` wrote"
+            )
+    return data.get("env"), rows
+
+
+def shown(path: Path) -> str:
+    """A path in a message, shortened; the empty one is the current folder."""
+    return shortened(str(path), _MOST_PATH)
 
 
 def results_table(rows: Iterable[Row]) -> Table:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..internals.versions import PEFT_EXTRA, import_fault
+from ..printable import shortened
 from ..tuner.models import config_text, read_config
 
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
@@ -81,7 +83,7 @@ def read_model_config(
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise UsageError("this benchmark needs transformers: pip install 'doratune[peft]'") from error
+        raise UsageError(f"this benchmark makes models: {import_fault('transformers', error, PEFT_EXTRA)}") from error
     if path is None and model is not None:
         name, text = config_text(model, None)
         config = AutoConfig.for_model(**json.loads(text))
@@ -92,8 +94,11 @@ def read_model_config(
         name = read_config(path).name
         try:
             config = AutoConfig.from_pretrained(path.parent if path.is_file() and path.name == "config.json" else path)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"--config {path}: transformers cannot read it: {error}") from error
+        except Exception as error:  # a config's fields reach code that checks nothing
+            reason = f"{type(error).__name__}: {shortened(str(error), 500)}"
+            raise UsageError(
+                f"--config {path}: transformers cannot read it: {reason}; correct it or download it again"
+            ) from error
     config = config.get_text_config()  # of models that also see or hear, the language part
     if layers is not None:
         config.num_hidden_layers = layers

@@ -32,12 +32,26 @@ TESTED_PAIRS: tuple[tuple[Minor, Minor], ...] = (((2, 10), (3, 6)), ((2, 13), (3
 _RANGES = {**TESTED, **STORAGE, **TESTED_BESIDE}
 
 
+PEFT_EXTRA = "pip install 'doratune[peft]'"
+"""What installs PEFT and transformers."""
+
+
 def installed(package: str) -> str | None:
     """The installed version of a Python package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def import_fault(package: str, error: ImportError, install: str) -> str:
+    """Why a package could not be imported, with the remedy: it is not installed, or something that it imports fails."""
+    if installed(package) is None:
+        return f"{package} is not installed: {install}"
+    reason = " ".join(str(error).split())[:200]
+    return (
+        f"{package} is installed and cannot be imported ({reason}); mend that package, or install it again: {install}"
+    )
 
 
 def tested_range(package: str) -> str:

@@ -9,6 +9,7 @@ import click
 from ..errors import UsageError
 from ..terminal.console import (
     LocationText,
+    NamedPath,
     config_option,
     json_option,
     line,
@@ -18,8 +19,6 @@ from ..terminal.console import (
     store_option,
     tokens_range,
 )
-
-_PATH = click.Path(path_type=Path)
 
 
 @click.command()
@@ -34,15 +33,15 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "-o",
     "--output",
-    type=_PATH,
+    type=NamedPath(),
     metavar="PATH",
     help="The file to write, with --format png the folder. By default doratune-report.html or doratune-report here; "
-    "md goes to standard output.",
+    "md goes to standard output, as does html with -o -.",
 )
 @click.option("--open", "open_page", is_flag=True, help="Open the page in a browser.")
 @click.option(
     "--results",
-    type=_PATH,
+    type=NamedPath(),
     multiple=True,
     metavar="FILE",
     help="A results file of `doratune bench`: doratune beside its peers; repeatable.",
@@ -93,6 +92,8 @@ def report(
     """
     if open_page and (format != "html" or as_json):
         raise UsageError("--open shows the page: leave out --json, and --format or take html")
+    if open_page and output == Path("-"):
+        raise UsageError("--open shows a file: leave out -o -")
     if as_json and output is not None:
         raise UsageError("--json prints on standard output and writes no report: leave out --output")
     from .output import check, write
@@ -112,7 +113,9 @@ def report(
         click.echo(text, nl=False)
     for file in files:
         line(file)
-    if found.empty:
+    if found.empty and found.results:
+        message("nothing was tuned yet, and no row of the results files can be shown")
+    elif found.empty:
         message("nothing was tuned yet: `doratune tune --model llama-8b` tunes a model")
     elif format == "png" and not files:
         message("there is nothing to plot")

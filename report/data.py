@@ -15,7 +15,7 @@ from ..codegen.spec import bucket_tokens
 from ..tuner.coverage import Covered, OpCoverage, by_op, cover, kernels_of
 from ..tuner.models import requested_model
 from ..tuner.projections import Model
-from .peers import Comparison, Results, Share, comparisons, our_steps, read_results, shares_of
+from .peers import Comparison, Results, Share, comparisons, our_steps, read_results, repeated, shares_of
 from .searches import Searches, read_searches
 from .sources import Here, StoreRead, here, read_stores
 from .step import Case, Step, measured_cases, steps_of, with_norms
@@ -65,7 +65,9 @@ class Report:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to show."""
-        return not (self.winners or self.comparisons or self.shares or self.searches.found or self.covered)
+        return not (
+            self.winners or self.comparisons or self.shares or self.searches.found or self.covered or self.steps
+        )
 
     def operations(self) -> list[OpCoverage]:
         """The kernels of the model by operation."""
@@ -123,6 +125,10 @@ def gather(request: Request) -> Report:
     if alone:
         rows = "row of the results files has" if alone == 1 else "rows of the results files have"
         notes.append(f"{alone} {rows} no doratune on the same case, and cannot be compared")
+    again = repeated(results)
+    if again:
+        rows = "row of the results files repeats" if again == 1 else "rows of the results files repeat"
+        notes.append(f"{again} {rows} a case of the same file and implementation; of each the last one counts")
     return Report(
         winners=tuple(winners),
         comparisons=tuple(found),

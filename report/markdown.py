@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..printable import printable
 from .document import Block, Document
 from .tables import CODE, NUMBER, Table
 
@@ -25,7 +26,7 @@ def markdown(document: Document) -> str:
         parts.append(f"## {escaped(section.title)}")
         parts += [sentence(words) for words in section.words]
         if section.commands:
-            parts.append("\n".join(["```bash", *section.commands, "```"]))
+            parts.append("\n".join(["```bash", *map(printable, section.commands), "```"]))
         for block in section.blocks:
             parts += _block(block)
     return "\n\n".join(parts) + "\n"
@@ -50,13 +51,14 @@ def _table(table: Table) -> str:
 
 
 def _cell(text: str, kind: str) -> str:
+    text = printable(text)
     plain = text and not re.search(r"[`|<>\\]", text)
     return f"`{text}`" if kind == CODE and plain else escaped(text)
 
 
 def sentence(text: str) -> str:
     """A sentence, escaped but for what stands between backticks, which is code."""
-    parts = re.split(r"(`[^`]+`)", text)
+    parts = re.split(r"(`[^`]+`)", printable(text))
     return "".join(
         part if place % 2 and not re.search(r"[<>|]", part) else escaped(part) for place, part in enumerate(parts)
     )
@@ -64,5 +66,5 @@ def sentence(text: str) -> str:
 
 def escaped(text: str) -> str:
     """A text that Markdown shows letter by letter."""
-    text = _SPECIAL.sub(r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    text = _SPECIAL.sub(r"\\\1", printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
     return _UNDERSCORE.sub(r"\\_", text).replace("@", "&#64;")  # which would mention somebody

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 
 from ..errors import DoratuneError, UsageError
 from ..internals.versions import installed
-from ..temporaries import temporary_name
+from ..temporaries import write_whole
 from .data import Report
 from .document import Document
 from .markdown import markdown
@@ -19,6 +17,9 @@ FORMATS = (HTML, MARKDOWN, PNG)
 DEFAULTS = {HTML: Path("doratune-report.html"), PNG: Path("doratune-report")}
 """Where a report goes that no output is named for, in the current folder; Markdown goes to standard output."""
 
+STANDARD_OUTPUT = Path("-")
+_MARK = f"<!-- {GENERATOR} -->"
+"""Begins a report in Markdown."""
 _HEAD = 2048
 """Bytes at the beginning of a file by which a report is known."""
 
@@ -39,8 +40,13 @@ def check(format: str, output: Path | None) -> None:
             "pip install 'doratune[report]'. --format md and --json need no plots"
         )
     target = output or DEFAULTS.get(format)
-    if target is None:
+    if target == STANDARD_OUTPUT and format == PNG:
+        raise UsageError("-o -: images do not go to standard output; name a folder for them")
+    if target is None or target == STANDARD_OUTPUT:
         return
+    above = next((each for each in target.parents if each.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UsageError(f"{target}: {above} is a file and no folder; name another path with -o")
     if target.parts[:1] and target.parts[0].startswith("~"):  # a shell replaces it, unless there is no such user
         raise UsageError(f"{target}: there is no such user's folder; name a path without ~")
     if format == PNG:
@@ -61,18 +67,19 @@ def write(report: Report, document: Document, format: str, output: Path | None) 
         ImageError: the images cannot be drawn. OSError: the output cannot be written.
     """
     if format == MARKDOWN:
-        text = f"<!-- {GENERATOR} -->\n{markdown(document)}"
-        if output is None:
+        text = f"{_MARK}\n{markdown(document)}"
+        if output is None or output == STANDARD_OUTPUT:
             return text, []
-        _replace(output, text)
+        write_whole(output, text)
         return "", [output]
     target = output or DEFAULTS[format]
+    if format == HTML and output == STANDARD_OUTPUT:
+        return page(document), []
     if format == HTML:
-        _replace(target, page(document))
+        write_whole(target, page(document))
         return "", [target]
     from .images import write_images
 
-    target.mkdir(parents=True, exist_ok=True)
     return "", write_images(document, target, source_line(report))
 
 
@@ -89,21 +96,10 @@ def source_line(report: Report) -> str:
 
 
 def _is_report(path: Path, format: str) -> bool:
+    """Whether a file begins as a report does; one that only quotes its mark is none."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    mark = f'<meta name="generator" content="{GENERATOR} ' if format == HTML else f"<!-- {GENERATOR} -->"
-    return mark.encode() in head
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file wholly or not at all."""
-    fresh = path.with_name(temporary_name(path.name))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # and not the temporary file's name
-    finally:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
+    if format == MARKDOWN:
+        return head.startswith(_MARK.encode())
+    mark = f'<meta name="generator" content="{GENERATOR} '.encode()
+    return mark in head[: head.find(b"<title>")] and head.startswith(b"<!doctype html>\n<html")

@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from .. import __version__
+from ..printable import printable
 from .document import Block, Document
 from .theme import DARK, FONT, LIGHT, MARKS, SCHEMES, template
 
@@ -40,6 +41,7 @@ def page(document: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
     css = environment.overlay(autoescape=False).get_template("page.css")
     environment.filters["code"] = _with_code
@@ -65,7 +67,12 @@ def figure_of(block: Block) -> dict[str, Any]:
 
 def _with_code(sentence: str) -> Markup:
     """A sentence, escaped, with what stands between backticks as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(printable(sentence)))))
+
+
+def _shown(value: object) -> object:
+    """A text with what is invisible or reverses its direction escaped; markup of this module as it is."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _data(document: Document) -> str:

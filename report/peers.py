@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from ..benchmarks.results import OURS, Row, case_name, case_of, counterpart, read_rows
+from ..benchmarks.results import OURS, Row, case_name, case_of, counterpart, read_document
 from ..printable import printable, shortened
-from ..tuner.text_file import read_text
 
 _MOST_TEXT = 200
 _TEXTS = ("bench", "op", "impl", "dtype")
 _NUMBERS = ("us", "us_p20", "us_p80", "cpu_us", "floor_us", "ratio", "ratio_p20", "ratio_p80", "peak_mb", "busy_us")
 _SHARES = ("exact", "bounded", "bound > 10 %", "no bound")
+_LEAST, _MOST = 1e-6, 1e15
+"""Bounds of a time in µs, a ratio or megabytes: ratios of two of them are finite, and no result is beyond them."""
+_ROUNDING = 0.01
+"""By which shares of one whole may miss 1: figures of a file may be rounded."""
 _ENVIRONMENT = ("gpu", "driver", "torch", "triton", "peft", "transformers", "doratune_commit", "date")
 
 
@@ -78,8 +79,8 @@ def read_results(path: Path) -> Results:
     Raises:
         UsageError: it is not a results file.
     """
-    rows = tuple(_clean(row) for row in read_rows(path))
-    told = json.loads(read_text(path)).get("env")
+    told, read = read_document(path)
+    rows = tuple(map(_clean, read))
     env = told if isinstance(told, dict) else {}
     known = {name: _text(env[name]) for name in _ENVIRONMENT if isinstance(env.get(name), str)}
     return Results(str(path), known, rows)
@@ -95,8 +96,8 @@ def comparisons(results: Iterable[Results]) -> tuple[list[Comparison], int]:
             if row["time"] is not None:
                 cases.setdefault(case_of(row), []).append(row)
         for group in cases.values():
-            by_impl = {row["impl"]: row for row in group}
-            for row in group:
+            by_impl = {row["impl"]: row for row in group}  # of rows of one name, as of two runs, the last one counts
+            for row in by_impl.values():
                 ours = by_impl.get(counterpart(row["impl"]))
                 if ours is row:
                     continue
@@ -105,6 +106,12 @@ def comparisons(results: Iterable[Results]) -> tuple[list[Comparison], int]:
                     continue
                 found.append(_compare(file, ours, row))
     return found, alone
+
+
+def repeated(results: Iterable[Results]) -> int:
+    """How many rows have a later one of the same case and implementation in their file, which counts instead."""
+    timed = [[(case_of(row), row["impl"]) for row in file.rows if row["time"] is not None] for file in results]
+    return sum(len(keys) - len(set(keys)) for keys in timed)
 
 
 def _compare(file: Results, ours: Row, row: Row) -> Comparison:
@@ -129,8 +136,14 @@ def shares_of(results: Iterable[Results]) -> list[Share]:
         Share(file.env.get("gpu", ""), row["impl"], row["kernels"], {name: row[name] for name in _SHARES})
         for file in results
         for row in file.rows
-        if row["bench"] == "coverage" and all(row[name] is not None for name in _SHARES)
+        if row["bench"] == "coverage" and _is_whole([row[name] for name in _SHARES])
     ]
+
+
+def _is_whole(shares: Sequence[float | None]) -> bool:
+    """Whether the shares are all known, and together everything."""
+    known = [share for share in shares if share is not None]
+    return len(known) == len(shares) and abs(sum(known) - 1.0) <= _ROUNDING
 
 
 def our_steps(results: Iterable[Results]) -> list[tuple[Results, Row]]:
@@ -171,13 +184,16 @@ def _is_size(value: object) -> bool:
 
 
 def _number(value: object) -> float | None:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value < 1e15
-    return float(value) if known else None  # type: ignore[arg-type]
+    return float(value) if _is_number(value) and _LEAST <= value <= _MOST else None
 
 
 def _share(value: object) -> float | None:
-    known = isinstance(value, (int, float)) and math.isfinite(value) and 0.0 <= value <= 1.0
-    return float(value) if known else None  # type: ignore[arg-type]
+    return float(value) if _is_number(value) and 0.0 <= value <= 1.0 else None
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number and no truth value. It may be an integer of any size, which no float holds, or NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _text(value: object) -> str:

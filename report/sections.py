@@ -61,7 +61,8 @@ def _start(report: Report) -> Section:
         "start",
         "Nothing was tuned yet",
         (
-            "The stores below have no winner, there is no search, and no results file was given.",
+            "The stores below have no winner, there is no search, and "
+            + ("no row of the results files can be shown." if report.results else "no results file was given."),
             "Tune a model first. Without a GPU the kernels are compiled and their order is predicted. Then make this "
             "report again.",
         ),

@@ -14,10 +14,11 @@ import errno
 import io
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,23 @@ LINE_SECONDS = 15.0
 MOST_STYLED = 500
 """Rows of a table that is printed with styles: laying it out takes a millisecond for each."""
 
+
+class NamedPath(click.Path):
+    """A path. An empty one, as of an unset variable in a script, is a mistake: it does not mean the current folder."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value).strip():
+            self.fail("it is empty and no path; name one, or leave the option out", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 config_option = click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     metavar="FILE",
     help="A Hugging Face config.json (or its folder) instead of a known model.",
 )
@@ -63,7 +77,17 @@ class LocationText(_TextType):
         return str(value)
 
 
-class Seconds(click.FloatRange):
+class FiniteRange(click.FloatRange):
+    """A number in a range. "not a number" compares with nothing, and is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
+class Seconds(FiniteRange):
     """A finite number of seconds of at least 0."""
 
     def __init__(self) -> None:
@@ -121,7 +145,15 @@ class Group(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=PRINTABLE)
-        return super().main(*args, **kwargs)
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if error.filename is not None or error.errno not in _NOT_WRITTEN:
+                raise
+            _give_up_output()
+            text = f"{error.strerror}: the output was not written whole; check the space there, and run this again"
+            click.echo(f"Error: {text}", err=True)
+            sys.exit(1)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _short_messages():
@@ -143,6 +175,18 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
+
+
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Of an error that names no file: a stream such as standard output could not be written."""
+
+
+def _give_up_output() -> None:
+    """Send what is left of standard output nowhere: Python would fail again at its end, with a traceback."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _add_short_help(command: click.Command) -> None:

@@ -751,6 +751,18 @@ def test_every_text_of_the_package_is_read_as_utf_8(home: Path) -> None:
         assert said.stdout.decode("utf-8")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("args", [["--help"], ["models"], ["models", "--json"]])
+def test_output_that_finds_no_space_is_one_message(args: list[str], home: Path) -> None:
+    environment = {**os.environ, "DORATUNE_HOME": str(home), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "doratune", *args]
+    with open("/dev/full", "w") as full:
+        said = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert said.returncode == 1
+    assert said.stderr.startswith("Error: No space left on device: the output was not written whole")
+    assert said.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", ["explain", "emit", "cache show"])
 @pytest.mark.parametrize(
     ("spec", "said"),

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "printable": set(),
     "errors": {"printable"},
     "temporaries": set(),
+    "text_file": set(),
     "__main__": {"terminal", "cli"},
     "terminal": {"codegen", "errors", "printable"},
     "internals": {"errors"},
@@ -42,6 +43,7 @@ MAY_IMPORT = {
         "temporaries",
         "terminal.interrupts",
         "terminal.tables",
+        "text_file",
         "__version__",
     },
     "benchmarks": {
@@ -55,6 +57,8 @@ MAY_IMPORT = {
         "internals",
         "errors",
         "printable",
+        "temporaries",
+        "text_file",
         "__version__",
     },
     "report": {
@@ -68,9 +72,10 @@ MAY_IMPORT = {
         "printable",
         "temporaries",
         "terminal.console",
+        "terminal.interrupts",
         "__version__",
     },
-    "adapters": {"codegen.ops", "errors"},
+    "adapters": {"codegen.ops", "errors", "printable", "text_file"},
     "doctor": {"adapters", "tuner", "cache", "runtime", "internals", "errors", "terminal"},
     "cache_commands": {"terminal", "tuner", "cache", "codegen", "errors", "printable"},
     "cli": {

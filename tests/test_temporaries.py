@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from doratune import temporaries
-from doratune.temporaries import ORPHAN_SECONDS, remove_orphans, temporary_name
+from doratune.temporaries import ORPHAN_SECONDS, remove_orphans, temporary_name, write_whole
 
 
 def of_a_dead_process() -> str:
@@ -56,3 +57,23 @@ def test_the_number_of_a_later_process_protects_nothing(tmp_path: Path, monkeypa
 def test_long_names_fit_and_missing_folders_are_no_error(tmp_path: Path) -> None:
     (tmp_path / temporary_name("x" * 250)).touch()
     remove_orphans(tmp_path / "nowhere")
+
+
+def test_a_file_is_written_wholly_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "new" / "file"
+    write_whole(file, "first")
+    file.chmod(0o600)
+    write_whole(file, "second")
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("second", 0o600)
+
+    def full(self: Path, text: str, **_: object) -> int:
+        with self.open("w") as opened:
+            opened.write(text[:1])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as failure:
+        write_whole(file, "third")
+    assert failure.value.filename == str(file)
+    assert file.read_text() == "second"
+    assert [path.name for path in file.parent.iterdir()] == ["file"]

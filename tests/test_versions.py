@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from doratune.internals.versions import import_fault
+
 ROOT = Path(__file__).parents[1]
 ON_TOP = {path.stem: path for path in (Path(__file__).parent / "versions").glob("*.txt")}
 """The columns that change single versions of the newest ones, by the library that they change."""
@@ -79,3 +81,13 @@ def test_the_environment_is_that_of_the_column(pytestconfig: pytest.Config) -> N
     assert {name: installed(name) for name in pins(column)} == pins(column)
     for name in pins(column).keys() - {"psycopg-binary"}:
         importlib.import_module(name)
+
+
+def test_a_package_that_is_installed_and_fails_is_not_said_to_be_missing() -> None:
+    broken = ModuleNotFoundError("No module named 'hqq.core'")
+    said = import_fault("torch", broken, "pip install torch")
+    assert said.startswith("torch is installed and cannot be imported (No module named 'hqq.core')")
+    assert said.endswith("pip install torch")
+    assert import_fault("no-such-package", broken, "pip install x") == (
+        "no-such-package is not installed: pip install x"
+    )

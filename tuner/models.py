@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, near_names
+from ..text_file import json_type, parse_json, read_text, reason_of
 from .families import FAMILIES, check_sizes, covers, is_family, read_family
 from .projections import LeftOut, Model, ModelConfigError, Projection
-from .text_file import read_text
 
 __all__ = [
     "ALIASES",
@@ -190,26 +190,16 @@ def _load(file: Path) -> tuple[str, dict[str, Any]]:
     except FileNotFoundError:
         raise ModelConfigError(f"{file}: no such file; give a model's config.json or its folder") from None
     except (OSError, ValueError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise ModelConfigError(f"{file}: cannot be read as text ({reason}); give a model's config.json") from error
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise ModelConfigError(f"{file}: not valid JSON ({where}); {_AGAIN}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelConfigError(f"{file}: not readable as JSON ({error}); {_AGAIN}") from error
-    if not isinstance(config, dict):
         raise ModelConfigError(
-            f"{file}: expected a JSON object, found {_json_type(config)}; give a model's config.json"
-        )
+            f"{file}: cannot be read as text ({reason_of(error)}); give a model's config.json"
+        ) from error
+    try:
+        config = parse_json(text)
+    except ValueError as error:
+        raise ModelConfigError(f"{file}: {error}; {_AGAIN}") from error
+    if not isinstance(config, dict):
+        raise ModelConfigError(f"{file}: expected a JSON object, found {json_type(config)}; give a model's config.json")
     return text, config
-
-
-def _json_type(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return "a list" if isinstance(value, list) else "a string" if isinstance(value, str) else "a number"
 
 
 def _without_transformers(config: Mapping[str, Any], name: str) -> Model:

@@ -12,7 +12,7 @@ from ..codegen.spec import KernelSpec, SpecError
 from ..codegen.variants import default_config
 from ..errors import UsageError
 from ..printable import shortened
-from .text_file import MOST_BYTES, read_text
+from ..text_file import MOST_BYTES, decoded, read_text, reason_of
 
 STANDARD_INPUT = Path("-")
 PLAN = "`doratune bench coverage --plan 40`"
@@ -94,9 +94,9 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     try:
         text = _standard_input() if file == STANDARD_INPUT else read_text(file.expanduser())
     except (OSError, ValueError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise SpecListError(
-            f"cannot read specs from {_place(file)}: {reason}; name a text file with one spec a line"
+            f"cannot read specs from {_place(file)}: {reason_of(error)}; name a text file with one spec a line, "
+            "or - for standard input"
         ) from error
     found = [(number, line.partition("#")[0].strip()) for number, line in enumerate(text.splitlines(), 1)]
     found = [(number, line) for number, line in found if line]
@@ -111,7 +111,7 @@ def _standard_input() -> str:
     data = sys.stdin.buffer.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES >> 20} MB")
-    return data.decode("utf-8-sig")
+    return decoded(data)
 
 
 def _place(file: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...errors import UsageError
+from ...internals.versions import PEFT_EXTRA, import_fault
 from ..adapted import MODES, Mode
 from .arms import FP32
 from .corpus import VALIDATION
@@ -32,7 +33,8 @@ def untrained(size: Size, device: torch.device) -> nn.Module:
         import peft  # noqa: F401
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        raise UsageError(f"this benchmark needs {error.name}: pip install 'doratune[peft]'") from error
+        package = "transformers" if error.name == "transformers" else "peft"
+        raise UsageError(f"this benchmark trains with PEFT: {import_fault(package, error, PEFT_EXTRA)}") from error
     config = LlamaConfig(
         vocab_size=BYTES,
         hidden_size=size.hidden,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...errors import UsageError
-from ...tuner.text_file import read_text
-from ..results import Row, document, read_rows
+from ..results import Row, document, read_document
 from .summary import SUMMARIES, summarise
 
 MAY_DIFFER = {"date", "driver"}
@@ -24,8 +22,7 @@ def earlier_rows(path: Path | None, env: Mapping[str, str]) -> list[Row]:
     """
     if path is None or not path.exists() or path.stat().st_size == 0:
         return []
-    rows = read_rows(path)
-    theirs = json.loads(read_text(path)).get("env")
+    theirs, rows = read_document(path)
     if not isinstance(theirs, dict) or any(row["bench"] != "quality" for row in rows):
         raise UsageError(f"{path} has results of another benchmark; name another --output")
     for name in sorted((theirs.keys() | env.keys()) - MAY_DIFFER):

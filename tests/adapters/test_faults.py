@@ -303,3 +303,41 @@ def test_pickles_and_broken_files_are_refused_with_the_reason(trained: Trained, 
         Checkpoint(copied.checkpoint)
     with pytest.raises(AdapterError, match="nothing is downloaded"):
         Checkpoint(Path("meta-llama/Llama-3.1-8B"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "not valid JSON"),
+        (b"[" * 10**5, "nested too deeply"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "a number has too many digits"),
+        (b"[]", "expected a JSON object, found a list"),
+        (b"\xff\xfe{\0}\0", "UTF-16 text"),
+        (b'{"r": 8, "lora_alpha": NaN}', "expected a positive integer, a finite number"),
+        (b'{"r": 8, "lora_alpha": -Infinity}', "expected a positive integer, a finite number"),
+        (b'{"r": 8, "lora_alpha": 1' + b"0" * 400 + b"}", "expected a positive integer, a finite number"),
+        (b'{"r": 1' + b"0" * 400 + b', "lora_alpha": 8}', "expected a positive integer, a finite number"),
+        (b'{"r": 8, "lora_alpha": 8, "alpha_pattern": {"q": NaN}}', "alpha_pattern must map names to finite numbers"),
+        (b'{"r": 8, "lora_alpha": 8, "rank_pattern": {"q": 1' + b"0" * 400 + b"}}", "rank_pattern must map names"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_with_the_reason(
+    text: bytes, reason: str, trained: Trained, folder: Path
+) -> None:
+    copied = trained.copy(folder)
+    (copied.adapter / "adapter_config.json").write_bytes(text)
+    with pytest.raises(AdapterError) as failure:
+        Adapter(copied.adapter)
+    assert reason in str(failure.value)
+    assert "adapter_config.json" in str(failure.value)
+    assert len(str(failure.value)) < 600
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", "[" * 10**5, '{"weight_map": 5}', '{"weight_map": {"x": 5}}'])
+def test_an_index_that_is_none_is_refused_with_the_reason(text: str, trained: Trained, folder: Path) -> None:
+    copied = trained.copy(folder)
+    (copied.checkpoint / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(AdapterError, match=r"not an index of safetensors files \(.+\); download it again") as failure:
+        Checkpoint(copied.checkpoint)
+    assert "object has no" not in str(failure.value)
+    assert "indices must" not in str(failure.value)

@@ -208,6 +208,91 @@ def test_every_linear_layer_but_the_head_gets_an_adapter() -> None:
     assert adapted_layers(Model()) == ["qkv_proj", "up"]
 
 
+def test_a_model_s_own_kind_of_linear_layer_is_adapted_as_peft_does() -> None:
+    class FalconLinear(nn.Linear):
+        """As the falcon family has them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.lm_head = FalconLinear(2, 2), nn.Linear(2, 4)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+    assert adapted_layers(Model()) == ["dense"]
+
+
+def test_a_model_that_is_no_causal_one_is_refused_without_the_list_of_those(tmp_path: Path) -> None:
+    config = {"model_type": "t5", "d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 16}
+    (tmp_path / "t5.json").write_text(json.dumps({**config, "vocab_size": 64}))
+    refused = bench("--config", str(tmp_path / "t5.json"), *SMALL)
+    assert refused.exit_code == 2
+    assert "make no causal language model with DoRA of the config of t5" in refused.stderr
+    assert "name the config of one" in refused.stderr
+    assert "GPT2Config" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "told"),
+    [
+        ("--output", "precious", "exists and is no results file"),
+        ("--output", '{"mine": 1}', "exists and is no results file"),
+        ("--output", None, "--json prints on standard output"),
+        ("--picture", None, "it is no file"),
+    ],
+)
+def test_a_file_that_is_not_to_be_written_is_refused_and_left(
+    option: str, text: str | None, told: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    if text is not None:
+        Path("file").write_text(text)
+    refused = bench("--config", str(tiny), *SMALL, option, "-" if text is None else "file")
+    assert refused.exit_code == 2
+    assert told in refused.stderr
+    assert [path.read_text() for path in folder.iterdir()] == ([] if text is None else [text])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("torch_dtype", "float7", "transformers cannot read it: AttributeError"),
+        ("_attn_implementation", "flash_attention_2", "make no causal language model with DoRA of the config"),
+    ],
+)
+def test_a_config_that_transformers_trips_over_is_named(field: str, value: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text(json.dumps({**TINY, field: value}))
+    refused = bench("--config", str(tmp_path / "odd.json"), *SMALL)
+    assert refused.exit_code == 2, refused.output
+    assert told in refused.stderr
+
+
+def test_minutes_are_a_number(tiny: Path) -> None:
+    for minutes in ("nan", "inf", "0"):
+        refused = bench("--config", str(tiny), *SMALL, "--minutes", minutes)
+        assert refused.exit_code == 2
+        assert "--minutes" in refused.stderr
+
+
+def test_results_and_picture_go_to_two_files(tiny: Path, tmp_path: Path) -> None:
+    same = str(tmp_path / "x.html")
+    refused = bench("--config", str(tiny), *SMALL, "--output", same, "--picture", same)
+    assert refused.exit_code == 2
+    assert "name the same file" in refused.stderr
+
+
+def test_an_earlier_results_file_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    for earlier in ("", json.dumps({"schema": 1, "env": {}, "rows": []})):
+        file.write_text(earlier)
+        done = RUNNER.invoke(main, ["bench", "coverage", "--gpu", "h200", "--draws", "1", "--output", str(file)])
+        assert done.exit_code == 0, done.output
+        assert read_rows(file)
+
+
 def test_a_known_model_has_its_table_s_sizes() -> None:
     name, config = read_model_config("", None, 3, model="llama-8b")
     sizes = (config.hidden_size, config.intermediate_size, config.num_key_value_heads, config.vocab_size)
@@ -217,6 +302,20 @@ def test_a_known_model_has_its_table_s_sizes() -> None:
 # What fits.
 
 COSTS = Costs(Cost(1, 10e9, 3e9, 2e9, 1e5), Cost(2, 12e9, 4e9, 2.5e9, 1.5e5))
+
+
+def test_the_layers_of_a_model_of_any_depth_are_found_at_once() -> None:
+    found = fit(COSTS, 10**12, memory=None, seconds=100.0, contenders=3)
+    longer = fit(COSTS, 10**12, memory=None, seconds=100.0 + 1e-6, contenders=3)
+    assert 1 <= found.layers <= longer.layers < 10**6
+    assert CALLS * 3 * COSTS.of(found.layers).us / 1e6 <= 100.0 < CALLS * 3 * COSTS.of(found.layers + 1).us / 1e6
+
+
+def test_what_is_measured_whole_is_not_said_to_be_cut() -> None:
+    assert fit(COSTS, 1, memory=None, seconds=0.0, contenders=3).cuts == ()
+    (cut,) = fit(COSTS, 2, memory=None, seconds=0.25, contenders=3).cuts
+    assert cut.startswith("1 of 2 layers")
+    assert cut.endswith("0.2 s are there")
 
 
 def test_a_model_s_cost_is_a_line_in_its_layers() -> None:

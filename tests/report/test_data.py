@@ -17,7 +17,7 @@ from doratune.codegen.gpu import find_gpu
 from doratune.codegen.spec import KernelSpec
 from doratune.errors import UsageError
 from doratune.report.data import Report, Request, gather
-from doratune.report.peers import comparisons, read_results
+from doratune.report.peers import comparisons, read_results, shares_of
 from doratune.report.searches import LEAST_TRIALS, Search, importances_by_op, read_searches, shown_searches, values_of
 from doratune.report.step import (
     COMPOSITIONS,
@@ -173,10 +173,75 @@ def test_odd_fields_of_a_results_file_never_fail(field: str, value: object, tmp_
     assert one.ratio == 2.0
 
 
-def test_a_file_that_is_no_results_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(json.dumps({"schema": 1, "rows": 3}))
-    with pytest.raises(UsageError, match=r"x\.json"):
-        read_results(tmp_path / "x.json")
+def test_of_rows_of_one_case_and_name_the_last_one_counts_and_that_is_said(tmp_path: Path) -> None:
+    rows = [world.row(impl, us) for impl, us in (("doratune", 9.0), ("peer", 9.0), ("doratune", 2.0), ("peer", 4.0))]
+    path = world.write_results(tmp_path / "twice.json", rows)
+    found = gather(Request(study_storage=str(_no_studies(tmp_path)), results=[path]))
+    assert [(one.peer, one.ratio) for one in found.comparisons] == [("peer", 2.0)]
+    assert any(note.startswith("2 rows of the results files repeat") for note in found.notes)
+
+
+@pytest.mark.parametrize("us", [5e-324, 1e-300, 10**400, float("nan"), float("inf")])
+def test_a_ratio_is_always_a_number_that_json_has(us: float, tmp_path: Path) -> None:
+    rows = [world.row("doratune", us), world.row("peer", 1e14, ratio=us, ratio_p20=us, ratio_p80=us)]
+    rows += [world.row("doratune", 1.0, rank=8), world.row("peer", 2.0, rank=8, ratio_p20=us, ratio_p80=us)]
+    found, _ = comparisons([read_results(world.write_results(tmp_path / "odd.json", rows))])
+    assert [(one.ratio, one.low, one.high) for one in found] == [(2.0, None, None)]
+
+
+@pytest.mark.parametrize(
+    "shares", [(10**400, 0, 0, 0), (True, False, False, False), (1, 1, 0, 0), (0, 0, 0, 0), (float("nan"), 0, 0, 1)]
+)
+def test_shares_that_are_not_those_of_one_whole_are_left_out(shares: tuple[float, ...], tmp_path: Path) -> None:
+    first, second = world.coverage_rows()
+    odd = dict(zip(("exact", "bounded", "bound > 10 %", "no bound"), shares, strict=True))
+    path = world.write_results(tmp_path / "c.json", [first, {**second, **odd}])
+    assert [share.op for share in shares_of([read_results(path)])] == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not valid JSON (line 1, column 1"),
+        ("null", "expected a JSON object, found null"),
+        ("[1]", "expected a JSON object, found a list"),
+        ("{}", "it has no field 'schema'"),
+        ('{"schema": 1}', "it has no field 'rows'"),
+        ('{"schema": 1, "rows": 3}', "expected a list of rows, found a number"),
+        ('{"schema": 1, "rows": {}}', "expected a list of rows, found an object"),
+        ('{"schema": 1, "rows": [1]}', "row 1 is no result but a number"),
+        ('{"schema": 1, "rows": [{"bench": 1, "op": 2}]}', "row 1 is no result but an object without impl"),
+        ('{"schema": 2, "rows": []}', "has schema 2, and this doratune reads schema 1"),
+        ('{"schema": true, "rows": []}', "has schema True"),
+        (json.dumps({"schema": "x" * 10**5, "rows": []}), "this doratune reads schema 1"),
+        ("[" * 10**5, "nested too deeply"),
+        ('{"schema": ' + "9" * 5000 + "}", "a number has too many digits"),
+        (b"\xff\xfe{\0}\0", "UTF-16 text; save it as UTF-8"),
+        (b"\x80", "not UTF-8 text (byte 0)"),
+        (None, "No such file or directory;"),
+    ],
+)
+def test_a_file_that_is_no_results_file_is_named_with_the_reason(
+    text: str | bytes | None, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError) as failure:
+        read_results(path)
+    said = str(failure.value)
+    assert str(path) in said
+    assert reason in said
+    assert "Errno" not in said
+    assert "subscriptable" not in said
+    assert len(said) < 500
+
+
+def test_a_measured_step_alone_is_something_to_show(tmp_path: Path) -> None:
+    path = world.write_results(tmp_path / "m.json", [world.step_row(5e5)])
+    found = gather(Request(study_storage=str(_no_studies(tmp_path)), results=[path]))
+    assert len(found.steps) == 1
+    assert not found.empty
 
 
 # Searches.

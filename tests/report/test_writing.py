@@ -21,7 +21,7 @@ from doratune.codegen.ops import OPS
 from doratune.report import output
 from doratune.report.data import Report
 from doratune.report.document import Block, Document, Section
-from doratune.report.images import ImageError, write_images
+from doratune.report.images import ImageError, is_image, write_images
 from doratune.report.markdown import MOST_ROWS, escaped, markdown, sentence
 from doratune.report.output import MissingPackageError, check, source_line
 from doratune.report.page import figure_of, page
@@ -235,9 +235,55 @@ def test_a_report_is_replaced_by_a_newer_one_and_nothing_else_is(report: Report,
 def test_a_report_that_cannot_be_written_is_named(home: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     result = run("--format", "md", "-o", str(tmp_path / "file" / "r.md"), home=home)
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'file' / 'r.md'}: {tmp_path / 'file'} is a file and no folder" in result.stderr
+    result = run("--format", "md", "-o", "/proc/r.md", home=home)
     assert result.exit_code == 1
-    assert f"{tmp_path / 'file' / 'r.md'}; check the path and its permissions" in result.stderr
+    assert "/proc/r.md; check the path and its permissions" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [
+        ("md", "my notes on <!-- doratune report -->\n"),
+        ("html", '<p><meta name="generator" content="doratune report 0.1.0"></p>'),
+        (
+            "html",
+            '<!doctype html>\n<html lang="en"><title>x</title><meta name="generator" content="doratune report ">',
+        ),
+        ("md", ""),
+    ],
+)
+def test_a_file_that_quotes_a_report_is_none(format: str, text: str, home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    file.write_text(text)
+    result = run("--format", format, "-o", str(file), home=home)
+    assert result.exit_code == 2
+    assert "exists and is no report of doratune" in result.stderr
+    assert file.read_text() == text
+
+
+def test_a_link_to_a_report_stays_a_link(home: Path, tmp_path: Path) -> None:
+    link, there = tmp_path / "link.md", tmp_path / "there.md"
+    link.symlink_to(there.name)
+    for _ in range(2):  # it leads nowhere, and then to a report
+        assert run("--format", "md", "-o", str(link), home=home).exit_code == 0
+        assert link.is_symlink()
+        assert there.read_text().startswith("<!-- doratune report -->")
+    assert {path.name for path in tmp_path.iterdir()} == {"link.md", "there.md"}
+
+
+def test_a_dash_is_standard_output(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    monkeypatch.chdir(tmp_path)
+    for format, start in (("md", "<!-- doratune report -->"), ("html", "<!doctype html>")):
+        result = run("--format", format, "-o", "-", home=home)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.startswith(start)
+    assert "name a folder" in run("--format", "png", "-o", "-", home=home).stderr
+    assert "leave out -o -" in run("--open", "-o", "-", home=home).stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_plotly_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -248,7 +294,42 @@ def test_without_plotly_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
     check("md", tmp_path / "new.md")
 
 
+def test_a_name_can_be_no_markup_and_never_acts_on_a_terminal(report: Report) -> None:
+    name = "a\x1b[2J\u202e<b>`\n```\n# heading"
+    assert report.model is not None
+    odd = replace(report, model=replace(report.model, name=name), asked=f"--config '{name}'")
+    text = markdown(document(odd))
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert [line for line in text.splitlines() if line.endswith("# heading")] == []
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    whole = page(document(odd))
+    assert "\x1b" not in whole
+    assert "\u202e" not in whole
+    assert "<b>" not in whole[: whole.index("<style>")]
+
+
 # Images.
+
+
+def test_an_image_of_somebody_else_is_never_replaced(report: Report, tmp_path: Path) -> None:
+    pytest.importorskip("kaleido", reason="kaleido is not installed")
+    mine = tmp_path / "gains.png"
+    mine.write_bytes(b"mine")
+    with pytest.raises(ImageError, match=r"gains\.png exists and is no image of doratune"):
+        write_images(document(report), tmp_path, "")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("gains.png", b"mine")]
+
+
+def test_images_that_cannot_be_drawn_leave_the_folder_as_it_was(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("kaleido", reason="kaleido is not installed")
+    monkeypatch.setenv("BROWSER_PATH", "/bin/false")
+    with pytest.raises(ImageError) as failure:
+        write_images(document(report), tmp_path / "new" / "folder", "")
+    assert "(" not in str(failure.value).partition("failed: ")[2][:1]  # the lines of kaleido's error, not their tuple
+    assert list(tmp_path.iterdir()) == []
 
 
 def size_of(png: Path) -> tuple[int, int]:
@@ -269,6 +350,9 @@ def test_each_plot_is_an_image_for_a_slide(report: Report, chromium: str, tmp_pa
     for file in files:
         assert size_of(file) == (1920, 1080)
         assert file.stat().st_size > 20_000  # an empty plot has 15 kB
+        assert is_image(file)
+    assert write_images(two, tmp_path, source_line(report)) == files  # in place of the earlier ones
+    assert {path.name for path in tmp_path.iterdir()} == {"gains.png", "steps.png"}
 
 
 def test_without_a_browser_it_says_what_to_install(report: Report, tmp_path: Path, monkeypatch: Any) -> None:
@@ -313,6 +397,15 @@ def test_nothing_tuned_is_said_with_what_to_do(tmp_path: Path) -> None:
     assert result.stderr == "nothing was tuned yet: `doratune tune --model llama-8b` tunes a model\n"
 
 
+def test_results_without_a_row_to_show_are_said_to_be_so(tmp_path: Path) -> None:
+    path = world.write_results(tmp_path / "r.json", [])
+    result = run("--format", "md", "--results", str(path), home=tmp_path / "home")
+    assert result.exit_code == 0
+    assert "no results file was given" not in result.stdout
+    assert "no row of the results files can be shown" in result.stdout
+    assert "no row of the results files can be shown" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -325,6 +418,9 @@ def test_nothing_tuned_is_said_with_what_to_do(tmp_path: Path) -> None:
         (["--results", "nowhere.json"], "nowhere.json is not a results file"),
         (["--rank", "0"], "--rank"),
         (["--store", ""], "it is empty"),
+        (["-o", ""], "it is empty"),
+        (["--results", ""], "it is empty"),
+        (["--config", ""], "it is empty"),
     ],
 )
 def test_a_wrong_request_is_named(options: list[str], told: str, home: Path, monkeypatch: Any, tmp_path: Path) -> None:
