@@ -40,6 +40,8 @@ def _inline_asm(
     if asm.startswith("shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff; // "):
         table = np.array(KINDS[asm.rpartition(" ")[2]].table, dtype=np.float32)
         return _Result(handle(table[values[1].data & 15], tl.float32))
+    if asm == "mul.rn.f32 $0, $1, $2;":
+        return _Result(handle(np.multiply(values[0].data, values[1].data, dtype=np.float32), tl.float32))
     assert asm == "cvt.rn.bf16x2.f32 $0, $2, $1;", f"teach the interpreter {asm!r}"
     low, high = (_bf16_bits(value.data) for value in values)
     return _Result(handle((low | (high << 16)).view(np.int32), tl.int32))
