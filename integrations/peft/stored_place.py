@@ -121,7 +121,7 @@ class StoredPlace:
         returned = base.dtype
         if returned is not dtype:
             base = base.to(dtype)
-        bias: torch.Tensor | None = call.layer._parameters.get("bias")
+        bias = _bias_of(call.layer)
         trains = torch.is_grad_enabled() and (base.requires_grad or x.requires_grad or _train(own, bias))
         taken = self._taken(call, dtype, trains=trains)
         kernel = None
@@ -202,7 +202,7 @@ class StoredPlace:
         tensors = (*own.weight.tensors, own.lora_A, own.lora_B, own.magnitude)
         if own.lora_B.dtype is not own.lora_A.dtype:
             return None
-        bias = dora.layer._parameters.get("bias")
+        bias = _bias_of(dora.layer)
         if bias is not None and (type(bias) not in PLAIN_TENSORS or bias.device != tensors[0].device):
             return None
         if any(tensor.device != tensors[0].device for tensor in tensors):
@@ -263,6 +263,12 @@ class StoredPlace:
         """Release the W that ``reader`` has found."""
         if self.reader is reader:
             self._own = self._call = None
+
+
+def _bias_of(base: nn.Module) -> torch.Tensor | None:
+    """The bias of a base layer: a parameter, or as HQQ holds it, an attribute."""
+    bias: torch.Tensor | None = base._parameters.get("bias")
+    return base.__dict__.get("bias") if bias is None else bias
 
 
 def _train(own: StoredLayer, bias: torch.Tensor | None) -> bool:

@@ -50,7 +50,7 @@ def pair(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     for name in ("first", "second"):
         layer = model.get_base_model().get_submodule(name)
         layer.base_layer.support_avx512bf16_for_cpu = False  # on a GPU W is not packed anew in inference
-        if kind != base_layers.TORCHAO and layer.base_layer.bias is not None:
+        if kind in (base_layers.BNB_4BIT, base_layers.BNB_8BIT) and layer.base_layer.bias is not None:
             layer.base_layer.bias = nn.Parameter(layer.base_layer.bias.data.to(dtype), requires_grad=False)
     shake(model)
     for name, parameter in model.named_parameters():
@@ -206,6 +206,8 @@ def two_adapters(model: Any) -> None:
 
 def caching(model: Any) -> None:
     peft_dora = pytest.importorskip("peft.tuners.lora.dora")
+    if not hasattr(peft_dora, "ENABLE_DORA_CACHING"):
+        pytest.skip("this PEFT caches no norms")
     before = peft_dora.ENABLE_DORA_CACHING
     model._undo = lambda: setattr(peft_dora, "ENABLE_DORA_CACHING", before)
     peft_dora.ENABLE_DORA_CACHING = True
