@@ -183,21 +183,17 @@ class StoredPlace:
         if "_is_replica" in module.__dict__ or getattr(peft_dora, "ENABLE_DORA_CACHING", False):
             return None
         cls, active = plain_class(module), active_adapter(module)
-        if cls.forward.__module__ != cls.__module__ and not cls.forward.__module__.startswith("peft.tuners.lora."):
-            return None
-        if active is None:
-            return None
+        if active is None or not cls.forward.__module__.startswith("peft.tuners.lora."):
+            return None  # several adapters, or other code's forward pass
         modules: dict[str, Any] = module._modules
         if module.training and type(modules["lora_dropout"]._modules.get(active)) is not nn.Identity:
             return None
-        variant = module.lora_variant.get(active)
-        if type(variant) is not DoraVariant or module._disable_adapters or module.merged_adapters:
-            return None
-        dora = variant.glance.look(module, active)
-        if isinstance(dora, str) or dora.base.matrix is not None or modules["base_layer"] is not dora.layer:
-            return None
         own = self._examine(module)
         if own is None:
+            return None
+        variant: Any = module.lora_variant[active]
+        dora = variant.glance.look(module, active)
+        if isinstance(dora, str) or modules["base_layer"] is not dora.layer:
             return None
         tensors = (*own.weight.tensors, own.lora_A, own.lora_B, own.magnitude)
         if own.lora_B.dtype is not own.lora_A.dtype:
