@@ -633,6 +633,13 @@ def search(gpu: str | None, output: Path | None, commit: str | None, as_json: bo
 @click.option("--seeds", type=_SEVERAL, default=5, show_default=True, help="Of each method, at its learning rate.")
 @click.option("--minutes", type=Seconds(), default=9.0, show_default=True, help="To stop after.")
 @click.option("--base", type=_PATH, metavar="FILE", help="The pre-trained weights; by default beside --output.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Runs at the same time; a GPU has room for several.",
+)
 @click.option("--device", metavar="DEVICE", help="cuda, cuda:1, …; cpu to try a small --size out.")
 @click.option(
     "--output", type=_OUTPUT, metavar="FILE", help="Write the results here as JSON; runs that it has are not repeated."

@@ -29,15 +29,16 @@ without_compiler() {  # FILE ARGUMENTS...
     DORATUNE_NO_JIT=1 CC=/no/compiler bench 200 "$@" --store "$store"
 }
 
-large=(model --checkpointing --rank 16 --rank 384 --impl peft_lora --impl doratune --op step --op inference --rounds 6)
+large=(model --checkpointing --impl peft_lora --impl doratune --op step --op inference --rounds 6)
 small=(model --rank 16 --seq 2048 --no-checkpointing --modes bf16 --rounds 20 --impl peft_lora --impl peft_dora --impl doratune)
 first=(model --shape 0.5b --rank 16 --seq 2048 --op first-step --modes bf16)
 fused=(${AXOLOTL:+--impl axolotl_lora})
 
 for part; do
     case $part in
-    large) bench 300 model-8b "${large[@]}" "${fused[@]}" "${peers[@]}" --modes bf16 ;;
-    large-autocast) bench 300 model-8b-autocast "${large[@]}" "${fused[@]}" "${peers[@]}" --modes autocast ;;
+    large) bench 300 model-8b "${large[@]}" "${fused[@]}" "${peers[@]}" --modes bf16 --rank 16 ;;
+    large-384) bench 300 model-8b-r384 "${large[@]}" "${fused[@]}" "${peers[@]}" --modes bf16 --rank 384 ;;
+    large-autocast) bench 300 model-8b-autocast "${large[@]}" "${fused[@]}" "${peers[@]}" --modes autocast --rank 16 --rank 384 ;;
     1b) bench 200 model-1b "${small[@]}" "${fused[@]}" "${peers[@]}" --shape 1b --op step --op inference --op decode ;;
     0.5b) bench 200 model-0.5b "${small[@]}" "${fused[@]}" "${peers[@]}" --shape 0.5b --op step --op inference --op decode ;;
     first) bench 200 first-step "${first[@]}" ;;

@@ -151,6 +151,8 @@ def implementations(case: NormCase, layers: Sequence[NormLayer]) -> dict[str, Ru
         for members in by_shape.values():
             torch.bmm(stacks[members[0].weight.shape], factors[members[0].weight.shape])
 
+    one_pass()  # copies the table of addresses, for which a capture cannot wait
+    torch.cuda.synchronize()
     stacks: dict[torch.Size, torch.Tensor] = {}
     factors: dict[torch.Size, torch.Tensor] = {}
     for shape, members in by_shape.items():

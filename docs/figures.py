@@ -173,6 +173,7 @@ _QUALITY = {
     "learning-rate": "loss on the validation split, nats per byte",
     "adapt": "loss on the test split, nats per byte",
     "precision": "loss on the test split, nats per byte",
+    "clock": "milliseconds of a training step, in turn",
     "reached": "mean loss on the test split, nats per byte, 95 % interval, learning rate, ms a step",
     "equal-steps": "difference of the loss after equal steps, nats per byte, 95 % interval, Holm's p",
     "equal-time": "difference of the loss after equal time, nats per byte, 95 % interval, Holm's p",
@@ -189,6 +190,8 @@ def _quality(name: str, op: str) -> Cell:
             return ""
         if op == "corpus":
             return ", ".join(map(str, row["bytes"].values()))
+        if op == "clock":
+            return f"{row['step_ms']:.1f}"
         if "mean" not in row:
             return "diverged" if row["loss"] is None else f"{row['loss']:.4f}"
         form = ("+" if "against" in row else "") + (".2g" if op.startswith("curve") else ".4f")

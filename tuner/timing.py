@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -146,6 +147,9 @@ def capture(
     ``pool`` is the memory pool of a graph that lives, to be shared with it; ``stream`` is where to capture, by default
     a new one. This is ``torch.cuda.graph``, but PyTorch's unused memory is returned to the driver only where it runs
     short: that takes longer than the capture.
+
+    Raises:
+        RuntimeError: the capture failed, or the calls started nothing, which would be timed as something fast.
     """
     stream = stream or torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -165,7 +169,13 @@ def capture(
             with suppress(RuntimeError):  # that the capture failed
                 graph.capture_end()
             raise
-        graph.capture_end()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            graph.capture_end()
+    for warning in said:
+        if "CUDA Graph is empty" in str(warning.message):
+            raise RuntimeError("the calls started nothing on the stream that is captured")
+        warnings.warn(warning.message, warning.category, stacklevel=2)
     return graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +18,9 @@ from . import base as base_model
 from .base import mode_of
 from .corpus import TEST, VALIDATION, Domain, code, documentation, make_domain, package_versions
 from .results_file import earlier_rows, with_summaries, write
+from .runs import Processes, Source, finite
 from .sizes import SIZES, Size
-from .study import Study, finite
+from .study import Study
 from .training import Deadline, OutOfTimeError, Text, held_out_loss
 
 CORPUS, PRETRAIN = "corpus", "pretrain"
@@ -32,6 +34,7 @@ def bench_quality(
     minutes: float = 9.0,
     output: Path | None = None,
     base: Path | None = None,
+    processes: int = 1,
     device: str | None = None,
     commit: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
@@ -40,7 +43,8 @@ def bench_quality(
 
     ``size``: a name of :data:`~.sizes.SIZES`. ``seeds``: runs of each method at its learning rate. ``base``: the file
     of the pre-trained weights, written if it is not there; by default beside ``output``, with the suffix
-    ``.base.safetensors``. ``output`` is written after every run.
+    ``.base.safetensors``. ``output`` is written after every run. ``processes``: runs at the same time; a step's time is
+    measured while none of them runs.
 
     Raises:
         UsageError: PEFT or transformers is missing, there is no GPU and ``device`` does not say cpu, or a file is of
@@ -59,6 +63,8 @@ def bench_quality(
     rows = earlier_rows(output, env)
     if base is None and output is not None:
         base = output.with_suffix(".base.safetensors")
+    if base is None and processes > 1:
+        raise UsageError("--processes reads the pre-trained weights from a file: give --output or --base")
     outcome = Outcome(rows)
 
     def save() -> None:
@@ -74,7 +80,11 @@ def bench_quality(
         save()
         study = Study(sized, seeds, model, texts[CODE], rows, save, deadline, progress)
         try:
-            study.run()
+            with contextlib.ExitStack() as stack:
+                if base is not None and processes > 1:
+                    source = Source(sized, base, _origin(sized, env), domains[CODE], str(where))
+                    study.processes = stack.enter_context(Processes(processes, source, deadline))
+                study.run()
         except OutOfTimeError:
             again = "run the same command again" if output else "give it an --output to go on later"
             outcome.notes.append(f"the time is over; left: {study.left()}; {again}")
@@ -106,7 +116,7 @@ def _pretrained(
     """The model that ``rows`` are of; where there are none, from its file or trained now."""
     known = next((row["base_sha256"] for row in rows if row["op"] == PRETRAIN), None)
     text = texts[DOCUMENTATION]
-    of = {"study": str(size), "text": env[f"{DOCUMENTATION}_sha256"]}
+    of = _origin(size, env)
     if path is not None and path.exists():
         model = base_model.load(path, size, text.train.device, of)
         if known not in (None, base_model.digest(model)):
@@ -119,6 +129,11 @@ def _pretrained(
     if path is not None:
         base_model.save(model, path, of)
     return model
+
+
+def _origin(size: Size, env: Mapping[str, str]) -> dict[str, str]:
+    """What pre-trained weights are of."""
+    return {"study": str(size), "text": env[f"{DOCUMENTATION}_sha256"]}
 
 
 def _corpus_row(domain: Domain, size: Size) -> Row:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..results import Row
 from .arms import DORA, LORA, PEFT_DORA
+from .clock import CLOCK
 from .intervals import Interval, holm
-from .study import ADAPT, PRECISION, REFERENCE
+from .runs import ADAPT, PRECISION
+from .study import REFERENCE
 
 if TYPE_CHECKING:
     from ...terminal.tables import Table
@@ -20,6 +23,8 @@ SUMMARIES = (REACHED, EQUAL_STEPS, EQUAL_TIME, CURVES, CURVES_APART)
 LEVEL = 0.05
 
 Pair = Callable[[Row, Row], float | None]
+Clock = Mapping[tuple[str, int | None], float]
+"""Milliseconds of a step, by method and rank."""
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
@@ -29,20 +34,20 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     doratune's minus that of PEFT's DoRA, seed by seed. ``p_holm`` is corrected for all differences of an operation.
     """
     adapted = [row for row in rows if row["op"] == ADAPT]
-    found = _reached(adapted) + _differences(adapted, EQUAL_STEPS, _equal_steps)
-    if all(row["seconds"] is not None for row in adapted):
-        found += _differences(adapted, EQUAL_TIME, _equal_time)
+    clock = {(row["impl"], row["rank"]): row["step_ms"] for row in rows if row["op"] == CLOCK}
+    found = _reached(adapted, clock) + _differences(adapted, EQUAL_STEPS, _equal_steps)
+    if all((row["impl"], row["rank"]) in clock for row in adapted):
+        found += _differences(adapted, EQUAL_TIME, functools.partial(_equal_time, clock))
     return found + _curves([row for row in rows if row["op"] == PRECISION])
 
 
-def _reached(adapted: Sequence[Row]) -> list[Row]:
+def _reached(adapted: Sequence[Row], clock: Clock) -> list[Row]:
     found = []
     for group in _groups(adapted):
         first, losses = group[0], [row["loss"] for row in group if row["loss"] is not None]
-        times = [row["step_ms"] for row in group if row["step_ms"] is not None]
         if losses:
             facts: Row = {name: first[name] for name in ("rate", "edge", "parameters")}
-            facts["step_ms"] = sorted(times)[len(times) // 2] if times else None
+            facts["step_ms"] = clock.get((first["impl"], first["rank"]))
             facts["diverged"] = len(group) - len(losses)
             found.append({**_case(first, REACHED), **facts, **_interval(losses)})
     return found
@@ -75,20 +80,21 @@ def _equal_steps(mine: Row, theirs: Row) -> float | None:
     return None if None in (mine["loss"], theirs["loss"]) else mine["loss"] - theirs["loss"]
 
 
-def _equal_time(mine: Row, theirs: Row) -> float | None:
+def _equal_time(clock: Clock, mine: Row, theirs: Row) -> float | None:
     """The difference when the faster of the two has made all its steps."""
     if None in (mine["loss"], theirs["loss"]):
         return None
-    when = min(mine["seconds"][-1], theirs["seconds"][-1])
-    return loss_at(mine, when) - loss_at(theirs, when)
+    each_ms = [clock[row["impl"], row["rank"]] for row in (mine, theirs)]
+    when = min(row["at"][-1] * ms for row, ms in zip((mine, theirs), each_ms, strict=True))
+    return loss_at(mine, when / each_ms[0]) - loss_at(theirs, when / each_ms[1])
 
 
-def loss_at(row: Row, when: float) -> float:
-    """The held-out loss of a run after ``when`` seconds of training, on straight lines between its evaluations."""
-    times, losses = [0.0, *row["seconds"]], [row["start_loss"], *row["held_out_loss"]]
-    for k in range(1, len(times)):
-        if when <= times[k]:
-            share = (when - times[k - 1]) / (times[k] - times[k - 1])
+def loss_at(row: Row, steps: float) -> float:
+    """The held-out loss of a run after so many steps, on straight lines between its evaluations."""
+    marks, losses = [0.0, *row["at"]], [row["start_loss"], *row["held_out_loss"]]
+    for k in range(1, len(marks)):
+        if steps <= marks[k]:
+            share = (steps - marks[k - 1]) / (marks[k] - marks[k - 1])
             return float(losses[k - 1] + share * (losses[k] - losses[k - 1]))
     return float(losses[-1])
 

@@ -19,8 +19,6 @@ from .sizes import Size
 
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises to its value, in which it then stays."""
-SETTLING = 3
-"""Passes ahead of the clock: kernels compile in the first ones, and doratune groups layers after it."""
 
 
 class OutOfTimeError(Exception):
@@ -78,11 +76,10 @@ class Text:
 
 @dataclass
 class Curve:
-    """What a run has given: the loss of each training step; after how many steps and seconds which held-out loss."""
+    """What a run has given: the loss of each training step; after how many steps which held-out loss."""
 
     train: list[float] = field(default_factory=list)
     at: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
     held_out: list[float] = field(default_factory=list)
 
 
@@ -126,73 +123,54 @@ def train(
     clip: float | None = None,
     schedule: Callable[[float], float] = lambda done: 1.0,
 ) -> Curve:
-    """Train what is trainable with AdamW, without weight decay, and time it.
+    """Train what is trainable with AdamW, without weight decay.
 
     ``schedule`` gives the factor of ``rate`` from the share of steps that are done. ``clip``: the largest norm of all
-    gradients. The clock is the GPU's, over whole steps as they follow each other; held-out losses are outside of it.
+    gradients.
 
     Raises:
         OutOfTimeError: the deadline has passed.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = text.train.device
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = optimizer_of(model, rate, device)
     model.train()
     curve, losses = Curve(), torch.zeros(steps, device=device)
     marks = evaluated(steps, evaluations)
-    clock = _Clock(device)
-    for inputs, targets in text.batches(size, SETTLING, seed):
-        with mode.context(device):
-            loss_of(model, inputs, targets).backward()
-        optimizer.zero_grad()
     with no_collection() if device.type == "cuda" else contextlib.nullcontext():
-        for step, (inputs, targets) in enumerate(text.batches(size, steps, seed)):
-            with clock.running():
-                warm = min(1.0, (step + 1) / max(1.0, WARM_UP * steps))
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * warm * schedule(step / steps)
-                with mode.context(device):
-                    loss = loss_of(model, inputs, targets)
-                loss.backward()
-                if clip is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                losses[step] = loss.detach()
-            if step + 1 in marks:
+        for done, (inputs, targets) in enumerate(text.batches(size, steps, seed)):
+            warm = min(1.0, (done + 1) / max(1.0, WARM_UP * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * warm * schedule(done / steps)
+            losses[done] = step(model, optimizer, mode, inputs, targets, clip)
+            if done + 1 in marks:
                 deadline.check()
-                curve.at.append(step + 1)
-                curve.seconds.append(clock.seconds())
+                curve.at.append(done + 1)
                 curve.held_out.append(held_out_loss(model, mode, text, split, size))
     curve.train = losses.tolist()
     return curve
 
 
-class _Clock:
-    """Adds up the time of steps: on a GPU between events, without making the host wait in between."""
+def optimizer_of(model: nn.Module, rate: float, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW for what is trainable in ``model``."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=device.type == "cuda")
 
-    def __init__(self, device: torch.device) -> None:
-        self.gpu = device.type == "cuda"
-        self.total = 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        if not self.gpu:
-            begin = time.perf_counter()
-            yield
-            self.total += time.perf_counter() - begin
-            return
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        yield
-        end.record()
-        self.events.append((start, end))
-
-    def seconds(self) -> float:
-        """So far; waits for the GPU."""
-        if self.events:
-            torch.cuda.synchronize()
-            self.total += 1e-3 * sum(float(start.elapsed_time(end)) for start, end in self.events)
-            self.events.clear()
-        return self.total
+def step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mode: Mode,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    clip: float | None = None,
+) -> torch.Tensor:
+    """One training step; returns its loss, on the device."""
+    with mode.context(inputs.device):
+        loss = loss_of(model, inputs, targets)
+    loss.backward()
+    if clip is not None:
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()

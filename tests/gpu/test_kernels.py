@@ -360,3 +360,8 @@ def test_more_than_two_to_the_31_elements_are_right() -> None:
         exact = definition(kernel.spec, few, scaling)
         name = kernel.spec.contract.outputs[0].name
         assert worst_error(kernel.spec, {name: first[rows]}, {name: exact[name]})[1] is None, op
+
+
+def test_a_graph_of_nothing_is_not_timed() -> None:
+    with pytest.raises(RuntimeError, match="started nothing"):
+        capture([lambda: None])

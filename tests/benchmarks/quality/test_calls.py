@@ -21,8 +21,9 @@ from doratune.benchmarks.commands import bench
 from doratune.benchmarks.quality import bench as quality_bench
 from doratune.benchmarks.quality.arms import PEFT_DORA
 from doratune.benchmarks.quality.bench import bench_quality
+from doratune.benchmarks.quality.runs import ADAPT, PRECISION, RATE
 from doratune.benchmarks.quality.sizes import SIZES
-from doratune.benchmarks.quality.study import ADAPT, PRECISION, RATE, arms
+from doratune.benchmarks.quality.study import arms
 from doratune.benchmarks.quality.summary import CURVES_APART, EQUAL_STEPS, SUMMARIES
 from doratune.benchmarks.quality.training import Deadline
 from doratune.errors import UsageError
@@ -116,6 +117,22 @@ def test_a_call_with_nothing_left_runs_nothing_and_a_run_is_the_same_in_any_call
         assert again == next(row for row in second if row["op"] == RATE)
     finally:
         output.write_text(before)
+
+
+@pytest.mark.slow
+def test_processes_find_what_runs_one_after_another_find(calls: Any, tmp_path: Path) -> None:
+    output, _, second = calls
+    again = tmp_path / "quality.json"
+    with pytest.raises(UsageError, match="give --output or --base"):
+        call(None, processes=2)
+    outcome, _ = call(again, processes=2, base=output.with_suffix(".base.safetensors"))
+    assert outcome.notes == []
+
+    def losses(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], Any]:
+        names = ("op", "impl", "rank", "dtype", "adapter", "flags", "seed", "exponent")
+        return {tuple(str(row.get(name)) for name in names): row["loss"] for row in runs(rows) if row["op"] != "corpus"}
+
+    assert losses(json.loads(again.read_text())["rows"]) == losses(second)
 
 
 @pytest.mark.parametrize(

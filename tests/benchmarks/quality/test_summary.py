@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from doratune.benchmarks.quality.arms import DORA, FULL, LORA, PEFT_DORA
-from doratune.benchmarks.quality.study import ADAPT, PRECISION
+from doratune.benchmarks.quality.clock import CLOCK
+from doratune.benchmarks.quality.runs import ADAPT, PRECISION
 from doratune.benchmarks.quality.summary import (
     CURVES,
     CURVES_APART,
@@ -20,15 +21,15 @@ from doratune.benchmarks.quality.summary import (
 )
 
 
-def adapt_row(
-    impl: str, seed: int, loss: float | None, *, rank: int | None = 8, seconds: float | None = None
-) -> dict[str, Any]:
+def adapt_row(impl: str, seed: int, loss: float | None, *, rank: int | None = 8) -> dict[str, Any]:
     row = {"bench": "quality", "op": ADAPT, "impl": impl, "model": "m", "shape": [1, 2], "rank": rank, "dtype": "bf16"}
     row |= {"adapter": "fp32", "flags": ["autocast"], "seed": seed, "rate": 1e-3, "edge": False, "parameters": 5}
     held_out = None if loss is None else [loss + 0.4, loss]
-    times = None if seconds is None else [0.5 * seconds, seconds]
-    row |= {"start_loss": 3.0, "loss": loss, "at": [1, 2], "held_out_loss": held_out, "seconds": times}
-    return {**row, "step_ms": None if seconds is None else 500.0 * seconds}
+    return {**row, "start_loss": 3.0, "loss": loss, "at": [1, 2], "held_out_loss": held_out}
+
+
+def clock_row(impl: str, step_ms: float, *, rank: int | None = 8) -> dict[str, Any]:
+    return {"bench": "quality", "op": CLOCK, "impl": impl, "rank": rank, "step_ms": step_ms}
 
 
 def test_a_difference_is_paired_by_seed_and_taken_to_lora() -> None:
@@ -62,17 +63,25 @@ def test_without_a_gpu_nothing_is_said_of_equal_time() -> None:
 
 
 def test_at_equal_time_the_slower_one_is_read_off_before_its_end() -> None:
-    slow = adapt_row(DORA, 1, 2.0, seconds=4.0)  # 3.0 at the start, 2.4 after 2 s, 2.0 after 4 s
-    assert loss_at(slow, 3.0) == pytest.approx(2.2)
-    assert loss_at(slow, 1.0) == pytest.approx(2.7)
+    slow = adapt_row(DORA, 1, 2.0)  # 3.0 at the start, 2.4 after the first step, 2.0 after the second
+    assert loss_at(slow, 1.5) == pytest.approx(2.2)
+    assert loss_at(slow, 0.5) == pytest.approx(2.7)
     assert loss_at(slow, 9.0) == 2.0
-    rows = [
-        adapt_row(name, seed, 2.0, seconds=3.0 if name == LORA else 4.0) for name in (LORA, DORA) for seed in (1, 2)
-    ]
+    rows = [adapt_row(name, seed, 2.0) for name in (LORA, DORA) for seed in (1, 2)]
+    rows += [clock_row(LORA, 1500.0), clock_row(DORA, 2000.0)]
     (time,) = [row for row in summarise(rows) if row["op"] == EQUAL_TIME]
     assert time["mean"] == pytest.approx(0.2)
     (steps,) = [row for row in summarise(rows) if row["op"] == EQUAL_STEPS]
     assert steps["mean"] == 0.0
+    assert {row["impl"]: row["step_ms"] for row in summarise(rows) if row["op"] == "reached"} == {
+        LORA: 1500,
+        DORA: 2000,
+    }
+
+
+def test_equal_time_needs_the_clock_of_every_method() -> None:
+    rows = [adapt_row(name, seed, 2.0) for name in (LORA, DORA) for seed in (1, 2)]
+    assert not [row for row in summarise([*rows, clock_row(LORA, 1.0)]) if row["op"] == EQUAL_TIME]
 
 
 def test_seeds_that_diverged_and_rates_at_the_edge_are_told() -> None:
