@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ..codegen.gpu import Gpu
+from ..errors import DoratuneError
 from ..nn.norm import norm_and_gain_of
 from ..nn.norm_cache import NormCache
 from ..nn.norm_layer import NormLayer
@@ -153,6 +154,9 @@ def implementations(case: NormCase, layers: Sequence[NormLayer]) -> dict[str, Ru
 
     one_pass()  # copies the table of addresses, for which a capture cannot wait
     torch.cuda.synchronize()
+    served = len(norms.served())
+    if served < len(layers):
+        raise DoratuneError(f"a pass computes {served} of {len(layers)} norms, and its time would not be that of all")
     stacks: dict[torch.Size, torch.Tensor] = {}
     factors: dict[torch.Size, torch.Tensor] = {}
     for shape, members in by_shape.items():

@@ -11,7 +11,7 @@ from ..codegen.ops import ALIGNMENT
 from .norm_layer import AnyLayer, StoredLayer, kind_of, units_of
 
 MOST_UNITS = 1 << 31
-"""Units of a table (``ops.TABLE_UNIT``) between two dense layers at most: tensor maps take 32-bit coordinates."""
+"""Units of a table (``ops.TABLE_UNIT``) between two dense matrices at most: tensor maps take 32-bit coordinates."""
 
 _data_ptr = torch.Tensor.data_ptr
 _is_contiguous = torch.Tensor.is_contiguous
@@ -102,12 +102,14 @@ def places_of(layers: Sequence[AnyLayer]) -> tuple[list[AnyLayer], list[torch.Te
     anchors = [min(column, key=_data_ptr) for column in columns]
     starts = [anchor.data_ptr() for anchor in anchors]
     units = units_of(layers[0])
-    # Kernels of stored weights use no tensor maps.
-    most = 1 << 62 if isinstance(layers[0], StoredLayer) else MOST_UNITS
+    # Kernels of stored weights use no tensor maps, and vectors are read without them: m may be far from other m.
+    mapped = not isinstance(layers[0], StoredLayer)
+    most = [MOST_UNITS if mapped and tensor.ndim == 2 else 1 << 62 for tensor in layers[0].tensors]
     fits, places = [], []
     for layer in layers:
         distances = [tensor.data_ptr() - start for tensor, start in zip(layer.tensors, starts, strict=True)]
-        if all(d % unit == 0 and d // unit < most for d, unit in zip(distances, units, strict=True)):
+        reached = zip(distances, units, most, strict=True)
+        if all(distance % unit == 0 and distance // unit < limit for distance, unit, limit in reached):
             fits.append(layer)
             places.append([d // tensor.element_size() for d, tensor in zip(distances, layer.tensors, strict=True)])
     return ([], [], []) if any(start % ALIGNMENT for start in starts) else (fits, anchors, places)

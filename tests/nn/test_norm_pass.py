@@ -12,11 +12,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from doratune.nn import norm_cache, norm_pass
+from doratune.nn import norm_cache, norm_pass, norm_table
 from doratune.nn.norm import norm_and_gain_of
 from doratune.nn.norm_cache import NormCache, opened
 from doratune.nn.norm_layer import NormLayer
 from doratune.nn.norm_pass import NormPass
+from doratune.nn.norm_table import places_of
 
 D_OUT, D_IN, RANK = 12, 20, 3
 
@@ -274,3 +275,27 @@ def test_autocast_rounds_as_the_layers_do(computed: Counter[str]) -> None:
     assert computed == {"pass": 1}
     assert torch.equal(norm, exact[0])
     assert torch.equal(g, exact[1])
+
+
+def test_only_matrices_must_be_near_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel maps matrices with 32-bit coordinates; m, of a few bytes a unit, is found wherever it is."""
+    rows, cols, rank, apart = 512, 256, 128, 1 << 20
+    memory = torch.zeros(2 * apart + 512, dtype=torch.float32)
+    memory = memory[-memory.data_ptr() // 4 % 128 :]  # begins at a multiple of 512 bytes
+
+    def made(begin: int, distance: int) -> NormLayer:
+        w, a, b = (
+            memory[begin:][: rows * cols],
+            memory[begin + rows * cols :][: rank * cols],
+            memory[begin:][: rows * rank],
+        )
+        m = memory[distance:][:rows]
+        return NormLayer(w.view(rows, cols), a.view(rank, cols), b.view(rows, rank), m, 0.5, NormCache())
+
+    layers = [made(0, 0), made(512, apart)]
+    monkeypatch.setattr(norm_table, "MOST_UNITS", 64)  # 32 kB between W, which are 2 kB apart; m are 4 MB apart
+    fits, _, places = places_of(layers)
+    assert [fit.norms for fit in fits] == [each.norms for each in layers]
+    assert places[1][3] == apart
+    far = [made(0, 0), made(apart, 0)]
+    assert len(places_of(far)[0]) == 1, "W are 4 MB apart"
