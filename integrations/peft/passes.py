@@ -214,14 +214,14 @@ class _Layers:
         if block and self.have_norms():
             return None
         last = self._last
-        stands = last is not None and last.holds(self.layers)
-        if last is None or not stands:
+        known = last is not None and last.holds(self.layers)
+        if last is None or not known:
             last = self._last = self._look()
         if block and not last.owns:
             return None
         if current_backward() != -1 and any(each.norms.has_own(each.tensors[0]) for each in last.members):
             return None
-        return last.over.open(stands=stands)
+        return last.over.open(stands=known and last.over.stands())
 
     def release(self, reader: StorageReader) -> None:
         """Release the W of a quantised layer, which it holds no more."""
@@ -296,7 +296,7 @@ class _Last(NamedTuple):
     over: NormPass
 
     def holds(self, layers: Sequence[tuple[Place | StoredPlace, LoraLayer]]) -> bool:
-        """Whether a check would probably find the same, and the tensors are where they were.
+        """Whether a check would probably find the same.
 
         Adapters are mostly switched in all layers at once, so only the first is asked. A change of another one is found
         in its own call, which checks the layer and what its norm was computed from, and then by the next pass.
@@ -308,5 +308,4 @@ class _Last(NamedTuple):
             and self.changes == _changes()
             and not getattr(peft_dora, "ENABLE_DORA_CACHING", False)
             and (self.first is None or self.first[0].is_as_it_was(self.first[1]))
-            and self.over.stands()
         )

@@ -118,9 +118,11 @@ class Place:
         return self._own if state is not None and state.stands() else None
 
     def own(self, module: LoraLayer) -> Projection | None:
-        """Examine the layer: its tensors if doratune may run it by itself now."""
+        """Examine the layer, unless it is as it was: its tensors if doratune may run it by itself now."""
         state = self._state
         if state is not None:
+            if self.is_as_it_was(module) and not getattr(peft_dora, "ENABLE_DORA_CACHING", False):
+                return self._own
             Place.changes += 1
             self._state = None
             if self._own is not None and not state.stands():

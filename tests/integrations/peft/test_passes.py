@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import doratune
+from doratune.integrations.peft import passes, unchanged
 from doratune.integrations.peft.passes import Begin, End
 from doratune.nn import group, norm_cache, norm_pass
 from doratune.nn.group_plan import Plan
@@ -227,6 +229,66 @@ def test_the_recompute_of_a_block_reproduces_its_forwards_norms(reentrant: bool,
         assert computed == {"pass": calls * LAYERS}
         logits(exact, ids).square().sum().backward()
     assert_same_gradients(model, exact, 1e-4)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.q(x)
+
+
+class _Checkpointed(nn.Module):
+    """Calls its blocks by ``__call__`` in the recompute too, so that their hooks run there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_Block() for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_layers_that_do_not_change_are_examined_once(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither do a pass of the model and those of blocks take each other's examination for a change."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q"], use_dora=True, init_lora_weights=False)
+    model = get_peft_model(_Checkpointed(), config).train(train)
+    doratune.accelerate(model, quiet=True)
+    examined: Counter[str] = Counter()
+
+    def count(owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*arguments: Any) -> Any:
+            examined[f"{owner.__name__}.{name}"] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(passes._Layers, "_look")
+    count(unchanged.Unchanged, "__init__")
+    for step in range(7):
+        before = examined.copy()
+        with torch.set_grad_enabled(train):
+            y = model(torch.randn(4, 8))
+        if train:
+            y.square().sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.01)
+        assert step < 3 or examined == before, step
+    assert examined["_Layers._look"]
+    model.base_model.model.blocks[1].q.set_scale("default", 2.0)
+    before = examined.copy()
+    for _ in range(3):
+        model(torch.randn(4, 8))
+    assert examined["Unchanged.__init__"] == before["Unchanged.__init__"] + 1, "the one that has changed"
 
 
 def test_a_write_before_the_backward_does_not_reach_a_recompute(
