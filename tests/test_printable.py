@@ -84,10 +84,11 @@ def test_a_message_is_short_and_keeps_its_remedy() -> None:
 def test_a_table_prints_texts_as_they_are(text: str) -> None:
     table = Table("column", title=text)
     table.add_row(text)
-    out = io.StringIO()
-    Console(file=out, width=120, markup=False, emoji=False).print(table)
-    assert out.getvalue().replace("\n", "").isprintable()
-    assert out.getvalue().count(printable(text)) == 2
+    for made in (table.styled(120), table.records(120)):
+        out = io.StringIO()
+        Console(file=out, width=120, markup=False, emoji=False).print(made)
+        assert out.getvalue().replace("\n", "").isprintable()
+        assert out.getvalue().count(printable(text)) == 2
 
 
 @pytest.mark.parametrize("text", [*ACTING, *MARKUP])
