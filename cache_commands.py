@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,18 @@ def _stores(named: str | None) -> Iterator[list[Store]]:
             store.close()
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collection: going through thousands of entries again and again takes an eighth of a listing."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 MOST_DAMAGED = 20
 """Damaged rows that a listing names."""
 
@@ -100,7 +113,7 @@ def cache_ls(op: str | None, gpu: str | None, store: str | None, as_json: bool) 
     if op is not None and op not in OPS:
         raise UsageError(f"unknown operation {op!r}{near_names(op, OPS)} (known: {', '.join(OPS)})")
     slug = None if gpu is None else find_gpu(gpu).slug
-    with _stores(store) as stores:
+    with _stores(store) as stores, _no_collection():
         read = [entries_of(opened, op=op, gpu=slug) for opened in stores]
     found = [one for entries, _ in read for one in entries]
     damaged = [str(error) for _, errors in read for error in errors]

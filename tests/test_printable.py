@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import random
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import doratune
+from doratune import printable as printable_module
 from doratune.cache.store import Store
 from doratune.cli import main
 from doratune.errors import DoratuneError, UsageError
@@ -78,6 +80,17 @@ def test_a_message_is_short_and_keeps_its_remedy() -> None:
     assert str(error).endswith("do this instead")
     assert str(DoratuneError("several\nlines\x07")) == "several\nlines\\x07"
     assert shortened("short") == "short"
+
+
+def test_the_quick_ways_find_what_the_characters_say() -> None:
+    chance = random.Random(0)
+    letters = [*map(chr, range(0x3000)), *"\ud800\udfff\ufeff\ufffb\U0001f600µ日", *"abc \t\n" * 300]
+    for _ in range(3000):
+        text = "".join(chance.choices(letters, k=chance.choice((0, 1, 3, 40))))
+        for lines in (False, True):
+            acts = (printable_module._UNPRINTABLE_IN_LINES if lines else printable_module._UNPRINTABLE).search(text)
+            assert is_printable(text, lines=lines) == (acts is None), repr(text)
+            assert (printable(text, lines=lines) == text) == (acts is None), repr(text)
 
 
 @pytest.mark.parametrize("text", [*ACTING, *MARKUP])
