@@ -15,6 +15,7 @@ from .errors import DoratuneError, UsageError, near_names
 from .printable import printable
 from .terminal.console import (
     Dtype,
+    LocationText,
     NamedPath,
     config_option,
     counting,
@@ -232,7 +233,7 @@ def _signing_key(path: Path | None) -> SigningKey | None:
 @_model_options
 @_output_option
 @_replace_option
-@click.option("--jobs", type=click.IntRange(min=1), help="Compile workers; one for each core by default.")
+@click.option("--jobs", type=jobs_range, help="Compile workers; one for each core by default.")
 @_sign_option
 @store_option
 @trust_option
@@ -396,7 +397,12 @@ def cache_export(
     help="Which of two entries of one spec and provenance wins; refuse: merge nothing if there are such.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
-@click.option("--store", metavar="PATH|URL", help="The store to merge into, made if missing; your own by default.")
+@click.option(
+    "--store",
+    type=LocationText(),
+    metavar="PATH|URL",
+    help="The store to merge into, made if missing; your own by default.",
+)
 @trust_option
 @json_option
 def cache_merge(

@@ -326,7 +326,8 @@ def doctor(
     from .tuner.examine_model import examine_model
 
     files, faults = examine_files(adapter, checkpoint)
-    report = examine_model(model, config, gpu=gpu, ranks=ranks, store=store) if model or config else None
+    asked = model is not None or config is not None
+    report = examine_model(model, config, gpu=gpu, ranks=ranks, store=store) if asked else None
     findings = [*examine(store), *files]
     if as_json:
         print_json(
