@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from .terminal.console import (
     store_option,
     trust_option,
 )
-from .terminal.interrupts import INTERRUPTED
+from .terminal.deadline import TimeUpError
+from .terminal.interrupts import INTERRUPTED, kill_descendants
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,6 +115,7 @@ def tune(as_json: bool, **options: Any) -> None:
     Stopping it, by Ctrl-C for instance, loses at most the running trials: the same command continues, and finished
     kernels are not searched again.
     """
+    began = time.monotonic()
     from .tuner.models import requested_model
 
     listed = bool(options["specs"]) or options["spec_file"] is not None
@@ -125,7 +129,11 @@ def tune(as_json: bool, **options: Any) -> None:
     from .tuner.report import closing_lines, gains_table, report, report_table
     from .tuner.tune_model import Request, tune_model
 
-    run = tune_model(Request(**options), standard_error_progress(), model)
+    try:
+        run = tune_model(Request(**options), standard_error_progress(), model, began)
+    except TimeUpError:
+        kill_descendants(os.getpid())  # such as the process that reads a config: Python would wait for it
+        raise
     if as_json:
         print_json(report(run.result, name=run.name, model=run.model, gpu=run.gpu.slug, store=run.store))
     else:
@@ -318,7 +326,8 @@ def doctor(
     from .tuner.examine_model import examine_model
 
     files, faults = examine_files(adapter, checkpoint)
-    report = examine_model(model, config, gpu=gpu, ranks=ranks, store=store) if model or config else None
+    asked = model is not None or config is not None
+    report = examine_model(model, config, gpu=gpu, ranks=ranks, store=store) if asked else None
     findings = [*examine(store), *files]
     if as_json:
         print_json(

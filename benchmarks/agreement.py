@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..terminal.deadline import time_limit
 from .adapted import STOCK, STOCK_LORA, Contender, Peers, contender, is_lora, relative_error
-from .deadline import time_limit
 from .measuring import left_out
 from .results import OURS, Outcome, Row
 from .tasks import STEP, Results, Task

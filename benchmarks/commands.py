@@ -149,11 +149,10 @@ def _enough_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, TypeError, OverflowError) as error:
-        if not _NO_ROOM.search(str(error)):
+        if not (isinstance(error, MemoryError) or _NO_ROOM.search(str(error))):
             raise
-        raise DoratuneError(
-            f"the benchmark does not fit into memory ({str(error).strip().splitlines()[0]}); choose smaller sizes"
-        ) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DoratuneError(f"the benchmark does not fit into memory ({reason}); choose smaller sizes") from error
 
 
 def _write(

@@ -287,14 +287,13 @@ def coverage_table(coverage: Coverage) -> Table:
     from ..terminal.tables import Table
 
     table = Table(title=f"{coverage.gpu}: {coverage.draws} draws, {len(coverage.looked)} kernels")
-    for name in ("operation", "dtypes"):
-        table.add_column(name)
+    table.add_column("operation: dtypes")  # in one column, or the table would not fit 80 characters
     for name in ("kernels", *VERDICTS, "worst bound"):
         table.add_column(name, justify="right")
     for (op, dtypes), looked in coverage.groups().items():
         shares = [f"{sum(each.verdict == verdict for each in looked) / len(looked):.0%}" for verdict in VERDICTS]
         losses = [each.loss for each in looked if each.loss is not None]
-        table.add_row(op, dtypes, str(len(looked)), *shares, f"{max(losses):.0%}" if losses else "-")
+        table.add_row(f"{op}: {dtypes}", str(len(looked)), *shares, f"{max(losses):.0%}" if losses else "-")
     return table
 
 

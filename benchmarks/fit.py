@@ -69,7 +69,7 @@ def fit(costs: Costs, wanted: int, *, memory: float | None, seconds: float, cont
     """The most layers, up to ``wanted``, whose memory is there and whose calls end in time.
 
     ``memory`` is in bytes, None for no limit. ``seconds`` are for :data:`CALLS` calls of each of the ``contenders``.
-    One layer is measured, however long it takes.
+    There is always one layer, also where its calls do not end in time.
     """
     room = math.inf if memory is None else MEMORY_SHARE * memory
 

@@ -6,7 +6,9 @@ and as many rounds as the time allows.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +19,13 @@ import torch
 from torch import nn
 
 from ..errors import DoratuneError, UsageError
+from ..terminal.deadline import TimeUpError, time_limit
 from .adapted import STOCK, STOCK_LORA, Mode, Peers, bench_device, chosen_modes, measure
 from .deadline import Budget
 from .fit import Cost, Costs, Fit, fit
 from .liger import liger_version
 from .measuring import allocated_bytes, check_names, left_out
+from .memory import within_free_memory
 from .model import ModelBench, with_liger
 from .quantised import quantise
 from .results import COMPILED, OURS, Outcome, Row
@@ -107,10 +111,11 @@ def bench_mine(asked: Asked, *, progress: Callable[[str], None] = lambda line: N
     """Measure the model that was asked for, in about as many minutes as were given.
 
     A contender that is not available, fails or finds no memory is left out with a note; so is a run whose time is up.
+    In the main thread a first call that does not end in the minutes is ended, and with it the process if need be.
 
     Raises:
         UsageError: PEFT or transformers is missing, there is no GPU and no device is named, or a name or size is wrong.
-        DoratuneError: nothing could be measured; the message has the first reason.
+        DoratuneError: nothing could be measured, or not in the minutes; the message has the first reason.
     """
     budget = Budget.begin(60.0 * asked.minutes)
     if (asked.model is None) == (asked.config is None):
@@ -128,7 +133,8 @@ def bench_mine(asked: Asked, *, progress: Callable[[str], None] = lambda line: N
         asked.batch, seq, asked.loss_tokens, asked.checkpointing, tuple(asked.decode_tokens), asked.context
     )
     mine = Mine(asked, name, whole.num_hidden_layers, request, device.type)
-    _Measuring(mine, device, budget, progress).run()
+    with contextlib.nullcontext() if on_gpu else within_free_memory():
+        _Measuring(mine, device, budget, progress).run()
     mine.seconds = budget.spent
     if not mine.outcome.rows:
         reason = next(iter(mine.outcome.notes), "no reason is known")
@@ -140,8 +146,13 @@ class _NotMeasuredError(DoratuneError):
     """What a layer takes could not be measured; the message is the reason."""
 
 
-def _nothing(name: str, reason: str) -> DoratuneError:
-    return DoratuneError(f"nothing of {name} could be measured: {reason}; choose a smaller --seq, --batch or --rank")
+def _nothing(name: str, reason: str, remedy: str = "choose a smaller --seq, --batch or --rank") -> DoratuneError:
+    return DoratuneError(f"nothing of {name} could be measured: {reason}; {remedy}")
+
+
+def _too_slow(name: str, reason: str, minutes: str) -> DoratuneError:
+    """That one layer takes longer than the command may; ``minutes`` is the option that would give it time."""
+    return _nothing(name, reason, f"give {minutes}, or choose a smaller --seq, --batch or --rank")
 
 
 @dataclass
@@ -232,8 +243,13 @@ class _Measuring:
             wanted = CPU_LAYERS
             cuts = [f"{wanted} of {self.mine.all_layers} layers: this is a CPU"]
         modes = chosen_modes(asked.modes)
+        reason = f"a few calls of one layer did not end in the time that was given, --minutes {asked.minutes:g}"
+        too_slow = _too_slow(self.mine.name, reason, "more --minutes")
         try:
-            one = two = self._probe(1, next(iter(modes.values())))
+            with time_limit(self.budget.until, last_words=too_slow):
+                one = two = self._probe(1, next(iter(modes.values())))
+        except TimeUpError as error:
+            raise too_slow from error
         except _NO_MODEL as error:
             raise UsageError(
                 f"transformers and PEFT make no causal language model with DoRA of the config of {self.mine.name}: "
@@ -243,7 +259,8 @@ class _Measuring:
             raise _nothing(self.mine.name, str(error)) from error
         if wanted > 1:
             try:
-                two = self._probe(2, next(iter(modes.values())))
+                with time_limit(self.budget.until, last_words=too_slow):
+                    two = self._probe(2, next(iter(modes.values())))
             except (DoratuneError, RuntimeError) as failure:
                 wanted = 1
                 cuts.append(f"1 of {self.mine.all_layers} layers: two fail: {failure}")
@@ -251,6 +268,10 @@ class _Measuring:
         memory = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
         contenders = len(CONTENDERS) * len(modes)
         found = fit(Costs(one, two), wanted, memory=memory, seconds=share, contenders=contenders)
+        if found.layers == 1 and found.seconds > self.budget.left:
+            reason = f"one layer takes about {found.seconds:.0f} s, and {self.budget.left:.0f} s are left"
+            enough = math.ceil((self.budget.spent + 1.1 * found.seconds) / 60.0)
+            raise _too_slow(self.mine.name, reason, f"--minutes {enough}")
         return replace(found, cuts=(*cuts, *found.cuts))
 
     def _probe(self, layers: int, mode: Mode) -> Cost:

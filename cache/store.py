@@ -431,14 +431,8 @@ class Store:
             NotAStoreError: ``replace`` is given, but the existing file is not a store.
             CorruptRowError: a row is damaged; nothing is exported.
         """
-        target = Location.parse(path)
-        if target.path is None:
-            raise LocationError(f"export to {target}: an export is a file; name a path")
-        if target.path.exists() and replace:
-            with contextlib.suppress(OlderStoreError):  # an older store may be replaced too
-                Store.open(target.path, readonly=True).close()  # raises for a file that is not a store
-        elif target.path.exists():
-            raise _exists(target)
+        target = self.check_export(path, replace=replace)
+        assert target.path is not None
         with making.new_file(target, target.path) as fresh:
             making.write_schema(sqlite_engine(fresh))
             with Store(Location.parse(fresh), sqlite_engine(fresh), readonly=False) as copy:
@@ -451,6 +445,29 @@ class Store:
                 os.replace(fresh, target.path)
             elif not making.place(fresh, target.path):
                 raise _exists(target)
+
+    @staticmethod
+    def check_export(path: str | Path, *, replace: bool = False) -> Location:
+        """Return the location of an export to ``path``, before the work of minutes that it ends.
+
+        Raises:
+            LocationError, StoreAccessError, NotAStoreError: as :meth:`export`.
+        """
+        target = Location.parse(path)
+        if target.path is None:
+            raise LocationError(f"export to {target}: an export is a file; name a path")
+        if target.path.exists() and replace:
+            with contextlib.suppress(OlderStoreError):  # an older store may be replaced too
+                Store.open(target.path, readonly=True).close()  # raises for a file that is not a store
+        elif target.path.exists():
+            raise _exists(target)
+        folder = next(each for each in target.path.absolute().parents if each.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            reason = "you may not write there" if folder.is_dir() else f"{folder} is a file"
+            raise StoreAccessError(
+                f"store {target}: cannot be made in {target.path.parent} ({reason}); name a folder that you can write"
+            )
+        return target
 
     def _signatures_for(self, copy: Store, key: SigningKey | None) -> set[Signature]:
         """The signatures of the rows of ``copy``: those that are known here, and new ones with ``key``."""

@@ -2,8 +2,23 @@
 (() => {
   const { figures, marks, templates } = JSON.parse(document.getElementById("figures").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const narrow = window.matchMedia("(max-width: 600px)");
   const coarse = window.matchMedia("(pointer: coarse)").matches;
   const drawn = new Set();
+  const MANY = 5; // names in a legend that take more than two lines of a narrow screen
+  const LINE = 20, AXIS = 48; // pixels of a name in a legend, and of an axis with its title
+
+  // Above a plot a legend of many names would scroll on a narrow screen: below it the plot grows by a line for each.
+  function placeBelow(data, layout) {
+    const names = new Set(data.filter((trace) => trace.showlegend !== false).map((trace) => trace.legendgroup || trace.name));
+    if (!layout.showlegend || names.size < MANY) return;
+    const height = LINE * names.size + 16;
+    layout.height += height;
+    layout.margin = { ...layout.margin, b: AXIS + height };
+    layout.legend = {
+      ...layout.legend, orientation: "v", xanchor: "left", x: 0, yref: "container", yanchor: "bottom", y: 0,
+    };
+  }
 
   function painted(figure) {
     const scheme = dark.matches ? "dark" : "light";
@@ -16,6 +31,7 @@
       }
     }
     layout.template = templates[scheme];
+    if (narrow.matches) placeBelow(data, layout);
     if (coarse) layout.dragmode = false; // a finger scrolls the page
     return [data, layout];
   }
@@ -23,6 +39,7 @@
   function draw(plot) {
     const [data, layout] = painted(figures[plot.id]);
     drawn.add(plot);
+    plot.style.height = `${layout.height}px`; // when its width changes, plotly takes the height from here
     return Plotly.react(plot, data, layout, { responsive: true, displayModeBar: false });
   }
 
@@ -33,5 +50,5 @@
       for (const plot of fold.querySelectorAll(".plot")) if (!hidden(plot) && !drawn.has(plot)) draw(plot);
     });
   }
-  dark.addEventListener("change", () => drawn.forEach(draw));
+  for (const query of [dark, narrow]) query.addEventListener("change", () => drawn.forEach(draw));
 })();

@@ -1,1 +1,1 @@
-"""What every command shares: options, JSON, messages, tables, exit codes, and Ctrl-C."""
+"""What every command shares: options, JSON, messages, tables, exit codes, Ctrl-C, and time limits."""

@@ -237,13 +237,14 @@ def print_table(table: Table, *, to_stderr: bool = False) -> None:
     from rich.console import Console
 
     console = Console(stderr=to_stderr, markup=False, emoji=False)
-    fits = not console.is_terminal or table.fits(console.width)
-    if console.is_terminal and (table.row_count <= MOST_STYLED or not fits):
-        console.print(table if fits else table.records())
+    width = console.width
+    fits = not console.is_terminal or table.fits(width)
+    if console.is_terminal and table.row_count <= MOST_STYLED:
+        console.print(table.styled(width) if fits else table.records(width))
         return
-    text = "\n".join(table.lines(console.width if console.is_terminal else None))
+    lines = table.lines(width if console.is_terminal else None) if fits else table.record_lines(width)
     with printing():
-        click.echo(text, err=to_stderr)
+        click.echo("\n".join(lines), err=to_stderr)
 
 
 @contextmanager

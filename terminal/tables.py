@@ -1,11 +1,12 @@
 """Tables whose texts are plain: nothing in them is markup, and what would act on a terminal is escaped.
 
-No text is cut, at any width: it is folded, and where columns would be too narrow to read, each row becomes a block of
-lines, one for each column.
+No text is cut, at any width, and only long words are broken (:data:`LONG`): cells are wrapped between words, and
+where the columns leave no room for theirs, each row becomes a block of lines, one for each column.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -14,9 +15,10 @@ from ..printable import printable
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+    from rich.text import Text
 
-NARROW = 12
-"""Characters that a column needs to be read, unless its words are shorter."""
+LONG, LONG_PATH = 1 / 2, 1 / 3
+"""Shares of a line from which on a word may be broken, and one with slashes, such as a path or a spec."""
 
 _FRAME = 3
 """Characters of a column beside its text: a line and a space on either side."""
@@ -32,10 +34,10 @@ class Column:
 
 
 class Table:
-    """A table of texts that may come from anybody.
+    """A table of texts that may come from anybody. A ``caption`` may have several lines.
 
-    :meth:`lines` lays it out plainly; :mod:`rich` does so with styles, for a terminal, where :meth:`records` are for
-    one that is too narrow for the columns (:meth:`fits`). A ``caption`` may have several lines.
+    :meth:`lines` and :meth:`record_lines` are text, in columns or in blocks; :meth:`styled` and :meth:`records` are
+    those with styles, for :mod:`rich`. Blocks are for a terminal that is too narrow for the columns (:meth:`fits`).
     """
 
     def __init__(self, *headers: str, title: str | None = None) -> None:
@@ -64,13 +66,13 @@ class Table:
         self._sections.add(self.row_count)
 
     def lines(self, width: int | None = None) -> Iterator[str]:
-        """The table as text without styles: each row on one line of any length, so that no text of it is cut.
+        """The table as text without styles: each row on one line of any length, so that no text of it is broken.
 
-        With ``width``, the widest columns are folded into as many characters. A row takes some microseconds here, and
-        about a millisecond where :mod:`rich` lays it out.
+        With ``width``, the widest columns are wrapped into lines of as many characters. A row takes some microseconds
+        here, and about a millisecond where :mod:`rich` lays it out.
         """
-        widths = [max(map(_width, (column.header, *column.cells))) for column in self.columns]
-        narrow = width is not None and _narrow(widths, width - _FRAME * len(widths) - 1)
+        widths = self._fitted(width)
+        narrow = widths != self._natural()
         if self.title is not None:
             yield printable(self.title)
         yield _rule("┏━┳┓", widths)
@@ -87,8 +89,7 @@ class Table:
 
     def _row(self, texts: Sequence[str], widths: Sequence[int], narrow: bool, between: str) -> Iterator[str]:
         """The lines of one row: one, unless a text is wider than its column."""
-        lines = [texts] if not narrow else _folded(texts, widths)
-        for line in lines:
+        for line in _wrapped_row(texts, widths) if narrow else [texts]:
             padded = [
                 text.rjust(width - _width(text) + len(text))
                 if column.justify == "right"
@@ -97,44 +98,74 @@ class Table:
             ]
             yield f"{between} {f' {between} '.join(padded)} {between}"
 
-    def fits(self, width: int) -> bool:
-        """Whether every column would be wide enough to be read in lines of ``width`` characters."""
-        needs = 1
-        for column in self.columns:
-            words = (word for text in (column.header, *column.cells) for word in text.split())
-            needs += min(NARROW, max(map(_width, words), default=0)) + _FRAME
-        return needs <= width
+    def record_lines(self, width: int) -> Iterator[str]:
+        """Each row as lines of ``width`` characters, some for each column that has a text there, without styles."""
+        return (name + text for name, text in self._records(width))
 
-    def records(self) -> RichTable:
-        """Each row as lines, one for each column that has a text there, with an empty line between two rows."""
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        grid = RichTable.grid(padding=(0, 2, 0, 0))
-        grid.add_column()
-        grid.add_column(overflow="fold")
+    def _records(self, width: int) -> Iterator[tuple[str, str]]:
+        """The lines of :meth:`record_lines`, each in two: the name of a column, and its text."""
         if self.title is not None:
-            grid.add_row(Text(), Text(printable(self.title), style="table.title"))
+            yield from (("", line) for line in _wrapped(printable(self.title), width))
+        names = max((_width(column.header) for column in self.columns), default=0)
         for place, row in enumerate(zip(*(column.cells for column in self.columns), strict=True)):
             if place or self.title is not None:
-                grid.add_row()
+                yield "", ""
             for column, text in zip(self.columns, row, strict=True):
                 if text:
-                    grid.add_row(Text(column.header, style="table.header"), Text(text))
+                    yield from _record(column.header, text, names, width)
         if self.caption is not None:
-            grid.add_row()
-            grid.add_row(Text(), Text(printable(self.caption, lines=True), style="table.caption"))
-        return grid
+            yield "", ""
+            for caption in printable(self.caption, lines=True).splitlines():
+                yield from (("", line) for line in _wrapped(caption, width))
 
-    def __rich__(self) -> RichTable:
+    def fits(self, width: int) -> bool:
+        """Whether lines of ``width`` characters hold the columns with no word broken that is not :data:`LONG`."""
+        return sum(self._least(width)) + self._frames <= width
+
+    @property
+    def _frames(self) -> int:
+        return _FRAME * len(self.columns) + 1
+
+    def _natural(self) -> list[int]:
+        """The columns' widths where there is room for everything."""
+        return [max(map(_width, (column.header, *column.cells))) for column in self.columns]
+
+    def _least(self, width: int) -> list[int]:
+        """The columns' least widths: those of their longest words."""
+        words = ([word for text in (column.header, *column.cells) for word in text.split()] for column in self.columns)
+        return [max((_least_of(word, width) for word in each), default=0) for each in words]
+
+    def _fitted(self, width: int | None) -> list[int]:
+        """The columns' widths in lines of ``width`` characters, for which :meth:`fits` must hold: wide columns share
+        what the others leave."""
+        natural = self._natural()
+        if width is None or sum(natural) + self._frames <= width:
+            return natural
+        least = self._least(width)
+
+        def of(most: int) -> list[int]:
+            return [max(low, min(high, most)) for low, high in zip(least, natural, strict=True)]
+
+        caps = range(max(natural) + 1)
+        return of(bisect.bisect_right(caps, width - self._frames, key=lambda most: sum(of(most))) - 1)
+
+    def records(self, width: int) -> Text:
+        """What :meth:`record_lines` has, with styles."""
+        from rich.text import Text
+
+        lines = [Text.assemble((name, "table.header"), text) for name, text in self._records(width)]
+        return Text("\n").join(lines)
+
+    def styled(self, width: int) -> RichTable:
+        """The table in columns, in lines of ``width`` characters."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
         made = RichTable(title=None if self.title is None else Text(printable(self.title), style="table.title"))
         if self.caption is not None:
             made.caption = Text(printable(self.caption, lines=True), style="table.caption")
-        for column in self.columns:
-            made.add_column(Text(column.header), justify=column.justify, overflow="fold")
+        for column, chars in zip(self.columns, self._fitted(width), strict=True):
+            made.add_column(Text(column.header), justify=column.justify, overflow="fold", width=chars)
         for number, row in enumerate(zip(*(column.cells for column in self.columns), strict=True), 1):
             made.add_row(*map(Text, row), end_section=number in self._sections)
         return made
@@ -149,25 +180,42 @@ def _width(text: str) -> int:
     return cell_len(text)
 
 
-def _narrow(widths: list[int], most: int) -> bool:
-    """Narrow the widest columns until all together take at most ``most`` characters; say whether that was needed."""
-    if sum(widths) <= most:
-        return False
-    while (surplus := sum(widths) - most) > 0 and (widest := max(widths)) > NARROW:
-        places = [place for place, width in enumerate(widths) if width == widest]
-        next_widest = max((width for width in widths if width < widest), default=0)
-        for place in places:
-            widths[place] = max(next_widest, widest - -(-surplus // len(places)), NARROW)
-    return True
+def _least_of(word: str, width: int) -> int:
+    """The characters that a column of a line of ``width`` characters needs for a word."""
+    return min(_width(word), max(1, int((LONG_PATH if "/" in word else LONG) * width)))
 
 
-def _folded(texts: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
+def _wrapped_row(texts: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
+    parts = [_wrapped(text, width) for text, width in zip(texts, widths, strict=True)]
+    return [[of[line] if line < len(of) else "" for of in parts] for line in range(max(map(len, parts)))]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """The text in lines of ``width`` characters, broken between words, or inside one that is longer."""
+    if _width(text) <= width:
+        return [text]
     from rich.cells import chop_cells
 
-    parts = [
-        [text] if _width(text) <= width else chop_cells(text, width) for text, width in zip(texts, widths, strict=True)
-    ]
-    return [[of[line] if line < len(of) else "" for of in parts] for line in range(max(map(len, parts)))]
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if _width(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines = [*filter(None, lines), *chop_cells(word, max(1, width))]
+    return lines
+
+
+def _record(name: str, text: str, names: int, width: int) -> Iterator[tuple[str, str]]:
+    """The lines of a column in a block: its name in ``names`` characters and its text, or one below the other."""
+    indent = names + 2
+    if width < 2 * indent:
+        indent = 2
+        yield from ((line, "") for line in _wrapped(name, width))
+        name = ""
+    for line in _wrapped(text, width - indent):
+        yield name + " " * (indent - _width(name)), line
+        name = ""
 
 
 def _rule(parts: str, widths: Sequence[int]) -> str:

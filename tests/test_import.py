@@ -41,6 +41,7 @@ MAY_IMPORT = {
         "errors",
         "printable",
         "temporaries",
+        "terminal.deadline",
         "terminal.interrupts",
         "terminal.tables",
         "text_file",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import random
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import doratune
+from doratune import printable as printable_module
 from doratune.cache.store import Store
 from doratune.cli import main
 from doratune.errors import DoratuneError, UsageError
@@ -80,14 +82,26 @@ def test_a_message_is_short_and_keeps_its_remedy() -> None:
     assert shortened("short") == "short"
 
 
+def test_the_quick_ways_find_what_the_characters_say() -> None:
+    chance = random.Random(0)
+    letters = [*map(chr, range(0x3000)), *"\ud800\udfff\ufeff\ufffb\U0001f600µ日", *"abc \t\n" * 300]
+    for _ in range(3000):
+        text = "".join(chance.choices(letters, k=chance.choice((0, 1, 3, 40))))
+        for lines in (False, True):
+            acts = (printable_module._UNPRINTABLE_IN_LINES if lines else printable_module._UNPRINTABLE).search(text)
+            assert is_printable(text, lines=lines) == (acts is None), repr(text)
+            assert (printable(text, lines=lines) == text) == (acts is None), repr(text)
+
+
 @pytest.mark.parametrize("text", [*ACTING, *MARKUP])
 def test_a_table_prints_texts_as_they_are(text: str) -> None:
     table = Table("column", title=text)
     table.add_row(text)
-    out = io.StringIO()
-    Console(file=out, width=120, markup=False, emoji=False).print(table)
-    assert out.getvalue().replace("\n", "").isprintable()
-    assert out.getvalue().count(printable(text)) == 2
+    for made in (table.styled(120), table.records(120)):
+        out = io.StringIO()
+        Console(file=out, width=120, markup=False, emoji=False).print(made)
+        assert out.getvalue().replace("\n", "").isprintable()
+        assert out.getvalue().count(printable(text)) == 2
 
 
 @pytest.mark.parametrize("text", [*ACTING, *MARKUP])

@@ -24,6 +24,7 @@ from click.testing import Result
 import doratune
 from doratune.cache.stack import prebuilt_paths
 from doratune.cli import main
+from doratune.terminal import console
 from doratune.terminal.console import print_table
 from doratune.terminal.tables import Table, bar
 
@@ -126,6 +127,22 @@ def test_no_table_is_wider_than_the_terminal_and_none_is_cut(args: list[str]) ->
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("args", TABLES, ids=name)
+def test_no_word_is_broken_on_a_narrow_terminal(args: list[str]) -> None:
+    rows = [line for line in run(args).stdout.splitlines() if line.startswith("│")]
+    in_a_pipe = {word for row in rows for word in row.split() if word != "│"}
+    for width in (60, 80):
+        printed = ESCAPE.sub("", run(args, FORCE_COLOR="1", COLUMNS=str(width)).stdout).split()
+        assert {word for word in in_a_pipe if len(word) <= (width // 3 if "/" in word else width // 2)} <= {*printed}
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_coverage_is_a_table_on_a_usual_terminal() -> None:
+    args = ["bench", "coverage", "--gpu", "h200", "--draws", "40"]
+    assert run(args, FORCE_COLOR="1", COLUMNS="80").stdout.count("┏") == 1
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("args", LISTINGS, ids=name)
 def test_piped_output_has_no_colours_and_no_broken_word(args: list[str]) -> None:
     result = run(args)
@@ -169,11 +186,13 @@ def test_a_closed_pipe_ends_every_listing_quietly(
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("styled", [True, False])
 @pytest.mark.parametrize("width", [20, 40, 80, 200, None])
 @pytest.mark.parametrize("columns", [1, 4, 9, 15])
 def test_any_table_fits_any_terminal_with_all_of_its_text(
-    columns: int, width: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    columns: int, width: int | None, styled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(console, "MOST_STYLED", 500 if styled else 0)
     texts = ["a" * 150, "[bold]b[/bold]", "µs × 3", "", "c d " * 60, "e" * 11]
     table = Table(*(f"column{place}" for place in range(columns)), title="its title")
     rows = [[texts[(place + shift) % len(texts)] for place in range(columns)] for shift in range(3)]

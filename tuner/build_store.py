@@ -79,6 +79,7 @@ def build_store(
     target = Location.parse(output)
     if target.path is not None and target.path.exists() and not replace:  # before minutes of work
         raise StoreAccessError(f"{target}: the file exists and is left as it is; name another, or give --replace")
+    Store.check_export(output, replace=replace)
     name, specs = reachable_specs(reach)
     needs = [*needs_of(specs, store, trusted)]
     made = _compile({need.source.code_digest: need for need in needs if need.why_compiled is not None}, jobs, tell)

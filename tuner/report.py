@@ -283,7 +283,11 @@ def entries_of(
     for key in store.binary_keys():
         by_digest.setdefault(key.code_digest, []).append(key)
     entries, damaged = store.readable_entries(op=op, gpu=gpu)
-    return [StoredEntry(store.location, entry, by_digest.get(entry.code_digest, ())) for entry in entries], damaged
+    found = [
+        StoredEntry(store.location, entry, by_digest.get(entry.code_digest, ()) if by_digest else ())
+        for entry in entries
+    ]
+    return found, damaged
 
 
 def entries_table(found: Iterable[StoredEntry]) -> Table:

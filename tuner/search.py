@@ -81,6 +81,12 @@ NEAR_BUCKET = 2
 LAST_FINALS_SECONDS = 20.0
 """How long the searches that a time limit cut short may take for their finals."""
 
+PREPARE_SECONDS = 1.0
+"""How long it may take, however little is left of the time limit, to know what to tune, and then what the store has."""
+
+ROWS_SECONDS = 0.5
+"""How long the store is read at the end for what it has of specs that were not begun."""
+
 STOP_SECONDS = 1.5
 """How long a candidate under evaluation may take after Ctrl-C before it is ended."""
 
@@ -167,14 +173,14 @@ def tune(
     finally:
         sys.setswitchinterval(interval)
         run.progress.close()
-        if run.stopped == "interrupt":
-            pool.kill()
+        if run.stopped in ("interrupt", "timeout"):
+            pool.kill()  # nothing waits for what is under way
         pool.close()
         for lane in run.lanes:
             lane.close()
         release(storage)
     return TuneResult(
-        tuple(run.row(spec) for spec in specs),
+        tuple(run.rows(specs)),
         run.stopped,
         run.fault,
         trials=run.trials,
@@ -242,21 +248,33 @@ class _Run:
         self._sampler = stand_ins.sampler
         self._incumbents = incumbents
         self._rows: dict[KernelSpec, Tuned] = {}
+        self._stored: dict[KernelSpec, Entry] = {}
+        """What the store had at the beginning."""
         self._deadline: float | None = None
         self._best: dict[KernelSpec, list[tuple[int, list[Config]]]] = {}
         """Of each family: the token buckets finished in this run with their best configs."""
         self._compiled: dict[KernelSpec, set[Config]] = {}
         """Of each family: the configs that this run has compiled. Its token buckets share their code."""
 
-    def row(self, spec: KernelSpec) -> Tuned:
-        return self._rows.get(spec) or Tuned(spec, UNFINISHED, self.store.readable(spec), "not begun")
+    def rows(self, specs: Sequence[KernelSpec]) -> Iterator[Tuned]:
+        """What became of each of the specs. Of thousands that were not begun the store is not read again."""
+        end = time.monotonic() + ROWS_SECONDS
+        for spec in specs:
+            row = self._rows.get(spec)
+            if row is None:
+                entry = self.store.readable(spec) if time.monotonic() < end else self._stored.get(spec)
+                row = Tuned(spec, UNFINISHED, entry, "not begun")
+            yield row
 
     def search(self, specs: list[KernelSpec], deadline: float | None) -> None:
         self._deadline = deadline
         self._environment = self.lanes[0].evaluator.environment()
         self._packing = Packing(self.store, self.pool, self._environment, self.progress)
         families: dict[KernelSpec, list[KernelSpec]] = {}
+        end = time.monotonic() + PREPARE_SECONDS
         for spec in specs:
+            if self._stopping() and (self.stopped != "timeout" or time.monotonic() >= end):
+                return
             entry = self._kept(spec)
             if entry is not None:
                 self._keep(entry)
@@ -282,6 +300,7 @@ class _Run:
             url=self.url,
             all_at_once=self._alone,
             lanes=len(self.lanes),
+            stopping=self._stopping,
         )
         try:
             self._share_out(campaign, families)
@@ -297,7 +316,7 @@ class _Run:
         most = max(2, _STUDIES_PER_WORKER * (self.pool.jobs or default_jobs()))
         said = 0
         while (active or campaign.waiting) and not self._stopping():
-            while len(active) < most and (family := campaign.claim()) is not None:
+            while len(active) < most and not self._stopping() and (family := campaign.claim()) is not None:
                 lane = min(self._lanes(), key=lambda lane: sum(of is lane for _, of in active.values()))
                 active[family] = self._next(families[family]), lane
             for notice in campaign.notices[said:]:
@@ -428,7 +447,10 @@ class _Run:
 
     def _kept(self, spec: KernelSpec) -> Entry | None:
         entry = self.store.readable(spec)
-        if entry is None or check_config(spec, entry.config, self.gpu) is not None:
+        if entry is None:
+            return None
+        self._stored[spec] = entry
+        if check_config(spec, entry.config, self.gpu) is not None:
             return None
         digest = template_digest(spec.op, entry.config.variant)
         if entry.template_digest != digest:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from ..codegen.spec import KernelSpec
 from ..errors import UsageError
 from ..runtime.device import find_device, gpu_of
 from ..runtime.local_ranks import share_of_cores
+from ..terminal.deadline import TimeUpError, time_limit
 from .effort import find_effort
 from .evaluation import Evaluator, GpuLostError
 from .incumbents import Incumbents, incumbents_of
@@ -29,7 +32,7 @@ from .outcome import FAILED, KEPT, PARTIAL, TUNED, UNFINISHED, TuneResult
 from .predict import PredictEvaluator
 from .progress import SilentProgress
 from .report import layer_lines
-from .search import tune
+from .search import PREPARE_SECONDS, tune
 from .spec_list import SpecList, read_spec_list
 from .study_storage import check_study_storage, default_study_storage
 
@@ -105,29 +108,33 @@ class ModelRun:
 
 
 def tune_model(
-    request: Request, progress: SilentProgress | None = None, model: Callable[[], Model] | None = None
+    request: Request,
+    progress: SilentProgress | None = None,
+    model: Callable[[], Model] | None = None,
+    began: float | None = None,
 ) -> ModelRun:
     """Tune every kernel that DoRA on a model's linear projections needs, or those that the request lists.
 
     ``model`` is what :func:`~.models.requested_model` returned for the request, if the caller has called it already;
-    ``progress`` lists the model's layers before the search.
+    ``progress`` lists the model's layers before the search. The request's timeout counts from the second ``began`` of
+    the monotonic clock, by default from now.
 
     Raises:
+        TimeUpError: in the main thread, the time was up before the kernels were known; nothing was tuned.
         UsageError: an unknown model or GPU, a malformed config or list of specs, an invalid option.
         NoHomeError: a store or study storage is not named, and this user has no folder for it.
         StoreError, StudyStorageError: a database failed.
     """
-    found: Model | SpecList
-    if request.listed:
-        if request.model is not None or request.config is not None:
-            raise UsageError("--spec and --specs tune the kernels that they list; leave --model and --config out")
-        found = read_spec_list(request.specs, request.spec_file, gpu=request.gpu)
+    began = time.monotonic() if began is None else began
+    until = None if request.timeout is None else began + request.timeout
+    with _in_time(request, until):
+        found = _kernels_of(request, model)
+    if isinstance(found, SpecList):
         request = replace(request, gpu=found.gpu)
-    else:
-        found = (model or requested_model(request.model, request.config))()
     gpu, evaluators = choose_evaluators(request)
     provenance = evaluators[0].provenance
-    specs = found.specs if isinstance(found, SpecList) else _plan(found, request, gpu)
+    with _in_time(request, until):
+        specs = found.specs if isinstance(found, SpecList) else _plan(found, request, gpu)
     effort = find_effort(request.effort)
     if request.trials is not None:
         effort.budget(provenance).with_trials(request.trials)  # raises before a store is made
@@ -152,7 +159,7 @@ def tune_model(
             gpu=gpu,
             effort=effort,
             trials=request.trials,
-            timeout=request.timeout,
+            timeout=None if until is None else max(0.0, until - time.monotonic()),
             jobs=request.jobs or share_of_cores(os.environ, usable_cores(), os.cpu_count() or 1),
             study_storage=study_storage,
             incumbents=incumbents,
@@ -161,6 +168,28 @@ def tune_model(
         )
         model_tuned = found if isinstance(found, Model) else None
         return ModelRun(found.name, model_tuned, gpu, provenance, store.location, result)
+
+
+def _kernels_of(request: Request, model: Callable[[], Model] | None) -> Model | SpecList:
+    """The model, or the listed specs, whose kernels are to be tuned."""
+    if not request.listed:
+        return (model or requested_model(request.model, request.config))()
+    if request.model is not None or request.config is not None:
+        raise UsageError("--spec and --specs tune the kernels that they list; leave --model and --config out")
+    return read_spec_list(request.specs, request.spec_file, gpu=request.gpu)
+
+
+@contextmanager
+def _in_time(request: Request, until: float | None) -> Iterator[None]:
+    """End the block, in which nothing is written yet, at the time limit; see :data:`PREPARE_SECONDS`."""
+    try:
+        with time_limit(None if until is None else max(until, time.monotonic() + PREPARE_SECONDS)):
+            yield
+    except TimeUpError as error:
+        raise TimeUpError(
+            f"the time limit, --timeout {request.timeout:g}, was up before it was known which kernels to tune: none "
+            "was; give more time or name fewer kernels"
+        ) from error
 
 
 def _plan(model: Model, request: Request, gpu: Gpu) -> Sequence[KernelSpec]:

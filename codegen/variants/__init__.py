@@ -102,15 +102,26 @@ def default_configs(spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
     Raises:
         SpecError: no config of any variant fits the GPU.
     """
+    fitting = tuple(_fitting_seeds(spec, gpu))
+    return fitting or (_first_valid(spec, gpu),)
+
+
+def _fitting_seeds(spec: KernelSpec, gpu: Gpu) -> Iterator[Config]:
     variants = sorted(variants_of(spec, gpu), key=lambda v: v.default_order(spec))
-    seeds = dict.fromkeys(config for variant in variants for config in variant.seeds(spec, gpu))
-    fitting = tuple(config for config in seeds if check_config(spec, config, gpu) is None)
-    if not fitting:
-        every = (config for variant in variants for config in _all_of(variant, spec, gpu))
-        fitting = tuple(itertools.islice((config for config in every if check_config(spec, config, gpu) is None), 1))
-    if not fitting:
+    seen = set()
+    for config in (config for variant in variants for config in variant.seeds(spec, gpu)):
+        if config not in seen and check_config(spec, config, gpu) is None:
+            yield config
+        seen.add(config)
+
+
+def _first_valid(spec: KernelSpec, gpu: Gpu) -> Config:
+    variants = sorted(variants_of(spec, gpu), key=lambda v: v.default_order(spec))
+    every = (config for variant in variants for config in _all_of(variant, spec, gpu))
+    found = next((config for config in every if check_config(spec, config, gpu) is None), None)
+    if found is None:
         raise SpecError(f"no built-in config of {spec.op} fits {gpu.slug}")
-    return fitting
+    return found
 
 
 def _all_of(variant: Variant, spec: KernelSpec, gpu: Gpu) -> Iterator[Config]:
@@ -126,7 +137,7 @@ def default_config(spec: KernelSpec, gpu: Gpu) -> Config:
     Raises:
         SpecError: no config of any variant fits the GPU.
     """
-    return default_configs(spec, gpu)[0]
+    return next(_fitting_seeds(spec, gpu), None) or _first_valid(spec, gpu)
 
 
 def check_config(spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:

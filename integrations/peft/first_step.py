@@ -133,10 +133,12 @@ def _begin(model: nn.Module) -> Batch:
     the first forward pass finds other kernels.
     """
     layers = [*accelerated_layers(model)]
-    adapters = {parameter.dtype for layer in layers for parameter in layer.lora_A.parameters()}
+    parameters = [parameter for layer in layers for parameter in layer.lora_A.parameters()]
+    adapters = {parameter.dtype for parameter in parameters}
+    kind = "cuda" if any(parameter.device.type == "cuda" for parameter in parameters) else "cpu"  # or PyTorch warns
     halves = {_dtype_of(layer.get_base_layer()) for layer in layers} & {*_HALVES}
-    rounds = torch.float32 in adapters and len(halves) == 1 and not torch.is_autocast_enabled("cuda")
-    with torch.autocast("cuda", halves.pop()) if rounds else contextlib.nullcontext():
+    rounds = torch.float32 in adapters and len(halves) == 1 and not torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, halves.pop()) if rounds else contextlib.nullcontext():
         return Batch(each for each in kernels_of(model, _USUAL_TOKENS, train=True) if not each[0].spec.tokens)
 
 

@@ -8,7 +8,7 @@ import gc
 import json
 import math
 import random
-import signal
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 
 from doratune.benchmarks import adapted, mine, shapes
 from doratune.benchmarks.adapted import Contender, in_time, measure
-from doratune.benchmarks.deadline import Budget, TimeUpError, time_limit
+from doratune.benchmarks.deadline import Budget
 from doratune.benchmarks.fit import CALLS, MEMORY_SHARE, Cost, Costs, Fit, fit
 from doratune.benchmarks.intervals import LEAST_ROUNDS, disturbance, interval
 from doratune.benchmarks.mine import Asked, Mine, adapted_layers, bench_mine
@@ -32,6 +32,7 @@ from doratune.benchmarks.shapes import read_model_config
 from doratune.benchmarks.tasks import Request
 from doratune.cli import main
 from doratune.errors import DoratuneError, UsageError
+from doratune.terminal.deadline import TimeUpError
 from doratune.tuner.machine import Machine
 from doratune.tuner.models import find_model
 
@@ -147,12 +148,76 @@ def test_liger_is_named_where_it_takes_no_part(tiny: Path, monkeypatch: pytest.M
 def test_a_run_whose_time_is_up_is_left_out_and_the_first_one_is_not(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fitted(measuring: Any, runs: int) -> Fit:
+        measuring.budget.seconds = 0.0
+        return Fit(2, 60.0)
+
     monkeypatch.setattr(mine, "COMPILED_LAYERS", 1)
-    monkeypatch.setattr(mine, "fit", lambda *_, **__: Fit(2, 60.0))
-    found = bench_mine(asked(tiny, layers=2, compiled=True, minutes=1e-6))
+    monkeypatch.setattr(mine._Measuring, "_fit", fitted)
+    found = bench_mine(asked(tiny, layers=2, compiled=True))
     assert {row["impl"] for row in found.outcome.rows} == {"peft_lora", "peft_dora", "doratune"}
     assert "1 layer, compiled: left out: the time was up" in found.outcome.notes
     assert any("torch.compile on 1 layers" in cut for cut in found.cuts)
+
+
+def test_a_first_call_that_does_not_end_is_ended_in_the_minutes_given(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mine, "measure", lambda *_, **__: time.sleep(60.0))
+    begin = time.monotonic()
+    ended = bench("--config", str(tiny), *SMALL, "--minutes", "0.05")
+    assert time.monotonic() - begin < 20.0
+    assert ended.exit_code == 1
+    assert "one layer did not end in the time that was given, --minutes 0.05; give more --minutes, or" in ended.stderr
+
+
+def test_a_layer_whose_calls_would_take_longer_than_the_minutes_is_refused_with_what_is_enough(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mine, "fit", lambda *_, **__: Fit(1, 600.0))
+    refused = bench("--config", str(tiny), *SMALL, "--minutes", "2")
+    assert refused.exit_code == 1
+    assert "one layer takes about 600 s, and 1" in refused.stderr
+    assert "s are left; give --minutes 12, or choose a smaller --seq" in refused.stderr
+
+
+def test_two_layers_that_do_not_end_in_time_leave_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = mine._Measuring._probe
+
+    def slow_with_two(measuring: Any, layers: int, *args: Any) -> Cost:
+        if layers == 2:
+            measuring.budget.seconds = measuring.budget.spent + 60.0
+            raise TimeUpError("the time was up")
+        return probe(measuring, layers, *args)
+
+    monkeypatch.setattr(mine._Measuring, "_probe", slow_with_two)
+    found = bench_mine(asked(tiny, layers=2, liger=False))
+    assert (found.layers, found.cuts) == (1, ["1 of 2 layers: two fail: the time was up"])
+
+
+def test_sizes_that_no_memory_holds_end_in_one_message(tiny: Path) -> None:
+    refused = bench("--config", str(tiny), "--device", "cpu", "--seq", str(2**24), "--batch", str(2**24), "--no-liger")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    (told,) = (line for line in refused.stderr.splitlines() if line.startswith("Error: "))
+    assert len(told) <= 1000
+    assert "does not fit into memory" in told
+    assert told.endswith("choose smaller sizes")
+
+
+def test_on_a_cpu_memory_that_is_not_free_is_an_error_and_one_message(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+
+    def no_room(*args: object, **options: object) -> None:
+        limits.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+        raise MemoryError
+
+    monkeypatch.setattr(mine, "measure", no_room)
+    refused = bench("--config", str(tiny), *SMALL)
+    assert refused.exit_code == 1
+    assert refused.stderr.endswith("does not fit into memory (MemoryError); choose smaller sizes\n")
+    assert resource.RLIM_INFINITY not in limits
 
 
 def test_where_nothing_can_be_measured_the_reason_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,24 +450,6 @@ def test_who_comes_too_late_is_named() -> None:
     assert notes == []
     assert list(in_time(running, time.monotonic() - 1, notes, "step")) == []
     assert notes == [f"step: {name} left out: the time was up before its turn" for name in "ab"]
-
-
-def test_a_call_is_ended_when_its_time_is_up_even_by_code_that_goes_on_after_failures() -> None:
-    def stubborn() -> None:
-        while True:
-            try:
-                time.sleep(0.01)
-            except Exception:
-                continue
-
-    begin, (before, _) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
-    with pytest.raises(TimeUpError, match="the time was up"), time_limit(begin + 0.1):
-        stubborn()
-    assert time.monotonic() - begin < 5.0
-    with time_limit(begin + 60.0), time_limit(None):
-        pass
-    now = signal.getitimer(signal.ITIMER_REAL)[0]
-    assert now == pytest.approx(before - (time.monotonic() - begin), abs=1.0), "an alarm that was set is set again"
 
 
 # How sure.

@@ -3,6 +3,7 @@ takes long or much memory, and ``verify`` finds every changed value."""
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import sqlite3
@@ -44,6 +45,7 @@ HOSTILE_VALUES: list[tuple[str, object]] = [
     ("config", CONFIG % f'"block_n": {10**4000}'),
     ("config", CONFIG % '"[/b]": 1'),
     ("config", CONFIG % '"cls": 1'),
+    ("config", (CONFIG % '"block_n": 128, "block_t": 64').replace("4", "4.0", 1)),
     ("config", '{"variant": ["tile"], "num_warps": 4, "num_stages": 3}'),
     ("config", '{"variant": "\\ud800", "num_warps": 4, "num_stages": 3}'),
     ("config", DEEP),
@@ -346,3 +348,17 @@ def test_nothing_of_a_hostile_store_is_left_open(tmp_path: Path) -> None:
         store.get(GOOD)
         store.close()
         assert not store._kept
+
+
+def test_a_config_that_only_equals_a_good_one_is_none(tmp_path: Path) -> None:
+    """1, 1.0 and true are equal in Python."""
+    _store(tmp_path / "store.sqlite").close()
+    for value in ("1.0", "true"):
+        with Store.open(tmp_path / "store.sqlite", create=True) as store:
+            store.put_all([an_entry(GOOD, warps=1), an_entry(BAD, warps=1)])
+        text = json.dumps(an_entry(BAD, warps=1).config.to_dict(), sort_keys=True)  # as it is stored
+        _spoil(tmp_path / "store.sqlite", "config", text.replace('"num_warps": 1', f'"num_warps": {value}'))
+        with Store.open(tmp_path / "store.sqlite", readonly=True) as store:
+            entries, damaged = store.readable_entries()
+            assert [entry.spec for entry in entries] == [GOOD]
+            assert "num_warps must be an integer" in str(damaged[0])

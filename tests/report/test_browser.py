@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from doratune.report.data import Report
+from doratune.report.data import Report, Request, gather
 from doratune.report.page import page
 from doratune.report.sections import document
 from doratune.report.theme import DARK, LIGHT, MARKS, SCHEMES
+from doratune.tuner.jobs import plan_jobs
+from doratune.tuner.models import find_model
 
 from . import world
 
@@ -223,3 +225,33 @@ def test_a_page_without_plots_has_no_script_and_says_what_to_do(browser: Any, re
     assert seen["width"] <= NARROW
     assert "doratune tune --model llama-8b" in seen["text"]
     assert "<script" not in path.read_text(encoding="utf-8").replace("&lt;script", "")
+
+
+def test_a_legend_of_every_operation_is_read_without_scrolling(browser: Any, tmp_path: Path) -> None:
+    jobs = plan_jobs(find_model("llama-8b"), ranks=[16], dtype="bf16", gpu=world.GPU)
+    by_op = {spec.op: spec for spec in jobs}
+    assert len(by_op) >= 12
+    store = world.write_store(tmp_path / "store.sqlite", [world.entry(spec) for spec in by_op.values()])
+    path = tmp_path / "report.html"
+    path.write_text(page(document(gather(Request(store=store)))), encoding="utf-8")
+    made = visit(browser, path, NARROW, LIGHT, touch=True)
+    look = """() => {
+      const plot = document.getElementById("floors"), legend = plot.querySelector(".legend");
+      const box = (one) => { const b = one.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };
+      return {
+        scrolls: Number(legend.querySelector(".scrollbar").getAttribute("height")) > 0,
+        names: [...legend.querySelectorAll("text")].map((one) => one.textContent),
+        boxes: [...legend.querySelectorAll(".traces")].map(box),
+        plot: box(plot),
+        height: plot._fullLayout._size.h,
+      };
+    }"""
+    for width in (NARROW, WIDE, NARROW):  # as where a phone is turned
+        made.tab.set_viewport_size({"width": width, "height": 900})
+        made.tab.wait_for_timeout(400)  # plotly waits for the last of several changes
+        seen = made.tab.evaluate(look)
+        assert sorted(seen["names"]) == sorted(by_op)
+        assert not seen["scrolls"]
+        assert all(seen["plot"][1] <= box[1] and box[3] <= seen["plot"][3] for box in seen["boxes"])
+        assert seen["height"] >= 250.0, "the plot keeps its height"
+    assert made.complaints == []

@@ -344,3 +344,34 @@ def test_binaries_of_another_triton_are_counted_and_not_judged(built: Built, tmp
         assert BinaryKey(one.code_digest, one.kernel, "9.9.9", one.architecture) in store.binary_keys()
     (checked,) = json.loads(run("verify", "--store", str(copy), "--json", home=tmp_path).stdout)["stores"]
     assert checked["elsewhere"] == 1
+
+
+@pytest.mark.parametrize(("name", "more"), [("file/b.sqlite", []), ("file", ["--replace"])])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_compiled(
+    name: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("doratune.tuner.build_store.reachable_specs", lambda reach: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("precious")
+    command = ["cache", "build", "--model", "llama-8b", "--gpu", "h200", "-o", str(tmp_path / name), *more]
+    refused = RUNNER.invoke(main, command)
+    assert refused.exit_code == 1, refused.output
+    assert "cannot be made in" in refused.stderr or "is left as it is; name another" in refused.stderr
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["cache", "merge", "any.sqlite", "--store", ""], "'--store': it is empty"),
+        (["cache", "build", "--model", "llama-8b", "-o", "b.sqlite", "--jobs", "1000000000000"], "'--jobs'"),
+        (["doctor", "--model", ""], "unknown model ''"),
+    ],
+)
+def test_what_is_empty_or_absurd_is_refused(
+    command: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DORATUNE_HOME", str(tmp_path / "home"))
+    refused = RUNNER.invoke(main, command)
+    assert refused.exit_code == 2, refused.output
+    assert told in refused.stderr
+    assert not (tmp_path / "home").exists(), "an unset variable does not mean one's own store"

@@ -600,3 +600,12 @@ def test_no_connection_is_left_behind(join: Join, url: str, monkeypatch: pytest.
     while others() > before and time.monotonic() < deadline:  # a server notices a closed connection a little later
         time.sleep(0.02)
     assert others() == before
+
+
+def test_a_run_that_is_to_stop_queues_no_more_and_the_next_one_does(join: Join, url: str) -> None:
+    left = iter([False, False])
+    stopped = join(FAMILIES, stopping=lambda: next(left, True))
+    assert plan_states(url)[TrialState.WAITING] == 2
+    stopped.close()
+    join(FAMILIES)
+    assert plan_states(url)[TrialState.WAITING] == len(FAMILIES)

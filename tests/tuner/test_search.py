@@ -338,6 +338,43 @@ def test_the_time_limit_stores_nothing_unsettled_and_leaves_the_rest_for_later(
     assert not set(rest.evaluated) & set(slow.evaluated)
 
 
+def test_thousands_of_kernels_are_prepared_no_longer_than_the_time_limit(
+    tune: Tune, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[KernelSpec] = []
+
+    def slow(spec: KernelSpec) -> None:
+        asked.append(spec)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(store, "readable", slow)
+    specs = [forward_spec(1, 64 * n) for n in range(1, 2001)]
+    begin = time.monotonic()
+    result = tune(specs, FakeEvaluator(steps_from(FORWARD)), timeout=0.3)
+    assert time.monotonic() - begin < 10.0
+    assert result.stopped == "timeout"
+    assert result.count(UNFINISHED) == len(result.rows) == 2000
+    assert len(asked) < 200
+
+
+def test_after_the_time_limit_it_is_still_said_what_the_store_has(tune: Tune, store: Store) -> None:
+    assert [row.outcome for row in tune(ONE, FakeEvaluator(steps_from(FORWARD))).rows] == [TUNED]
+    (row,) = tune(ONE, FakeEvaluator(steps_from(FORWARD)), timeout=0.0).rows
+    assert row.outcome == KEPT
+    effort = EFFORTS["full"]
+    (row,) = tune(ONE, FakeEvaluator(steps_from(FORWARD)), timeout=0.0, effort=effort).rows
+    assert (row.outcome, row.entry) == (UNFINISHED, store.get(ONE[0]))
+
+
+def test_compiles_under_way_at_the_time_limit_are_ended(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = []
+    monkeypatch.setattr(FakePool, "kill", lambda pool: killed.append(pool))
+    tune(ONE, FakeEvaluator(steps_from(FORWARD)))
+    assert killed == []
+    tune([forward_spec(1, 512)], FakeEvaluator(steps_from(FORWARD)), timeout=0.0)
+    assert len(killed) == 1
+
+
 def test_a_search_cut_short_after_its_seeds_stores_its_best_but_stays_open(tune: Tune, store: Store) -> None:
     seeds = len(Space(ONE[0], GPU).seeds)
     evaluator = FakeEvaluator(steps_from(FORWARD))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from doratune.benchmarks import coverage
 from doratune.codegen.spec import KernelSpec
 from doratune.errors import UsageError
+from doratune.terminal.deadline import TimeUpError
+from doratune.tuner import tune_model as tune_model_module
 from doratune.tuner.spec_list import STANDARD_INPUT, SpecListError, read_spec_list
 from doratune.tuner.tune_model import Request, tune_model
 
@@ -100,3 +104,34 @@ def test_another_gpu_than_that_of_the_specs_is_refused() -> None:
 def test_specs_and_a_model_exclude_each_other(named: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="leave --model and --config out"):
         tune_model(Request(specs=(ONE,), **named))  # type: ignore[arg-type]
+
+
+def test_a_list_that_is_read_for_longer_than_the_time_limit_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_model_module, "read_spec_list", lambda *_, **__: time.sleep(30.0))
+    store = tmp_path / "store.sqlite"
+    begin = time.monotonic()
+    with pytest.raises(TimeUpError) as ended:
+        tune_model(Request(spec_file=tmp_path / "plan", timeout=0.2, store=str(store)))
+    assert time.monotonic() - begin < 15.0
+    assert "the time limit, --timeout 0.2, was up before it was known which kernels to tune" in str(ended.value)
+    assert "give more time or name fewer kernels" in str(ended.value)
+    assert not store.exists()
+
+
+@pytest.mark.parametrize(("spent", "left"), [(100.0, 0.0), (20.0, 30.0)])
+def test_the_time_limit_counts_from_the_start_of_the_command(
+    spent: float, left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def stop(*args: object, timeout: float, **options: object) -> None:
+        given.append(timeout)
+        raise UsageError("stop here")
+
+    monkeypatch.setattr(tune_model_module, "tune", stop)
+    request = Request(specs=(ONE,), timeout=50.0, store=str(tmp_path / "store.sqlite"), evaluator="predict")
+    with pytest.raises(UsageError, match="stop here"):
+        tune_model(replace(request, study_storage=str(tmp_path / "s.sqlite")), began=time.monotonic() - spent)
+    assert given[0] == pytest.approx(left, abs=10.0)

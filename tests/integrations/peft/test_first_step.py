@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType, SimpleNamespace
@@ -377,6 +378,13 @@ def test_on_a_cpu_nothing_is_looked_up_or_compiled(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(first_step, "Batch", lambda found, besides=None: requests.extend(found))
     step(model, 12, train=False)
     assert not requests
+
+
+def test_on_a_cpu_nothing_is_warned_of_that_a_gpu_lacks() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        doratune.accelerate(pair(wide=True), quiet=True)
+    assert [str(warning.message) for warning in caught if "autocast" in str(warning.message)] == []
 
 
 def test_what_needs_no_number_of_tokens_begins_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
