@@ -1,7 +1,8 @@
-"""DoRA on several projections of one x as one differentiable function, and on a gated activation, act(gate)*up.
+"""DoRA on several projections of one x as one differentiable function, on a gated activation, and on a whole MLP.
 
     forward    h = x@[A_1; A_2; …].T, base_i = x@W_i.T, y_i = g_i*(base_i + s*h_i@B_i.T) + b_i
     gated      act(y_gate)*y_up in the same pass: neither y_gate nor y_up is ever in memory
+    MLP        down(act(y_gate)*y_up): act(y_gate)*y_up is not kept for the backward pass, which computes it again
     backward   dYg_i = g_i*dY_i, t_i = s*dYg_i@B_i, dX = sum_i dYg_i@W_i + [t_1, t_2, …]@[A_1; A_2; …],
                [dA_1; dA_2; …] = [t_1, t_2, …].T@x, dB_i = s*dYg_i.T@h_i,
                dm_i = sum_t dY_i*(base_i + s*h_i@B_i.T) / max(w_i, eps)
@@ -24,7 +25,7 @@ from torch.nn.functional import linear
 from ..internals.torch import current_backward
 from . import operators
 from .autograd import _as, _rows, _versions, apply_eagerly
-from .group_backward import differentiate, gated_backward, project_backward
+from .group_backward import Needs, differentiate, gated_backward, mlp_backward, project_backward
 from .group_plan import Plan
 from .norm_cache import norms_taken, slice_settings, take_gains
 
@@ -54,6 +55,22 @@ def project_gated(x: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tens
         return output
     with torch.no_grad():
         return _gated(x, plan, trains=False)[0]
+
+
+def project_mlp(x: torch.Tensor, gated: Plan, down: Plan, dtype: torch.dtype) -> torch.Tensor:
+    """Return down(act(gate)*up) [..., d_out] in ``dtype``: :func:`project` of :func:`project_gated`, as one function.
+
+    ``gated`` is a plan with an activation, ``down`` one of a single projection, which may have another r and s.
+    """
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    if torch.is_grad_enabled():
+        if not _trains(x, gated):  # then only down is differentiated, and needs act(gate)*up
+            return project(project_gated(x, gated, dtype), down, dtype)[0]
+        output: torch.Tensor = apply_eagerly(_Mlp, gated, down, x, *gated.trained, *down.trained)
+        return output
+    with torch.no_grad():
+        return _project(_gated(x, gated, trains=False)[0], down, trains=False)[0][0]
 
 
 def _trains(x: torch.Tensor, plan: Plan) -> bool:
@@ -154,25 +171,26 @@ def _gated(x: torch.Tensor, plan: Plan, *, trains: bool) -> tuple[torch.Tensor, 
     return y.view(*lead, y.shape[1]).detach(), factors, bases
 
 
-def _save(
-    ctx: Any, x: torch.Tensor, plan: Plan, held: object, factors: _Factors, bases: Sequence[torch.Tensor | None]
-) -> None:
-    """Save for the backward pass of a function of the plan, ``held``, x, and A, B, m of each projection."""
-    needs = ctx.needs_input_grad
-    ctx.need_x, ctx.need_a, ctx.need_b = needs[2], True in needs[3::3], True in needs[4::3]
-    ctx.plan, ctx.token = plan, held
+def _needs(plan: Plan, factors: _Factors, trained: Sequence[bool], need_x: bool) -> Needs:
+    """What the backward pass of a plan needs; ``trained``: which of A, B and m of each projection are trained."""
+    kept = plan.keeps(factors.lora_B[0] is plan.lora_B[0], need_x)
+    return Needs(plan, need_x, True in trained[0::3], True in trained[1::3], kept, _versions(kept.parameters))
+
+
+def _to_save(
+    needs: Needs, x: torch.Tensor | None, factors: _Factors, bases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """The tensors of a plan that the backward pass needs; ``bases`` are None where it needs none."""
     has_bases = bases[0] is not None  # for dm, and for a gated pair, which computes its outputs again
-    ctx.kept = kept = plan.keeps(factors.lora_B[0] is plan.lora_B[0], ctx.need_x)
-    ctx.versions = _versions(kept.parameters)
-    weights = [*plan.weights, factors.lora_A, *factors.lora_B]
-    ctx.save_for_backward(
-        x if ctx.need_a else None,
+    weights = [*needs.plan.weights, factors.lora_A, *factors.lora_B]
+    return [
+        x if needs.lora_A else None,
         *factors.g,
-        *(factors.norm if has_bases else [None] * plan.count),
-        factors.h if ctx.need_b or has_bases else None,
+        *(factors.norm if has_bases else [None] * needs.plan.count),
+        factors.h if needs.lora_B or has_bases else None,
         *bases,
-        *[weights[index] for index in kept.saved],
-    )
+        *[weights[index] for index in needs.kept.saved],
+    ]
 
 
 class _Project(torch.autograd.Function):
@@ -180,10 +198,13 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, held: object, x: torch.Tensor, *_: torch.Tensor) -> Any:
-        needs_dg = True in ctx.needs_input_grad[5::3]
+        _, _, need_x, *trained = ctx.needs_input_grad
+        needs_dg = True in trained[2::3]
         outputs, factors, bases = _project(x, plan, trains=True, needs_dg=needs_dg)
         ctx.set_materialize_grads(False)
-        _save(ctx, x, plan, held, factors, bases if needs_dg else [None] * plan.count)
+        needs = _needs(plan, factors, trained, need_x)
+        ctx.needs, ctx.token = (needs,), held
+        ctx.save_for_backward(*_to_save(needs, x, factors, bases if needs_dg else [None] * plan.count))
         return outputs
 
     @staticmethod
@@ -198,10 +219,36 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, held: object, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        _, _, need_x, *trained = ctx.needs_input_grad
         y, factors, bases = _gated(x, plan, trains=True)
-        _save(ctx, x, plan, held, factors, bases)
+        needs = _needs(plan, factors, trained, need_x)
+        ctx.needs, ctx.token = (needs,), held
+        ctx.save_for_backward(*_to_save(needs, x, factors, bases))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return differentiate(ctx, gated_backward, (dy,), "an MLP of dora_linear")
+
+
+class _Mlp(torch.autograd.Function):
+    """:func:`project_mlp` with gradients: act(gate)*up is not saved, but computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, gated: Plan, down: Plan, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        _, _, need_x, *trained = ctx.needs_input_grad
+        of_gated, of_down = trained[:6], trained[6:]
+        between, factors, bases = _gated(x, gated, trains=True)
+        needs_dg = of_down[2]
+        (y,), low, base = _project(between, down, trains=True, needs_dg=needs_dg)
+        needs = _needs(gated, factors, of_gated, need_x)
+        needs_down = _needs(down, low, of_down, need_x=True)
+        ctx.needs, ctx.token = (needs, needs_down), None
+        first = _to_save(needs, x, factors, bases)
+        ctx.first = len(first)
+        ctx.save_for_backward(*first, *_to_save(needs_down, None, low, base if needs_dg else [None]))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return differentiate(ctx, mlp_backward, (dy,), "an MLP of dora_linear")

@@ -90,10 +90,14 @@ class Place:
             if y is not None:
                 return y
         held = siblings.note(self, module, x) if siblings.unsettled else None
+        return project(x, self.plan(own), dtype, held)[0]
+
+    def plan(self, own: Projection) -> Plan:
+        """How the layer runs alone; ``own`` is what :meth:`projection` returned."""
         plan = self._plan
         if plan is None or plan.projections[0] is not own:
             self._plan = plan = Plan((own,))
-        return project(x, plan, dtype, held)[0]
+        return plan
 
     def projection(self, module: LoraLayer, dtype: torch.dtype, device: torch.device) -> Projection | None:
         """The layer's tensors, for products in ``dtype``; None if anything of PEFT's forward pass applies.
