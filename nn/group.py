@@ -39,7 +39,9 @@ def project(x: torch.Tensor, plan: Plan, dtype: torch.dtype, held: object = None
     """
     if x.dtype is not dtype:
         x = x.to(dtype)
-    if torch.is_grad_enabled() and _trains(x, plan):
+    if not torch.is_grad_enabled():
+        return _project(x, plan, trains=False)[0]
+    if _trains(x, plan):
         outputs: tuple[torch.Tensor, ...] = apply_eagerly(_Project, plan, held, x, *plan.trained)
         return outputs
     with torch.no_grad():
@@ -50,7 +52,9 @@ def project_gated(x: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tens
     """Return act(gate)*up [..., d_out] in ``dtype`` for a plan with an activation; otherwise as :func:`project`."""
     if x.dtype is not dtype:
         x = x.to(dtype)
-    if torch.is_grad_enabled() and _trains(x, plan):
+    if not torch.is_grad_enabled():
+        return _gated(x, plan, trains=False)[0]
+    if _trains(x, plan):
         output: torch.Tensor = apply_eagerly(_Gated, plan, None, x, *plan.trained)
         return output
     with torch.no_grad():
@@ -64,13 +68,12 @@ def project_mlp(x: torch.Tensor, gated: Plan, down: Plan, dtype: torch.dtype) ->
     """
     if x.dtype is not dtype:
         x = x.to(dtype)
-    if torch.is_grad_enabled():
-        if not _trains(x, gated):  # then only down is differentiated, and needs act(gate)*up
-            return project(project_gated(x, gated, dtype), down, dtype)[0]
-        output: torch.Tensor = apply_eagerly(_Mlp, gated, down, x, *gated.trained, *down.trained)
-        return output
-    with torch.no_grad():
+    if not torch.is_grad_enabled():
         return _project(_gated(x, gated, trains=False)[0], down, trains=False)[0][0]
+    if not _trains(x, gated):  # then down alone is differentiated, if any, and needs act(gate)*up
+        return project(project_gated(x, gated, dtype), down, dtype)[0]
+    output: torch.Tensor = apply_eagerly(_Mlp, gated, down, x, *gated.trained, *down.trained)
+    return output
 
 
 def _trains(x: torch.Tensor, plan: Plan) -> bool:
@@ -122,25 +125,26 @@ def _project(
     x: torch.Tensor, plan: Plan, *, trains: bool, needs_dg: bool = False
 ) -> tuple[tuple[torch.Tensor, ...], _Factors, list[torch.Tensor]]:
     """The outputs, the factors and the base products; these are overwritten unless ``needs_dg``."""
-    rows = _rows(x)
-    dtype, lead = rows.dtype, x.shape[:-1]
+    dtype, lead = x.dtype, x.shape[:-1]
+    tokens = lead.numel()
+    kernel = plan.kernel(tokens, dtype)
+    rows = _rows_unless(x, trains or kernel is None)
     factors = _factors(rows, plan, trains=trains)
     biases = [_as(bias, dtype) for bias in plan.biases]
     _, h, b, _, g = factors
-    if plan.count == 1 and not trains and plan.fuses(rows, b[0]):
+    if plan.count == 1 and not trains and plan.fuses(x, tokens, b[0]):
         bias = biases[0] if biases else None
-        made = operators.dora_linear_forward(rows, plan.weights[0], h, b[0], g[0], bias, plan.scaling, False)
+        made = operators.dora_linear_forward(_rows(x), plan.weights[0], _rows(h), b[0], g[0], bias, plan.scaling, False)
         bases = []
     else:
         bases = [linear(rows, weight) for weight in plan.weights]
-        kernel = plan.kernel(rows.shape[0], dtype)
         if kernel is not None:
             made = bases
             if needs_dg:
-                made = [torch.empty((*lead, b.shape[1]), dtype=dtype, device=x.device) for b in bases]
+                made = [base.new_empty((*lead, base.shape[1])) for base in bases]
             # The order of both contracts: bases, h, B, g, biases.
             kernel.launch((*bases, h, *b, *g, *biases), made, plan.scaling)
-            if needs_dg:
+            if needs_dg or rows is x:
                 return tuple(made), factors, bases
         elif plan.count == 1:
             bias = biases[0] if biases else None
@@ -153,22 +157,32 @@ def _project(
 
 def _gated(x: torch.Tensor, plan: Plan, *, trains: bool) -> tuple[torch.Tensor, _Factors, list[torch.Tensor]]:
     """act(gate)*up, the factors and both base products, of which gate's is overwritten unless ``trains``."""
-    rows, lead = _rows(x), x.shape[:-1]
+    dtype, lead = x.dtype, x.shape[:-1]
+    kernel = plan.kernel(lead.numel(), dtype)
+    rows = _rows_unless(x, trains or kernel is None)
     factors = _factors(rows, plan, trains=trains)
     bases = [linear(rows, weight) for weight in plan.weights]
-    biases = [_as(bias, rows.dtype) for bias in plan.biases]
-    kernel = plan.kernel(rows.shape[0], rows.dtype)
+    biases = [_as(bias, dtype) for bias in plan.biases]
     if kernel is not None:
-        gate = bases[0]
-        y = torch.empty((*lead, gate.shape[1]), dtype=gate.dtype, device=gate.device) if trains else gate
-        kernel.launch((*bases, factors.h, *factors.lora_B, *factors.g, *biases), (y,), plan.scaling)
+        y = gate = bases[0]
         if trains:
+            y = gate.new_empty((*lead, gate.shape[1]))
+        kernel.launch((*bases, factors.h, *factors.lora_B, *factors.g, *biases), (y,), plan.scaling)
+        if trains or rows is x:
             return y, factors, bases
     else:
         compose: Any = operators.compose_swiglu
         given = (*bases, factors.h, *factors.lora_B, *factors.g, *(biases or (None, None)))
         y = compose(*given, plan.scaling, plan.activation)
     return y.view(*lead, y.shape[1]).detach(), factors, bases
+
+
+def _rows_unless(x: torch.Tensor, needs_rows: bool) -> torch.Tensor:
+    """x [..., d_in] as [T, d_in], or x itself if products may keep its leading dimensions.
+
+    PyTorch's ``linear`` folds them in C++. From Python a view of each operand costs the host a microsecond.
+    """
+    return _rows(x) if needs_rows or not x.is_contiguous() else x
 
 
 def _needs(plan: Plan, factors: _Factors, trained: Sequence[bool], need_x: bool) -> Needs:

@@ -10,13 +10,12 @@ it before it makes the gradient of the same size:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from ..internals.torch import keeps_graph
+from ..internals.torch import keeps_graph, some_autocast_is_on
 from . import operators
 from .autocast import without_autocast
 from .autograd import _as, _check_unwritten, _product, _rows
@@ -61,24 +60,39 @@ def _saved(needs: Needs, tensors: Sequence[Any]) -> _Saved:
     weights: list[Any] = [*kept.tensors]
     for index, tensor in zip(kept.saved, tensors[3 * count + 2 :], strict=True):
         weights[index] = tensor
-    ends = (1, count + 1, 2 * count + 1, 2 * count + 2, 3 * count + 2)
-    g, norm, (h,), bases = [[*tensors[start:end]] for start, end in itertools.pairwise(ends)]
-    return _Saved(tensors[0], g, norm, h, bases, weights[:count], weights[count], weights[count + 1 :])
+    return _Saved(
+        tensors[0],
+        [*tensors[1 : count + 1]],
+        [*tensors[count + 1 : 2 * count + 1]],
+        tensors[2 * count + 1],
+        [*tensors[2 * count + 2 : 3 * count + 2]],
+        weights[:count],
+        weights[count],
+        weights[count + 1 :],
+    )
 
 
 def differentiate(
     ctx: Any, backward: Callable[..., tuple[torch.Tensor | None, ...]], dys: Sequence[torch.Tensor | None], name: str
 ) -> tuple[torch.Tensor | None, ...]:
     """Run ``backward``, which may overwrite and free what was saved unless the graph is kept."""
-    device = next(dy for dy in dys if dy is not None).device
     if not torch.is_grad_enabled():
-        with without_autocast(device):
-            return backward(ctx, *dys, release=not keeps_graph())
-    with torch.no_grad(), without_autocast(device):
+        release = not keeps_graph()
+        if not some_autocast_is_on():
+            return backward(ctx, *dys, release=release)
+        with without_autocast(_first(dys).device):
+            return backward(ctx, *dys, release=release)
+    with torch.no_grad(), without_autocast(_first(dys).device):
         grads = backward(ctx, *dys, release=False)
     saved = [each for each in ctx.saved_tensors if each is not None]
     parameters = [each for needs in ctx.needs for each in needs.kept.parameters]
     return once_only(name, grads, (*dys, *saved, *parameters))
+
+
+def _first(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The first that is not None."""
+    first = tensors[0]
+    return next(tensor for tensor in tensors if tensor is not None) if first is None else first
 
 
 def _release(ctx: Any) -> None:
@@ -89,9 +103,11 @@ def _release(ctx: Any) -> None:
 def _low_gradients(needs: Needs, saved: _Saved, dbases: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """[t_1, t_2, …] [T, n*r] with t = s*dYg@B, from each dYg [T, d_out] or None."""
     count, rank, scaling = needs.plan.count, needs.plan.rank, needs.plan.scaling
-    first = next(dbase for dbase in dbases if dbase is not None)
-    t = torch.empty((first.shape[0], count * rank), dtype=first.dtype, device=first.device)
-    for part, dbase, b in zip((t,) if count == 1 else t.chunk(count, 1), dbases, saved.lora_B, strict=True):
+    first = _first(dbases)
+    if count == 1:
+        return _product(first, saved.lora_B[0], scaling, first.dtype)
+    t = first.new_empty((first.shape[0], count * rank))
+    for part, dbase, b in zip(t.chunk(count, 1), dbases, saved.lora_B, strict=True):
         if dbase is None:
             part.zero_()
         else:
@@ -199,8 +215,7 @@ def project_backward(ctx: Any, *dys: torch.Tensor | None, release: bool) -> tupl
         _release(ctx)
     rows = [None if dy is None else _rows(dy) for dy in dys]
     dbases, db, dm = _output_gradients(needs, saved, rows, release=release)
-    shape = next(dy for dy in dys if dy is not None).shape[:-1]
-    dx, da = _x_and_lora_a_gradients(needs, saved, dbases, shape)
+    dx, da = _x_and_lora_a_gradients(needs, saved, dbases, _first(dys).shape[:-1])
     return (None, None, dx, *_by_projection(da, db, dm))
 
 

@@ -103,8 +103,8 @@ def forward(module: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
 
 
 def _run(module: nn.Module, mlp: GatedMlp, x: torch.Tensor) -> torch.Tensor | None:
-    modules = module._modules
-    gate, up, down, act = (modules.get(name) for name in mlp.form)
+    find, form = module._modules.get, mlp.form
+    gate, up, down, act = find(form.gate), find(form.up), find(form.down), find(form.act)
     if gate is None or up is None or down is None or act is None or not mlp.fits(module, act):
         return None
     if not (is_untouched(gate) and is_untouched(up) and is_untouched(act)):

@@ -20,7 +20,7 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
-from ...internals.torch import current_backward, undisturbed
+from ...internals.torch import current_backward, some_autocast_is_on, undisturbed
 from ...nn.autocast import autocast_dtype, autocast_is_on
 from ...nn.group import project
 from ...nn.group_plan import MOST_PROJECTIONS, Plan, Projection, are_alike
@@ -56,7 +56,7 @@ def product_dtype(x: torch.Tensor) -> torch.dtype | None:
         or getattr(peft_dora, "ENABLE_DORA_CACHING", False)
     ):
         return None
-    return autocast_dtype(x.device) or x.dtype
+    return (autocast_dtype(x.device) or x.dtype) if some_autocast_is_on() else x.dtype
 
 
 class Place:

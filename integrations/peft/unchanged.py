@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...internals.torch import hooks_made
+from ...internals.torch import guard_of, hooks_made
 
 _data_ptr = torch.Tensor.data_ptr
 _numel = torch.Tensor.numel
@@ -42,7 +42,9 @@ class Unchanged:
     """
 
     __slots__ = (
+        "_accepts",
         "_adapters",
+        "_addresses",
         "_are_needed",
         "_bases",
         "_copies",
@@ -88,7 +90,9 @@ class Unchanged:
         self._bases = [*([tensors[0]] if dense else []), *([] if bias is None else [bias])]
         self._are_needed = [*map(_needs_gradient, self._bases)]
         self._tensors = [*tensors]
+        self._addresses = [*map(_data_ptr, tensors)]
         self._layout = self._read_layout()
+        self._accepts = guard_of(self._tensors) or _refuses
         self._hooks = hooks_made()
         self.dtype, self.adapter_dtype, self.device = tensors[0].dtype, tensors[-2].dtype, tensors[0].device
         self.frozen = bias is None or not bias.requires_grad
@@ -112,12 +116,20 @@ class Unchanged:
 
     def stands(self) -> bool:
         """Whether W, A, B and m are where they were, in their dtypes and sizes."""
-        return self._read_layout() == self._layout
+        tensors = self._tensors
+        # Conversions may end at an old address, and a square W may be transposed where it is. The guard refuses for
+        # other reasons, too: under another autocast, or where a tensor is frozen now.
+        return [*map(_data_ptr, tensors)] == self._addresses and (
+            self._accepts(*tensors) or self._read_layout() == self._layout
+        )
 
     def _read_layout(self) -> list[object]:
-        # Conversions may end at an old address, and a square W may be transposed where it is.
         tensors = self._tensors
-        return [*map(_data_ptr, tensors), *map(_numel, tensors), *map(_dtype, tensors), *map(_is_contiguous, tensors)]
+        return [*map(_numel, tensors), *map(_dtype, tensors), *map(_is_contiguous, tensors)]
+
+
+def _refuses(*_: torch.Tensor) -> bool:
+    return False
 
 
 def switches_of(layer: nn.Module) -> tuple[Any, ...]:
