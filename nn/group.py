@@ -17,6 +17,7 @@ What does not change from call to call is in a plan (:mod:`.group_plan`); :mod:`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -128,16 +129,18 @@ def _project(
     dtype, lead = x.dtype, x.shape[:-1]
     tokens = lead.numel()
     kernel = plan.kernel(tokens, dtype)
-    rows = _rows_unless(x, trains or kernel is None)
+    # Without gradients products may keep x's leading dimensions: PyTorch's ``linear`` folds them in C++, where from
+    # Python a view of each operand costs the host a microsecond.
+    rows = x if not trains and kernel is not None and x.is_contiguous() else _rows(x)
     factors = _factors(rows, plan, trains=trains)
-    biases = [_as(bias, dtype) for bias in plan.biases]
+    biases = plan.biases_in(dtype)
     _, h, b, _, g = factors
     if plan.count == 1 and not trains and plan.fuses(x, tokens, b[0]):
         bias = biases[0] if biases else None
         made = operators.dora_linear_forward(_rows(x), plan.weights[0], _rows(h), b[0], g[0], bias, plan.scaling, False)
         bases = []
     else:
-        bases = [linear(rows, weight) for weight in plan.weights]
+        bases = [*map(linear, repeat(rows), plan.weights)]
         if kernel is not None:
             made = bases
             if needs_dg:
@@ -159,10 +162,10 @@ def _gated(x: torch.Tensor, plan: Plan, *, trains: bool) -> tuple[torch.Tensor, 
     """act(gate)*up, the factors and both base products, of which gate's is overwritten unless ``trains``."""
     dtype, lead = x.dtype, x.shape[:-1]
     kernel = plan.kernel(lead.numel(), dtype)
-    rows = _rows_unless(x, trains or kernel is None)
+    rows = x if not trains and kernel is not None and x.is_contiguous() else _rows(x)  # as in _project
     factors = _factors(rows, plan, trains=trains)
-    bases = [linear(rows, weight) for weight in plan.weights]
-    biases = [_as(bias, dtype) for bias in plan.biases]
+    bases = [*map(linear, repeat(rows), plan.weights)]
+    biases = plan.biases_in(dtype)
     if kernel is not None:
         y = gate = bases[0]
         if trains:
@@ -175,14 +178,6 @@ def _gated(x: torch.Tensor, plan: Plan, *, trains: bool) -> tuple[torch.Tensor, 
         given = (*bases, factors.h, *factors.lora_B, *factors.g, *(biases or (None, None)))
         y = compose(*given, plan.scaling, plan.activation)
     return y.view(*lead, y.shape[1]).detach(), factors, bases
-
-
-def _rows_unless(x: torch.Tensor, needs_rows: bool) -> torch.Tensor:
-    """x [..., d_in] as [T, d_in], or x itself if products may keep its leading dimensions.
-
-    PyTorch's ``linear`` folds them in C++. From Python a view of each operand costs the host a microsecond.
-    """
-    return _rows(x) if needs_rows or not x.is_contiguous() else x
 
 
 def _needs(plan: Plan, factors: _Factors, trained: Sequence[bool], need_x: bool) -> Needs:

@@ -199,7 +199,7 @@ def _activation_gradients(
 ) -> tuple[_Gradients, _Gradients]:
     """dYg and dm of gate and up from the gradient [T, d_out] of act(gate)*up."""
     plan = needs.plan
-    biases = [_as(bias, rows.dtype) for bias in plan.biases] or (None, None)
+    biases = plan.biases_in(rows.dtype) or (None, None)
     compose: Any = operators.compose_swiglu_backward_ if release else operators.compose_swiglu_backward
     factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g, *saved.norm, *biases)
     gate, up, *dm = compose(rows, *factors, plan.scaling, plan.activation, plan.magnitude_dtype)
@@ -251,7 +251,7 @@ def mlp_backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Te
 
 def _activation(plan: Plan, saved: _Saved) -> torch.Tensor:
     """act(gate)*up [T, d_out] again, as the forward pass computed it."""
-    biases = [_as(bias, saved.h.dtype) for bias in plan.biases] or (None, None)
+    biases = plan.biases_in(saved.h.dtype) or (None, None)
     compose: Any = operators.compose_swiglu
     factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g, *biases)
     activation: torch.Tensor = compose(*factors, plan.scaling, plan.activation)

@@ -103,6 +103,10 @@ class Plan:
             op, width, 1, self.rank, token_bucket(tokens), dtype, dtype, flags, None, weight.device
         )
 
+    def biases_in(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The bias of each projection in ``dtype``; none if they have none."""
+        return self.biases and [bias if bias.dtype is dtype else bias.to(dtype) for bias in self.biases]
+
     def keeps(self, exact: bool, need_x: bool) -> Kept:
         """What the backward pass needs of W, A and B; ``exact``: A and B are not rounded. ``need_x``: dX is wanted."""
         try:

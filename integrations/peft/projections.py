@@ -31,6 +31,7 @@ from .swapped import STATE, run_plain
 from .unchanged import Unchanged
 from .variant import DoraVariant
 
+_HAS_CACHING = hasattr(peft_dora, "ENABLE_DORA_CACHING")
 _NO_VERSION = -1
 _VERSION = attrgetter("_version")
 _PEFT_FORWARD = Linear.forward if Linear.forward.__module__ == Linear.__module__ else None
@@ -53,7 +54,7 @@ def product_dtype(x: torch.Tensor) -> torch.dtype | None:
         or x.ndim < 2
         or not undisturbed()
         or Linear.forward is not _PEFT_FORWARD
-        or getattr(peft_dora, "ENABLE_DORA_CACHING", False)
+        or (_HAS_CACHING and peft_dora.ENABLE_DORA_CACHING)
     ):
         return None
     return (autocast_dtype(x.device) or x.dtype) if some_autocast_is_on() else x.dtype
@@ -288,16 +289,16 @@ class _Group:
         """
         recomputes = current_backward()
         scope: object = opened() or (None if recomputes == -1 else recomputes)
+        if self.places[0] is not place:
+            return self._take(place, x, own, dtype, scope)
+        self._call = None
+        grad = torch.is_grad_enabled()
         serves = scope is not None and not x.is_inference()
-        if serves and torch.is_grad_enabled() and x.grad_fn is None:
+        if serves and grad and x.grad_fn is None:
             serves = is_rehearsing()  # where x stands for any tensor
-        first = self.places[0] is place
-        if first and recomputes == -1 and (torch.is_grad_enabled() or serves):
+        if recomputes == -1 and (grad or serves):
             self._serves = serves  # for the recompute; a pass without gradients in between has none
-        if not (serves and (recomputes == -1 or self._serves)):
-            return None
-        y = self._take(place, x, own, dtype, scope)
-        return self._compute(x, own, dtype, scope) if y is None and first else y
+        return self._compute(x, own, dtype, scope) if serves and (recomputes == -1 or self._serves) else None
 
     def drop(self) -> None:
         """Forget the outputs that nobody has asked for."""
@@ -325,15 +326,18 @@ class _Group:
             place: (other, own, _versions(own))
             for place, other, own in zip(self.places[1:], others, plan.projections[1:], strict=True)
         }
-        self._call = _Outputs(scope, weakref.ref(x), _version(x), dtype, torch.is_grad_enabled(), waiting)
-        if isinstance(scope, Opened):
+        self._call = _Outputs(scope, weakref.ref(x), x._version, dtype, torch.is_grad_enabled(), waiting)
+        if type(scope) is Opened:
             scope.at_end.append(self.drop)
         return y
 
     def _take(
         self, place: Place, x: torch.Tensor, own: Projection, dtype: torch.dtype, scope: object
     ) -> torch.Tensor | None:
-        """The output of ``place`` if the last call computed it for this x, and nothing has changed since."""
+        """The output of ``place`` if the last call computed it for this x, and nothing has changed since.
+
+        That the group serves was true for the same x and scope when they were computed.
+        """
         call = self._call
         if call is None:
             return None
@@ -344,7 +348,7 @@ class _Group:
             y is None
             or call.scope != scope
             or call.x() is not x
-            or call.version != _version(x)
+            or call.version != x._version  # which no tensor of inference has, nor does a group serve for one
             or call.dtype is not dtype
             or call.grad is not torch.is_grad_enabled()
             or projection is not own

@@ -105,7 +105,7 @@ class Unchanged:
                 _SWITCHES(self.attributes) == self._switches
                 and all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
                 and (*map(type, self._parts),) == self._kinds
-                and not self._of_magnitude.get("_dora_cache")
+                and not (self._of_magnitude.get("_dora_cache"))
                 and (*map(_needs_gradient, self._bases),) == self._are_needed
                 and self._hooks == hooks_made()
                 and self.stands()
