@@ -93,19 +93,20 @@ class _Factors(NamedTuple):
 
 def _factors(rows: torch.Tensor, plan: Plan, *, trains: bool) -> _Factors:
     dtype = rows.dtype
-    down, up = plan.lora_A, plan.lora_B
-    if plan.adapter_dtype is not dtype:
-        down, up = [a.to(dtype) for a in down], [b.to(dtype) for b in up]
+    packed, up = plan.lora_A[0] if plan.count == 1 else torch.cat(plan.lora_A), plan.lora_B
+    rounds = plan.adapter_dtype is not dtype
+    if rounds:
+        packed, up = packed.to(dtype), [b.to(dtype) for b in up]
     gains = None
     if not trains or current_backward() == -1:
         settings = slice_settings(plan.weights[0], plan.scaling, dtype)
         gains = take_gains(plan.caches, plan.tensors, plan.addresses, settings)
     if gains is None:
+        down = packed.split(plan.rank) if rounds else plan.lora_A
         norms, gains = _norms_and_gains(plan, down, up, dtype, trains=trains)
     else:
         norms = norms_taken(plan.caches) if trains else []
-    a = down[0] if plan.count == 1 else torch.cat(down)
-    return _Factors(a, linear(rows, a), up, norms, gains)
+    return _Factors(packed, linear(rows, packed), up, norms, gains)
 
 
 def _norms_and_gains(
