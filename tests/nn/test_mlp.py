@@ -233,6 +233,18 @@ def test_a_checkpoint_gives_the_same_gradients(reentrant: bool) -> None:
         assert_close(one, other)
 
 
+@pytest.mark.parametrize("run", [mlp, separately])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_pass_under_autocast_rounds_nothing(run: Callable[..., torch.Tensor], create_graph: bool) -> None:
+    x, parts = make_mlp(dtype=torch.float32)
+    wanted = torch.autograd.grad(run(x, parts).sum(), leaves(x, parts))
+    y = run(x, parts).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, leaves(x, parts), create_graph=create_graph)
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_kept_graph_gives_the_same_gradients_again() -> None:
     x, parts = make_mlp()
     y = mlp(x, parts)

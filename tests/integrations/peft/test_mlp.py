@@ -230,7 +230,8 @@ def test_dropout_keeps_down_apart_in_training_only(calls: list[str]) -> None:
     assert calls == ["mlp"]
 
 
-def test_autocast_with_fp32_adapters(calls: list[str]) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["16-bit x", "fp32 x"])
+def test_autocast_with_fp32_adapters(dtype: torch.dtype, calls: list[str]) -> None:
     """fp32 adapters beside 16-bit weights: gradients of the adapter's dtype, as near to fp64 as PEFT's."""
     torch.manual_seed(0)
     stock = with_dora(Net().to(torch.bfloat16), target_modules=r".*(q|k|v|middle|one|two|out)")
@@ -241,7 +242,7 @@ def test_autocast_with_fp32_adapters(calls: list[str]) -> None:
         for model in (stock, fast, exact):
             model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            outputs = [model(inputs.clone().requires_grad_()) for model in (stock, fast)]
+            outputs = [model(inputs.to(dtype).requires_grad_()) for model in (stock, fast)]
         outputs.append(exact(inputs.double()))
         for y in outputs:
             y.sum().backward()
@@ -253,3 +254,17 @@ def test_autocast_with_fp32_adapters(calls: list[str]) -> None:
                 assert own.grad.dtype == own.dtype == torch.float32
                 assert relative(own.grad, wanted.grad) <= 1.2 * relative(peft.grad, wanted.grad), name
     assert {*calls} == {"mlp"}
+
+
+def test_autocast_rounds_an_fp32_x_of_an_mlp(calls: list[str]) -> None:
+    torch.manual_seed(0)
+    stock = with_dora(Net().to(torch.bfloat16), target_modules=r".*(q|k|v|middle|one|two|out)")
+    fast, exact = twin(stock), twin(stock).double()
+    doratune.accelerate(fast, quiet=True)
+    x = x_of().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, other = fast.base_model.model.mlp(x), stock.base_model.model.mlp(x)  # type: ignore[union-attr,operator]
+    wanted = exact.base_model.model.mlp(x.double())  # type: ignore[union-attr,operator]
+    assert calls == ["mlp"]
+    assert got.dtype is other.dtype is torch.bfloat16
+    assert relative(got, wanted) <= 1.2 * relative(other, wanted)
