@@ -23,6 +23,7 @@ NAMES = (
     "torch._C._cuda_getDevice",
     "torch._C._cuda_getCurrentRawStream",
     "torch._C._current_graph_task_id",
+    "torch._C._is_any_autocast_enabled",
     "torch._C._autograd._get_current_graph_task_keep_graph",
     "torch._C._dynamo.guards.TensorGuards",
     "torch._C._are_functorch_transforms_active",
@@ -48,6 +49,7 @@ NAMES = (
 
 _TRIALS: dict[str, Callable[[Any], object]] = {
     "torch._C._current_graph_task_id": lambda function: function() + 0,
+    "torch._C._is_any_autocast_enabled": lambda function: function(),
     "torch._C._autograd._get_current_graph_task_keep_graph": lambda function: function(),
     "torch._C._are_functorch_transforms_active": lambda function: function(),
     "torch._C._get_tracing_state": lambda function: function(),
@@ -101,6 +103,21 @@ TensorGuards: Any = _found["torch._C._dynamo.guards.TensorGuards"]
 """A guard that recognises tensors like those it was made from; None if this PyTorch lacks it."""
 
 
+def guard_of(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+    """A function of as many tensors: whether each is like its counterpart here, in one call.
+
+    They are alike in type, dtype, device, sizes, strides and whether a gradient is wanted, and autocast is as it was.
+    None if this PyTorch has no guards, makes them from other arguments, or makes none for these tensors.
+    """
+    sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
+    try:
+        guard = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        accepts: Callable[..., bool] = guard.check
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+    return accepts
+
+
 # Differentiation.
 
 
@@ -147,6 +164,20 @@ def has_tangents(tensors: Sequence[torch.Tensor | None]) -> bool:
     if not tangents_possible():
         return False
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+# Autocast.
+
+
+def _unknown_autocast() -> bool:
+    return True
+
+
+some_autocast_is_on: Callable[[], bool] = _found["torch._C._is_any_autocast_enabled"] or _unknown_autocast
+"""Whether autocast is on for any kind of device; True if this PyTorch lacks the name. No compiler traces it.
+
+Asking for one device takes ten times as long.
+"""
 
 
 # Recording of graphs.

@@ -1,7 +1,8 @@
-"""DoRA on several projections of one x as one differentiable function, and on a gated activation, act(gate)*up.
+"""DoRA on several projections of one x as one differentiable function, on a gated activation, and on a whole MLP.
 
     forward    h = x@[A_1; A_2; …].T, base_i = x@W_i.T, y_i = g_i*(base_i + s*h_i@B_i.T) + b_i
     gated      act(y_gate)*y_up in the same pass: neither y_gate nor y_up is ever in memory
+    MLP        down(act(y_gate)*y_up): act(y_gate)*y_up is not kept for the backward pass, which computes it again
     backward   dYg_i = g_i*dY_i, t_i = s*dYg_i@B_i, dX = sum_i dYg_i@W_i + [t_1, t_2, …]@[A_1; A_2; …],
                [dA_1; dA_2; …] = [t_1, t_2, …].T@x, dB_i = s*dYg_i.T@h_i,
                dm_i = sum_t dY_i*(base_i + s*h_i@B_i.T) / max(w_i, eps)
@@ -16,6 +17,7 @@ What does not change from call to call is in a plan (:mod:`.group_plan`); :mod:`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from torch.nn.functional import linear
 from ..internals.torch import current_backward
 from . import operators
 from .autograd import _as, _rows, _versions, apply_eagerly
-from .group_backward import differentiate, gated_backward, project_backward
+from .group_backward import Needs, differentiate, gated_backward, mlp_backward, project_backward
 from .group_plan import Plan
 from .norm_cache import norms_taken, slice_settings, take_gains
 
@@ -38,7 +40,9 @@ def project(x: torch.Tensor, plan: Plan, dtype: torch.dtype, held: object = None
     """
     if x.dtype is not dtype:
         x = x.to(dtype)
-    if torch.is_grad_enabled() and _trains(x, plan):
+    if not torch.is_grad_enabled():
+        return _project(x, plan, trains=False)[0]
+    if _trains(x, plan):
         outputs: tuple[torch.Tensor, ...] = apply_eagerly(_Project, plan, held, x, *plan.trained)
         return outputs
     with torch.no_grad():
@@ -49,11 +53,28 @@ def project_gated(x: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tens
     """Return act(gate)*up [..., d_out] in ``dtype`` for a plan with an activation; otherwise as :func:`project`."""
     if x.dtype is not dtype:
         x = x.to(dtype)
-    if torch.is_grad_enabled() and _trains(x, plan):
+    if not torch.is_grad_enabled():
+        return _gated(x, plan, trains=False)[0]
+    if _trains(x, plan):
         output: torch.Tensor = apply_eagerly(_Gated, plan, None, x, *plan.trained)
         return output
     with torch.no_grad():
         return _gated(x, plan, trains=False)[0]
+
+
+def project_mlp(x: torch.Tensor, gated: Plan, down: Plan, dtype: torch.dtype) -> torch.Tensor:
+    """Return down(act(gate)*up) [..., d_out] in ``dtype``: :func:`project` of :func:`project_gated`, as one function.
+
+    ``gated`` is a plan with an activation, ``down`` one of a single projection, which may have another r and s.
+    """
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    if not torch.is_grad_enabled():
+        return _project(_gated(x, gated, trains=False)[0], down, trains=False)[0][0]
+    if not _trains(x, gated):  # then down alone is differentiated, if any, and needs act(gate)*up
+        return project(project_gated(x, gated, dtype), down, dtype)[0]
+    output: torch.Tensor = apply_eagerly(_Mlp, gated, down, x, *gated.trained, *down.trained)
+    return output
 
 
 def _trains(x: torch.Tensor, plan: Plan) -> bool:
@@ -72,19 +93,20 @@ class _Factors(NamedTuple):
 
 def _factors(rows: torch.Tensor, plan: Plan, *, trains: bool) -> _Factors:
     dtype = rows.dtype
-    down, up = plan.lora_A, plan.lora_B
-    if plan.adapter_dtype is not dtype:
-        down, up = [a.to(dtype) for a in down], [b.to(dtype) for b in up]
+    packed, up = plan.lora_A[0] if plan.count == 1 else torch.cat(plan.lora_A), plan.lora_B
+    rounds = plan.adapter_dtype is not dtype
+    if rounds:
+        packed, up = packed.to(dtype), [b.to(dtype) for b in up]
     gains = None
     if not trains or current_backward() == -1:
         settings = slice_settings(plan.weights[0], plan.scaling, dtype)
         gains = take_gains(plan.caches, plan.tensors, plan.addresses, settings)
     if gains is None:
+        down = packed.split(plan.rank) if rounds else plan.lora_A
         norms, gains = _norms_and_gains(plan, down, up, dtype, trains=trains)
     else:
         norms = norms_taken(plan.caches) if trains else []
-    a = down[0] if plan.count == 1 else torch.cat(down)
-    return _Factors(a, linear(rows, a), up, norms, gains)
+    return _Factors(packed, linear(rows, packed), up, norms, gains)
 
 
 def _norms_and_gains(
@@ -105,25 +127,28 @@ def _project(
     x: torch.Tensor, plan: Plan, *, trains: bool, needs_dg: bool = False
 ) -> tuple[tuple[torch.Tensor, ...], _Factors, list[torch.Tensor]]:
     """The outputs, the factors and the base products; these are overwritten unless ``needs_dg``."""
-    rows = _rows(x)
-    dtype, lead = rows.dtype, x.shape[:-1]
+    dtype, lead = x.dtype, x.shape[:-1]
+    tokens = lead.numel()
+    kernel = plan.kernel(tokens, dtype)
+    # Without gradients products may keep x's leading dimensions: PyTorch's ``linear`` folds them in C++, where from
+    # Python a view of each operand costs the host a microsecond.
+    rows = x if not trains and kernel is not None and x.is_contiguous() else _rows(x)
     factors = _factors(rows, plan, trains=trains)
-    biases = [_as(bias, dtype) for bias in plan.biases]
+    biases = plan.biases_in(dtype)
     _, h, b, _, g = factors
-    if plan.count == 1 and not trains and plan.fuses(rows, b[0]):
+    if plan.count == 1 and not trains and plan.fuses(x, tokens, b[0]):
         bias = biases[0] if biases else None
-        made = operators.dora_linear_forward(rows, plan.weights[0], h, b[0], g[0], bias, plan.scaling, False)
+        made = operators.dora_linear_forward(_rows(x), plan.weights[0], _rows(h), b[0], g[0], bias, plan.scaling, False)
         bases = []
     else:
-        bases = [linear(rows, weight) for weight in plan.weights]
-        kernel = plan.kernel(rows.shape[0], dtype)
+        bases = [*map(linear, repeat(rows), plan.weights)]
         if kernel is not None:
             made = bases
             if needs_dg:
-                made = [torch.empty((*lead, b.shape[1]), dtype=dtype, device=x.device) for b in bases]
+                made = [base.new_empty((*lead, base.shape[1])) for base in bases]
             # The order of both contracts: bases, h, B, g, biases.
             kernel.launch((*bases, h, *b, *g, *biases), made, plan.scaling)
-            if needs_dg:
+            if needs_dg or rows is x:
                 return tuple(made), factors, bases
         elif plan.count == 1:
             bias = biases[0] if biases else None
@@ -136,16 +161,18 @@ def _project(
 
 def _gated(x: torch.Tensor, plan: Plan, *, trains: bool) -> tuple[torch.Tensor, _Factors, list[torch.Tensor]]:
     """act(gate)*up, the factors and both base products, of which gate's is overwritten unless ``trains``."""
-    rows, lead = _rows(x), x.shape[:-1]
+    dtype, lead = x.dtype, x.shape[:-1]
+    kernel = plan.kernel(lead.numel(), dtype)
+    rows = x if not trains and kernel is not None and x.is_contiguous() else _rows(x)  # as in _project
     factors = _factors(rows, plan, trains=trains)
-    bases = [linear(rows, weight) for weight in plan.weights]
-    biases = [_as(bias, rows.dtype) for bias in plan.biases]
-    kernel = plan.kernel(rows.shape[0], rows.dtype)
+    bases = [*map(linear, repeat(rows), plan.weights)]
+    biases = plan.biases_in(dtype)
     if kernel is not None:
-        gate = bases[0]
-        y = torch.empty((*lead, gate.shape[1]), dtype=gate.dtype, device=gate.device) if trains else gate
-        kernel.launch((*bases, factors.h, *factors.lora_B, *factors.g, *biases), (y,), plan.scaling)
+        y = gate = bases[0]
         if trains:
+            y = gate.new_empty((*lead, gate.shape[1]))
+        kernel.launch((*bases, factors.h, *factors.lora_B, *factors.g, *biases), (y,), plan.scaling)
+        if trains or rows is x:
             return y, factors, bases
     else:
         compose: Any = operators.compose_swiglu
@@ -154,25 +181,26 @@ def _gated(x: torch.Tensor, plan: Plan, *, trains: bool) -> tuple[torch.Tensor, 
     return y.view(*lead, y.shape[1]).detach(), factors, bases
 
 
-def _save(
-    ctx: Any, x: torch.Tensor, plan: Plan, held: object, factors: _Factors, bases: Sequence[torch.Tensor | None]
-) -> None:
-    """Save for the backward pass of a function of the plan, ``held``, x, and A, B, m of each projection."""
-    needs = ctx.needs_input_grad
-    ctx.need_x, ctx.need_a, ctx.need_b = needs[2], True in needs[3::3], True in needs[4::3]
-    ctx.plan, ctx.token = plan, held
+def _needs(plan: Plan, factors: _Factors, trained: Sequence[bool], need_x: bool) -> Needs:
+    """What the backward pass of a plan needs; ``trained``: which of A, B and m of each projection are trained."""
+    kept = plan.keeps(factors.lora_B[0] is plan.lora_B[0], need_x)
+    return Needs(plan, need_x, True in trained[0::3], True in trained[1::3], kept, _versions(kept.parameters))
+
+
+def _to_save(
+    needs: Needs, x: torch.Tensor | None, factors: _Factors, bases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """The tensors of a plan that the backward pass needs; ``bases`` are None where it needs none."""
     has_bases = bases[0] is not None  # for dm, and for a gated pair, which computes its outputs again
-    ctx.kept = kept = plan.keeps(factors.lora_B[0] is plan.lora_B[0], ctx.need_x)
-    ctx.versions = _versions(kept.parameters)
-    weights = [*plan.weights, factors.lora_A, *factors.lora_B]
-    ctx.save_for_backward(
-        x if ctx.need_a else None,
+    weights = [*needs.plan.weights, factors.lora_A, *factors.lora_B]
+    return [
+        x if needs.lora_A else None,
         *factors.g,
-        *(factors.norm if has_bases else [None] * plan.count),
-        factors.h if ctx.need_b or has_bases else None,
+        *(factors.norm if has_bases else [None] * needs.plan.count),
+        factors.h if needs.lora_B or has_bases else None,
         *bases,
-        *[weights[index] for index in kept.saved],
-    )
+        *[weights[index] for index in needs.kept.saved],
+    ]
 
 
 class _Project(torch.autograd.Function):
@@ -180,10 +208,13 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, held: object, x: torch.Tensor, *_: torch.Tensor) -> Any:
-        needs_dg = True in ctx.needs_input_grad[5::3]
+        _, _, need_x, *trained = ctx.needs_input_grad
+        needs_dg = True in trained[2::3]
         outputs, factors, bases = _project(x, plan, trains=True, needs_dg=needs_dg)
         ctx.set_materialize_grads(False)
-        _save(ctx, x, plan, held, factors, bases if needs_dg else [None] * plan.count)
+        needs = _needs(plan, factors, trained, need_x)
+        ctx.needs, ctx.token = (needs,), held
+        ctx.save_for_backward(*_to_save(needs, x, factors, bases if needs_dg else [None] * plan.count))
         return outputs
 
     @staticmethod
@@ -198,10 +229,36 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, held: object, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        _, _, need_x, *trained = ctx.needs_input_grad
         y, factors, bases = _gated(x, plan, trains=True)
-        _save(ctx, x, plan, held, factors, bases)
+        needs = _needs(plan, factors, trained, need_x)
+        ctx.needs, ctx.token = (needs,), held
+        ctx.save_for_backward(*_to_save(needs, x, factors, bases))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return differentiate(ctx, gated_backward, (dy,), "an MLP of dora_linear")
+
+
+class _Mlp(torch.autograd.Function):
+    """:func:`project_mlp` with gradients: act(gate)*up is not saved, but computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, gated: Plan, down: Plan, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        _, _, need_x, *trained = ctx.needs_input_grad
+        of_gated, of_down = trained[:6], trained[6:]
+        between, factors, bases = _gated(x, gated, trains=True)
+        needs_dg = of_down[2]
+        (y,), low, base = _project(between, down, trains=True, needs_dg=needs_dg)
+        needs = _needs(gated, factors, of_gated, need_x)
+        needs_down = _needs(down, low, of_down, need_x=True)
+        ctx.needs, ctx.token = (needs, needs_down), None
+        first = _to_save(needs, x, factors, bases)
+        ctx.first = len(first)
+        ctx.save_for_backward(*first, *_to_save(needs_down, None, low, base if needs_dg else [None]))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return differentiate(ctx, mlp_backward, (dy,), "an MLP of dora_linear")

@@ -1,4 +1,12 @@
-"""The backward passes of projections that run together (:mod:`.group`): dX, and dA, dB and dm of each."""
+"""The backward passes of projections that run together (:mod:`.group`): dX, and dA, dB and dm of each.
+
+An MLP's backward pass computes act(gate)*up again, in one pass over both base products, for dA of down alone, and frees
+it before it makes the gradient of the same size:
+
+    down       dYg = g*dY, dB and dm as of any projection, t = s*dYg@B, dA = t.T@(act(gate)*up)
+    between    d(act(gate)*up) = dYg@W + t@A
+    gate, up   dYg of both in the memory of their base products, and the rest as of any group
+"""
 
 from __future__ import annotations
 
@@ -7,12 +15,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..internals.torch import keeps_graph
+from ..internals.torch import keeps_graph, some_autocast_is_on
 from . import operators
 from .autocast import without_autocast
 from .autograd import _as, _check_unwritten, _product, _rows
 from .differentiation import once_only
-from .group_plan import Plan
+from .group_plan import Kept, Plan
+
+
+class Needs(NamedTuple):
+    """Which gradients of a plan's projections are wanted, and what they take.
+
+    ``kept`` are the parameters that the backward pass reads, ``versions`` theirs in the forward pass.
+    """
+
+    plan: Plan
+    x: bool
+    lora_A: bool
+    lora_B: bool
+    kept: Kept
+    versions: list[int]
 
 
 class _Saved(NamedTuple):
@@ -28,29 +50,49 @@ class _Saved(NamedTuple):
     lora_B: list[torch.Tensor]
 
 
-def _saved(ctx: Any) -> _Saved:
-    count, kept = ctx.plan.count, ctx.kept
-    x, *rest = ctx.saved_tensors  # runs a checkpoint's recompute, whose versions count
-    _check_unwritten(kept.parameters, ctx.versions)
+def _saved(needs: Needs, tensors: Sequence[Any]) -> _Saved:
+    """What was saved for one plan, from its part of ``ctx.saved_tensors``.
+
+    Reading those runs a checkpoint's recompute, whose versions of parameters count: so they are read before this.
+    """
+    count, kept = needs.plan.count, needs.kept
+    _check_unwritten(kept.parameters, needs.versions)
     weights: list[Any] = [*kept.tensors]
-    for index, tensor in zip(kept.saved, rest[3 * count + 1 :], strict=True):
+    for index, tensor in zip(kept.saved, tensors[3 * count + 2 :], strict=True):
         weights[index] = tensor
-    g, norm, h, bases = rest[:count], rest[count : 2 * count], rest[2 * count], rest[2 * count + 1 : 3 * count + 1]
-    return _Saved(x, g, norm, h, bases, weights[:count], weights[count], weights[count + 1 :])
+    return _Saved(
+        tensors[0],
+        [*tensors[1 : count + 1]],
+        [*tensors[count + 1 : 2 * count + 1]],
+        tensors[2 * count + 1],
+        [*tensors[2 * count + 2 : 3 * count + 2]],
+        weights[:count],
+        weights[count],
+        weights[count + 1 :],
+    )
 
 
 def differentiate(
     ctx: Any, backward: Callable[..., tuple[torch.Tensor | None, ...]], dys: Sequence[torch.Tensor | None], name: str
 ) -> tuple[torch.Tensor | None, ...]:
     """Run ``backward``, which may overwrite and free what was saved unless the graph is kept."""
-    device = next(dy for dy in dys if dy is not None).device
     if not torch.is_grad_enabled():
-        with without_autocast(device):
-            return backward(ctx, *dys, release=not keeps_graph())
-    with torch.no_grad(), without_autocast(device):
+        release = not keeps_graph()
+        if not some_autocast_is_on():
+            return backward(ctx, *dys, release=release)
+        with without_autocast(_first(dys).device):
+            return backward(ctx, *dys, release=release)
+    with torch.no_grad(), without_autocast(_first(dys).device):
         grads = backward(ctx, *dys, release=False)
-    followed = (*dys, *[saved for saved in ctx.saved_tensors if saved is not None], *ctx.kept.parameters)
-    return once_only(name, grads, followed)
+    saved = [each for each in ctx.saved_tensors if each is not None]
+    parameters = [each for needs in ctx.needs for each in needs.kept.parameters]
+    return once_only(name, grads, (*dys, *saved, *parameters))
+
+
+def _first(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The first that is not None."""
+    first = tensors[0]
+    return next(tensor for tensor in tensors if tensor is not None) if first is None else first
 
 
 def _release(ctx: Any) -> None:
@@ -58,40 +100,56 @@ def _release(ctx: Any) -> None:
     ctx.token = None
 
 
-def _input_gradients(
-    ctx: Any, saved: _Saved, dbases: list[torch.Tensor | None], shape: Sequence[int]
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """dX [*shape, d_in] and dA of each projection, from each dYg [T, d_out] or None; empties ``dbases``."""
-    plan: Plan = ctx.plan
-    first = next(dbase for dbase in dbases if dbase is not None)
-    count, rank, scaling = plan.count, plan.rank, plan.scaling
-    t = torch.empty((first.shape[0], count * rank), dtype=first.dtype, device=first.device)
-    for part, dbase, b in zip((t,) if count == 1 else t.chunk(count, 1), dbases, saved.lora_B, strict=True):
+def _low_gradients(needs: Needs, saved: _Saved, dbases: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """[t_1, t_2, …] [T, n*r] with t = s*dYg@B, from each dYg [T, d_out] or None."""
+    count, rank, scaling = needs.plan.count, needs.plan.rank, needs.plan.scaling
+    first = _first(dbases)
+    if count == 1:
+        return _product(first, saved.lora_B[0], scaling, first.dtype)
+    t = first.new_empty((first.shape[0], count * rank))
+    for part, dbase, b in zip(t.chunk(count, 1), dbases, saved.lora_B, strict=True):
         if dbase is None:
             part.zero_()
         else:
             part.addmm_(dbase, b, beta=0, alpha=scaling)  # beta=0: part is not read
-    da: list[torch.Tensor | None] = [None] * count
-    if ctx.need_a:
-        assert saved.x is not None
-        product = _product(t.t(), _rows(saved.x), 1.0, plan.adapter_dtype)
-        parts = (product,) if count == 1 else product.chunk(count)
-        da = [None if dbase is None else part for part, dbase in zip(parts, dbases, strict=True)]
+    return t
+
+
+def _lora_a_gradients(needs: Needs, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """dA [r, d_in] = t.T@x of each projection, in the adapter's dtype, for x [T, d_in]."""
+    product = _product(t.t(), x, 1.0, needs.plan.adapter_dtype)
+    return (product,) if needs.plan.count == 1 else product.chunk(needs.plan.count)
+
+
+def _input_gradient(saved: _Saved, dbases: list[torch.Tensor | None], t: torch.Tensor) -> torch.Tensor:
+    """dX [T, d_in]; empties ``dbases``."""
     dx: torch.Tensor | None = None
-    if ctx.need_x:
-        for index, weight in enumerate(saved.weights):
-            dbase, dbases[index] = dbases[index], None  # frees memory for the products that follow
-            if dbase is not None:
-                dx = torch.mm(dbase, weight) if dx is None else dx.addmm_(dbase, weight)
-        assert dx is not None
-        dx = dx.addmm_(t, saved.lora_A).view(*shape, saved.lora_A.shape[1])
+    for index, weight in enumerate(saved.weights):
+        dbase, dbases[index] = dbases[index], None  # frees memory for the products that follow
+        if dbase is not None:
+            dx = torch.mm(dbase, weight) if dx is None else dx.addmm_(dbase, weight)
+    assert dx is not None
+    return dx.addmm_(t, saved.lora_A)
+
+
+def _x_and_lora_a_gradients(
+    needs: Needs, saved: _Saved, dbases: list[torch.Tensor | None], shape: Sequence[int]
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """dX [*shape, d_in] and dA of each projection, from each dYg [T, d_out] or None; empties ``dbases``."""
+    t = _low_gradients(needs, saved, dbases)
+    da: list[torch.Tensor | None] = [None] * needs.plan.count
+    if needs.lora_A:
+        assert saved.x is not None
+        parts = _lora_a_gradients(needs, t, _rows(saved.x))
+        da = [None if dbase is None else part for part, dbase in zip(parts, dbases, strict=True)]
+    dx = _input_gradient(saved, dbases, t).view(*shape, saved.lora_A.shape[1]) if needs.x else None
     return dx, da
 
 
-def _lora_b_gradients(ctx: Any, saved: _Saved, dbases: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def _lora_b_gradients(needs: Needs, saved: _Saved, dbases: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """dB [d_out, r] = s*dYg.T@h of each projection, in the adapter's dtype."""
-    plan: Plan = ctx.plan
-    if not ctx.need_b:
+    plan = needs.plan
+    if not needs.lora_B:
         return [None] * plan.count
     parts = (saved.h,) if plan.count == 1 else saved.h.chunk(plan.count, 1)
     return [
@@ -100,25 +158,27 @@ def _lora_b_gradients(ctx: Any, saved: _Saved, dbases: Sequence[torch.Tensor | N
     ]
 
 
-def project_backward(ctx: Any, *dys: torch.Tensor | None, release: bool) -> tuple[torch.Tensor | None, ...]:
-    plan: Plan = ctx.plan
-    saved = _saved(ctx)
-    if release:
-        _release(ctx)
-    rows = [None if dy is None else _rows(dy) for dy in dys]
-    dbases: list[torch.Tensor | None] = [None] * plan.count
+_Gradients = list[torch.Tensor | None]
+
+
+def _output_gradients(
+    needs: Needs, saved: _Saved, rows: Sequence[torch.Tensor | None], *, release: bool
+) -> tuple[_Gradients, _Gradients, _Gradients]:
+    """dYg, dB and dm of each projection from its dY [T, d_out] or None."""
+    plan = needs.plan
+    dbases: _Gradients = [None] * plan.count
     db, dm = list(dbases), list(dbases)
     given = [dy for dy in rows if dy is not None]
     if saved.bases[0] is None:
         dbases = [None if dy is None else _as(dy * g, dy.dtype) for dy, g in zip(rows, saved.g, strict=True)]
-        db = _lora_b_gradients(ctx, saved, dbases)
+        db = _lora_b_gradients(needs, saved, dbases)
     elif 1 < plan.count == len(given):
         compose = operators.compose_backward_group_ if release else operators.compose_backward_group
         made = compose(
             given, saved.bases, saved.h, saved.lora_B, saved.g, saved.norm, plan.scaling, plan.magnitude_dtype
         )
         dbases, dm = made[: plan.count], made[plan.count :]  # type: ignore[assignment]
-        db = _lora_b_gradients(ctx, saved, dbases)
+        db = _lora_b_gradients(needs, saved, dbases)
     else:
         parts = (saved.h,) if plan.count == 1 else saved.h.chunk(plan.count, 1)
         for index, (dy, h) in enumerate(zip(rows, parts, strict=True)):
@@ -131,38 +191,75 @@ def project_backward(ctx: Any, *dys: torch.Tensor | None, release: bool) -> tupl
             )
     if release:
         saved.bases.clear()  # what is not dYg now is freed
-    shape = next(dy for dy in dys if dy is not None).shape[:-1]
-    dx, da = _input_gradients(ctx, saved, dbases, shape)
-    return _arguments(dx, da, db, dm)
+    return dbases, db, dm
+
+
+def _activation_gradients(
+    needs: Needs, saved: _Saved, rows: torch.Tensor, *, release: bool
+) -> tuple[_Gradients, _Gradients]:
+    """dYg and dm of gate and up from the gradient [T, d_out] of act(gate)*up."""
+    plan = needs.plan
+    biases = plan.biases_in(rows.dtype) or (None, None)
+    compose: Any = operators.compose_swiglu_backward_ if release else operators.compose_swiglu_backward
+    factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g, *saved.norm, *biases)
+    gate, up, *dm = compose(rows, *factors, plan.scaling, plan.activation, plan.magnitude_dtype)
+    if release:
+        saved.bases.clear()
+    return [gate, up], dm[:2]
+
+
+def project_backward(ctx: Any, *dys: torch.Tensor | None, release: bool) -> tuple[torch.Tensor | None, ...]:
+    (needs,) = ctx.needs
+    saved = _saved(needs, ctx.saved_tensors)
+    if release:
+        _release(ctx)
+    rows = [None if dy is None else _rows(dy) for dy in dys]
+    dbases, db, dm = _output_gradients(needs, saved, rows, release=release)
+    dx, da = _x_and_lora_a_gradients(needs, saved, dbases, _first(dys).shape[:-1])
+    return (None, None, dx, *_by_projection(da, db, dm))
 
 
 def gated_backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tensor | None, ...]:
-    plan: Plan = ctx.plan
-    saved = _saved(ctx)
+    (needs,) = ctx.needs
+    saved = _saved(needs, ctx.saved_tensors)
     if release:
         _release(ctx)
-    rows = _rows(dy)
-    biases = [_as(bias, rows.dtype) for bias in plan.biases] or (None, None)
-    differentiate: Any = operators.compose_swiglu_backward_ if release else operators.compose_swiglu_backward
-    factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g, *saved.norm, *biases)
-    gate, up, *dm = differentiate(rows, *factors, plan.scaling, plan.activation, plan.magnitude_dtype)
-    del factors  # or it would keep what is freed below
+    dbases, dm = _activation_gradients(needs, saved, _rows(dy), release=release)
+    db = _lora_b_gradients(needs, saved, dbases)
+    dx, da = _x_and_lora_a_gradients(needs, saved, dbases, dy.shape[:-1])
+    return (None, None, dx, *_by_projection(da, db, dm))
+
+
+def mlp_backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tensor | None, ...]:
+    needs, needs_down = ctx.needs
+    tensors = ctx.saved_tensors
+    saved, down = _saved(needs, tensors[: ctx.first]), _saved(needs_down, tensors[ctx.first :])
+    del tensors
     if release:
-        saved.bases.clear()
-    dbases: list[torch.Tensor | None] = [gate, up]
-    db = _lora_b_gradients(ctx, saved, dbases)
-    dx, da = _input_gradients(ctx, saved, dbases, dy.shape[:-1])
-    return _arguments(dx, da, db, dm[:2])
+        _release(ctx)
+    dbases, db_down, dm_down = _output_gradients(needs_down, down, (_rows(dy),), release=release)
+    t = _low_gradients(needs_down, down, dbases)
+    da_down: Sequence[torch.Tensor | None] = (None,)
+    if needs_down.lora_A:
+        da_down = _lora_a_gradients(needs_down, t, _activation(needs.plan, saved))
+    # Nothing here may hold this gradient, nor the activation, while the products of gate and up are made.
+    dbases, dm = _activation_gradients(needs, saved, _input_gradient(down, dbases, t), release=release)
+    db = _lora_b_gradients(needs, saved, dbases)
+    dx, da = _x_and_lora_a_gradients(needs, saved, dbases, dy.shape[:-1])
+    return (None, None, dx, *_by_projection(da, db, dm), *_by_projection(da_down, db_down, dm_down))
 
 
-def _arguments(
-    dx: torch.Tensor | None,
-    da: Sequence[torch.Tensor | None],
-    db: Sequence[torch.Tensor | None],
-    dm: Sequence[torch.Tensor | None],
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients in the order of a function's arguments: two without, x, then A, B, m of each projection."""
-    grads: list[torch.Tensor | None] = [None, None, dx]
-    for each in zip(da, db, dm, strict=True):
-        grads += each
-    return tuple(grads)
+def _activation(plan: Plan, saved: _Saved) -> torch.Tensor:
+    """act(gate)*up [T, d_out] again, as the forward pass computed it."""
+    biases = plan.biases_in(saved.h.dtype) or (None, None)
+    compose: Any = operators.compose_swiglu
+    factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g, *biases)
+    activation: torch.Tensor = compose(*factors, plan.scaling, plan.activation)
+    return activation
+
+
+def _by_projection(
+    da: Sequence[torch.Tensor | None], db: Sequence[torch.Tensor | None], dm: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """The gradients in the order of a function's arguments: A, B, m of each projection."""
+    return [grad for each in zip(da, db, dm, strict=True) for grad in each]

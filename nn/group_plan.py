@@ -12,7 +12,7 @@ import torch
 
 from ..runtime.kernel import Kernel
 from . import kernels, operators
-from .autograd import _parameters
+from .autograd import _parameters, _rows
 from .kernels import token_bucket
 from .norm_cache import NormCache
 
@@ -103,6 +103,10 @@ class Plan:
             op, width, 1, self.rank, token_bucket(tokens), dtype, dtype, flags, None, weight.device
         )
 
+    def biases_in(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The bias of each projection in ``dtype``; none if they have none."""
+        return self.biases and [bias if bias.dtype is dtype else bias.to(dtype) for bias in self.biases]
+
     def keeps(self, exact: bool, need_x: bool) -> Kept:
         """What the backward pass needs of W, A and B; ``exact``: A and B are not rounded. ``need_x``: dX is wanted."""
         try:
@@ -117,13 +121,13 @@ class Plan:
             self._kept[exact, need_x] = made
             return made
 
-    def fuses(self, rows: torch.Tensor, lora_B: torch.Tensor) -> bool:
+    def fuses(self, x: torch.Tensor, tokens: int, lora_B: torch.Tensor) -> bool:
         """Whether one kernel computes the base product of a single projection too, in a pass without gradients."""
-        key = (rows.shape[0], rows.dtype, lora_B.dtype)
+        key = (tokens, x.dtype, lora_B.dtype)
         try:
             return self._fuses[key]
         except KeyError:
-            pays = operators.fusion_pays(rows, self.weights[0], lora_B, bias=bool(self.biases))
+            pays = operators.fusion_pays(_rows(x), self.weights[0], lora_B, bias=bool(self.biases))
             self._fuses[key] = pays
             return pays
 

@@ -119,6 +119,7 @@ def run_reference_on(spec: KernelSpec, inputs: Sequence[torch.Tensor], scaling: 
     return run_reference(spec, dict(zip(names, inputs, strict=True)), scaling)
 
 
+@functools.cache
 def flags_of(**flags: bool) -> tuple[str, ...]:
     """The names of the flags that are on."""
     return tuple(name for name, on in flags.items() if on)

@@ -70,7 +70,11 @@ class Opened:
             call()
 
 
-_open = threading.local()
+class _Open(threading.local):
+    innermost: Opened | None = None
+
+
+_open = _Open()
 
 
 def abandon() -> None:
@@ -81,7 +85,7 @@ def abandon() -> None:
 
 def opened() -> Opened | None:
     """The innermost norm pass that is open in this thread."""
-    return getattr(_open, "innermost", None)
+    return _open.innermost
 
 
 class Slices:

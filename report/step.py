@@ -183,46 +183,51 @@ def _calls(case: Case, store: str | None) -> list[Call]:
     if case.norms_us is not None:
         times[_ALL_NORMS] = case.norms_us, MEASURED
         count(NORMS, "weight_norm_group", _ALL_NORMS, 1, False)
-    for spec, number in _kernels(case):
+    for spec, number, again in _kernels(case):
         if case.norms_us is not None and spec.op == "weight_norm_group":
             continue
         if str(spec) not in times:
             times[str(spec)] = _time(spec, gpu, store)
         part = NORMS if spec.op.startswith("weight_norm") else COMPOSITIONS
-        count(part, spec.op, str(spec), number, spec.op in _FORWARD)
+        count(part, spec.op, str(spec), number, again)
     for name, shape, us, number in _products(case, gpu):
         text = f"{name} with W {list(shape)}"
         times[text] = us, RATES
-        count(PRODUCTS, "products", text, number, name in _FORWARD)
+        count(PRODUCTS, "products", text, number, name in _OF_FORWARD)
     return [Call(part, op, text, number, *times[text]) for (part, op, text), number in counts.items()]
 
 
-_FORWARD = {"lora_compose", "lora_compose_group", "compose_swiglu", "x Wᵀ", "x Aᵀ"}
-"""What a checkpointed block runs a second time."""
+_OF_FORWARD = {"x Wᵀ", "x Aᵀ"}
+"""The products that a checkpointed block runs a second time."""
 
 
-def _kernels(case: Case) -> Iterable[tuple[KernelSpec, int]]:
-    """The kernels of one step without checkpointing, each with the number of its calls."""
+def _kernels(case: Case) -> Iterable[tuple[KernelSpec, int, bool]]:
+    """The kernels of one step without checkpointing, each with the number of its calls, and whether a checkpointed
+    block runs them a second time."""
     model = case.model
     groups, gates = model.grouped(), model.gated()
     ups = [each for each in model.projections if each.name == "up_proj" and gates]
     together = {id(each) for each in (*(one for group in groups for one in group), *gates, *ups)}
     for group in groups:
-        for op in ("lora_compose_group", "compose_backward_group"):
-            yield from _specs(case, group, op, group[0].count)
+        yield from _specs(case, group, "lora_compose_group", group[0].count, again=True)
+        yield from _specs(case, group, "compose_backward_group", group[0].count)
     for gate in gates:
         pair = (gate, *ups[:1])
-        for op in ("compose_swiglu", "compose_swiglu_backward"):
-            yield from _specs(case, pair, op, gate.count)
+        yield from _specs(case, pair, "compose_swiglu", gate.count, again=True)
+        if any(each.name == "down_proj" for each in model.projections):
+            yield from _specs(case, pair, "compose_swiglu", gate.count)  # for dA of down, which does not keep it
+        yield from _specs(case, pair, "compose_swiglu_backward", gate.count)
     for each in model.projections:
         if id(each) not in together:
-            for op in ("lora_compose", "compose_backward"):
-                yield from _specs(case, (each,), op, each.count)
+            yield from _specs(case, (each,), "lora_compose", each.count, again=True)
+            yield from _specs(case, (each,), "compose_backward", each.count)
         yield from _specs(case, (each,), "adapter_backward", each.count)
     yield from _specs(case, model.projections, "weight_norm_group", 1)
 
 
-def _specs(case: Case, projections: Sequence[Projection], op: str, count: int) -> Iterable[tuple[KernelSpec, int]]:
+def _specs(
+    case: Case, projections: Sequence[Projection], op: str, count: int, *, again: bool = False
+) -> Iterable[tuple[KernelSpec, int, bool]]:
     part = replace(case.model, projections=tuple(projections))
     planned = plan_jobs(
         part,
@@ -234,7 +239,7 @@ def _specs(case: Case, projections: Sequence[Projection], op: str, count: int) -
         ops=[op],
         tokens=[bucket_tokens(case.tokens)],
     )
-    return [(spec, count) for spec in planned]
+    return [(spec, count, again) for spec in planned]
 
 
 def _time(spec: KernelSpec, gpu: Gpu, store: str | None) -> tuple[float, str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..internals.torch import TensorGuards
+from ..internals.torch import TensorGuards, guard_of
 
 _MOST_KNOWN = 1 << 12
 """Signatures that a kernel remembers. Each token count has its own, so the number needs a limit."""
@@ -117,10 +117,4 @@ def _recogniser(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
     """
     if TensorGuards is None or len({*map(id, tensors)}) < len(tensors):
         return None
-    sizes, strides = [[*t.shape] for t in tensors], [[*t.stride()] for t in tensors]
-    try:
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        accepts: Callable[..., bool] = guards.check
-    except (AttributeError, TypeError, RuntimeError):  # this PyTorch makes guards from other arguments
-        return None
-    return accepts
+    return guard_of(tensors)

@@ -22,7 +22,7 @@ from torch import nn
 from ...internals.torch import is_recording
 from ...nn.autocast import autocast_dtype
 from ...nn.compiled import composed_gated
-from ...nn.group import project_gated
+from ...nn.group import project_gated, project_mlp
 from ...nn.group_plan import ACTIVATIONS, Plan, Projection, are_alike
 from ...nn.watching import is_untouched
 from .projections import Place, product_dtype
@@ -103,8 +103,8 @@ def forward(module: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
 
 
 def _run(module: nn.Module, mlp: GatedMlp, x: torch.Tensor) -> torch.Tensor | None:
-    modules = module._modules
-    gate, up, down, act = (modules.get(name) for name in mlp.form)
+    find, form = module._modules.get, mlp.form
+    gate, up, down, act = find(form.gate), find(form.up), find(form.down), find(form.act)
     if gate is None or up is None or down is None or act is None or not mlp.fits(module, act):
         return None
     if not (is_untouched(gate) and is_untouched(up) and is_untouched(act)):
@@ -118,6 +118,11 @@ def _run(module: nn.Module, mlp: GatedMlp, x: torch.Tensor) -> torch.Tensor | No
     plan = None if own is None or other is None else mlp.plan(own, other)
     if plan is None:
         return None
+    down_place = state_of(down, Place)
+    if down_place is not None and is_untouched(down):
+        last = down_place.projection(down, dtype, x.device)
+        if last is not None:
+            return project_mlp(x, plan, down_place.plan(last), dtype)
     y: torch.Tensor = down(project_gated(x, plan, dtype))
     return y
 

@@ -20,7 +20,7 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
-from ...internals.torch import current_backward, undisturbed
+from ...internals.torch import current_backward, some_autocast_is_on, undisturbed
 from ...nn.autocast import autocast_dtype, autocast_is_on
 from ...nn.group import project
 from ...nn.group_plan import MOST_PROJECTIONS, Plan, Projection, are_alike
@@ -31,6 +31,7 @@ from .swapped import STATE, run_plain
 from .unchanged import Unchanged
 from .variant import DoraVariant
 
+_HAS_CACHING = hasattr(peft_dora, "ENABLE_DORA_CACHING")
 _NO_VERSION = -1
 _VERSION = attrgetter("_version")
 _PEFT_FORWARD = Linear.forward if Linear.forward.__module__ == Linear.__module__ else None
@@ -53,10 +54,10 @@ def product_dtype(x: torch.Tensor) -> torch.dtype | None:
         or x.ndim < 2
         or not undisturbed()
         or Linear.forward is not _PEFT_FORWARD
-        or getattr(peft_dora, "ENABLE_DORA_CACHING", False)
+        or (_HAS_CACHING and peft_dora.ENABLE_DORA_CACHING)
     ):
         return None
-    return autocast_dtype(x.device) or x.dtype
+    return (autocast_dtype(x.device) or x.dtype) if some_autocast_is_on() else x.dtype
 
 
 class Place:
@@ -90,10 +91,14 @@ class Place:
             if y is not None:
                 return y
         held = siblings.note(self, module, x) if siblings.unsettled else None
+        return project(x, self.plan(own), dtype, held)[0]
+
+    def plan(self, own: Projection) -> Plan:
+        """How the layer runs alone; ``own`` is what :meth:`projection` returned."""
         plan = self._plan
         if plan is None or plan.projections[0] is not own:
             self._plan = plan = Plan((own,))
-        return project(x, plan, dtype, held)[0]
+        return plan
 
     def projection(self, module: LoraLayer, dtype: torch.dtype, device: torch.device) -> Projection | None:
         """The layer's tensors, for products in ``dtype``; None if anything of PEFT's forward pass applies.
@@ -286,16 +291,16 @@ class _Group:
         """
         recomputes = current_backward()
         scope: object = opened() or (None if recomputes == -1 else recomputes)
+        if self.places[0] is not place:
+            return self._take(place, x, own, dtype, scope)
+        self._call = None
+        grad = torch.is_grad_enabled()
         serves = scope is not None and not x.is_inference()
-        if serves and torch.is_grad_enabled() and x.grad_fn is None:
+        if serves and grad and x.grad_fn is None:
             serves = is_rehearsing()  # where x stands for any tensor
-        first = self.places[0] is place
-        if first and recomputes == -1 and (torch.is_grad_enabled() or serves):
+        if recomputes == -1 and (grad or serves):
             self._serves = serves  # for the recompute; a pass without gradients in between has none
-        if not (serves and (recomputes == -1 or self._serves)):
-            return None
-        y = self._take(place, x, own, dtype, scope)
-        return self._compute(x, own, dtype, scope) if y is None and first else y
+        return self._compute(x, own, dtype, scope) if serves and (recomputes == -1 or self._serves) else None
 
     def drop(self) -> None:
         """Forget the outputs that nobody has asked for."""
@@ -323,15 +328,18 @@ class _Group:
             place: (other, own, _versions(own))
             for place, other, own in zip(self.places[1:], others, plan.projections[1:], strict=True)
         }
-        self._call = _Outputs(scope, weakref.ref(x), _version(x), dtype, torch.is_grad_enabled(), waiting)
-        if isinstance(scope, Opened):
+        self._call = _Outputs(scope, weakref.ref(x), x._version, dtype, torch.is_grad_enabled(), waiting)
+        if type(scope) is Opened:
             scope.at_end.append(self.drop)
         return y
 
     def _take(
         self, place: Place, x: torch.Tensor, own: Projection, dtype: torch.dtype, scope: object
     ) -> torch.Tensor | None:
-        """The output of ``place`` if the last call computed it for this x, and nothing has changed since."""
+        """The output of ``place`` if the last call computed it for this x, and nothing has changed since.
+
+        That the group serves was true for the same x and scope when they were computed.
+        """
         call = self._call
         if call is None:
             return None
@@ -342,7 +350,7 @@ class _Group:
             y is None
             or call.scope != scope
             or call.x() is not x
-            or call.version != _version(x)
+            or call.version != x._version  # which no tensor of inference has, nor does a group serve for one
             or call.dtype is not dtype
             or call.grad is not torch.is_grad_enabled()
             or projection is not own

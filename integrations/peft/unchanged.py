@@ -22,10 +22,8 @@ _is_contiguous = torch.Tensor.is_contiguous
 _dtype = attrgetter("dtype")
 _needs_gradient = attrgetter("requires_grad")
 
-_SWITCHES = itemgetter("_active_adapter", "_disable_adapters", "merged_adapters", "training", "scaling", "lora_variant")
+_SWITCHES = itemgetter("_active_adapter", "_disable_adapters", "merged_adapters", "training", "scaling")
 _OF_ADAPTERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout")
-_MODULES = itemgetter(*_OF_ADAPTERS, "base_layer")
-_KEYS = ["bias", "bias", *["forward"] * 4, *["weight"] * 4]
 
 
 class Unchanged:
@@ -35,6 +33,10 @@ class Unchanged:
 
     It counts as changed once a hook is registered on any module. Hooks from before are the caller's business.
 
+    All layers of a model do not fit into a processor's caches, and what is compared takes longer to fetch than to
+    compare. So what layers have in common is kept once for all of them, and the rest in few objects, without copies of
+    what a layer holds.
+
     Attributes:
         attributes: the layer's own dictionary, which a copy of the layer does not share.
         dtype, adapter_dtype, device: of W and of A.
@@ -42,18 +44,16 @@ class Unchanged:
     """
 
     __slots__ = (
-        "_adapters",
+        "_addresses",
         "_are_needed",
         "_bases",
-        "_copies",
         "_dicts",
         "_hooks",
         "_keys",
         "_kinds",
         "_layout",
-        "_modules",
+        "_of_magnitude",
         "_parts",
-        "_places",
         "_switches",
         "_tensors",
         "_values",
@@ -66,29 +66,34 @@ class Unchanged:
 
     def __init__(self, layer: nn.Module, active: str, tensors: Sequence[torch.Tensor]) -> None:
         self.attributes = layer.__dict__
-        self._switches = switches_of(layer)
-        self._places = layer._modules
-        self._modules = _MODULES(self._places)
-        self._adapters = [held._modules for held in self._modules[:4]]
-        self._copies = [{**held} for held in self._adapters]
-        a, b, m = (held[active] for held in self._adapters[:3])
-        base: nn.Module = self._modules[4]
-        self._parts = [a, b, m, base]
-        self._kinds = [*map(type, self._parts)]
-        attributes = [part.__dict__ for part in self._parts]
+        self._switches = _shared(tuple([_copied(value) for value in _SWITCHES(layer.__dict__)]))
+        modules: dict[str, Any] = layer._modules
+        adapters: list[dict[str, Any]] = [modules[name]._modules for name in _OF_ADAPTERS]
+        a, b, m = (held[active] for held in adapters[:3])
+        base = modules["base_layer"]
         dense = len(tensors) == 4
-        self._dicts: list[dict[str, Any]] = [
-            b._parameters, base._parameters, *attributes, *[part._parameters for part in (a, b, m)]
-        ]  # fmt: skip
-        if dense:
-            self._dicts.append(base._parameters)
-        self._keys = _KEYS[: len(self._dicts)]
-        self._values = [*map(dict.get, self._dicts, self._keys)]
-        bias = self._values[1]
-        self._bases = [*([tensors[0]] if dense else []), *([] if bias is None else [bias])]
-        self._are_needed = [*map(_needs_gradient, self._bases)]
-        self._tensors = [*tensors]
-        self._layout = self._read_layout()
+        self._parts = (a, b, m, base)
+        self._kinds = _shared((*map(type, self._parts),))
+        self._of_magnitude: dict[str, Any] = m.__dict__
+        places: list[tuple[dict[str, Any], str]] = [
+            (self.attributes, "lora_variant"),
+            (self.attributes["lora_variant"], active),
+            *[(modules, name) for name in (*_OF_ADAPTERS, "base_layer")],
+            *[(held, active) for held in adapters],
+            *[(part.__dict__, "forward") for part in self._parts],
+            (b._parameters, "bias"),
+            (base._parameters, "bias"),
+            *[(part._parameters, "weight") for part in self._parts[: 3 + dense]],
+        ]
+        self._dicts = tuple([held for held, _ in places])
+        self._keys = _shared(tuple([key for _, key in places]))
+        self._values = (*map(dict.get, self._dicts, self._keys),)
+        bias = base._parameters.get("bias")
+        self._bases = (*tensors[:dense], *([] if bias is None else [bias]))
+        self._are_needed = _shared((*map(_needs_gradient, self._bases),))
+        self._tensors = tuple(tensors)
+        self._addresses = (*map(_data_ptr, tensors),)
+        self._layout = _shared(self._read_layout())
         self._hooks = hooks_made()
         self.dtype, self.adapter_dtype, self.device = tensors[0].dtype, tensors[-2].dtype, tensors[0].device
         self.frozen = bias is None or not bias.requires_grad
@@ -98,12 +103,10 @@ class Unchanged:
         try:
             return (
                 _SWITCHES(self.attributes) == self._switches
-                and _MODULES(self._places) == self._modules
-                and self._adapters == self._copies
-                and [*map(type, self._parts)] == self._kinds
                 and all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
-                and not self._parts[2].__dict__.get("_dora_cache")
-                and [*map(_needs_gradient, self._bases)] == self._are_needed
+                and (*map(type, self._parts),) == self._kinds
+                and not (self._of_magnitude.get("_dora_cache"))
+                and (*map(_needs_gradient, self._bases),) == self._are_needed
                 and self._hooks == hooks_made()
                 and self.stands()
             )
@@ -112,17 +115,33 @@ class Unchanged:
 
     def stands(self) -> bool:
         """Whether W, A, B and m are where they were, in their dtypes and sizes."""
-        return self._read_layout() == self._layout
+        return (*map(_data_ptr, self._tensors),) == self._addresses and self._read_layout() == self._layout
 
-    def _read_layout(self) -> list[object]:
+    def _read_layout(self) -> tuple[object, ...]:
         # Conversions may end at an old address, and a square W may be transposed where it is.
         tensors = self._tensors
-        return [*map(_data_ptr, tensors), *map(_numel, tensors), *map(_dtype, tensors), *map(_is_contiguous, tensors)]
+        return (*map(_numel, tensors), *map(_dtype, tensors), *map(_is_contiguous, tensors))
+
+
+_MOST_SHARED = 64
+_known: list[tuple[Any, ...]] = []
+"""The last values that :func:`_shared` was given."""
+
+
+def _shared(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One object for all equal values."""
+    for known in _known:
+        if known == value and [*map(type, known)] == [*map(type, value)]:
+            return known
+    if len(_known) >= _MOST_SHARED:
+        del _known[0]
+    _known.append(value)
+    return value
 
 
 def switches_of(layer: nn.Module) -> tuple[Any, ...]:
-    """What is switched in ``layer`` now: its adapters, merging, training and scaling."""
-    return tuple([_copied(value) for value in _SWITCHES(layer.__dict__)])
+    """What is switched in ``layer`` now: its adapters, merging, training, scaling and variants."""
+    return tuple([_copied(value) for value in (*_SWITCHES(layer.__dict__), layer.__dict__["lora_variant"])])
 
 
 def _copied(value: Any) -> Any:

@@ -67,3 +67,38 @@ def test_this_pytorch_has_every_name() -> None:
 def test_a_name_that_takes_other_arguments_counts_as_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internals, "find", lambda wanted: lambda one, two, three: None)
     assert internals._find_working(name) is None
+
+
+GUARDED = {
+    "data of another dtype": lambda t: setattr(t, "data", t.data.double()),
+    "transposed where it is": lambda t: setattr(t, "data", t.data.t()),
+    "fewer rows": lambda t: setattr(t, "data", t.data[:3]),
+    "frozen": lambda t: t.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("how", GUARDED)
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_guard_recognises_tensors_and_refuses_changed_ones(how: str, index: int) -> None:
+    tensors = [torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))]
+    accepts = internals.guard_of(tensors)
+    assert accepts is not None
+    assert accepts(*tensors)
+    with torch.no_grad():
+        assert accepts(*tensors)
+        assert accepts(torch.nn.Parameter(torch.zeros(4, 4)), tensors[1]), "values do not matter"
+        assert not accepts(torch.zeros(4, 4), tensors[1]), "the type does"
+    GUARDED[how](tensors[index])
+    assert not accepts(*tensors)
+
+
+def test_some_autocast_is_on_for_any_kind_of_device() -> None:
+    assert not internals.some_autocast_is_on()
+    for kind in ("cpu", "cuda"):
+        before = torch.is_autocast_enabled(kind)
+        torch.set_autocast_enabled(kind, True)
+        try:
+            assert internals.some_autocast_is_on()
+        finally:
+            torch.set_autocast_enabled(kind, before)
+    assert not internals.some_autocast_is_on()

@@ -232,6 +232,38 @@ def test_no_tokens_and_no_gradients() -> None:
             assert_close(z, plain(x, one))
 
 
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "two dimensions": lambda x: x.reshape(-1, x.shape[-1]),
+    "three dimensions": lambda x: x,
+    "four dimensions": lambda x: x[None],
+    "one token": lambda x: x[:1, :1],
+    "every second token": lambda x: x[:, ::2],
+    "columns": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "expanded": lambda x: x[:1].expand(3, -1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("on_paper", [True, False], ids=["kernels", "reference"])
+def test_outputs_have_the_leading_dimensions_of_x_in_any_layout(
+    layout: str, on_paper: bool, request: pytest.FixtureRequest
+) -> None:
+    """Without gradients products keep x's dimensions; the outputs may be written to, with gradients on, too."""
+    if on_paper:
+        request.getfixturevalue("kernels_on_paper")
+    x, projections = make_group("random", (48, 48, 24), dtype=torch.float32, bias=True)
+    x = LAYOUTS[layout](x.detach())
+    wanted = [functional.silu(plain(x, projections[0])) * plain(x, projections[1])]
+    wanted += [plain(x, one) for one in projections] + [plain(x, projections[2])]
+    with torch.no_grad():
+        outputs = [project_gated(x, *projections[:2], "silu", torch.float32), *project(x, projections, torch.float32)]
+        outputs += project(x, projections[2:], torch.float32)
+    for y, exact in zip(outputs, wanted, strict=True):
+        assert_close(y, exact.detach(), 2e-5)
+        assert y.is_contiguous()
+        y.mul_(torch.ones(1, requires_grad=True))
+
+
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
 def test_gradients_have_the_dtypes_of_their_parameters(adapter: torch.dtype) -> None:
     x, projections = make_group("random", (48, 48), dtype=torch.bfloat16)

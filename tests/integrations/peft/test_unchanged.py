@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from .peft_models import relative
@@ -39,6 +40,34 @@ def replace_adapter(layer: Any) -> None:
 def replace_module(layer: Any) -> None:
     layer.lora_B["default"] = copy.deepcopy(layer.lora_B["default"])
     layer.lora_B["default"].weight.data.mul_(0.5)
+
+
+def replace_container(layer: Any) -> None:
+    layer.lora_A = copy.deepcopy(layer.lora_A)
+    layer.lora_A["default"].weight.data.mul_(0.5)
+
+
+def replace_base(layer: Any) -> None:
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    layer.base_layer.weight.data.mul_(0.5)
+
+
+class Doubled(DoraLinearVariant):
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **named: Any) -> torch.Tensor:
+        return 2.0 * DoraLinearVariant.forward(module, active_adapter, x, result, **named)  # type: ignore[no-any-return]
+
+
+def replace_variant(layer: Any) -> None:
+    layer.lora_variant["default"] = Doubled()
+
+
+def replace_variants(layer: Any) -> None:
+    layer.lora_variant = {"default": Doubled()}
+
+
+def bias_of_lora(layer: Any) -> None:
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(layer.out_features, dtype=torch.float64))
 
 
 def replace_bias(layer: Any) -> None:
@@ -90,14 +119,19 @@ def freeze(layer: Any) -> None:
 
 
 CHANGES = [
-    rescale, replace_weight, replace_adapter, replace_module, replace_bias, new_data, lower_rank, dropout, wrap_forward,
-    hook, merge, disable, train_bias, freeze,
+    rescale, replace_weight, replace_adapter, replace_module, replace_container, replace_base, replace_variant,
+    replace_variants, bias_of_lora, replace_bias, new_data, lower_rank, dropout, wrap_forward, hook, merge, disable,
+    train_bias, freeze,
 ]  # fmt: skip
 IN_A_CALL = [
     rescale,
     replace_weight,
     replace_adapter,
     replace_module,
+    replace_container,
+    replace_base,
+    replace_variant,
+    replace_variants,
     replace_bias,
     new_data,
     merge,
