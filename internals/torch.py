@@ -25,6 +25,7 @@ NAMES = (
     "torch._C._current_graph_task_id",
     "torch._C._is_any_autocast_enabled",
     "torch._C._autograd._get_current_graph_task_keep_graph",
+    "torch._C._autograd._top_saved_tensors_default_hooks",
     "torch._C._dynamo.guards.TensorGuards",
     "torch._C._are_functorch_transforms_active",
     "torch.autograd.forward_ad._current_level",
@@ -51,6 +52,7 @@ _TRIALS: dict[str, Callable[[Any], object]] = {
     "torch._C._current_graph_task_id": lambda function: function() + 0,
     "torch._C._is_any_autocast_enabled": lambda function: function(),
     "torch._C._autograd._get_current_graph_task_keep_graph": lambda function: function(),
+    "torch._C._autograd._top_saved_tensors_default_hooks": lambda function: function(True),
     "torch._C._are_functorch_transforms_active": lambda function: function(),
     "torch._C._get_tracing_state": lambda function: function(),
     "torch._C._get_dispatch_mode": lambda function: function(torch._C._TorchDispatchModeKey.PROXY),
@@ -164,6 +166,17 @@ def has_tangents(tensors: Sequence[torch.Tensor | None]) -> bool:
     if not tangents_possible():
         return False
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+_saving_hooks = _found["torch._C._autograd._top_saved_tensors_default_hooks"]
+
+
+def saving_is_hooked() -> bool:
+    """Whether hooks take the tensors that are saved for a backward pass; False if this PyTorch lacks the name.
+
+    A checkpoint's do, in its forward pass and in its recompute.
+    """
+    return _saving_hooks is not None and _saving_hooks(True) is not None
 
 
 # Autocast.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from ..internals.torch import current_backward
+from ..internals.torch import current_backward, saving_is_hooked
 from . import operators
 from .autograd import _as, _rows, _versions, apply_eagerly
 from .group_backward import Needs, differentiate, gated_backward, mlp_backward, project_backward
@@ -242,7 +242,11 @@ class _Gated(torch.autograd.Function):
 
 
 class _Mlp(torch.autograd.Function):
-    """:func:`project_mlp` with gradients: act(gate)*up is not saved, but computed again."""
+    """:func:`project_mlp` with gradients: act(gate)*up is not saved, but computed again.
+
+    Under hooks on what is saved it is saved. They are a checkpoint's: what its recompute saves lives for the backward
+    pass of one block, and takes no memory to speak of. To compute it again takes a hundredth of a step.
+    """
 
     @staticmethod
     def forward(ctx: Any, gated: Plan, down: Plan, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
@@ -256,7 +260,8 @@ class _Mlp(torch.autograd.Function):
         ctx.needs, ctx.token = (needs, needs_down), None
         first = _to_save(needs, x, factors, bases)
         ctx.first = len(first)
-        ctx.save_for_backward(*first, *_to_save(needs_down, None, low, base if needs_dg else [None]))
+        kept = between if saving_is_hooked() or current_backward() != -1 else None
+        ctx.save_for_backward(*first, *_to_save(needs_down, kept, low, base if needs_dg else [None]))
         return y
 
     @staticmethod

@@ -241,7 +241,10 @@ def mlp_backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Te
     t = _low_gradients(needs_down, down, dbases)
     da_down: Sequence[torch.Tensor | None] = (None,)
     if needs_down.lora_A:
-        da_down = _lora_a_gradients(needs_down, t, _activation(needs.plan, saved))
+        activation, down = down.x, down._replace(x=None)
+        rows = _activation(needs.plan, saved) if activation is None else _rows(activation)
+        da_down = _lora_a_gradients(needs_down, t, rows)
+        del activation, rows
     # Nothing here may hold this gradient, nor the activation, while the products of gate and up are made.
     dbases, dm = _activation_gradients(needs, saved, _input_gradient(down, dbases, t), release=release)
     db = _lora_b_gradients(needs, saved, dbases)

@@ -213,9 +213,11 @@ def _kernels(case: Case) -> Iterable[tuple[KernelSpec, int, bool]]:
         yield from _specs(case, group, "compose_backward_group", group[0].count)
     for gate in gates:
         pair = (gate, *ups[:1])
-        yield from _specs(case, pair, "compose_swiglu", gate.count, again=True)
         if any(each.name == "down_proj" for each in model.projections):
-            yield from _specs(case, pair, "compose_swiglu", gate.count)  # for dA of down, which does not keep it
+            # Again for dA of down, which does not keep it, or in the recompute of a checkpoint, which does.
+            yield from _specs(case, pair, "compose_swiglu", 2 * gate.count)
+        else:
+            yield from _specs(case, pair, "compose_swiglu", gate.count, again=True)
         yield from _specs(case, pair, "compose_swiglu_backward", gate.count)
     for each in model.projections:
         if id(each) not in together:

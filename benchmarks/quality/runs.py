@@ -68,7 +68,8 @@ def make(run: Run, size: Size, base: nn.Module, text: Text, deadline: Deadline) 
         OutOfTimeError: the deadline has passed.
     """
     split = VALIDATION if run.op == RATE else TEST
-    evaluations, steps = (1, size.precision_steps) if run.op == PRECISION else (size.evaluations, size.steps)
+    evaluations = size.evaluations if run.op == ADAPT else 1
+    steps = size.precision_steps if run.op == PRECISION else size.steps
     with exact_products():
         model = build(run.arm, base, run.mode, run.seed)
         start = held_out_loss(model, run.mode, text, split, size)

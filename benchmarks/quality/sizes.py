@@ -20,7 +20,8 @@ class Size:
     steps: int
     """Of each adaptation."""
     evaluations: int
-    """Of the held-out loss in an adaptation, evenly spread; the last one is after the last step."""
+    """Of the held-out loss in an adaptation, evenly spread; the last one is after the last step, and the only one where
+    a learning rate is tried."""
     precision_steps: int
     ratios: tuple[int, ...]
     """The values of d/r, d being ``hidden``."""
@@ -58,10 +59,10 @@ SIZES = {
         layers=6,
         heads=8,
         seq=512,
-        batch=32,
-        pretrain_steps=2000,
+        batch=16,
+        pretrain_steps=1500,
         steps=200,
-        evaluations=12,
+        evaluations=8,
         precision_steps=100,
         ratios=(64, 16, 4),
         train_bytes=6_000_000,

@@ -19,6 +19,8 @@ from .sizes import Size
 
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises to its value, in which it then stays."""
+HELD_OUT_BATCHES = 4
+"""Batches of training that one of a held-out loss holds: it keeps nothing for a backward pass."""
 
 
 class OutOfTimeError(Exception):
@@ -96,7 +98,7 @@ def held_out_loss(model: nn.Module, mode: Mode, text: Text, split: str, size: Si
     device = text.train.device
     losses, blocks = [], text.held_out[split]
     with mode.context(device):
-        for block in blocks.split(size.batch):
+        for block in blocks.split(HELD_OUT_BATCHES * size.batch):
             block = block.long()
             losses.append(loss_of(model, block[:, :-1], block[:, 1:]) * len(block))
     model.train()

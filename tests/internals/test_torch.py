@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from doratune.internals import torch as internals
 
@@ -90,6 +91,21 @@ def test_a_guard_recognises_tensors_and_refuses_changed_ones(how: str, index: in
         assert not accepts(torch.zeros(4, 4), tensors[1]), "the type does"
     GUARDED[how](tensors[index])
     assert not accepts(*tensors)
+
+
+def test_hooks_on_what_is_saved_are_those_of_checkpoints_and_users() -> None:
+    assert not internals.saving_is_hooked()
+    seen: list[bool] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        seen.append(internals.saving_is_hooked())
+        return x.sin()
+
+    checkpoint(run, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert seen == [True, True], "in the forward pass and in the recompute"
+    with torch.autograd.graph.save_on_cpu():
+        assert internals.saving_is_hooked()
+    assert not internals.saving_is_hooked()
 
 
 def test_some_autocast_is_on_for_any_kind_of_device() -> None:

@@ -154,15 +154,14 @@ def test_kernels_that_write_over_memory_give_the_same(
 
 
 def saved_by(run: Callable[[], torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The tensors that the graph of ``run`` saves, and its result."""
+    """The tensors that the graph of ``run`` saves, without hooks on them, and its result."""
+    y = run()
     found: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = run()
+    pending: list[Any] = [y.grad_fn]
+    while pending:
+        node = pending.pop()
+        found += [tensor for tensor in getattr(node, "saved_tensors", ()) if tensor is not None]
+        pending += [following for following, _ in node.next_functions if following is not None]
     return found, y
 
 
@@ -231,6 +230,15 @@ def test_a_checkpoint_gives_the_same_gradients(reentrant: bool) -> None:
     wanted = torch.autograd.grad(formula(x, parts, "gelu").square().sum(), leaves(x, parts))
     for one, other in zip(got, wanted, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_recompute_keeps_is_not_computed_a_third_time(
+    reentrant: bool, kernels_on_paper: Callable[[], dict[str, int]]
+) -> None:
+    x, parts = make_mlp(dtype=torch.float32)
+    checkpoint(lambda x: mlp(x * 1.0, parts), x, use_reentrant=reentrant).sum().backward()
+    assert kernels_on_paper()["compose_swiglu"] == 2, "in the forward pass and in its recompute"
 
 
 @pytest.mark.parametrize("run", [mlp, separately])
