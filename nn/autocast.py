@@ -39,7 +39,10 @@ def autocast_is_on(device: torch.device) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype to which autocast rounds the factors of products on ``device``; None if it is off."""
-    return torch.get_autocast_dtype(rehearsed_device(device).type) if autocast_is_on(device) else None
+    kind = device.type
+    if kind == META:
+        kind = rehearsed_device(device).type
+    return torch.get_autocast_dtype(kind) if kind != META and torch.is_autocast_enabled(kind) else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

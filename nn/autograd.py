@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from ..internals.torch import current_backward, is_recording, knows_backward
-from ..runtime.kernel import Kernel
 from . import operators
 from .autocast import without_autocast
 from .differentiation import once_only
@@ -125,24 +124,6 @@ def compose_unseen(
         return result
     with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
         return _forward(form, x, base, None, lora_A, lora_B, magnitude, bias, norm, needs_dg=False)[0]
-
-
-def compose_over(
-    base: torch.Tensor,
-    x: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    g: torch.Tensor,
-    scaling: float,
-    kernel: Kernel,
-) -> torch.Tensor:
-    """Return y = g*(base + s*h@B.T) in the memory of ``base`` [..., d_out], contiguous, with gradients off.
-
-    x [..., d_in], A and B in the dtype of ``base``; ``kernel`` is one of the op ``lora_compose``.
-    """
-    rows, out = _rows(x), base.view(-1, base.shape[-1])
-    kernel.launch((out, torch.mm(rows, lora_A.T), lora_B, g), (out,), scaling)
-    return base
 
 
 def apply_eagerly(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -275,12 +256,17 @@ def _versions(parameters: Sequence[torch.Tensor | None]) -> list[int]:
     if torch.compiler.is_compiling():
         return []
     versions = [0 if parameter is None else parameter._version for parameter in parameters]
-    task = current_backward()
-    if task != -1:
-        for parameter, version in zip(parameters, versions, strict=True):
-            if parameter is not None:
-                _recomputed[id(parameter)] = (weakref.ref(parameter), task, version)
+    if current_backward() != -1:
+        note_recompute(parameters, versions)
     return versions
+
+
+def note_recompute(parameters: Sequence[torch.Tensor | None], versions: Sequence[int]) -> None:
+    """Note that a recompute in the running backward pass has used ``parameters`` in these versions."""
+    task = current_backward()
+    for parameter, version in zip(parameters, versions, strict=True):
+        if parameter is not None:
+            _recomputed[id(parameter)] = (weakref.ref(parameter), task, version)
 
 
 def _check_unwritten(parameters: Sequence[torch.Tensor | None], versions: Sequence[int]) -> None:

@@ -398,9 +398,8 @@ def take_gains(
     each layer in turn, ``addresses`` theirs by layer: the caller knows where and of what shape they are now.
     ``settings`` are those of :func:`slice_settings` for all. Nothing must watch, and no recompute run.
     """
-    by = opened()
+    by = _open.innermost
     versions: list[int] = []
-    gains = []
     for cache, address in zip(caches, addresses, strict=True):
         given = cache._given
         if given is None or given.by is not by or cache._taken or given.settings != settings:
@@ -409,7 +408,6 @@ def take_gains(
         if given.addresses[index] != address:
             return None
         versions += given.versions[index]
-        gains.append(given.gains[index])
     try:
         if [*map(_version, tensors)] != versions:
             return None
@@ -420,12 +418,13 @@ def take_gains(
         cache._forwards_at = _steps
         cache._taken = cache.asked = True
         cache._entry = None
-    return gains
+    return [cache._given.gains[cache._index] for cache in caches]  # type: ignore[union-attr]
 
 
 def norms_taken(caches: Sequence[NormCache]) -> list[torch.Tensor]:
     """w of layers whose g :func:`take_gains` has just returned."""
-    return [cache._given.value(cache._index)[0] for cache in caches]  # type: ignore[union-attr]
+    taken: Any = [(cache._given, cache._index) for cache in caches]
+    return [given.value(index)[0] if given._rows is None else given._rows[index] for given, index in taken]
 
 
 def _alive(storages: Sequence[weakref.ref[torch.UntypedStorage]]) -> bool:

@@ -6,11 +6,14 @@ of the layer's.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from ..codegen.ops import stored_unit, table_unit
+from ..codegen.weight_formats import WeightFormat
 from ..runtime.reference import TORCH_DTYPES
 from .autocast import autocast_dtype
 from .kernels import SPEC_DTYPES
@@ -20,6 +23,7 @@ from .stored_norm import How, StoredMatrix, how_of
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _HALVES = (torch.bfloat16, torch.float16)
+_text: Callable[[WeightFormat], str] = functools.lru_cache(maxsize=256)(str)
 
 
 class NormLayer(NamedTuple):
@@ -112,7 +116,7 @@ def products_of(layer: AnyLayer, device: torch.device | None = None) -> Products
     rounded = autocast_dtype(device or layer.weight.device)
     if isinstance(layer, StoredLayer):
         how = how_of(layer.weight.form, adapter, rounded)
-        return Products(how, str(how.form), adapter, how.rounds) if how.adapter is adapter else None
+        return Products(how, _text(how.form), adapter, how.rounds) if how.adapter is adapter else None
     w = layer.weight
     if rounded is None:
         return Products(adapter, w.dtype, adapter, False)

@@ -32,6 +32,7 @@ from .examine import examine
 from .gated import GatedMlp
 from .passes import pass_over
 from .projections import Place
+from .stored_place import StoredPlace
 from .swapped import state_of
 from .variant import DoraVariant
 
@@ -214,12 +215,31 @@ def group_kernels_of(
     groups = {}
     for layer in accelerated_layers(model):
         place = state_of(layer, Place)
-        together = () if place is None else place.siblings.layers_of(place)
+        if place is None:
+            continue
+        together = place.siblings.layers_of(place)
         groups[tuple(map(id, together))] = together
+    yield from _stored_groups(model, tokens, train=train, device=device)
     parts = [
         Part(_Together(group), group[0].in_features, _activation_dtype(group[0])) for group in groups.values() if group
     ]
     yield from requests_of(parts, tokens, train=train, device=device)
+
+
+def _stored_groups(model: nn.Module, tokens: int, *, train: bool, device: torch.device | None) -> Iterator[Request]:
+    """The same for quantised layers, whose stand-ins in a rehearsal do not run together."""
+    seen = set()
+    for layer in accelerated_layers(model):
+        place = state_of(layer, StoredPlace)
+        siblings: Any = None if place is None else place.siblings
+        together = () if place is None else siblings.layers_of(place)
+        if together and (ids := tuple(map(id, together))) not in seen:
+            seen.add(ids)
+            known = [other.known() for each in together if (other := state_of(each, StoredPlace)) is not None]
+            projections = [one for one in known if one is not None]
+            plan = StoredPlace.plan_together(projections) if len(projections) == len(together) else None
+            if plan is not None and (device or plan.device).type == "cuda":
+                yield from plan.requests(tokens, _activation_dtype(layer), train=train, device=device)
 
 
 class _Together(nn.Module):

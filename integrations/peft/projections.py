@@ -117,6 +117,16 @@ class Place:
             return None  # adapters that are not rounded
         return self._own
 
+    @staticmethod
+    def plan_together(projections: Sequence[Projection]) -> Plan | None:
+        """How layers run together; None if they cannot."""
+        return Plan(projections) if are_alike(projections) else None
+
+    @staticmethod
+    def run_together(x: torch.Tensor, plan: Plan, dtype: torch.dtype) -> Sequence[torch.Tensor] | None:
+        """The output of each layer of ``plan``, in ``dtype``."""
+        return project(x, plan, dtype)
+
     def known(self) -> Projection | None:
         """The layer's tensors if it could run by itself when it was examined last, and they are where they were."""
         state = self._state
@@ -273,7 +283,10 @@ class _Outputs(NamedTuple):
 
 
 class _Group:
-    """Layers that read the same x, in the order of their calls."""
+    """Layers that read the same x, in the order of their calls.
+
+    Their places are of dense layers, or all of quantised ones (:mod:`.stored_place`), which have the same methods.
+    """
 
     def __init__(self, places: Sequence[Place], modules: Sequence[LoraLayer]) -> None:
         self.places = places
@@ -306,6 +319,10 @@ class _Group:
         """Forget the outputs that nobody has asked for."""
         self._call = None
 
+    def release(self) -> None:
+        """Release the weights of the layers, which one of them holds no more."""
+        self._call = self._plan = None
+
     def _compute(self, x: torch.Tensor, first: Projection, dtype: torch.dtype, scope: object) -> torch.Tensor | None:
         """Compute all outputs and return that of the ``first``; None if the layers cannot run together now.
 
@@ -320,10 +337,13 @@ class _Group:
                 if own is None:
                     return None
                 found.append(own)
-            if not are_alike(found):
+            self._plan = plan = self.places[0].plan_together(found)
+            if plan is None:
                 return None
-            self._plan = plan = Plan(found)
-        y, *others = project(x, plan, dtype)
+        made = self.places[0].run_together(x, plan, dtype)
+        if made is None:
+            return None
+        y, *others = made
         waiting = {
             place: (other, own, _versions(own))
             for place, other, own in zip(self.places[1:], others, plan.projections[1:], strict=True)
@@ -364,12 +384,13 @@ class _Group:
 _NOTHING = (None, None, None)
 
 
-def _versions(own: Projection) -> list[int]:
-    """The versions of W, A, B and m."""
+def _versions(own: Any) -> list[int]:
+    """The versions of W, A, B and m; of a quantised layer, those of what W is stored in."""
+    tensors = own[:4] if type(own) is Projection else own.tensors
     try:
-        return [*map(_VERSION, own[:4])]
+        return [*map(_VERSION, tensors)]
     except RuntimeError:  # inference tensors have none
-        return [_version(tensor) for tensor in own[:4]]
+        return [_version(tensor) for tensor in tensors]
 
 
 def _version(x: torch.Tensor) -> int:

@@ -106,7 +106,8 @@ class Snapshot:
     def __init__(self, base: nn.Module, kind: str) -> None:
         package = _PACKAGES[kind]
         self._base, self._parts = base, package.parts
-        self._values = self._read_values()
+        # Of an object that is gone another may have the id, but not of all: the tensors are known to live.
+        self._values = [*map(id, chain(*map(dict.values, package.parts(base))))]
         with as_plain_tensors():
             tensors = package.hold(base).tensors.values()
             self._tensors = [*map(weakref.ref, tensors)]
@@ -118,15 +119,11 @@ class Snapshot:
             tensors: list[Any] = [*map(_referent, self._tensors)]
             return (
                 None not in tensors
-                and self._read_values() == self._values
+                and [*map(id, chain(*map(dict.values, self._parts(self._base))))] == self._values
                 and [*map(_data_ptr, tensors)] == self._places
             )
         except (AttributeError, KeyError):
             return False
-
-    def _read_values(self) -> list[int]:
-        # Of an object that is gone another may have the id, but not of all: the tensors are known to live.
-        return [*map(id, chain.from_iterable(map(dict.values, self._parts(self._base))))]
 
 
 class StorageReader:

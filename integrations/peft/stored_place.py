@@ -7,7 +7,9 @@ adapter, not merged, no dropout, no hooks. The base layer itself is called as PE
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -16,18 +18,14 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
-from ...internals.torch import current_backward
-from ...nn import kernels
 from ...nn.autocast import autocast_is_on
-from ...nn.autograd import Form, compose_over, compose_unseen
-from ...nn.kernels import token_bucket
-from ...nn.norm import NormAndGain
-from ...nn.norm_cache import norms_taken, slice_settings, take_gains
+from ...nn.autograd import Form, compose_unseen
 from ...nn.norm_layer import StoredLayer
-from ...nn.stored_norm import How, how_of
-from ...runtime.kernel import Kernel
-from .examine import PLAIN_TENSORS
-from .projections import active_adapter, product_dtype
+from ...nn.stored_group import compose_stored
+from ...nn.stored_plan import Source, StoredPlan, StoredProjection, are_alike
+from .base_layers import BNB_4BIT
+from .examine import PLAIN_TENSORS, DoraLayer
+from .projections import Siblings, active_adapter, product_dtype
 from .stored import Snapshot, StorageReader
 from .swapped import STATE, plain_class, run_plain
 from .unchanged import Unchanged, switches_of
@@ -38,7 +36,7 @@ def forward(module: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
     """The forward pass of an accelerated layer with a quantised W, for x [..., d_in]; returns [..., d_out]."""
     if torch.compiler.is_compiling() or args or kwargs:
         return run_plain(module, x, *args, **kwargs)  # type: ignore[no-any-return]
-    place = module.__dict__.get(STATE)
+    place = module.__dict__[STATE] if STATE in module.__dict__ else None  # noqa: SIM401  (without a call)
     y = place.run(module, x) if type(place) is StoredPlace else None
     return run_plain(module, x) if y is None else y
 
@@ -46,34 +44,38 @@ def forward(module: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> to
 class _Call(NamedTuple):
     """What the layer was examined as, for calls of :meth:`StoredPlace.run`, and what tells that it still is that.
 
-    ``layer`` is the base layer. ``tensors`` are those that W is stored in, A, B and m, and ``addresses`` theirs.
-    ``passed_by`` is PEFT's forward pass; if other code has replaced it, that runs.
+    ``layer`` is the base layer. ``passed_by`` is PEFT's forward pass, ``computes`` that of the base layer; if other
+    code has replaced it, that runs. ``source`` computes the base products; without one the base layer does.
+    ``sourced`` and ``given`` are the projection with and without it; None if no plan can have it.
     """
 
     unchanged: Unchanged
     snapshot: Snapshot
     passed_by: object
+    computes: object
     variant: DoraVariant
-    active: str
+    dora: DoraLayer
     layer: nn.Module
     own: StoredLayer
-    tensors: tuple[torch.Tensor, ...]
-    addresses: tuple[int, ...]
+    bias: torch.Tensor | None
+    source: Source | None
+    sourced: StoredProjection | None
+    given: StoredProjection | None
 
     def stands(self, module: LoraLayer) -> bool:
         """Whether nothing has changed that decides what the layer computes, but for the values of A, B and m."""
         return (
             self.unchanged.attributes is module.__dict__
-            and plain_class(module).forward is self.passed_by
+            and type(module)._plain_class.forward is self.passed_by  # a swapped class has it
+            and type(self.layer).forward is self.computes
             and self.unchanged.holds()
             and self.snapshot.holds()
         )
 
-    def norm(self, module: LoraLayer) -> torch.Tensor | NormAndGain:
-        """The row norm w [d_out] of the layer alone, or w and g."""
-        dora = self.variant.glance.look(module, self.active)
-        assert not isinstance(dora, str), dora  # it stands
-        return self.variant.norm_of(module, self.active, dora)
+    def rounds(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether products on ``device`` in ``dtype`` round the adapter, if it has another dtype."""
+        unchanged = self.unchanged
+        return unchanged.device == device and (unchanged.adapter_dtype is dtype or autocast_is_on(device))
 
 
 class StoredPlace:
@@ -81,7 +83,10 @@ class StoredPlace:
 
     In a call everything that PEFT's forward pass would do is checked: whether the layer is unchanged since it was
     examined, and if not, by examining it again. A call takes no norm of a pass that has read anything else than the
-    layer holds.
+    layer holds. Layers that read the same x run together, as dense ones do (:mod:`.projections`).
+
+    Args:
+        siblings: the quantised layers of its parent.
 
     Attributes:
         is_left_out: whether the layer is one that no pass reads: no kernel knows its format, or hooks on its base layer
@@ -89,97 +94,111 @@ class StoredPlace:
         reader: reads the W of the active adapter's layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, siblings: Siblings | None = None) -> None:
+        self.siblings = Siblings() if siblings is None else siblings
+        self.group: Any = None  # of layers that read the same x, once they are seen
         self.is_left_out = False
         self.reader: StorageReader | None = None
         self._own: StoredLayer | None = None
         self._switches: tuple[Any, ...] = ()
         self._call: _Call | None = None
-        self._forms: dict[tuple[float, torch.dtype, bool, bool], Form] = {}
-        self._hows: dict[torch.dtype | None, How] = {}
-        self._kernels: dict[tuple[int, torch.dtype], Kernel | None] = {}
+        self._last: StoredProjection | None = None
+        self._plan: StoredPlan | None = None
 
-    def __reduce__(self) -> tuple[type[StoredPlace], tuple[()]]:
-        return StoredPlace, ()  # a copied layer is examined anew
+    def __reduce__(self) -> tuple[type[StoredPlace], tuple[Siblings]]:
+        return StoredPlace, (self.siblings,)  # a copied layer is examined anew
 
     def run(self, module: LoraLayer, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output; None if PEFT's forward pass must compute it."""
         dtype = product_dtype(x)
         if dtype is None:
             return None
-        call = self._call
+        own = self.projection(module, dtype, x.device)
+        if own is None or 0 in x.shape:
+            return self._compose(x, dtype)
+        siblings: Any = self.siblings  # which takes any places that have the same methods
+        if siblings.unsettled:
+            siblings.settle(self)
+        y = None if self.group is None else self.group.run(self, x, own, dtype)
+        if y is None:
+            held = siblings.note(self, module, x) if siblings.unsettled else None
+            plan = self._plan
+            if plan is None or plan.projections[0] is not own:
+                self._plan = plan = StoredPlan((own,))
+            made = self.run_together(x, plan, dtype, held)
+            y = self._compose(x, dtype) if made is None else made[0]
+        return y
+
+    def projection(self, module: LoraLayer, dtype: torch.dtype, device: torch.device) -> StoredProjection | None:
+        """The layer, for products in ``dtype``; None if it cannot run in a plan now.
+
+        It has a source if that computes in ``dtype``.
+        """
+        call, self._last = self._call, None
         if call is None or not call.stands(module):
             self._call = call = self._examine_call(module)
             if call is None:
                 return None
-        own, unchanged = call.own, call.unchanged
-        if unchanged.device != x.device or (unchanged.adapter_dtype is not dtype and not autocast_is_on(x.device)):
-            return None  # adapters that are not rounded
+        unchanged, bias = call.unchanged, call.bias
+        if (unchanged.adapter_dtype is not dtype or unchanged.device != device) and not call.rounds(dtype, device):
+            return None
+        if bias is not None and bias.requires_grad:
+            return None
+        source = call.source
+        own = self._last = call.sourced if source is not None and source.dtype is dtype else call.given
+        return own
+
+    def known(self) -> StoredProjection | None:
+        """The layer as it ran last, if its tensors are where they were then."""
+        call = self._call
+        return self._last if call is not None and call.unchanged.stands() else None
+
+    @staticmethod
+    def plan_together(projections: Sequence[StoredProjection]) -> StoredPlan | None:
+        """How layers run together; None if they cannot."""
+        return StoredPlan(projections) if are_alike(projections) else None
+
+    def run_together(
+        self, x: torch.Tensor, plan: StoredPlan, dtype: torch.dtype, held: object = None
+    ) -> Sequence[torch.Tensor] | None:
+        """The output of each layer of ``plan``, from products in ``dtype``; None if they cannot run in a plan now."""
+        bases: list[torch.Tensor] = []
+        returned = x.dtype
+        if not plan.sources:
+            bases = [one.base(x) for one in plan.projections]
+            if not all(type(base) in PLAIN_TENSORS and base.is_contiguous() for base in bases):
+                return None
+            returned = bases[0].dtype
+            if returned is not dtype:
+                bases = [base.to(dtype) for base in bases]
+        outputs = compose_stored(x if x.dtype is dtype else x.to(dtype), plan, bases, held)
+        return outputs if returned is dtype or not self._converts() else [y.to(returned) for y in outputs]
+
+    def _converts(self) -> bool:
+        """Whether PEFT's forward pass returns the base layer's dtype, whatever the products have."""
+        assert self._call is not None
+        return self._call.passed_by is Linear.forward or not torch.is_autocast_enabled("cuda")
+
+    def _compose(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """The output in the cases in which no plan serves; None if PEFT's forward pass must compute it."""
+        call = self._call
+        if call is None or not call.rounds(dtype, x.device):
+            return None
         base = call.layer(x)
         if type(base) not in PLAIN_TENSORS:
             return None
-        returned = base.dtype
+        own, bias, returned = call.own, call.bias, base.dtype
         if returned is not dtype:
             base = base.to(dtype)
-        bias = _bias_of(call.layer)
         trains = torch.is_grad_enabled() and (base.requires_grad or x.requires_grad or _train(own, bias))
-        taken = self._taken(call, dtype, trains=trains)
-        kernel = None
-        if taken is not None and bias is None and returned is dtype is x.dtype is unchanged.adapter_dtype:
-            kernel = None if torch.is_grad_enabled() else self._kernel(call, base)
-        if taken is not None and kernel is not None:
-            return compose_over(base, x, own.lora_A, own.lora_B, taken.g, own.scaling, kernel)
-        norm = call.norm(module) if taken is None else taken
-        key = (own.scaling, dtype, bias is not None, trains)
-        form = self._forms.get(key)
-        if form is None:
-            scaling, _, biased, _ = key
-            settings: Any = {"exact": False, "base_has_bias": biased, "owns_memory": True, "train": trains}
-            form = self._forms[key] = Form("dora_compose", scaling, dtype, **settings)
+        norm = call.variant.stored_norm(own.weight, call.dora)
+        settings: Any = {"exact": False, "base_has_bias": bias is not None, "owns_memory": True, "train": trains}
+        form = Form("dora_compose", own.scaling, dtype, **settings)
         y = compose_unseen(form, x, base, own.lora_A, own.lora_B, own.magnitude, bias, norm)
-        if returned is not dtype and (call.passed_by is Linear.forward or not torch.is_autocast_enabled("cuda")):
-            return y.to(returned)  # as PEFT's forward passes do
-        return y
-
-    def _kernel(self, call: _Call, base: torch.Tensor) -> Kernel | None:
-        """The kernel that composes over ``base`` [..., d_out]; None where there is none, or it is not contiguous."""
-        if not base.is_contiguous():
-            return None
-        tokens = base.numel() // base.shape[-1]
-        try:
-            return self._kernels[tokens, base.dtype]
-        except KeyError:
-            own = call.own
-            key = (
-                "lora_compose",
-                own.weight.d_out,
-                1,
-                own.lora_A.shape[0],
-                token_bucket(tokens),
-                base.dtype,
-                base.dtype,
-            )
-            found = kernels.kernel_for(*key, (), None, base.device) if tokens else None
-            self._kernels[tokens, base.dtype] = found
-            return found
-
-    def _taken(self, call: _Call, dtype: torch.dtype, *, trains: bool) -> NormAndGain | None:
-        """w and g from the open norm pass, in the first call within it; None where the layer must be asked alone."""
-        if trains and current_backward() != -1:
-            return None
-        own = call.own
-        rounded = dtype if autocast_is_on(call.unchanged.device) else None
-        how = self._hows.get(rounded)
-        if how is None:
-            how = self._hows[rounded] = how_of(own.weight.form, own.lora_A.dtype, rounded)
-        held = (own.norms,)
-        gains = take_gains(held, call.tensors, (call.addresses,), slice_settings(call.tensors[0], own.scaling, how))
-        return None if gains is None else NormAndGain(norms_taken(held)[0], gains[0])
+        return y.to(returned) if returned is not dtype and self._converts() else y
 
     def _examine_call(self, module: LoraLayer) -> _Call | None:
         """Examine the layer: what a call without PEFT's forward pass needs; None if anything of that applies."""
-        self._hows.clear()
-        self._kernels.clear()
         if "_is_replica" in module.__dict__ or getattr(peft_dora, "ENABLE_DORA_CACHING", False):
             return None
         cls, active = plain_class(module), active_adapter(module)
@@ -195,18 +214,27 @@ class StoredPlace:
         dora = variant.glance.look(module, active)
         if isinstance(dora, str) or modules["base_layer"] is not dora.layer:
             return None
-        tensors = (*own.weight.tensors, own.lora_A, own.lora_B, own.magnitude)
+        layer, tensors = dora.layer, own.tensors
         if own.lora_B.dtype is not own.lora_A.dtype:
             return None
-        bias = _bias_of(dora.layer)
+        bias = _bias_of(layer)
         if bias is not None and (type(bias) not in PLAIN_TENSORS or bias.device != tensors[0].device):
             return None
         if any(tensor.device != tensors[0].device for tensor in tensors):
             return None
         unchanged = Unchanged(module, active, (own.lora_A, own.lora_B, own.magnitude))
-        snapshot = Snapshot(dora.layer, dora.base.kind)
-        addresses = tuple([tensor.data_ptr() for tensor in tensors])
-        return _Call(unchanged, snapshot, cls.forward, variant, active, dora.layer, own, tensors, addresses)
+        snapshot = Snapshot(layer, dora.base.kind)
+        source = _source_of(layer, dora.base.kind)
+        # Not the layer's own weight, so that its end is noticed.
+        dora = dora._replace(base=dora.base._replace(weight=tensors[0]))
+        ask = functools.partial(variant.stored_norm, own.weight, dora)
+        projection = StoredProjection(own, tensors, bias, None, layer, ask)
+        given = projection if projection.fits else None
+        sourced = None if given is None or source is None else given._replace(source=source)
+        computes = type(layer).forward
+        return _Call(
+            unchanged, snapshot, cls.forward, computes, variant, dora, layer, own, bias, source, sourced, given
+        )
 
     def own(self, module: LoraLayer) -> StoredLayer | None:
         """Examine the layer: what a pass reads of it now, or None. While nothing has changed it is the same object."""
@@ -258,13 +286,24 @@ class StoredPlace:
     def release(self, reader: StorageReader) -> None:
         """Release the W that ``reader`` has found."""
         if self.reader is reader:
-            self._own = self._call = None
+            self._own = self._call = self._plan = self._last = None
+            if self.group is not None:
+                self.group.release()
 
 
 def _bias_of(base: nn.Module) -> torch.Tensor | None:
     """The bias of a base layer: a parameter, or as HQQ holds it, an attribute."""
     bias: torch.Tensor | None = base._parameters.get("bias")
     return base.__dict__.get("bias") if bias is None else bias
+
+
+def _source_of(layer: Any, kind: str) -> Source | None:
+    """What computes the layer's products; None if only the layer does, or if it has not decided yet in which dtype."""
+    if kind != BNB_4BIT or not layer.compute_type_is_set:
+        return None
+    from .four_bits import FourBits
+
+    return FourBits(layer)
 
 
 def _train(own: StoredLayer, bias: torch.Tensor | None) -> bool:

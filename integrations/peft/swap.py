@@ -145,22 +145,22 @@ _QUANTISED = ("peft.tuners.lora.bnb", "peft.tuners.lora.hqq", "peft.tuners.lora.
 
 
 def _run_together(model: nn.Module) -> None:
-    """Let layers run by themselves, dense ones in groups with their siblings, and gated MLPs with their activation."""
+    """Let layers run by themselves, in groups with their siblings, and dense gated MLPs with their activation."""
     from peft.tuners.lora.layer import Linear
 
     from . import gated, projections, stored_place
     from .swapped import plain_class, swap
 
-    for _, module in _lora_layers(model):
-        if plain_class(module).__module__ in _QUANTISED:
-            swap(module, stored_place.forward, stored_place.StoredPlace())
     for parent in list(model.modules()):
-        children = [child for child in parent._modules.values() if child is not None and plain_class(child) is Linear]
-        siblings = projections.Siblings()
+        children = [child for child in parent._modules.values() if child is not None]
+        siblings, quantised = projections.Siblings(), projections.Siblings()
         for child in children:
-            swap(child, projections.forward, projections.Place(siblings))
+            if plain_class(child) is Linear:
+                swap(child, projections.forward, projections.Place(siblings))
+            elif plain_class(child).__module__ in _QUANTISED:
+                swap(child, stored_place.forward, stored_place.StoredPlace(quantised))
         mlp = gated.read_gated(parent)
-        if mlp is not None:
+        if mlp is not None and plain_class(parent._modules[mlp.form.gate]) is Linear:  # type: ignore[arg-type]
             swap(parent, gated.forward, mlp)
 
 

@@ -109,9 +109,16 @@ class DoraVariant(MergingVariant):
         if torch.compiler.is_compiling() and (traced := self._traced_norm(dora)) is not None:
             return traced
         stored = self.stored_of(dora) if dora.base.matrix is None else None
-        if isinstance(stored, StoredMatrix) and (taken := self._taken(stored, dora)) is not None:
-            return taken
-        return self._compute_norm(dora, stored)
+        return (
+            self._compute_norm(dora, stored)
+            if stored is None or isinstance(stored, str)
+            else self.stored_norm(stored, dora)
+        )
+
+    def stored_norm(self, stored: StoredMatrix, dora: DoraLayer) -> torch.Tensor | NormAndGain:
+        """:meth:`norm_of` of a layer that is known to store this W, where PEFT caches no norms."""
+        taken = self._taken(stored, dora)
+        return self._compute_norm(dora, stored) if taken is None else taken
 
     def _cached_norm(self, module: LoraLayer, adapter: str, dora: DoraLayer) -> torch.Tensor:
         """The row norm w [d_out] through PEFT's cache."""

@@ -23,7 +23,7 @@ from doratune.integrations.peft.variant import DoraVariant
 from doratune.nn import kernels
 from doratune.nn.kernels import token_bucket
 
-from .peft_models import Pair, gradients, shake, with_dora
+from .peft_models import Pair, gradients, relative, shake, with_dora
 from .test_first_step import autocast
 from .test_quantised import KINDS, quantised
 
@@ -97,6 +97,8 @@ def test_values_and_gradients_are_those_of_the_way_through_peft(
         pytest.skip("HQQ's own backward pass fails under autocast")
     model = pair(kind, dtype)
     x = X.to(dtype)
+    # A 4-bit layer adds up the gradient of its input before it rounds it, so what depends on the second one's differs.
+    through_second = kind == base_layers.BNB_4BIT and dtype is torch.bfloat16
     with only_through_peft():
         wanted = run(model, x, train, rounds)
     assert set(through_peft) == {"base_model.model.first", "base_model.model.second"}
@@ -106,7 +108,10 @@ def test_values_and_gradients_are_those_of_the_way_through_peft(
         assert found.keys() == wanted.keys()
         for name, value in found.items():
             assert value.dtype == wanted[name].dtype
-            assert torch.equal(value, wanted[name]), name
+            if through_second and name != "y" and ".second." not in name:
+                assert relative(value, wanted[name]) < 1e-2, name
+            else:
+                assert torch.equal(value, wanted[name]), name
     assert not through_peft
 
 
@@ -118,7 +123,8 @@ class Composes:
     def launch(self, inputs: Any, outputs: Any, scaling: float) -> None:
         base, h, lora_b, g = inputs
         assert h.dtype is lora_b.dtype is base.dtype
-        outputs[0].copy_(g * (base.float() + scaling * h.float() @ lora_b.float().T))
+        y = g * (base.float() + scaling * h.float() @ lora_b.float().T)
+        outputs[0].copy_(y.view(outputs[0].shape))
         Composes.launches += 1
 
 

@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import doratune
 from doratune.integrations.peft import passes, stored
 from doratune.integrations.peft.base_layers import BNB_4BIT, BNB_8BIT, TORCHAO
-from doratune.integrations.peft.examine import examine
 from doratune.integrations.peft.stored_place import StoredPlace
 from doratune.integrations.peft.variant import DoraVariant
+from doratune.nn import stored_group
 from doratune.nn.norm import NormAndGain
 
 from .peft_models import (
@@ -52,37 +52,40 @@ SHAPES = 4
 def used(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many norms of quantised layers came from a pass, and how many from the layers; each one is checked."""
     count: Counter[str] = Counter()
-    norm_of, run, taken = DoraVariant.norm_of, StoredPlace.run, StoredPlace._taken
-    running: list[Any] = []
+    norm_of, compute, of_plan = DoraVariant.norm_of, DoraVariant._compute_norm, stored_group._norms_and_gains
+    alone: Counter[str] = Counter()
 
-    def run_noted(self: Any, module: Any, x: torch.Tensor) -> Any:
-        running.append(module)
-        try:
-            return run(self, module, x)
-        finally:
-            running.pop()
+    def computed(self: Any, *arguments: Any) -> Any:
+        alone["layers"] += 1
+        return compute(self, *arguments)
 
-    def taken_by_the_call(self: Any, call: Any, dtype: Any, *, trains: bool) -> Any:
-        given = taken(self, call, dtype, trains=trains)
-        return None if given is None else check(given, examine(running[-1], call.active), call.variant.layer)
+    def asked_by_calls(plan: Any, how: Any, *, trains: bool) -> Any:
+        before = alone["layers"]
+        norms, gains = of_plan(plan, how, trains=trains)
+        assert len(gains) == plan.count
+        assert len(norms) in ((plan.count,) if trains else (0, plan.count))
+        for index, one in enumerate(plan.projections):
+            check(norms[index] if norms else None, gains[index], one.base, *one.layer[1:5])
+        by_layers = alone["layers"] - before
+        count.update(["alone"] * by_layers + ["pass"] * (plan.count - by_layers))
+        return norms, gains
 
     def asked(self: Any, module: Any, adapter: str, dora: Any) -> Any:
-        return check(norm_of(self, module, adapter, dora), dora, self.layer)
-
-    def check(given: Any, dora: Any, name: str) -> Any:
-        norm = given.norm if isinstance(given, NormAndGain) else given
+        given = norm_of(self, module, adapter, dora)
         if dora.base.matrix is None:
-            w = w_of(dora.layer).double()
-            exact = (w + dora.scaling * dora.lora_B.double() @ dora.lora_A.double()).norm(dim=1)
-            assert relative(norm, exact) < 2e-6, name
-            if isinstance(given, NormAndGain):
-                assert relative(given.g, dora.magnitude / exact) < 2e-6, name
-            count["pass" if isinstance(given, NormAndGain) else "alone"] += 1
+            norm, g = given if isinstance(given, NormAndGain) else (given, None)
+            check(norm, g, dora.layer, *dora[:4])
+            count["alone" if g is None else "pass"] += 1
         return given
 
+    def check(norm: Any, g: Any, base: Any, a: Any, b: Any, m: Any, scaling: float) -> None:
+        exact = (w_of(base).double() + scaling * b.double() @ a.double()).norm(dim=1)
+        assert norm is None or relative(norm, exact) < 2e-6
+        assert g is None or relative(g, m / exact) < 2e-6
+
     monkeypatch.setattr(DoraVariant, "norm_of", asked)
-    monkeypatch.setattr(StoredPlace, "run", run_noted)
-    monkeypatch.setattr(StoredPlace, "_taken", taken_by_the_call)
+    monkeypatch.setattr(DoraVariant, "_compute_norm", computed)
+    monkeypatch.setattr(stored_group, "_norms_and_gains", asked_by_calls)
     return count
 
 
