@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from ..printable import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -155,6 +156,9 @@ class Table:
 
         lines = [Text.assemble((name, "table.header"), text) for name, text in self._records(width)]
         return Text("\n").join(lines)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+        yield self.styled(options.max_width)
 
     def styled(self, width: int) -> RichTable:
         """The table in columns, in lines of ``width`` characters."""

@@ -18,7 +18,7 @@ from . import base as base_model
 from .base import mode_of
 from .corpus import TEST, VALIDATION, Domain, code, documentation, make_domain, package_versions
 from .results_file import earlier_rows, with_summaries, write
-from .runs import Processes, Source, finite
+from .runs import Pretrained, Processes, finite
 from .sizes import SIZES, Size
 from .study import Study
 from .training import Deadline, OutOfTimeError, Text, held_out_loss
@@ -82,7 +82,7 @@ def bench_quality(
         try:
             with contextlib.ExitStack() as stack:
                 if base is not None and processes > 1:
-                    source = Source(sized, base, _origin(sized, env), domains[CODE], str(where))
+                    source = Pretrained(sized, base, _origin(sized, env), domains[CODE], str(where))
                     study.processes = stack.enter_context(Processes(processes, source, deadline))
                 study.run()
         except OutOfTimeError:

@@ -95,7 +95,7 @@ def finite(value: float) -> Any:
 
 
 @dataclass(frozen=True)
-class Source:
+class Pretrained:
     """What a process makes runs with: the file of the pre-trained weights, what they are of, the text, the device."""
 
     size: Size
@@ -111,7 +111,7 @@ class Processes:
     Losses are those of runs one after another, but for the rounding of sums; times would not be.
     """
 
-    def __init__(self, count: int, source: Source, deadline: Deadline) -> None:
+    def __init__(self, count: int, source: Pretrained, deadline: Deadline) -> None:
         self.count = count
         self._pool = ProcessPoolExecutor(count, get_context("spawn"), _begin, (source, deadline))
 
@@ -130,7 +130,7 @@ _held: tuple[Size, nn.Module, Text, Deadline]
 """In a process of :class:`Processes`."""
 
 
-def _begin(source: Source, deadline: Deadline) -> None:
+def _begin(source: Pretrained, deadline: Deadline) -> None:
     global _held
     device = torch.device(source.device)
     if device.type == "cpu":
