@@ -197,13 +197,14 @@ def carried(config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu) -> t
 
     The first is ``config`` itself, unless one of its values is no choice for ``spec``. In the others the parameters
     that are bound to the shape (:meth:`~.base.Variant.rederived`) take the values that suit ``spec``, and values that
-    are no choice the nearest one that is. At most :data:`MOST_CARRIED`, valid ones only.
+    are no choice the nearest one that is. At most :data:`MOST_CARRIED`, valid ones only; none where ``source`` says
+    nothing of ``spec`` (:meth:`~.base.Variant.carries`).
 
     Raises:
         SpecError: ``config`` is of no variant of ``spec.op``, or its parameters are not those of the variant.
     """
     variant = find_variant(spec.op, config.variant)
-    if variant.unavailable(spec, gpu) is not None:
+    if variant.unavailable(spec, gpu) is not None or not variant.carries(source, spec):
         return ()
     choices = _choices(variant, spec, gpu)
     given = {**dict(config.params), "num_warps": config.num_warps, "num_stages": config.num_stages}

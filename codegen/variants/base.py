@@ -139,6 +139,10 @@ class Variant(ABC):
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         """Return configs known to be good, to try first; the first one that fits is the default."""
 
+    def carries(self, source: KernelSpec, spec: KernelSpec) -> bool:
+        """Whether what did well for ``source`` says anything of ``spec``."""
+        return True
+
     def rederived(
         self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu
     ) -> tuple[Mapping[str, int], ...]:

@@ -10,6 +10,7 @@ from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.spec import Config, KernelSpec, SpecError
 from doratune.codegen.variants import MOST_CARRIED, carried, check_config, default_configs, variants_of
+from doratune.codegen.weight_formats import stored_as
 
 H200, A100 = find_gpu("h200"), find_gpu("a100")
 SHAPES = ((4096, 4096, 384, 4096), (1024, 4096, 16, 16), (14336, 4096, 64, 128), (896, 896, 16, 1024), (48, 40, 8, 1))
@@ -101,3 +102,20 @@ def test_every_variant_is_tried() -> None:
     names = {variant.name for op in OPS for variant in variants_of(spec_of(op, SHAPES[0]), H200)}
     tried = {config.variant for op in OPS for config in default_configs(spec_of(op, SHAPES[0]), H200)}
     assert tried == names
+
+
+@pytest.mark.parametrize("weight", ["nf4", "int8", "fp8"])
+def test_few_ranks_of_packed_codes_say_nothing_of_many(weight: str) -> None:
+    """At few ranks decoding is what takes time, at many the products: measured, one's config is slow at the other."""
+
+    def spec(rank: int) -> KernelSpec:
+        stored = stored_as(weight, "bf16")
+        return KernelSpec.create(
+            "weight_norm", d_out=4096, d_in=4096, rank=rank, weight=stored, adapter="bf16", gpu="h200"
+        )
+
+    (config, *_) = default_configs(spec(64), H200)
+    assert carried(config, spec(64), spec(16), H200)
+    assert carried(config, spec(64), replace(spec(64), d_out=14336), H200)
+    assert carried(config, spec(64), spec(384), H200) == ()
+    assert carried(default_configs(spec(384), H200)[0], spec(384), spec(64), H200) == ()
