@@ -369,6 +369,11 @@ def layer(peer_path: Path | None, **request: Any) -> Measured:
 @click.option(
     "--counts/--no-counts", default=True, show_default=True, help="Also count launches, and time the host alone."
 )
+@click.option(
+    "--minutes",
+    type=FiniteRange(min=0.0, max=1440.0, min_open=True),
+    help="About how long to take at most: rounds are left out, then what has no time at all.",
+)
 @_with_results(rounds=5)
 def model(
     peer_path: Path | None, axolotl_path: Path | None, unsloth_path: Path | None, liger: bool, **request: Any

@@ -15,8 +15,13 @@ failed=0
 bench() {  # SECONDS FILE ARGUMENTS...: the rows go to OUT/FILE.json, the tables to OUT/FILE.txt
     local limit=$1 file=$2
     shift 2
+    local within=()  # a model stops in time to write what it has; 50 of 60 seconds, the rest to load and to write
+    case " $* " in
+    *" first-step "* | *" --parallel "*) ;;
+    " model "*) within=(--minutes "$((limit / 72)).$((limit % 72 * 10 / 72))") ;;
+    esac
     echo "== $file: bench $*"
-    timeout --signal=INT --kill-after=20 "$limit" "$python" -m doratune.cli bench "$@" "${commit[@]}" --targets \
+    timeout --signal=INT --kill-after=20 "$limit" "$python" -m doratune.cli bench "$@" "${within[@]}" "${commit[@]}" --targets \
         --output "$out/$file.json" > "$out/$file.txt" 2>&1 || { echo "$file: exit code $?"; failed=1; }
     tail -n 40 "$out/$file.txt"
 }

@@ -44,6 +44,8 @@ from .shapes import SHAPES, TARGETS, random_model, read_model_config
 from .tasks import DECODE, DEFAULT_OPS, FIRST_STEP, INFERENCE, STEP, Request, Task, tasks
 
 MODEL_OPS = (STEP, INFERENCE, DECODE, FIRST_STEP)
+TIMED = 0.8
+"""The share of a time limit in which calls are timed; what is left counts their launches, each at its turn."""
 AHEAD = 1.1
 """The GPU's time over the host's up to which the GPU has kept up: then the host never waited for room in its queue."""
 
@@ -68,6 +70,7 @@ def bench_model(
     rounds: int = 5,
     counts: bool = True,
     device: str | None = None,
+    minutes: float | None = None,
     parallel: str | None = None,
     processes: int = 2,
     store: Path | None = None,
@@ -77,7 +80,8 @@ def bench_model(
     """Measure steps, prefill and decode of a causal language model with adapters on all its linear projections.
 
     ``implementations`` default to all that can run, under torch.compile too where ``compiled``. ``counts``: also what a
-    call puts on the GPU, and the host's own time. ``parallel``: only training steps, on several GPUs, see
+    call puts on the GPU, and the host's own time. ``minutes``: about how long to take at most; ranks, modes and
+    operations share the time, and a note says what had none. ``parallel``: only training steps, on several GPUs, see
     :func:`~.parallel.bench_parallel`. ``store``: also the first step with it. ``quant``: the format of the adapted
     layers' W, of :data:`~.quantised.QUANTS`; bf16 if None. See :class:`~.tasks.Request`.
 
@@ -87,8 +91,12 @@ def bench_model(
     check_names("shape", [shape], SHAPES)
     check_names("operation", ops, MODEL_OPS)
     chosen = chosen_modes(modes)
-    if quant is not None and (parallel is not None or FIRST_STEP in ops):
-        raise UsageError(f"--quant measures in one process: leave out --parallel and --op {FIRST_STEP}")
+    alone = {"--quant": quant, "--minutes": minutes}
+    for option in [option for option, value in alone.items() if value is not None]:
+        if parallel is not None or FIRST_STEP in ops:
+            raise UsageError(f"{option} measures in one process: leave out --parallel and --op {FIRST_STEP}")
+    end = None if minutes is None else time.monotonic() + 60.0 * minutes
+    timed = None if minutes is None else time.monotonic() + 60.0 * minutes * TIMED
     names = chosen_implementations(implementations, peers, compiled)
     name, built = read_model_config(shape, config, layers)
     where = bench_device(device)
@@ -128,10 +136,13 @@ def bench_model(
         base = quantise(base, TARGETS, quant)
     bench = ModelBench(base, built, request, rest, rounds, where, peers, outcome)
     with with_liger(base, built.model_type, peers):
-        groups, dtype = [], quant or "bf16"
+        groups: list[tuple[list[str], int, Mode, list[Row], Callable[[str], None]]] = []
+        dtype, cases = quant or "bf16", len(ranks) * len(chosen)
         for rank in ranks:
             able = _able(names, rank, named=bool(implementations), notes=outcome.notes)
             for mode_name, mode in chosen.items():
+                if timed is not None:
+                    bench.until = share_end(timed, cases - len(groups))
                 told = functools.partial(_told, progress, time.monotonic(), f"{name}, r={rank}, {mode_name}")
                 facts: Row = {"bench": "model", "model": name, "rank": rank, "dtype": dtype, "adapter": mode.adapter}
                 rows = bench.rows(able, rank, mode, facts, counts, told)
@@ -139,7 +150,10 @@ def bench_model(
                 groups.append((able, rank, mode, rows, told))
         if counts:
             for group in groups:  # after all timing: a process that was profiled once launches more slowly
-                bench.count(*group)
+                if end is not None and time.monotonic() >= end:
+                    outcome.notes.append(f"r={group[1]}: launches are not counted, the time was up")
+                else:
+                    bench.count(*group)
     return outcome
 
 
@@ -186,8 +200,7 @@ class ModelBench:
             return
         count = sum(len(self.request.decode) if op == DECODE else 1 for op in self.ops)
         for place, task in enumerate(found):
-            now = time.monotonic()
-            yield task, now + max(0.0, self.until - now) / (count - place)
+            yield task, share_end(self.until, count - place)
 
     def count(
         self,
@@ -272,6 +285,12 @@ class ModelBench:
         work = device_work(call, self.device)
         task.before()
         return {**work, "calls": calls}
+
+
+def share_end(until: float, count: int) -> float:
+    """The second at which the first of ``count`` ends that share the time until a second of the monotonic clock."""
+    now = time.monotonic()
+    return now + max(0.0, until - now) / count
 
 
 def _told(progress: Callable[[str], None], begin: float, where: str, what: str) -> None:

@@ -18,6 +18,7 @@ from doratune.benchmarks.adapted import MODES, NO_PEERS, Contender, contender, w
 from doratune.benchmarks.agreement import compare, judge
 from doratune.benchmarks.counts import covered, device_work
 from doratune.benchmarks.first_step import COLD, STORE, WARM, FirstStep, bench_first_step
+from doratune.benchmarks.model import bench_model
 from doratune.benchmarks.parallel import Parallel, bench_parallel
 from doratune.benchmarks.results import Outcome, counterpart, ratios_table
 from doratune.benchmarks.shapes import SHAPES, TARGETS, random_model, read_model_config
@@ -131,6 +132,21 @@ def test_a_long_task_has_a_brief_one_for_the_host(config: Any, model: nn.Module)
     assert long.brief.facts["shape"] == [2, 64]
     assert "checkpointing" in long.brief.facts["flags"]
     assert task_of(STEP, config, model).brief is None
+
+
+@pytest.mark.slow
+def test_a_time_limit_is_shared_and_what_had_time_is_kept(tiny: Path) -> None:
+    request: dict[str, Any] = {"config": tiny, "seq": 8, "modes": "bf16", "checkpointing": False, "device": "cpu"}
+    request |= {"ranks": (2, 4), "ops": [INFERENCE], "implementations": ["peft_lora", "doratune"], "rounds": 10**6}
+    outcome = bench_model(**request, minutes=0.06)
+    assert {(row["rank"], row["impl"]) for row in outcome.rows} == {
+        (rank, name) for rank in (2, 4) for name in ("peft_lora", "doratune")
+    }
+    assert all(row["rounds"] < 10**6 for row in outcome.rows)
+    late = bench_model(**request, minutes=1e-9)
+    assert any("the time was up" in note for note in late.notes)
+    with pytest.raises(UsageError, match="--minutes measures in one process"):
+        bench_model(**request, minutes=1.0, parallel="ddp")
 
 
 def test_known_shapes_have_the_parameters_of_their_models() -> None:
