@@ -60,8 +60,12 @@ def _without_hard_links(script: str) -> str:
 
 
 @pytest.mark.parametrize("script", [CROWD, _without_hard_links(CROWD)], ids=["hard links", "no hard links"])
-def test_sixteen_processes_make_one_sqlite_store_at_one_moment(tmp_path: Path, script: str) -> None:
-    places = [str(tmp_path / f"store-{number}.sqlite") for number in range(3)]
+def test_sixteen_processes_make_one_sqlite_store_at_one_moment(
+    tmp_path: Path, script: str, request: pytest.FixtureRequest
+) -> None:
+    """``--races 500 --timeout 0`` has each of both ways make so many stores."""
+    rounds = int(request.config.getoption("--races")) or 3
+    places = [str(tmp_path / f"store-{number}.sqlite") for number in range(rounds)]
     crowd = subprocess.run([sys.executable, "-c", script, *places], capture_output=True, text=True)
     assert crowd.returncode == 0, crowd.stderr
     for place in places:
