@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--internals", action="store_true", help="Run the core suite without each private name.")
     parser.addoption("--mutations", type=int, default=0, metavar="N", help="Damage N files and N rows of a store.")
     parser.addoption("--kills", type=int, default=0, metavar="N", help="Kill N processes that work on stores.")
+    parser.addoption("--interrupts", type=int, default=0, metavar="N", help="Interrupt N tuning runs.")
     parser.addoption("--races", type=int, default=0, metavar="N", help="Have sixteen processes make N stores.")
     parser.addoption("--versions", metavar="COLUMN", help="The column of versions that this environment has.")
     parser.addoption("--installed", metavar="PYTHON", help="The Python of an environment that has the wheel in dist.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import pytest
 START = "import sys, time, doratune.cli\nfrom doratune.__main__ import main\n"
 END = '\nsys.argv = ["doratune"]\ndoratune.cli.main = command\nmain()\n'
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+STARTED = 0.15
+"""Seconds in which Python has begun to run the program: what ends before is ended by Python itself."""
 
 COMMANDS = {
     "waits": "def command():\n    say()\n    time.sleep(60)",
@@ -109,52 +113,70 @@ def test_the_command_line_itself_is_started_so(tmp_path: Path) -> None:
     assert 'doratune = "doratune.__main__:main"' in scripts
 
 
+class Tuning:
+    """A tuning run for as long as it takes, in a folder of its own, which prints one object at its end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home, self.temporary, self.triton = folder / "home", folder / "temporary", folder / "triton"
+        self.temporary.mkdir(parents=True)
+        layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 128}
+        config = folder / "config.json"
+        config.write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "vocab_size": 64, **layers}))
+        options = ["--gpu", "h200", "--evaluator", "predict", "--jobs", "1", "--trials", "50", "--json"]
+        places = {"DORATUNE_HOME": self.home, "TMPDIR": self.temporary, "TRITON_CACHE_DIR": self.triton}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "doratune", "tune", "--config", str(config), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, **{name: str(path) for name, path in places.items()}},
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def interrupt(self, presses: int) -> str:
+        """Press Ctrl-C so often; return the standard output, once nothing is left of the run."""
+        began = time.monotonic()
+        for _ in range(presses):
+            os.killpg(self.process.pid, signal.SIGINT)
+            time.sleep(0.05)
+        output, errors = self.process.communicate(timeout=30)
+        assert time.monotonic() - began < 5.0 + 5.0  # for a busy machine
+        assert self.process.returncode == 130, errors
+        assert "Traceback" not in errors
+        if output:
+            assert json.loads(output)["stopped"] == "interrupt"
+        assert [path for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")] == []
+        assert list(self.home.glob(".*")) == []
+        deadline = time.monotonic() + 5
+        while os.path.exists(f"/proc/{self.process.pid}") or _with_environment(f"TMPDIR={self.temporary}"):
+            assert time.monotonic() < deadline, "processes are left"
+            time.sleep(0.05)
+        return output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
 def test_a_tuning_run_leaves_neither_a_process_nor_a_file_nor_half_an_object(presses: int, tmp_path: Path) -> None:
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 128}
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "vocab_size": 64, **layers}))
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    options = ["--gpu", "h200", "--evaluator", "predict", "--jobs", "1", "--trials", "50", "--json"]
-    environment = {
-        **ENVIRONMENT,
-        "DORATUNE_HOME": str(tmp_path / "home"),
-        "TMPDIR": str(temporary),
-        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "doratune", "tune", "--config", str(config), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stderr is not None
-    while "kernels" not in process.stderr.readline():  # the search begins
-        assert process.poll() is None
+    run = Tuning(tmp_path)
+    assert run.process.stderr is not None
+    while "kernels" not in run.process.stderr.readline():  # the search begins
+        assert run.process.poll() is None
     deadline = time.monotonic() + 60
-    while not any((tmp_path / "triton").glob("*")) and time.monotonic() < deadline:  # a worker compiles
+    while not any(run.triton.glob("*")) and time.monotonic() < deadline:  # a worker compiles
         time.sleep(0.02)
-    for _ in range(presses):
-        os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.05)
-    output, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    if output:
-        assert json.loads(output)["stopped"] == "interrupt"
-    if presses == 1:
-        assert output
-    assert [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")] == []
-    assert list((tmp_path / "home").glob(".*")) == []
-    deadline = time.monotonic() + 5
-    while os.path.exists(f"/proc/{process.pid}") or _with_environment(f"TMPDIR={temporary}"):
-        assert time.monotonic() < deadline, "processes are left"
-        time.sleep(0.05)
+    output = run.interrupt(presses)
+    assert output or presses == 2
+
+
+@pytest.mark.slow
+def test_a_tuning_run_is_interrupted_at_any_moment(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """``--interrupts 100 --timeout 0`` does so a hundred times, once or twice each, from Python's start on."""
+    chance = random.Random(0)
+    for number in range(int(request.config.getoption("--interrupts")) or 3):
+        run = Tuning(tmp_path / str(number))
+        time.sleep(STARTED + chance.uniform(0.0, 8.0))
+        run.interrupt(chance.choice((1, 2)))
 
 
 def _with_environment(setting: str) -> list[int]:
