@@ -59,7 +59,7 @@ test-versions: lint-versions $(VERSIONS)/oldest/installed $(VERSIONS)/newest/ins
 	PYTHONPATH=$(abspath $(VERSIONS)/bitsandbytes-0.49) $(VERSIONS)/newest/bin/python -m pytest $(TEST_ARGS) \
 		--versions bitsandbytes-0.49 tests/test_versions.py \
 		tests/integrations/peft/test_quantised.py tests/integrations/peft/test_stored.py \
-		tests/integrations/peft/test_stored_calls.py
+		tests/integrations/peft/test_stored_calls.py tests/integrations/peft/test_stored_groups.py
 
 # What an earlier build left would be built in again. The wheel's environment borrows the dependencies of $(VENV).
 test-dist: $(VENV)/installed-test
