@@ -124,6 +124,9 @@ def _send(pid: int, number: signal.Signals) -> None:
 def _raise(number: int, frame: FrameType | None) -> None:
     if not _raised.is_set():  # at the second the watch ends the process, which may be cleaning up
         _raised.set()
+        logging = sys.modules.get("logging")
+        if logging is not None:  # SQLAlchemy logs, with its traceback, what is raised while a connection is closed
+            logging.disable(logging.CRITICAL)
         raise KeyboardInterrupt
 
 

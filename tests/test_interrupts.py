@@ -51,6 +51,15 @@ def command():
     child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, start_new_session=True)
     say(child.pid, child.stdout.readline().strip())
     child.wait()""",
+    "logs what it is interrupted by": """
+import logging
+def command():
+    say()
+    try:
+        time.sleep(60)
+    except BaseException:
+        logging.getLogger("a library").error("while it was closing something", exc_info=True)
+        raise""",
     "leaves threads": """
 import threading
 def command():
