@@ -54,8 +54,8 @@ def command():
     "logs what it is interrupted by": """
 import logging
 def command():
-    say()
     try:
+        say()
         time.sleep(60)
     except BaseException:
         logging.getLogger("a library").error("while it was closing something", exc_info=True)
