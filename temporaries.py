@@ -28,12 +28,33 @@ _NAME = re.compile(
 )
 """Earlier versions wrote neither START nor MACHINE."""
 
+_mine: set[str] = set()
+
 
 def temporary_name(name: str) -> str:
     """A new name for a temporary file or folder of this process that has to do with ``name``."""
     pid = os.getpid()
     mark = hashlib.sha256(machine().encode()).hexdigest()[:8]
     return f".{name[:_MOST]}.{pid}-{started(pid) or 0}-{mark}-{secrets.token_hex(4)}.new"
+
+
+def remove_at_end(path: str | Path) -> None:
+    """Have :func:`remove_mine` remove a temporary file, with SQLite's files beside it, or a folder."""
+    _mine.add(str(path))
+
+
+def is_gone(path: str | Path) -> None:
+    """There is nothing to remove at the end: the file was removed, or has its own name now."""
+    _mine.discard(str(path))
+
+
+def remove_mine() -> None:
+    """Remove what :func:`remove_at_end` was told, as this process ends at once. Never raises OSError."""
+    for path in [*_mine]:
+        shutil.rmtree(path, ignore_errors=True)
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with contextlib.suppress(OSError):
+                os.unlink(path + suffix)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -47,6 +68,7 @@ def write_whole(path: Path, text: str) -> None:
         target.write_text(text, encoding="utf-8")
         return
     fresh = target.with_name(temporary_name(target.name))
+    remove_at_end(fresh)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_text(text, encoding="utf-8")
@@ -58,6 +80,7 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink()
+        is_gone(fresh)
 
 
 def remove_orphans(folder: Path) -> None:

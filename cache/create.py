@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine, insert, inspect, select, text, type_c
 from sqlalchemy.types import NULLTYPE
 
 from ..printable import shortened
-from ..temporaries import remove_orphans, temporary_name
+from ..temporaries import is_gone, remove_at_end, remove_orphans, temporary_name
 from . import schema, shape
 from .connect import BUSY_SECONDS, explained, for_long, for_writing, sqlite_engine
 from .errors import CorruptStoreError, NewerStoreError, NotAStoreError, OlderStoreError, StoreAccessError
@@ -58,6 +58,7 @@ def new_file(location: Location, path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_orphans(path.parent)
+        remove_at_end(fresh)
         # With mode 666 the umask decides, as for any file: a team's store may be writable by its group.
         os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
     except OSError as error:
@@ -75,6 +76,7 @@ def new_file(location: Location, path: Path) -> Iterator[Path]:
     finally:
         for suffix in ("", "-wal", "-shm", "-journal"):
             fresh.with_name(fresh.name + suffix).unlink(missing_ok=True)
+        is_gone(fresh)
 
 
 def _cannot_be_made(location: Location, path: Path, error: OSError) -> StoreAccessError:

@@ -11,8 +11,7 @@ from typing import Any
 
 from ..errors import DoratuneError
 from ..printable import printable
-from ..temporaries import temporary_name
-from ..terminal.interrupts import remove_at_end
+from ..temporaries import remove_at_end, temporary_name
 from .document import Block, Document
 from .page import GENERATOR, figure_of
 from .plots import plain

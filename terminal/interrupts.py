@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import signal
 import sys
 import threading
@@ -34,7 +33,6 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 _seen = threading.Event()
 _raised = threading.Event()
 _printing = threading.Lock()
-_folders: set[str] = set()
 
 
 def watch() -> None:
@@ -60,17 +58,13 @@ def printing() -> Iterator[None]:
         yield
 
 
-def remove_at_end(folder: str) -> None:
-    """Have :func:`end` remove a folder of temporary files."""
-    _folders.add(folder)
-
-
 def end(code: int = INTERRUPTED) -> NoReturn:
-    """End this process now, with its children and theirs."""
+    """End this process now, with its children and theirs, and without what :mod:`..temporaries` is to remove."""
     _printing.acquire(timeout=_PRINT_SECONDS)
     kill_descendants(os.getpid())
-    for folder in _folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    temporaries = sys.modules.get(f"{__package__.partition('.')[0]}.temporaries")  # if it is loaded
+    if temporaries is not None:
+        temporaries.remove_mine()
     os._exit(code)
 
 

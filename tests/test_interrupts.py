@@ -60,6 +60,20 @@ def command():
     except BaseException:
         logging.getLogger("a library").error("while it was closing something", exc_info=True)
         raise""",
+    "makes a store": """
+from pathlib import Path
+from doratune.cache import create
+from doratune.cache.location import Location
+def command():
+    path = Path(PATH)
+    with create.new_file(Location.parse(path), path) as fresh:
+        fresh.with_name(fresh.name + "-journal").write_text("half")
+        say()
+        while True:  # as in a call that Python cannot leave
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                pass""",
     "leaves threads": """
 import threading
 def command():
@@ -107,6 +121,7 @@ def test_every_command_ends_with_130(name: str, presses: int, tmp_path: Path) ->
     assert process.returncode == 130
     assert time.monotonic() - began < (2.0 if presses == 2 else 5.0) + 5.0  # for a busy machine
     assert (output, "Traceback" in errors) == ("", False)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     deadline = time.monotonic() + 5
     while any(alive(int(pid)) for pid in ready[1:]):
         assert time.monotonic() < deadline, "children are left"

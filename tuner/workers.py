@@ -41,8 +41,7 @@ from ..codegen.compile_process import (
 from ..codegen.gpu import Gpu, find_gpu
 from ..codegen.render import Source, render
 from ..codegen.spec import Config, KernelSpec
-from ..temporaries import remove_orphans, temporary_name
-from ..terminal.interrupts import remove_at_end
+from ..temporaries import remove_at_end, remove_orphans, temporary_name
 from .evaluation import BrokenEnvironmentError, Resources, Undecided
 
 POLL_SECONDS = 0.2
