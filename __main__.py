@@ -24,6 +24,10 @@ def main() -> NoReturn:
         code = interrupts.INTERRUPTED
     except SystemExit as leaving:
         code = leaving.code
+    except Exception:
+        if not interrupts.seen():
+            raise
+        code = interrupts.INTERRUPTED  # an import that is interrupted fails in its own way
     if interrupts.seen() or code == interrupts.INTERRUPTED:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
