@@ -118,10 +118,15 @@ def _send(pid: int, number: signal.Signals) -> None:
 def _raise(number: int, frame: FrameType | None) -> None:
     if not _raised.is_set():  # at the second the watch ends the process, which may be cleaning up
         _raised.set()
-        logging = sys.modules.get("logging")
-        if logging is not None:  # SQLAlchemy logs, with its traceback, what is raised while a connection is closed
-            logging.disable(logging.CRITICAL)
+        silence_logs()
         raise KeyboardInterrupt
+
+
+def silence_logs() -> None:
+    """Let no library log that it is interrupted: SQLAlchemy does, with a traceback, while it closes a connection."""
+    logging = sys.modules.get("logging")
+    if logging is not None:
+        logging.disable(logging.CRITICAL)
 
 
 def _watch(reader: int) -> None:

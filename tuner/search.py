@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -52,6 +53,7 @@ from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
 from ..codegen.variants import check_config
 from ..errors import UsageError
+from ..terminal.interrupts import silence_logs
 from .campaign import Campaign
 from .effort import STANDARD, Budget, Effort
 from .evaluation import BROKEN, ContextLostError, Evaluator
@@ -197,9 +199,11 @@ def _interruption(run: _Run) -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    logged = logging.root.manager.disable
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         run.stopped = "interrupt"
+        silence_logs()  # the next one raises wherever it comes
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in before:
@@ -209,6 +213,7 @@ def _interruption(run: _Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        logging.disable(logged)
 
 
 class _Run:

@@ -61,7 +61,8 @@ def content_of(path: Path) -> Content | None:
                 for row in connection.execute(f"SELECT {kinds} FROM {table.name} NOT INDEXED"):
                     rows[table.name, *row] += 1
             texts = connection.execute(
-                "SELECT type, name, tbl_name, replace(replace(sql, char(10), ' '), char(9), ' ') FROM sqlite_master"
+                "SELECT type, name, tbl_name, replace(replace(replace(replace(sql, char(10), ' '), char(9), ' '),"
+                " char(12), ' '), char(13), ' ') FROM sqlite_master"  # all that is white space to SQLite
             ).fetchall()
             facts = tuple(connection.execute(f"PRAGMA {name}").fetchone() for name in PRAGMAS)
             return rows, (frozenset(texts), *facts)
