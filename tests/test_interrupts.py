@@ -203,8 +203,11 @@ def test_a_tuning_run_leaves_neither_a_process_nor_a_file_nor_half_an_object(pre
 @pytest.mark.slow
 def test_a_tuning_run_is_interrupted_at_any_moment(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """``--interrupts 100 --timeout 0`` does so a hundred times, once or twice each, from Python's start on."""
+    count = int(request.config.getoption("--interrupts"))
+    if not count:
+        pytest.skip("a campaign of minutes: --interrupts N")
     chance = random.Random(0)
-    for number in range(int(request.config.getoption("--interrupts")) or 3):
+    for number in range(count):
         run = Tuning(tmp_path / str(number))
         time.sleep(STARTED + chance.uniform(0.0, 8.0))
         run.interrupt(chance.choice((1, 2)))
