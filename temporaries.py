@@ -43,8 +43,8 @@ def remove_at_end(path: str | Path) -> None:
     _mine.add(str(path))
 
 
-def is_gone(path: str | Path) -> None:
-    """There is nothing to remove at the end: the file was removed, or has its own name now."""
+def forget(path: str | Path) -> None:
+    """Take back :func:`remove_at_end`: the file was removed, or has its own name now."""
     _mine.discard(str(path))
 
 
@@ -80,7 +80,7 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink()
-        is_gone(fresh)
+        forget(fresh)
 
 
 def remove_orphans(folder: Path) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine, insert, inspect, select, text, type_c
 from sqlalchemy.types import NULLTYPE
 
 from ..printable import shortened
-from ..temporaries import is_gone, remove_at_end, remove_orphans, temporary_name
+from ..temporaries import forget, remove_at_end, remove_orphans, temporary_name
 from . import schema, shape
 from .connect import BUSY_SECONDS, explained, for_long, for_writing, sqlite_engine
 from .errors import CorruptStoreError, NewerStoreError, NotAStoreError, OlderStoreError, StoreAccessError
@@ -76,7 +76,7 @@ def new_file(location: Location, path: Path) -> Iterator[Path]:
     finally:
         for suffix in ("", "-wal", "-shm", "-journal"):
             fresh.with_name(fresh.name + suffix).unlink(missing_ok=True)
-        is_gone(fresh)
+        forget(fresh)
 
 
 def _cannot_be_made(location: Location, path: Path, error: OSError) -> StoreAccessError:

@@ -32,6 +32,7 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 _seen = threading.Event()
 _raised = threading.Event()
+_watching = threading.Event()
 _printing = threading.Lock()
 
 
@@ -43,6 +44,7 @@ def watch() -> None:
     for number in _STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs set it
             signal.signal(number, _raise)
+    _watching.set()
     threading.Thread(target=_watch, args=(reader,), name="doratune interrupts", daemon=True).start()
 
 
@@ -120,6 +122,17 @@ def _raise(number: int, frame: FrameType | None) -> None:
         _raised.set()
         silence_logs()
         raise KeyboardInterrupt
+
+
+def take_as_request() -> bool:
+    """Call this where a handler of one's own takes a Ctrl-C as a request to stop; returns whether a watch is on.
+
+    Then it ends the process at the next one, which must raise nothing: what it came to might print it.
+    """
+    silence_logs()
+    if _watching.is_set():
+        _raised.set()
+    return _watching.is_set()
 
 
 def silence_logs() -> None:

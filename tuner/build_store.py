@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cache.entry import Binary
-from ..cache.errors import StoreAccessError
-from ..cache.location import Location
 from ..cache.signing import SigningKey
 from ..cache.store import Store
 from ..codegen.gpu import find_gpu
@@ -76,10 +74,7 @@ def build_store(
         IncompleteBuildError: a kernel does not compile.
         StoreError: a store cannot be read.
     """
-    target = Location.parse(output)
-    if target.path is not None and target.path.exists() and not replace:  # before minutes of work
-        raise StoreAccessError(f"{target}: the file exists and is left as it is; name another, or give --replace")
-    Store.check_export(output, replace=replace)
+    target = Store.check_export(output, replace=replace)  # before minutes of work
     name, specs = reachable_specs(reach)
     needs = [*needs_of(specs, store, trusted)]
     made = _compile({need.source.code_digest: need for need in needs if need.why_compiled is not None}, jobs, tell)

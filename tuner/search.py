@@ -53,7 +53,7 @@ from ..codegen.render import Source, render, template_digest
 from ..codegen.spec import Config, KernelSpec
 from ..codegen.variants import check_config
 from ..errors import UsageError
-from ..terminal.interrupts import silence_logs
+from ..terminal.interrupts import take_as_request
 from .campaign import Campaign
 from .effort import STANDARD, Budget, Effort
 from .evaluation import BROKEN, ContextLostError, Evaluator
@@ -192,9 +192,13 @@ def tune(
     )
 
 
+def _end_by_watch(number: int, frame: FrameType | None) -> None:
+    """The watch on Ctrl-C ends the process. A handler there must be: the watch is told by Python's."""
+
+
 @contextmanager
 def _interruption(run: _Run) -> Iterator[None]:
-    """Make the first Ctrl-C or SIGTERM a request to stop; a second Ctrl-C raises as usual."""
+    """Make the first Ctrl-C or SIGTERM a request to stop; a second Ctrl-C ends the process, or raises as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -203,8 +207,8 @@ def _interruption(run: _Run) -> Iterator[None]:
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         run.stopped = "interrupt"
-        silence_logs()  # the next one raises wherever it comes
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        watched = take_as_request()
+        signal.signal(signal.SIGINT, _end_by_watch if watched else signal.default_int_handler)
 
     for number in before:
         signal.signal(number, ask_to_stop)
