@@ -136,7 +136,7 @@ def take_as_request() -> bool:
 
 
 def silence_logs() -> None:
-    """Let no library log that it is interrupted: SQLAlchemy does, with a traceback, while it closes a connection."""
+    """Let no package log that it is interrupted: SQLAlchemy does, with a traceback, while it closes a connection."""
     logging = sys.modules.get("logging")
     if logging is not None:
         logging.disable(logging.CRITICAL)

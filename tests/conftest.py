@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
 torch.set_num_threads(1)  # tests run beside each other, and the threads of small products wait for each other
+
+
+_SETTINGS = ("DORATUNE_HOME", "DORATUNE_CACHE_PATH", "DORATUNE_TRUST", "DORATUNE_NO_JIT", "DORATUNE_COMPILE_PROCESSES")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +49,16 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     from .test_versions import installed, pins
 
     return [f"column {column}: " + ", ".join(f"{name} {installed(name)}" for name in pins(column))]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither see nor touch the stores and the settings of who runs them."""
+    kept = {name: os.environ.pop(name) for name in _SETTINGS if name in os.environ}
+    os.environ["DORATUNE_HOME"] = str(tmp_path_factory.mktemp("nobody") / "home")
+    yield
+    os.environ.pop("DORATUNE_HOME")
+    os.environ.update(kept)
 
 
 def _import(name: str, *_: object, **__: object) -> Any:
