@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from ..codegen.ops import DECODE_TOKENS
 from ..internals.torch import knows_backward
 from ..runtime.kernel import Kernel, Request
 from . import kernels
 from .group_plan import MOST_PROJECTIONS
-from .kernels import token_bucket
+from .kernels import SPEC_DTYPES, token_bucket
 from .norm import NormAndGain
 from .norm_layer import StoredLayer
 from .rehearsal import META
 from .stored_norm import How, how_of
 
 _data_ptr = torch.Tensor.data_ptr
+_needs_gradient = attrgetter("requires_grad")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -107,6 +110,7 @@ class StoredPlan:
         self.biases = [one.bias for one in projections if one.bias is not None]
         self.sources = [one.source for one in projections if one.source is not None]
         self.products = [source.product for source in self.sources]
+        self.stored = [layer.weight.tensors for layer in layers]
         self.caches = [layer.norms for layer in layers]
         self.tensors = [tensor for one in projections for tensor in one.tensors]
         self.addresses = [(*map(_data_ptr, one.tensors),) for one in projections]
@@ -121,6 +125,15 @@ class StoredPlan:
         except KeyError:
             made = self._known[key] = At(self, *key, self.device)
             return made
+
+    def fuses(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether a call for x [..., d_in] reads the stored W itself, so that it needs no base products.
+
+        ``dtype`` is that of the products.
+        """
+        if x.dtype is not dtype or (torch.is_grad_enabled() and True in map(_needs_gradient, (x, *self.trained))):
+            return False
+        return self.at(x.shape[:-1].numel(), dtype, trains=False).fused is not None
 
     def requests(
         self, tokens: int, dtype: torch.dtype, *, train: bool, device: torch.device | None = None
@@ -138,7 +151,14 @@ class StoredPlan:
         vectors = [made(width) for width in self.widths]
         dm = [made(width, of=self.magnitude_dtype) for width in self.widths]
         biases = [made(width, of=dtype) for width in self.widths] if self.biases else []
-        uses: list[tuple[Kernel | None, list[torch.Tensor]]] = [(at.compose, [*rows, h, *b, *vectors, *biases, *rows])]
+        uses: list[tuple[Kernel | None, list[torch.Tensor]]] = []
+        if at.fused is None:
+            uses.append((at.compose, [*rows, h, *b, *vectors, *biases, *rows]))
+        else:
+            x, hs = made(tokens, self.layers[0].weight.d_in, of=dtype), h.chunk(self.count, 1)
+            for index, kernel in enumerate(at.fused):
+                ends = [hs[index], b[index], vectors[index], *biases[index : index + 1], rows[index]]
+                uses.append((kernel, [x, *self.stored[index], *ends]))
         if one:
             product, db = made(*b[0].shape), made(*b[0].shape, of=self.adapter_dtype)
             uses += [
@@ -165,11 +185,13 @@ class At:
         differentiate: of the backward pass of a group; for a single projection that of ``compose_backward``.
         adapter: of ``adapter_backward``, for a single projection.
         exact: whether A and B are not rounded.
+        fused: of ``dora_linear_forward`` from the stored W, one for each projection: in calls for few tokens that do
+            not train, where stores say that it pays for all of them. Else None.
         kept: what a backward pass reads without saving it, if it gives no dX, and if it does.
         how: how the norms are computed; None where that depends on autocast (:meth:`StoredPlan.hows`).
     """
 
-    __slots__ = ("adapter", "compose", "differentiate", "exact", "how", "kept")
+    __slots__ = ("adapter", "compose", "differentiate", "exact", "fused", "how", "kept")
 
     def __init__(self, plan: StoredPlan, bucket: int, dtype: torch.dtype, trains: bool, device: torch.device) -> None:
         one = plan.count == 1
@@ -180,6 +202,7 @@ class At:
 
         flags = ("bias",) if plan.biases else ()
         self.compose = find("lora_compose" if one else "lora_compose_group", plan.rank, bucket, dtype, flags, None)
+        self.fused = None if trains else _fused(plan, bucket, dtype, flags, device)
         self.differentiate: Kernel | None = None
         self.adapter: Kernel | None = None
         if trains and not one:
@@ -195,3 +218,27 @@ class At:
         self.kept = held, [*held, *packed, *stored]
         alone, rounded = plan.hows(dtype)
         self.how: How | None = alone if alone == rounded else None
+
+
+def _fused(
+    plan: StoredPlan, bucket: int, dtype: torch.dtype, flags: tuple[str, ...], device: torch.device
+) -> list[Kernel] | None:
+    """The kernels that compute y of each projection from its stored W, if stores say that all of them pay.
+
+    None, too, if the layers multiply by other values than the format's in ``dtype``, or by a rounded x.
+    """
+    form = plan.layers[0].weight.form
+    if bucket > DECODE_TOKENS or form.of.rounds_inputs:
+        return None
+    if form.exact and form.of.scales:  # it rounds no value, and its scales are of no layer's dtype
+        form = form.with_dtype(SPEC_DTYPES[dtype])
+    if form.dtype != SPEC_DTYPES[dtype]:
+        return None
+    found = []
+    for layer in plan.layers:
+        sizes = (*layer.weight.shape, plan.rank, bucket)
+        kernel = kernels.paying_kernel_for("dora_linear_forward", *sizes, str(form), dtype, flags, None, device)
+        if kernel is None:
+            return None
+        found.append(kernel)
+    return found

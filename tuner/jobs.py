@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..codegen.gpu import find_gpu
 from ..codegen.ops import DTYPE_BYTES, OPS, WIDTHS
-from ..codegen.spec import MOST_RANK, TOKEN_BUCKETS, KernelSpec, bucket_tokens
+from ..codegen.spec import MOST_RANK, TOKEN_BUCKETS, KernelSpec, bucket_tokens, most_tokens
 from ..codegen.weight_formats import stored_as
 from ..errors import UsageError, near_names
 from ..printable import brief
@@ -98,13 +98,20 @@ def plan_jobs(
         for op in names
         for projection, added in _calls(op, model)
         for rank in checked_ranks
-        for bucket in (buckets[-1:] if op == "compose_backward_exact" else buckets)
+        for bucket in _buckets_of(op, buckets, stored)
     }
     order = list(OPS)
     return sorted(
         specs,
         key=lambda s: (order.index(s.op), *s.widths[:1], s.tokens, s.widths[1:], s.d_in, s.rank, s.bias, s.output),
     )
+
+
+def _buckets_of(op: str, buckets: tuple[int, ...], stored: str | None) -> tuple[int, ...]:
+    """The token buckets that are planned for ``op`` with W in the format ``stored``, or dense."""
+    if op == "compose_backward_exact":
+        return buckets[-1:]
+    return tuple(bucket for bucket in buckets if stored is None or bucket <= most_tokens(op, stored))
 
 
 def _calls(op: str, model: Model) -> list[tuple[Projection, dict[str, int | bool]]]:

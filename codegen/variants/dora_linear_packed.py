@@ -41,7 +41,7 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 class DoraLinearPacked(Variant):
-    """``split_k`` programs share each tile's sum over W, which they decode in registers; a second kernel adds and composes.
+    """``split_k`` programs share each tile's sum over W, which they decode in registers; a second kernel composes.
 
     With ``split_k`` 1 there is no second kernel. A step takes ``block_k`` columns: one product for each of the 8 (or 4)
     codes of a word. With ``overlap`` 1 the second kernel starts while the first still runs.

@@ -105,7 +105,8 @@ def test_operands_may_be_rows_of_larger_matrices() -> None:
         for output in outputs.values():
             around = output._base
             assert around is not None
-            assert around[:, :5].isnan().all() and around[:, -8:].isnan().all()
+            assert around[:, :5].isnan().all()
+            assert around[:, -8:].isnan().all()
             output.fill_(float("nan"))
 
 
