@@ -156,9 +156,9 @@ class StoredPlan:
             uses.append((at.compose, [*rows, h, *b, *vectors, *biases, *rows]))
         else:
             x, hs = made(tokens, self.layers[0].weight.d_in, of=dtype), h.chunk(self.count, 1)
-            for index, kernel in enumerate(at.fused):
+            for index, fused in enumerate(at.fused):
                 ends = [hs[index], b[index], vectors[index], *biases[index : index + 1], rows[index]]
-                uses.append((kernel, [x, *self.stored[index], *ends]))
+                uses.append((fused, [x, *self.stored[index], *ends]))
         if one:
             product, db = made(*b[0].shape), made(*b[0].shape, of=self.adapter_dtype)
             uses += [
