@@ -1,4 +1,4 @@
-"""What is compared of few tokens is one layer, whatever W is stored in; a wrong request is refused. Times need a GPU."""
+"""What is compared of few tokens is one layer, whatever W is stored in; a wrong request is refused."""
 
 from __future__ import annotations
 
