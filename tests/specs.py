@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from doratune.codegen.spec import most_tokens
+from doratune.codegen.ops import OPS
 from doratune.codegen.variants import VARIANTS, Variant
 from doratune.codegen.weight_formats import stored_as
 
@@ -23,7 +23,8 @@ def read_by(variant: Variant, values: dict[str, Any]) -> dict[str, Any]:
     if not variant.packed:
         return values
     weight = stored_as("nf4.nested", values["dtype"])
-    limited = {"tokens": min(values["tokens"], most_tokens(variant.op, weight))} if "tokens" in values else {}
+    most = OPS[variant.op].format_tokens
+    limited = {"tokens": min(values.get("tokens", most), most)} if most else {}
     return {**values, **limited, "weight": weight}
 
 
