@@ -90,7 +90,7 @@ class DoraLinearPacked(Variant):
             block_n, block_k = fit(block_n, spec.d_out), fit(pieces * words, spec.d_in, smallest=pieces * MIN_DOT)
             tiles = ceil_div(spec.d_out, block_n)
             wanted = max(1, min(rounds * gpu.multiprocessors // tiles, spec.d_in // block_k))
-            split_k = max(s for s in choices["split_k"] if s <= wanted)
+            split_k = max(s for s in choices["split_k"] if s <= wanted and not _idles(spec, block_k, s))
             configs.append(
                 Config.create(
                     self.name,
@@ -133,7 +133,7 @@ class DoraLinearPacked(Variant):
         each = block_n * block_k // (config.num_warps * gpu.warp_size)
         if each > (MAX_ELEMENTS if spec.wide != "fp32" else MAX_FP32_ELEMENTS):
             return f"{each} elements of W per thread ({block_n}x{block_k} on {config.num_warps} warps) do not fit"
-        if split_k > 1 and (split_k - 1) * ceil_div(spec.d_in, block_k * split_k) * block_k >= spec.d_in:
+        if _idles(spec, block_k, split_k):
             return f"split_k={split_k} leaves some shares without work"
         ranks = _ranks(spec)
         width = dtype_bytes(spec.activation)
@@ -186,6 +186,11 @@ def _pieces(spec: KernelSpec) -> int:
     form = spec.format
     codes = 8 if form is not None and form.of.packing == "pairs" else 4
     return codes if spec.d_in % codes == 0 else 1
+
+
+def _idles(spec: KernelSpec, block_k: int, split_k: int) -> bool:
+    """Whether the last of ``split_k`` shares has no columns."""
+    return (split_k - 1) * ceil_div(spec.d_in, block_k * split_k) * block_k >= spec.d_in
 
 
 def _words(spec: KernelSpec) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
     y = g*(x@W.T + s*(h@B.T)) + b, one sum over d_in + rank
 
 spec    dora_linear_forward/d_out=4304/d_in=1152/rank=24/tokens=16/weight=nf4.nested/activation=bf16/adapter=fp32/bias/save@h200
-config  packed:block_k=256,block_n=64,overlap=1,split_k=4,num_warps=4,num_stages=3
+config  packed:block_k=256,block_n=64,overlap=1,split_k=3,num_warps=4,num_stages=3
 
 Emitted by doratune from templates/dora_linear_forward_packed.py.j2; edit the template, not this text.
 """
@@ -82,7 +82,7 @@ def product_kernel(
     BLOCK_W: tl.constexpr = 32
     N_TILES: tl.constexpr = 68
     K_STEPS: tl.constexpr = 2
-    SPLIT_K: tl.constexpr = 4
+    SPLIT_K: tl.constexpr = 3
 
     tl.extra.cuda.gdc_launch_dependents()
     share = tl.program_id(1)
@@ -169,7 +169,7 @@ def finish_kernel(
     """Add the shares of BLOCK_N columns of one token in a fixed order and write y."""
     D_OUT: tl.constexpr = 4304
     BLOCK_N: tl.constexpr = 256
-    SPLIT_K: tl.constexpr = 4
+    SPLIT_K: tl.constexpr = 3
 
     tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)  # times a row's length it may pass 2**31
@@ -187,8 +187,8 @@ def finish_kernel(
 def launch(x, weight, scales, scale_table, outer_scales, scale_offset, h, lora_b, g, bias, y, inner, scaling):
     """Fill y and inner from x [T, 1152], W [4304, 1152], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]; W is stored in weight, scales, scale_table, outer_scales, scale_offset, flat."""
     tokens = x.shape[0]
-    partials = torch.empty((4, tokens, 4304), dtype=torch.float32, device=x.device)
-    product_kernel[(triton.cdiv(tokens, 16) * 68, 4)](
+    partials = torch.empty((3, tokens, 4304), dtype=torch.float32, device=x.device)
+    product_kernel[(triton.cdiv(tokens, 16) * 68, 3)](
         x, x.stride(0), weight, scales, scale_table, outer_scales, scale_offset, h, h.stride(0), lora_b, lora_b.stride(0), partials, tokens, scaling,
         num_warps=4, num_stages=3,
     )
