@@ -216,14 +216,17 @@ def test_base_products_that_are_given_are_used(paying: Any) -> None:
 
 
 def test_the_kernels_that_are_compiled_ahead_are_those_that_start(paying: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KernelOnPaper, "alignments_of", lambda self, operands: tuple(map(len, operands)), raising=False)
+    def shapes_of(_: object, operands: Sequence[torch.Tensor]) -> tuple[object, ...]:
+        return tuple([tuple(operand.shape) for operand in operands])
+
+    monkeypatch.setattr(KernelOnPaper, "alignments_of", shapes_of, raising=False)
     plan = StoredPlan(made("nf4.nested.fp32", WIDTHS, bias=True))
     few = [*plan.requests(3, torch.float32, train=False)]
     assert [kernel.spec.op for kernel, _ in few] == [OP] * 3  # type: ignore[attr-defined]
-    for (kernel, lengths), width in zip(few, WIDTHS, strict=True):
+    for (kernel, shapes), width in zip(few, WIDTHS, strict=True):
         spec: Any = kernel.spec  # type: ignore[attr-defined]
         operands = (*spec.contract.inputs_of(spec), *spec.contract.outputs_of(spec))
-        assert lengths == tuple(operand.sizes(spec, 3)[0] for operand in operands)
+        assert shapes == tuple(operand.sizes(spec, 3) for operand in operands)
         assert spec.d_out == width
     many = [*plan.requests(40, torch.float32, train=False)]
     assert "lora_compose_group" in {kernel.spec.op for kernel, _ in many}  # type: ignore[attr-defined]
