@@ -30,6 +30,7 @@ def test_the_layers_differ_in_how_w_is_stored_alone(tokens: int) -> None:
 def test_what_is_unfused_computes_the_layer(weight: str) -> None:
     sizes = {"d_out": 64, "d_in": 128, "rank": 8, "tokens": 4}
     spec = KernelSpec.create("dora_linear_forward", **sizes, dtype=weight, adapter="fp32", gpu="cpu")
+    assert load(spec).spec == spec
     composition = composition_of(spec)
     assert composition is not None
     inputs, _ = make_inputs(spec, 4)
