@@ -45,7 +45,7 @@ def compose_stored(
 
     Args:
         bases: the base products [..., d_out], biases included, contiguous, in memory that nobody else reads. None for a
-            plan with sources, or one that fuses (:meth:`~.stored_plan.StoredPlan.fuses`).
+            plan with sources.
         held: lives until the backward pass has run.
     """
     if not torch.is_grad_enabled():

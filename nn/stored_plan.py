@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,7 +20,6 @@ from .rehearsal import META
 from .stored_norm import How, how_of
 
 _data_ptr = torch.Tensor.data_ptr
-_needs_gradient = attrgetter("requires_grad")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -125,15 +123,6 @@ class StoredPlan:
         except KeyError:
             made = self._known[key] = At(self, *key, self.device)
             return made
-
-    def fuses(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
-        """Whether a call for x [..., d_in] reads the stored W itself, so that it needs no base products.
-
-        ``dtype`` is that of the products.
-        """
-        if x.dtype is not dtype or (torch.is_grad_enabled() and True in map(_needs_gradient, (x, *self.trained))):
-            return False
-        return self.at(x.shape[:-1].numel(), dtype, trains=False).fused is not None
 
     def requests(
         self, tokens: int, dtype: torch.dtype, *, train: bool, device: torch.device | None = None

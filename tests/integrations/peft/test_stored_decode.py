@@ -113,17 +113,18 @@ def test_a_layer_that_rounds_its_input_multiplies_itself(paying: Callable[[], in
         assert torch.equal(y, decode(model, x))
 
 
-@pytest.mark.parametrize("kind", [base_layers.HQQ, base_layers.TORCHAO])
-def test_under_autocast_from_another_dtype_the_layer_says_what_it_returns(kind: str, paying: Callable[[], int]) -> None:
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_under_autocast_the_output_has_the_dtype_that_it_has_otherwise(kind: str, paying: Callable[[], int]) -> None:
     model = pair(kind, torch.bfloat16)
+    x = x_of(2, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = decode(model, x_of(2, torch.float32))
-        found = paying()
+        for _ in range(2):
+            y = decode(model, x)
+        assert paying()
         with only_through_peft():
-            wanted = decode(model, x_of(2, torch.float32))
+            wanted = decode(model, x)
     assert y.dtype is wanted.dtype
     assert relative(y, wanted) < 2e-2
-    assert found <= 1, "the first layer's x is rounded"
 
 
 @pytest.mark.parametrize("kind", LINEAR_KINDS)
