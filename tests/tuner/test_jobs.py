@@ -275,6 +275,8 @@ def test_a_quantised_model_runs_what_reads_its_weights_packed_or_not_at_all() ->
     assert {(spec.activation, spec.adapter) for spec in specs if spec.op == "dora_linear_forward"} == {("bf16", "bf16")}
     assert {spec.weight for spec in specs if spec.weight} == {"nf4.nested"}
     assert {spec.op for spec in specs} >= {"lora_compose", "compose_backward", "adapter_backward"}
+    rounded = plan_jobs(model, ranks=[16], weight="int8", adapter_dtype="fp32", autocast=True, gpu="h200")
+    assert {spec.op for spec in rounded} == {spec.op for spec in specs} - {"dora_linear_forward"}
     with pytest.raises(UsageError, match="compose_backward_exact reads plain weights only"):
         plan_jobs(model, ranks=[16], weight="nf4", gpu="h200", ops=["compose_backward_exact"])
     with pytest.raises(UsageError, match="unknown weight format 'nf5'"):
