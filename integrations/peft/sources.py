@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ...codegen.weight_formats import INT8_UNIT
-from ...nn.autocast import autocast_is_on
 from ...nn.stored_plan import Source
 from .base_layers import BNB_4BIT, BNB_8BIT, HQQ, TORCHAO
 
@@ -35,9 +34,10 @@ def source_of(layer: Any, kind: str) -> Source | None:
     if kind == BNB_8BIT and layer.state.CB is not None and layer.state.SCB is not None:
         return EightBits(layer)
     if kind == TORCHAO:
-        return Decoded(layer, layer.weight.dtype, _torchao_decoder(layer.weight.detach()))
+        weight = layer.weight.detach()
+        return Decoded(layer, weight.dtype, weight.device.type, _torchao_decoder(weight))
     if kind == HQQ and type(layer).forward.__name__ in _HQQ_FORWARDS:
-        return Decoded(layer, layer.meta.get("compute_dtype", torch.float16), layer.dequantize)
+        return Decoded(layer, layer.meta.get("compute_dtype", torch.float16), layer.W_q.device.type, layer.dequantize)
     return None
 
 
@@ -55,7 +55,7 @@ class EightBits:
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Any dtype, but not under autocast: the layer rounds its input to 8 bits, and an fp32 one not to 16 before."""
-        return not autocast_is_on(self._state.CB.device)
+        return not torch.is_autocast_enabled(self._state.CB.device.type)
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """W [d_out, d_in] as the layer's backward pass decodes it."""
@@ -66,14 +66,15 @@ class EightBits:
 class Decoded:
     """The products of ``layer`` in ``dtype`` by its own forward pass; ``decode`` returns its W [d_out, d_in]."""
 
-    __slots__ = ("_decode", "_dtype", "product")
+    __slots__ = ("_decode", "_device", "_dtype", "product")
 
-    def __init__(self, layer: Any, dtype: torch.dtype, decode: Callable[[], torch.Tensor]) -> None:
-        self._dtype, self._decode = dtype, decode
+    def __init__(self, layer: Any, dtype: torch.dtype, device: str, decode: Callable[[], torch.Tensor]) -> None:
+        self._dtype, self._decode, self._device = dtype, decode, device
         self.product: Callable[[torch.Tensor], torch.Tensor] = functools.partial(type(layer).forward, layer)
 
     def takes(self, dtype: torch.dtype) -> bool:
-        return dtype is self._dtype
+        """The layer's dtype, but not under autocast, where some layers return the dtype of x and others do not."""
+        return dtype is self._dtype and not torch.is_autocast_enabled(self._device)
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         matrix = self._decode()

@@ -142,7 +142,7 @@ class StoredPlace:
         unchanged, bias = call.unchanged, call.bias
         if (unchanged.adapter_dtype is not dtype or unchanged.device != device) and not call.rounds(dtype, device):
             return None
-        if bias is not None and bias.requires_grad:
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return None
         source = call.source
         own = self._last = call.sourced if source is not None and source.takes(dtype) else call.given
