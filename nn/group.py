@@ -28,7 +28,7 @@ from ..internals.torch import current_backward, saving_is_hooked
 from . import operators
 from .autograd import _as, _rows, note_recompute
 from .group_backward import Call, differentiate, gated_backward, mlp_backward, project_backward
-from .group_plan import Needs, Plan
+from .group_plan import At, Needs, Plan
 from .norm_cache import norms_taken, slice_settings, take_gains
 
 _needs_gradient = attrgetter("requires_grad")
@@ -45,12 +45,12 @@ def project(x: torch.Tensor, plan: Plan, dtype: torch.dtype, held: object = None
     if x.dtype is not dtype:
         x = x.to(dtype)
     if not torch.is_grad_enabled():
-        return _project(x, plan, trains=False)[0]
+        return _project(x, plan, plan.at(x, trains=False))[0]
     if _trains(x, plan):
         outputs: tuple[torch.Tensor, ...] = _apply_project(plan, held, x, *plan.trained)
         return outputs
     with torch.no_grad():
-        return _project(x, plan, trains=False)[0]
+        return _project(x, plan, plan.at(x, trains=False))[0]
 
 
 def project_gated(x: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tensor:
@@ -58,12 +58,12 @@ def project_gated(x: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tens
     if x.dtype is not dtype:
         x = x.to(dtype)
     if not torch.is_grad_enabled():
-        return _gated(x, plan, trains=False)[0]
+        return _gated(x, plan, plan.at(x, trains=False))[0]
     if _trains(x, plan):
         output: torch.Tensor = _apply_gated(plan, None, x, *plan.trained)
         return output
     with torch.no_grad():
-        return _gated(x, plan, trains=False)[0]
+        return _gated(x, plan, plan.at(x, trains=False))[0]
 
 
 def project_mlp(x: torch.Tensor, gated: Plan, down: Plan, dtype: torch.dtype) -> torch.Tensor:
@@ -74,7 +74,8 @@ def project_mlp(x: torch.Tensor, gated: Plan, down: Plan, dtype: torch.dtype) ->
     if x.dtype is not dtype:
         x = x.to(dtype)
     if not torch.is_grad_enabled():
-        return _project(_gated(x, gated, trains=False)[0], down, trains=False)[0][0]
+        between = _gated(x, gated, gated.at(x, trains=False))[0]
+        return _project(between, down, down.at(x, trains=False))[0][0]
     if not _trains(x, gated):  # then down alone is differentiated, if any, and needs act(gate)*up
         return project(project_gated(x, gated, dtype), down, dtype)[0]
     output: torch.Tensor = _apply_mlp(gated, down, x, *gated.trained, *down.trained)
@@ -123,19 +124,17 @@ def _norms_and_gains(
 
 
 def _project(
-    x: torch.Tensor, plan: Plan, *, trains: bool, needs_dg: bool = False
+    x: torch.Tensor, plan: Plan, at: At, *, needs_dg: bool = False
 ) -> tuple[tuple[torch.Tensor, ...], _Factors, Sequence[torch.Tensor]]:
     """The outputs, the factors and the base products; these are overwritten unless ``needs_dg``."""
-    dtype, lead = x.dtype, x.shape[:-1]
-    tokens = lead.numel()
-    kernel = plan.at(tokens, dtype, trains=trains).compose
+    dtype, lead, kernel, trains = x.dtype, x.shape[:-1], at.compose, at.trains
     # Without gradients products may keep x's leading dimensions: PyTorch's ``linear`` folds them in C++, where from
     # Python a view of each operand costs the host a microsecond.
     rows = x if not trains and kernel is not None and x.is_contiguous() else _rows(x)
     factors = _factors(rows, plan, trains=trains)
     biases = plan.biases and plan.biases_in(dtype)
     _, h, b, _, g = factors
-    if plan.count == 1 and not trains and plan.fuses(x, tokens, b[0]):
+    if plan.count == 1 and not trains and plan.fuses(x, b[0]):
         bias = biases[0] if biases else None
         made = operators.dora_linear_forward(_rows(x), plan.weights[0], _rows(h), b[0], g[0], bias, plan.scaling, False)
         bases = []
@@ -158,10 +157,9 @@ def _project(
     return (*[y.view(*lead, y.shape[1]).detach() for y in made],), factors, bases
 
 
-def _gated(x: torch.Tensor, plan: Plan, *, trains: bool) -> tuple[torch.Tensor, _Factors, Sequence[torch.Tensor]]:
-    """act(gate)*up, the factors and both base products, of which gate's is overwritten unless ``trains``."""
-    dtype, lead = x.dtype, x.shape[:-1]
-    kernel = plan.at(lead.numel(), dtype, trains=trains).compose
+def _gated(x: torch.Tensor, plan: Plan, at: At) -> tuple[torch.Tensor, _Factors, Sequence[torch.Tensor]]:
+    """act(gate)*up, the factors and both base products, of which gate's is overwritten unless the call trains."""
+    dtype, lead, kernel, trains = x.dtype, x.shape[:-1], at.compose, at.trains
     rows = x if not trains and kernel is not None and x.is_contiguous() else _rows(x)  # as in _project
     factors = _factors(rows, plan, trains=trains)
     _, h, b, _, g = factors
@@ -180,12 +178,12 @@ def _gated(x: torch.Tensor, plan: Plan, *, trains: bool) -> tuple[torch.Tensor, 
     return y.view(*lead, y.shape[1]).detach(), factors, bases
 
 
-def _call(plan: Plan, needs: Needs, x: torch.Tensor) -> Call:
-    """A call of ``plan`` with x [..., d_in], for its backward pass."""
+def _call(plan: Plan, at: At, needs: Needs) -> Call:
+    """A call of ``plan``, for its backward pass."""
     versions = [*map(_version, needs.parameters)]
     if current_backward() != -1:
         note_recompute(needs.parameters, versions)
-    return Call(plan, plan.at(x.shape[:-1].numel(), x.dtype, trains=True), needs, versions)
+    return plan, at, needs, versions
 
 
 def _to_save(
@@ -209,10 +207,10 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, held: object, x: torch.Tensor, *_: torch.Tensor) -> Any:
-        needs = plan.needs(plan.adapter_dtype is x.dtype, ctx.needs_input_grad[2:])
-        outputs, factors, bases = _project(x, plan, trains=True, needs_dg=needs.magnitude)
+        at, needs = plan.at(x, trains=True), plan.needs(plan.adapter_dtype is x.dtype, ctx.needs_input_grad[2:])
+        outputs, factors, bases = _project(x, plan, at, needs_dg=needs.magnitude)
         ctx.set_materialize_grads(False)
-        ctx.calls, ctx.token = (_call(plan, needs, x),), held
+        ctx.calls, ctx.token = (_call(plan, at, needs),), held
         ctx.save_for_backward(*_to_save(plan, needs, x, factors, bases if needs.magnitude else None))
         return outputs
 
@@ -228,9 +226,9 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, held: object, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        needs = plan.needs(plan.adapter_dtype is x.dtype, ctx.needs_input_grad[2:])
-        y, factors, bases = _gated(x, plan, trains=True)
-        ctx.calls, ctx.token = (_call(plan, needs, x),), held
+        at, needs = plan.at(x, trains=True), plan.needs(plan.adapter_dtype is x.dtype, ctx.needs_input_grad[2:])
+        y, factors, bases = _gated(x, plan, at)
+        ctx.calls, ctx.token = (_call(plan, at, needs),), held
         ctx.save_for_backward(*_to_save(plan, needs, x, factors, bases))
         return y
 
@@ -251,9 +249,10 @@ class _Mlp(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         needs = gated.needs(gated.adapter_dtype is x.dtype, wanted[:7])
         needs_down = down.needs(down.adapter_dtype is x.dtype, (True, *wanted[7:]))
-        between, factors, bases = _gated(x, gated, trains=True)
-        (y,), low, base = _project(between, down, trains=True, needs_dg=needs_down.magnitude)
-        ctx.calls, ctx.token = (_call(gated, needs, x), _call(down, needs_down, x)), None
+        at, at_down = gated.at(x, trains=True), down.at(x, trains=True)
+        between, factors, bases = _gated(x, gated, at)
+        (y,), low, base = _project(between, down, at_down, needs_dg=needs_down.magnitude)
+        ctx.calls, ctx.token = (_call(gated, at, needs), _call(down, at_down, needs_down)), None
         first = _to_save(gated, needs, x, factors, bases)
         ctx.first = len(first)
         kept = between if saving_is_hooked() or current_backward() != -1 else None

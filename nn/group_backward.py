@@ -11,7 +11,7 @@ it before it makes the gradient of the same size:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,13 +33,8 @@ from .group_plan import At, Needs, Plan
 _Gradients = list[torch.Tensor | None]
 
 
-class Call(NamedTuple):
-    """A call of a plan whose backward pass is to come; ``versions`` are those of ``needs.parameters``."""
-
-    plan: Plan
-    at: At
-    needs: Needs
-    versions: list[int]
+Call = tuple[Plan, At, Needs, list[int]]
+"""A call of a plan whose backward pass is to come; the numbers are the versions of ``Needs.parameters``."""
 
 
 class _Saved:
@@ -80,7 +75,7 @@ def differentiate(
     with torch.no_grad(), without_autocast(_first(dys).device):
         grads = backward(ctx, dys, False)
     saved = [each for each in ctx.saved_tensors if each is not None]
-    parameters = [each for call in ctx.calls for each in call.needs.parameters]
+    parameters = [each for _, _, needs, _ in ctx.calls for each in needs.parameters]
     return once_only(name, grads, (*dys, *saved, *parameters))
 
 
@@ -118,29 +113,23 @@ def _x_and_lora_a_gradients(
     """dX [*shape, d_in] and dA of each projection, from each dYg [T, d_out] or None; empties ``dbases``."""
     plan, needs = saved.plan, saved.needs
     t = low_gradients(plan, dbases, saved.lora_B)
-    dx, da = None, _nothing(plan)
-    if needs.lora_A:
-        da = [*_lora_a_gradients(plan, t, _rows(saved.x))]
-    if needs.x:
-        dx = _input_gradient(saved, dbases, t)
-        dx = dx.view(*shape, dx.shape[1])
-    return dx, da
+    da = _lora_a_gradients(plan, t, _rows(saved.x)) if needs.lora_A else [None] * plan.count
+    if not needs.x:
+        return None, da
+    dx = _input_gradient(saved, dbases, t)
+    return dx.view(*shape, dx.shape[1]), da
 
 
 def _lora_b_gradients(saved: _Saved, dbases: Sequence[torch.Tensor | None]) -> _Gradients:
     """dB [d_out, r] = s*dYg.T@h of each projection, in the adapter's dtype."""
     plan = saved.plan
     if not saved.needs.lora_B:
-        return _nothing(plan)
+        return [None] * plan.count
     parts = (saved.h,) if plan.count == 1 else saved.h.chunk(plan.count, 1)
     return [
         None if dbase is None else scaled(dbase.t(), h, plan.scaling, plan.adapter_dtype)
         for dbase, h in zip(dbases, parts, strict=True)
     ]
-
-
-def _nothing(plan: Plan) -> _Gradients:
-    return [None] * plan.count
 
 
 def _output_gradients(
@@ -152,14 +141,14 @@ def _output_gradients(
     db: Any
     dm: Any
     if not saved.needs.magnitude:
-        dm = _nothing(plan)
+        dm = [None] * plan.count
         dbases = [None if dy is None else _as(_rows(dy) * g, dy.dtype) for dy, g in zip(dys, saved.g, strict=True)]
         db = _lora_b_gradients(saved, dbases)
     elif 1 < plan.count == len(given := [dy for dy in dys if dy is not None]):
         dbases, dm = differentiate_group(plan, at, given, bases, h, saved.lora_B, saved.g, saved.norm, release=release)
         db = _lora_b_gradients(saved, dbases)
     else:
-        dbases, db, dm = _nothing(plan), _nothing(plan), _nothing(plan)
+        dbases, db, dm = ([None] * plan.count for _ in range(3))
         parts = (h,) if plan.count == 1 else h.chunk(plan.count, 1)
         for index, dy in enumerate(dys):
             if dy is not None:

@@ -106,10 +106,10 @@ def low_gradients(plan: Plan, dbases: Sequence[torch.Tensor | None], lora_B: Seq
 
 
 def wide(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left@right in fp32 (fp64 from fp64); of 16-bit factors it is the accumulator: no rounding, no cast."""
-    if left.is_cuda and left.dtype is not torch.float32 and left.dtype is not torch.float64:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return operators.wide_product(left, right)
+    """left@right in fp32, of factors in fp32 or 16 bits: of these it is the accumulator, not rounded and not cast."""
+    if left.dtype is torch.float32:
+        return torch.mm(left, right)
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else operators.wide_product(left, right)
 
 
 def scaled(left: torch.Tensor, right: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:

@@ -80,9 +80,10 @@ class Plan:
         self._needs: dict[tuple[bool, tuple[bool, ...]], Needs] = {}
         self._fuses: dict[tuple[int, torch.dtype, torch.dtype], bool] = {}
 
-    def at(self, tokens: int, dtype: torch.dtype, *, trains: bool) -> At:
-        """What calls with this many tokens have in common whose products are in ``dtype``."""
-        key = tokens and token_bucket(tokens), dtype, trains
+    def at(self, x: torch.Tensor, *, trains: bool) -> At:
+        """What calls with as many tokens as x [..., d_in] have in common whose products are in its dtype."""
+        tokens = x.shape[:-1].numel()
+        key = tokens and token_bucket(tokens), x.dtype, trains
         try:
             return self._known[key]
         except KeyError:
@@ -104,9 +105,9 @@ class Plan:
             made = self._needs[exact, wanted] = Needs.of(self, exact, wanted)
             return made
 
-    def fuses(self, x: torch.Tensor, tokens: int, lora_B: torch.Tensor) -> bool:
+    def fuses(self, x: torch.Tensor, lora_B: torch.Tensor) -> bool:
         """Whether one kernel computes the base product of a single projection too, in a pass without gradients."""
-        key = (tokens, x.dtype, lora_B.dtype)
+        key = (x.shape[:-1].numel(), x.dtype, lora_B.dtype)
         try:
             return self._fuses[key]
         except KeyError:
@@ -122,9 +123,10 @@ class At:
         compose: of the composition.
         differentiate: of the backward pass of a group or a gated pair; for a single projection ``compose_backward``.
         adapter: ``adapter_backward``, for a single projection.
+        trains: whether the calls save what a backward pass needs.
     """
 
-    __slots__ = ("adapter", "compose", "differentiate")
+    __slots__ = ("adapter", "compose", "differentiate", "trains")
 
     def __init__(self, plan: Plan, bucket: int, dtype: torch.dtype, trains: bool) -> None:
         one, widths = plan.count == 1, tuple([weight.shape[0] for weight in plan.weights])
@@ -134,6 +136,7 @@ class At:
         def find(op: str, rank: int, bucket: int, *how: Any) -> Kernel | None:
             return kernels.kernel_for(op, width, 1, rank, bucket, dtype, *how, device)
 
+        self.trains = trains
         self.compose: Kernel | None = None
         self.differentiate: Kernel | None = None
         self.adapter: Kernel | None = None

@@ -189,7 +189,8 @@ def test_the_backward_pass_frees_memory_before_it_takes_more(
     x, parts = make_mlp(dtype=torch.float32)
     plans = Plan(parts[:2], "silu"), Plan(parts[2:])
     y = project_mlp(x, *plans, torch.float32)
-    base_down = weakref.ref(y.grad_fn.saved_tensors[-1 - len(y.grad_fn.calls[1].needs.saved)])  # type: ignore[union-attr]
+    _, (*_, needs, _) = y.grad_fn.calls  # type: ignore[union-attr]
+    base_down = weakref.ref(y.grad_fn.saved_tensors[-1 - len(needs.saved)])  # type: ignore[union-attr]
     assert base_down().shape == (T, D_OUT)  # type: ignore[union-attr]
     alive: dict[str, list[bool]] = {}
     made: dict[str, Any] = {"base of down": base_down}
