@@ -148,7 +148,8 @@ def _output_gradients(
         dbases, dm = differentiate_group(plan, at, given, bases, h, saved.lora_B, saved.g, saved.norm, release=release)
         db = _lora_b_gradients(saved, dbases)
     else:
-        dbases, db, dm = ([None] * plan.count for _ in range(3))
+        dbases = [None] * plan.count
+        db, dm = [*dbases], [*dbases]
         parts = (h,) if plan.count == 1 else h.chunk(plan.count, 1)
         for index, dy in enumerate(dys):
             if dy is not None:
@@ -162,7 +163,7 @@ def _output_gradients(
 def _activation_gradients(saved: _Saved, dy: torch.Tensor, *, release: bool) -> tuple[_Gradients, _Gradients]:
     """dYg and dm of gate and up from the gradient [..., d_out] of act(gate)*up."""
     plan, kernel, bases, norm = saved.plan, saved.at.differentiate, saved.bases, saved.norm
-    biases = plan.biases_in(saved.h.dtype)
+    biases = plan.biases and plan.biases_in(saved.h.dtype)
     factors = (saved.h, *saved.lora_B, *saved.g)
     dbases: Any
     dm: Any
@@ -228,7 +229,7 @@ def mlp_backward(ctx: Any, dys: Sequence[Any], release: bool) -> tuple[torch.Ten
 def _activation(saved: _Saved) -> torch.Tensor:
     """act(gate)*up [T, d_out] again, as the forward pass computed it."""
     plan, kernel = saved.plan, saved.at.compose
-    biases = plan.biases_in(saved.h.dtype)
+    biases = plan.biases and plan.biases_in(saved.h.dtype)
     factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g)
     if kernel is None:
         compose: Any = operators.compose_swiglu
