@@ -11,6 +11,7 @@ it before it makes the gradient of the same size:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ import torch
 from ..internals.torch import keeps_graph, some_autocast_is_on
 from . import operators
 from .autocast import without_autocast
-from .autograd import _as, _product, _rows
+from .autograd import _as, _check_unwritten, _product, _rows
 from .differentiation import once_only
 from .group_gradients import (
-    check_unwritten,
     differentiate_group,
     differentiate_one,
     low_gradients,
@@ -31,6 +31,8 @@ from .group_gradients import (
 from .group_plan import At, Needs, Plan
 
 _Gradients = list[torch.Tensor | None]
+
+_version = attrgetter("_version")
 
 
 Call = tuple[Plan, At, Needs, list[int]]
@@ -47,7 +49,9 @@ class _Saved:
 
     def __init__(self, call: Call, tensors: Sequence[Any]) -> None:
         self.plan, self.at, self.needs, versions = call
-        check_unwritten(self.needs.parameters, versions)
+        parameters = self.needs.parameters
+        if [*map(_version, parameters)] != versions:
+            _check_unwritten(parameters, versions)
         count = self.plan.count
         self.x, self.h = tensors[:2]
         self.g = tensors[2 : 2 + count]

@@ -6,14 +6,13 @@ dYg_i = g_i*dY_i, t_i = s*dYg_i@B_i, dB_i = s*dYg_i.T@h_i, dm_i = sum_t dY_i*(ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import increment_version
 
 from . import operators
-from .autograd import _check_unwritten, _product, _rows, _unread
+from .autograd import _product, _rows, _unread
 
 if TYPE_CHECKING:
     from . import group_plan, stored_plan
@@ -22,13 +21,6 @@ if TYPE_CHECKING:
     At = group_plan.At | stored_plan.At
 
 _is_contiguous = torch.Tensor.is_contiguous
-_version = attrgetter("_version")
-
-
-def check_unwritten(parameters: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
-    """Raise a RuntimeError if a parameter was written to since it had these versions, which a recompute may renew."""
-    if [*map(_version, parameters)] != versions:
-        _check_unwritten(parameters, versions)
 
 
 def overwritten(bases: Sequence[torch.Tensor], *, release: bool) -> list[torch.Tensor]:

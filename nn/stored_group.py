@@ -24,9 +24,9 @@ from ..internals.torch import current_backward, keeps_graph
 from ..runtime.kernel import Kernel
 from . import operators
 from .autocast import autocast_is_on, without_autocast
-from .autograd import _as, _product, note_recompute
+from .autograd import _as, _check_unwritten, _product, note_recompute
 from .differentiation import once_only
-from .group_gradients import check_unwritten, differentiate_group, differentiate_one, low_gradients, scaled
+from .group_gradients import differentiate_group, differentiate_one, low_gradients, scaled
 from .norm import NormAndGain, safe_norm
 from .norm_cache import norms_taken, slice_settings, take_gains
 from .stored_norm import How
@@ -196,7 +196,8 @@ def _backward(ctx: Any, dys: Sequence[torch.Tensor | None], *, release: bool) ->
     plan: StoredPlan = ctx.plan
     count = plan.count
     x, h, a, *rest = ctx.saved_tensors  # runs a checkpoint's recompute, whose versions count
-    check_unwritten(ctx.kept, ctx.versions)
+    if [*map(_version, ctx.kept)] != ctx.versions:
+        _check_unwritten(ctx.kept, ctx.versions)
     if release:
         ctx.maybe_clear_saved_tensors()
         ctx.token = None
