@@ -16,19 +16,23 @@ What does not change from call to call is in a plan (:mod:`.group_plan`); :mod:`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
 from ..internals.torch import current_backward, saving_is_hooked
 from . import operators
-from .autograd import _as, _rows, _versions, apply_eagerly
-from .group_backward import Needs, differentiate, gated_backward, mlp_backward, project_backward
-from .group_plan import Plan
+from .autograd import _as, _rows, note_recompute
+from .group_backward import Call, differentiate, gated_backward, mlp_backward, project_backward
+from .group_plan import At, Needs, Plan
 from .norm_cache import norms_taken, slice_settings, take_gains
+
+_needs_gradient = attrgetter("requires_grad")
+_version = attrgetter("_version")
 
 
 def project(x: torch.Tensor, plan: Plan, dtype: torch.dtype, held: object = None) -> tuple[torch.Tensor, ...]:
@@ -41,12 +45,12 @@ def project(x: torch.Tensor, plan: Plan, dtype: torch.dtype, held: object = None
     if x.dtype is not dtype:
         x = x.to(dtype)
     if not torch.is_grad_enabled():
-        return _project(x, plan, trains=False)[0]
+        return _project(x, plan, plan.at(x, trains=False))[0]
     if _trains(x, plan):
-        outputs: tuple[torch.Tensor, ...] = apply_eagerly(_Project, plan, held, x, *plan.trained)
+        outputs: tuple[torch.Tensor, ...] = _apply_project(plan, held, x, *plan.trained)
         return outputs
     with torch.no_grad():
-        return _project(x, plan, trains=False)[0]
+        return _project(x, plan, plan.at(x, trains=False))[0]
 
 
 def project_gated(x: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tensor:
@@ -54,12 +58,12 @@ def project_gated(x: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tens
     if x.dtype is not dtype:
         x = x.to(dtype)
     if not torch.is_grad_enabled():
-        return _gated(x, plan, trains=False)[0]
+        return _gated(x, plan, plan.at(x, trains=False))[0]
     if _trains(x, plan):
-        output: torch.Tensor = apply_eagerly(_Gated, plan, None, x, *plan.trained)
+        output: torch.Tensor = _apply_gated(plan, None, x, *plan.trained)
         return output
     with torch.no_grad():
-        return _gated(x, plan, trains=False)[0]
+        return _gated(x, plan, plan.at(x, trains=False))[0]
 
 
 def project_mlp(x: torch.Tensor, gated: Plan, down: Plan, dtype: torch.dtype) -> torch.Tensor:
@@ -70,25 +74,20 @@ def project_mlp(x: torch.Tensor, gated: Plan, down: Plan, dtype: torch.dtype) ->
     if x.dtype is not dtype:
         x = x.to(dtype)
     if not torch.is_grad_enabled():
-        return _project(_gated(x, gated, trains=False)[0], down, trains=False)[0][0]
+        between = _gated(x, gated, gated.at(x, trains=False))[0]
+        return _project(between, down, down.at(x, trains=False))[0][0]
     if not _trains(x, gated):  # then down alone is differentiated, if any, and needs act(gate)*up
         return project(project_gated(x, gated, dtype), down, dtype)[0]
-    output: torch.Tensor = apply_eagerly(_Mlp, gated, down, x, *gated.trained, *down.trained)
+    output: torch.Tensor = _apply_mlp(gated, down, x, *gated.trained, *down.trained)
     return output
 
 
 def _trains(x: torch.Tensor, plan: Plan) -> bool:
-    return x.requires_grad or True in [tensor.requires_grad for tensor in plan.trained]
+    return x.requires_grad or True in map(_needs_gradient, plan.trained)
 
 
-class _Factors(NamedTuple):
-    """What the forward pass computes with: A of all projections in one matrix, h of all, and B, w and g of each."""
-
-    lora_A: torch.Tensor
-    h: torch.Tensor
-    lora_B: list[torch.Tensor]
-    norm: list[torch.Tensor]
-    g: list[torch.Tensor]
+_Factors = tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor]]
+"""What the forward pass computes with: A of all projections in one matrix, h of all, and B, w and g of each."""
 
 
 def _factors(rows: torch.Tensor, plan: Plan, *, trains: bool) -> _Factors:
@@ -97,6 +96,7 @@ def _factors(rows: torch.Tensor, plan: Plan, *, trains: bool) -> _Factors:
     rounds = plan.adapter_dtype is not dtype
     if rounds:
         packed, up = packed.to(dtype), [b.to(dtype) for b in up]
+    norms: Sequence[torch.Tensor] = ()
     gains = None
     if not trains or current_backward() == -1:
         settings = slice_settings(plan.weights[0], plan.scaling, dtype)
@@ -104,9 +104,9 @@ def _factors(rows: torch.Tensor, plan: Plan, *, trains: bool) -> _Factors:
     if gains is None:
         down = packed.split(plan.rank) if rounds else plan.lora_A
         norms, gains = _norms_and_gains(plan, down, up, dtype, trains=trains)
-    else:
-        norms = norms_taken(plan.caches) if trains else []
-    return _Factors(packed, linear(rows, packed), up, norms, gains)
+    elif trains:
+        norms = norms_taken(plan.caches)
+    return packed, linear(rows, packed), up, norms, gains
 
 
 def _norms_and_gains(
@@ -124,19 +124,17 @@ def _norms_and_gains(
 
 
 def _project(
-    x: torch.Tensor, plan: Plan, *, trains: bool, needs_dg: bool = False
-) -> tuple[tuple[torch.Tensor, ...], _Factors, list[torch.Tensor]]:
+    x: torch.Tensor, plan: Plan, at: At, *, needs_dg: bool = False
+) -> tuple[tuple[torch.Tensor, ...], _Factors, Sequence[torch.Tensor]]:
     """The outputs, the factors and the base products; these are overwritten unless ``needs_dg``."""
-    dtype, lead = x.dtype, x.shape[:-1]
-    tokens = lead.numel()
-    kernel = plan.kernel(tokens, dtype)
+    dtype, lead, kernel, trains = x.dtype, x.shape[:-1], at.compose, at.trains
     # Without gradients products may keep x's leading dimensions: PyTorch's ``linear`` folds them in C++, where from
     # Python a view of each operand costs the host a microsecond.
     rows = x if not trains and kernel is not None and x.is_contiguous() else _rows(x)
     factors = _factors(rows, plan, trains=trains)
-    biases = plan.biases_in(dtype)
+    biases = plan.biases and plan.biases_in(dtype)
     _, h, b, _, g = factors
-    if plan.count == 1 and not trains and plan.fuses(x, tokens, b[0]):
+    if plan.count == 1 and not trains and plan.fuses(x, b[0]):
         bias = biases[0] if biases else None
         made = operators.dora_linear_forward(_rows(x), plan.weights[0], _rows(h), b[0], g[0], bias, plan.scaling, False)
         bases = []
@@ -149,58 +147,59 @@ def _project(
             # The order of both contracts: bases, h, B, g, biases.
             kernel.launch((*bases, h, *b, *g, *biases), made, plan.scaling)
             if needs_dg or rows is x:
-                return tuple(made), factors, bases
+                return (*made,), factors, bases
         elif plan.count == 1:
             bias = biases[0] if biases else None
             made = [operators.lora_compose(bases[0], h, b[0], g[0], bias, plan.scaling, False)]
         else:
-            made = operators.lora_compose_group(bases, h, b, g, biases, plan.scaling)
+            made = operators.lora_compose_group(bases, h, b, g, biases, plan.scaling)  # type: ignore[arg-type]
     # Without detach() a view could not be changed in place.
-    return tuple([y.view(*lead, y.shape[1]).detach() for y in made]), factors, bases
+    return (*[y.view(*lead, y.shape[1]).detach() for y in made],), factors, bases
 
 
-def _gated(x: torch.Tensor, plan: Plan, *, trains: bool) -> tuple[torch.Tensor, _Factors, list[torch.Tensor]]:
-    """act(gate)*up, the factors and both base products, of which gate's is overwritten unless ``trains``."""
-    dtype, lead = x.dtype, x.shape[:-1]
-    kernel = plan.kernel(lead.numel(), dtype)
+def _gated(x: torch.Tensor, plan: Plan, at: At) -> tuple[torch.Tensor, _Factors, Sequence[torch.Tensor]]:
+    """act(gate)*up, the factors and both base products, of which gate's is overwritten unless the call trains."""
+    dtype, lead, kernel, trains = x.dtype, x.shape[:-1], at.compose, at.trains
     rows = x if not trains and kernel is not None and x.is_contiguous() else _rows(x)  # as in _project
     factors = _factors(rows, plan, trains=trains)
+    _, h, b, _, g = factors
     bases = [*map(linear, repeat(rows), plan.weights)]
-    biases = plan.biases_in(dtype)
+    biases = plan.biases and plan.biases_in(dtype)
     if kernel is not None:
         y = gate = bases[0]
         if trains:
             y = gate.new_empty((*lead, gate.shape[1]))
-        kernel.launch((*bases, factors.h, *factors.lora_B, *factors.g, *biases), (y,), plan.scaling)
+        kernel.launch((*bases, h, *b, *g, *biases), (y,), plan.scaling)
         if trains or rows is x:
             return y, factors, bases
     else:
         compose: Any = operators.compose_swiglu
-        given = (*bases, factors.h, *factors.lora_B, *factors.g, *(biases or (None, None)))
-        y = compose(*given, plan.scaling, plan.activation)
+        y = compose(*bases, h, *b, *g, *(biases or (None, None)), plan.scaling, plan.activation)
     return y.view(*lead, y.shape[1]).detach(), factors, bases
 
 
-def _needs(plan: Plan, factors: _Factors, trained: Sequence[bool], need_x: bool) -> Needs:
-    """What the backward pass of a plan needs; ``trained``: which of A, B and m of each projection are trained."""
-    kept = plan.keeps(factors.lora_B[0] is plan.lora_B[0], need_x)
-    return Needs(plan, need_x, True in trained[0::3], True in trained[1::3], kept, _versions(kept.parameters))
+def _call(plan: Plan, at: At, needs: Needs) -> Call:
+    """A call of ``plan``, for its backward pass."""
+    versions = [*map(_version, needs.parameters)]
+    if current_backward() != -1:
+        note_recompute(needs.parameters, versions)
+    return plan, at, needs, versions
 
 
 def _to_save(
-    needs: Needs, x: torch.Tensor | None, factors: _Factors, bases: Sequence[torch.Tensor | None]
+    plan: Plan, needs: Needs, x: torch.Tensor | None, factors: _Factors, bases: Sequence[torch.Tensor] | None
 ) -> list[torch.Tensor | None]:
-    """The tensors of a plan that the backward pass needs; ``bases`` are None where it needs none."""
-    has_bases = bases[0] is not None  # for dm, and for a gated pair, which computes its outputs again
-    weights = [*needs.plan.weights, factors.lora_A, *factors.lora_B]
-    return [
-        x if needs.lora_A else None,
-        *factors.g,
-        *(factors.norm if has_bases else [None] * needs.plan.count),
-        factors.h if needs.lora_B or has_bases else None,
-        *bases,
-        *[weights[index] for index in needs.kept.saved],
-    ]
+    """The tensors of a plan that the backward pass needs; ``bases`` are None where it needs none.
+
+    They are for dm, and for a gated pair, which computes its outputs again.
+    """
+    packed, h, b, norms, g = factors
+    saved = [x if needs.lora_A else None, h if needs.lora_B or bases else None, *g]
+    saved += [*norms, *bases] if bases else [None] * (2 * plan.count)
+    if needs.saved:
+        weights = [*plan.weights, packed, *b]
+        saved += [weights[index] for index in needs.saved]
+    return saved
 
 
 class _Project(torch.autograd.Function):
@@ -208,18 +207,16 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, held: object, x: torch.Tensor, *_: torch.Tensor) -> Any:
-        _, _, need_x, *trained = ctx.needs_input_grad
-        needs_dg = True in trained[2::3]
-        outputs, factors, bases = _project(x, plan, trains=True, needs_dg=needs_dg)
+        at, needs = plan.at(x, trains=True), plan.needs(plan.adapter_dtype is x.dtype, ctx.needs_input_grad[2:])
+        outputs, factors, bases = _project(x, plan, at, needs_dg=needs.magnitude)
         ctx.set_materialize_grads(False)
-        needs = _needs(plan, factors, trained, need_x)
-        ctx.needs, ctx.token = (needs,), held
-        ctx.save_for_backward(*_to_save(needs, x, factors, bases if needs_dg else [None] * plan.count))
+        ctx.calls, ctx.token = (_call(plan, at, needs),), held
+        ctx.save_for_backward(*_to_save(plan, needs, x, factors, bases if needs.magnitude else None))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if not any(dy is not None for dy in dys):
+        if dys[0] is None and all(dy is None for dy in dys):
             return (None,) * (3 + 3 * len(dys))
         return differentiate(ctx, project_backward, dys, "dora_linear")
 
@@ -229,11 +226,10 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, held: object, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        _, _, need_x, *trained = ctx.needs_input_grad
-        y, factors, bases = _gated(x, plan, trains=True)
-        needs = _needs(plan, factors, trained, need_x)
-        ctx.needs, ctx.token = (needs,), held
-        ctx.save_for_backward(*_to_save(needs, x, factors, bases))
+        at, needs = plan.at(x, trains=True), plan.needs(plan.adapter_dtype is x.dtype, ctx.needs_input_grad[2:])
+        y, factors, bases = _gated(x, plan, at)
+        ctx.calls, ctx.token = (_call(plan, at, needs),), held
+        ctx.save_for_backward(*_to_save(plan, needs, x, factors, bases))
         return y
 
     @staticmethod
@@ -250,20 +246,25 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gated: Plan, down: Plan, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        _, _, need_x, *trained = ctx.needs_input_grad
-        of_gated, of_down = trained[:6], trained[6:]
-        between, factors, bases = _gated(x, gated, trains=True)
-        needs_dg = of_down[2]
-        (y,), low, base = _project(between, down, trains=True, needs_dg=needs_dg)
-        needs = _needs(gated, factors, of_gated, need_x)
-        needs_down = _needs(down, low, of_down, need_x=True)
-        ctx.needs, ctx.token = (needs, needs_down), None
-        first = _to_save(needs, x, factors, bases)
+        wanted = ctx.needs_input_grad[2:]
+        needs = gated.needs(gated.adapter_dtype is x.dtype, wanted[:7])
+        needs_down = down.needs(down.adapter_dtype is x.dtype, (True, *wanted[7:]))
+        at, at_down = gated.at(x, trains=True), down.at(x, trains=True)
+        between, factors, bases = _gated(x, gated, at)
+        (y,), low, base = _project(between, down, at_down, needs_dg=needs_down.magnitude)
+        ctx.calls, ctx.token = (_call(gated, at, needs), _call(down, at_down, needs_down)), None
+        first = _to_save(gated, needs, x, factors, bases)
         ctx.first = len(first)
         kept = between if saving_is_hooked() or current_backward() != -1 else None
-        ctx.save_for_backward(*first, *_to_save(needs_down, kept, low, base if needs_dg else [None]))
+        ctx.save_for_backward(*first, *_to_save(down, needs_down, kept, low, base if needs_down.magnitude else None))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return differentiate(ctx, mlp_backward, (dy,), "an MLP of dora_linear")
+
+
+# ``apply`` without its preparations for functorch, which must not run.
+_apply_project: Callable[..., Any] = super(torch.autograd.Function, _Project).apply
+_apply_gated: Callable[..., Any] = super(torch.autograd.Function, _Gated).apply
+_apply_mlp: Callable[..., Any] = super(torch.autograd.Function, _Mlp).apply

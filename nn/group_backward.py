@@ -11,7 +11,8 @@ it before it makes the gradient of the same size:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import torch
 
@@ -20,79 +21,71 @@ from . import operators
 from .autocast import without_autocast
 from .autograd import _as, _check_unwritten, _product, _rows
 from .differentiation import once_only
-from .group_plan import Kept, Plan
+from .group_gradients import (
+    differentiate_group,
+    differentiate_one,
+    low_gradients,
+    overwritten,
+    scaled,
+)
+from .group_plan import At, Needs, Plan
+
+_Gradients = list[torch.Tensor | None]
+
+_version = attrgetter("_version")
 
 
-class Needs(NamedTuple):
-    """Which gradients of a plan's projections are wanted, and what they take.
-
-    ``kept`` are the parameters that the backward pass reads, ``versions`` theirs in the forward pass.
-    """
-
-    plan: Plan
-    x: bool
-    lora_A: bool
-    lora_B: bool
-    kept: Kept
-    versions: list[int]
+Call = tuple[Plan, At, Needs, list[int]]
+"""A call of a plan whose backward pass is to come; the numbers are the versions of ``Needs.parameters``."""
 
 
-class _Saved(NamedTuple):
-    """The forward pass's values for the backward pass; those that no gradient needs are None."""
-
-    x: torch.Tensor | None
-    g: list[torch.Tensor]
-    norm: list[torch.Tensor]
-    h: torch.Tensor
-    bases: list[Any]
-    weights: list[torch.Tensor]
-    lora_A: torch.Tensor
-    lora_B: list[torch.Tensor]
-
-
-def _saved(needs: Needs, tensors: Sequence[Any]) -> _Saved:
-    """What was saved for one plan, from its part of ``ctx.saved_tensors``.
+class _Saved:
+    """What a call's backward pass reads, of its part of ``ctx.saved_tensors``; what no gradient needs is None.
 
     Reading those runs a checkpoint's recompute, whose versions of parameters count: so they are read before this.
     """
-    count, kept = needs.plan.count, needs.kept
-    _check_unwritten(kept.parameters, needs.versions)
-    weights: list[Any] = [*kept.tensors]
-    for index, tensor in zip(kept.saved, tensors[3 * count + 2 :], strict=True):
-        weights[index] = tensor
-    return _Saved(
-        tensors[0],
-        [*tensors[1 : count + 1]],
-        [*tensors[count + 1 : 2 * count + 1]],
-        tensors[2 * count + 1],
-        [*tensors[2 * count + 2 : 3 * count + 2]],
-        weights[:count],
-        weights[count],
-        weights[count + 1 :],
-    )
+
+    __slots__ = ("at", "bases", "g", "h", "lora_A", "lora_B", "needs", "norm", "plan", "weights", "x")
+
+    def __init__(self, call: Call, tensors: Sequence[Any]) -> None:
+        self.plan, self.at, self.needs, versions = call
+        parameters = self.needs.parameters
+        if [*map(_version, parameters)] != versions:
+            _check_unwritten(parameters, versions)
+        count = self.plan.count
+        self.x, self.h = tensors[:2]
+        self.g = tensors[2 : 2 + count]
+        self.norm = tensors[2 + count : 2 + 2 * count]
+        self.bases = [*tensors[2 + 2 * count : 2 + 3 * count]]
+        weights: list[Any] = [*self.needs.tensors]
+        for index, tensor in zip(self.needs.saved, tensors[2 + 3 * count :], strict=True):
+            weights[index] = tensor
+        self.weights, self.lora_A, self.lora_B = weights[:count], weights[count], weights[count + 1 :]
+
+
+Backward = Callable[[Any, Sequence[torch.Tensor | None], bool], tuple[torch.Tensor | None, ...]]
+"""From the context and the gradients of the outputs: those of the inputs. True: it may overwrite and free."""
 
 
 def differentiate(
-    ctx: Any, backward: Callable[..., tuple[torch.Tensor | None, ...]], dys: Sequence[torch.Tensor | None], name: str
+    ctx: Any, backward: Backward, dys: Sequence[torch.Tensor | None], name: str
 ) -> tuple[torch.Tensor | None, ...]:
     """Run ``backward``, which may overwrite and free what was saved unless the graph is kept."""
     if not torch.is_grad_enabled():
-        release = not keeps_graph()
         if not some_autocast_is_on():
-            return backward(ctx, *dys, release=release)
+            return backward(ctx, dys, not keeps_graph())
         with without_autocast(_first(dys).device):
-            return backward(ctx, *dys, release=release)
+            return backward(ctx, dys, not keeps_graph())
     with torch.no_grad(), without_autocast(_first(dys).device):
-        grads = backward(ctx, *dys, release=False)
+        grads = backward(ctx, dys, False)
     saved = [each for each in ctx.saved_tensors if each is not None]
-    parameters = [each for needs in ctx.needs for each in needs.kept.parameters]
+    parameters = [each for _, _, needs, _ in ctx.calls for each in needs.parameters]
     return once_only(name, grads, (*dys, *saved, *parameters))
 
 
 def _first(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """The first that is not None."""
-    first = tensors[0]
-    return next(tensor for tensor in tensors if tensor is not None) if first is None else first
+    return next(tensor for tensor in tensors if tensor is not None)
 
 
 def _release(ctx: Any) -> None:
@@ -100,28 +93,14 @@ def _release(ctx: Any) -> None:
     ctx.token = None
 
 
-def _low_gradients(needs: Needs, saved: _Saved, dbases: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """[t_1, t_2, …] [T, n*r] with t = s*dYg@B, from each dYg [T, d_out] or None."""
-    count, rank, scaling = needs.plan.count, needs.plan.rank, needs.plan.scaling
-    first = _first(dbases)
-    if count == 1:
-        return _product(first, saved.lora_B[0], scaling, first.dtype)
-    t = first.new_empty((first.shape[0], count * rank))
-    for part, dbase, b in zip(t.chunk(count, 1), dbases, saved.lora_B, strict=True):
-        if dbase is None:
-            part.zero_()
-        else:
-            part.addmm_(dbase, b, beta=0, alpha=scaling)  # beta=0: part is not read
-    return t
-
-
-def _lora_a_gradients(needs: Needs, t: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _lora_a_gradients(plan: Plan, t: torch.Tensor, x: torch.Tensor) -> Sequence[torch.Tensor]:
     """dA [r, d_in] = t.T@x of each projection, in the adapter's dtype, for x [T, d_in]."""
-    product = _product(t.t(), x, 1.0, needs.plan.adapter_dtype)
-    return (product,) if needs.plan.count == 1 else product.chunk(needs.plan.count)
+    dtype = plan.adapter_dtype
+    product = torch.mm(t.t(), x) if dtype is t.dtype else _product(t.t(), x, 1.0, dtype)
+    return (product,) if plan.count == 1 else product.chunk(plan.count)
 
 
-def _input_gradient(saved: _Saved, dbases: list[torch.Tensor | None], t: torch.Tensor) -> torch.Tensor:
+def _input_gradient(saved: _Saved, dbases: _Gradients, t: torch.Tensor) -> torch.Tensor:
     """dX [T, d_in]; empties ``dbases``."""
     dx: torch.Tensor | None = None
     for index, weight in enumerate(saved.weights):
@@ -133,136 +112,142 @@ def _input_gradient(saved: _Saved, dbases: list[torch.Tensor | None], t: torch.T
 
 
 def _x_and_lora_a_gradients(
-    needs: Needs, saved: _Saved, dbases: list[torch.Tensor | None], shape: Sequence[int]
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    saved: _Saved, dbases: _Gradients, shape: Sequence[int]
+) -> tuple[torch.Tensor | None, Sequence[torch.Tensor | None]]:
     """dX [*shape, d_in] and dA of each projection, from each dYg [T, d_out] or None; empties ``dbases``."""
-    t = _low_gradients(needs, saved, dbases)
-    da: list[torch.Tensor | None] = [None] * needs.plan.count
-    if needs.lora_A:
-        assert saved.x is not None
-        parts = _lora_a_gradients(needs, t, _rows(saved.x))
-        da = [None if dbase is None else part for part, dbase in zip(parts, dbases, strict=True)]
-    dx = _input_gradient(saved, dbases, t).view(*shape, saved.lora_A.shape[1]) if needs.x else None
-    return dx, da
+    plan, needs = saved.plan, saved.needs
+    t = low_gradients(plan, dbases, saved.lora_B)
+    da = _lora_a_gradients(plan, t, _rows(saved.x)) if needs.lora_A else [None] * plan.count
+    if not needs.x:
+        return None, da
+    dx = _input_gradient(saved, dbases, t)
+    return dx.view(*shape, dx.shape[1]), da
 
 
-def _lora_b_gradients(needs: Needs, saved: _Saved, dbases: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def _lora_b_gradients(saved: _Saved, dbases: Sequence[torch.Tensor | None]) -> _Gradients:
     """dB [d_out, r] = s*dYg.T@h of each projection, in the adapter's dtype."""
-    plan = needs.plan
-    if not needs.lora_B:
+    plan = saved.plan
+    if not saved.needs.lora_B:
         return [None] * plan.count
     parts = (saved.h,) if plan.count == 1 else saved.h.chunk(plan.count, 1)
     return [
-        None if dbase is None else _product(dbase.t(), h, plan.scaling, plan.adapter_dtype)
+        None if dbase is None else scaled(dbase.t(), h, plan.scaling, plan.adapter_dtype)
         for dbase, h in zip(dbases, parts, strict=True)
     ]
 
 
-_Gradients = list[torch.Tensor | None]
-
-
 def _output_gradients(
-    needs: Needs, saved: _Saved, rows: Sequence[torch.Tensor | None], *, release: bool
+    saved: _Saved, dys: Sequence[torch.Tensor | None], *, release: bool
 ) -> tuple[_Gradients, _Gradients, _Gradients]:
-    """dYg, dB and dm of each projection from its dY [T, d_out] or None."""
-    plan = needs.plan
-    dbases: _Gradients = [None] * plan.count
-    db, dm = list(dbases), list(dbases)
-    given = [dy for dy in rows if dy is not None]
-    if saved.bases[0] is None:
-        dbases = [None if dy is None else _as(dy * g, dy.dtype) for dy, g in zip(rows, saved.g, strict=True)]
-        db = _lora_b_gradients(needs, saved, dbases)
-    elif 1 < plan.count == len(given):
-        compose = operators.compose_backward_group_ if release else operators.compose_backward_group
-        made = compose(
-            given, saved.bases, saved.h, saved.lora_B, saved.g, saved.norm, plan.scaling, plan.magnitude_dtype
-        )
-        dbases, dm = made[: plan.count], made[plan.count :]  # type: ignore[assignment]
-        db = _lora_b_gradients(needs, saved, dbases)
+    """dYg, dB and dm of each projection from its dY [..., d_out] or None."""
+    plan, at, bases, h = saved.plan, saved.at, saved.bases, saved.h
+    dbases: Any
+    db: Any
+    dm: Any
+    if not saved.needs.magnitude:
+        dm = [None] * plan.count
+        dbases = [None if dy is None else _as(_rows(dy) * g, dy.dtype) for dy, g in zip(dys, saved.g, strict=True)]
+        db = _lora_b_gradients(saved, dbases)
+    elif 1 < plan.count == len(given := [dy for dy in dys if dy is not None]):
+        dbases, dm = differentiate_group(plan, at, given, bases, h, saved.lora_B, saved.g, saved.norm, release=release)
+        db = _lora_b_gradients(saved, dbases)
     else:
-        parts = (saved.h,) if plan.count == 1 else saved.h.chunk(plan.count, 1)
-        for index, (dy, h) in enumerate(zip(rows, parts, strict=True)):
-            if dy is None:
-                continue
-            b, g = saved.lora_B[index], saved.g[index]
-            dbases[index], dg = operators.compose_backward(dy, saved.bases[index], g, False)
-            db[index], dm[index] = operators.adapter_backward(
-                dy, h, b, g, dg, saved.norm[index], plan.scaling, plan.adapter_dtype, plan.magnitude_dtype
-            )
+        dbases = [None] * plan.count
+        db, dm = [*dbases], [*dbases]
+        parts = (h,) if plan.count == 1 else h.chunk(plan.count, 1)
+        for index, dy in enumerate(dys):
+            if dy is not None:
+                own = parts[index], saved.lora_B[index], saved.g[index], saved.norm[index]
+                dbases[index], db[index], dm[index] = differentiate_one(plan, at, _rows(dy), bases[index], *own)
     if release:
-        saved.bases.clear()  # what is not dYg now is freed
+        bases.clear()  # what is not dYg now is freed
     return dbases, db, dm
 
 
-def _activation_gradients(
-    needs: Needs, saved: _Saved, rows: torch.Tensor, *, release: bool
-) -> tuple[_Gradients, _Gradients]:
-    """dYg and dm of gate and up from the gradient [T, d_out] of act(gate)*up."""
-    plan = needs.plan
-    biases = plan.biases_in(rows.dtype) or (None, None)
-    compose: Any = operators.compose_swiglu_backward_ if release else operators.compose_swiglu_backward
-    factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g, *saved.norm, *biases)
-    gate, up, *dm = compose(rows, *factors, plan.scaling, plan.activation, plan.magnitude_dtype)
+def _activation_gradients(saved: _Saved, dy: torch.Tensor, *, release: bool) -> tuple[_Gradients, _Gradients]:
+    """dYg and dm of gate and up from the gradient [..., d_out] of act(gate)*up."""
+    plan, kernel, bases, norm = saved.plan, saved.at.differentiate, saved.bases, saved.norm
+    biases = plan.biases and plan.biases_in(saved.h.dtype)
+    factors = (saved.h, *saved.lora_B, *saved.g)
+    dbases: Any
+    dm: Any
+    if kernel is None:
+        compose: Any = operators.compose_swiglu_backward_ if release else operators.compose_swiglu_backward
+        settings = plan.scaling, plan.activation, plan.magnitude_dtype
+        made = compose(_rows(dy), *bases, *factors, *norm, *(biases or (None, None)), *settings)
+        dbases, dm = made[:2], made[2:4]
+    else:
+        dbases = overwritten(bases, release=release)
+        dm = [torch.empty_like(one, dtype=plan.magnitude_dtype) for one in norm]
+        unread = [torch.empty_like(one) for one in norm] if biases else []  # the kernel's gradients of the biases
+        kernel.launch((dy, *bases, *factors, *biases, *norm), (*dbases, *dm, *unread), plan.scaling)
     if release:
-        saved.bases.clear()
-    return [gate, up], dm[:2]
+        bases.clear()
+    return dbases, dm
 
 
-def project_backward(ctx: Any, *dys: torch.Tensor | None, release: bool) -> tuple[torch.Tensor | None, ...]:
-    (needs,) = ctx.needs
-    saved = _saved(needs, ctx.saved_tensors)
+def project_backward(ctx: Any, dys: Sequence[torch.Tensor | None], release: bool) -> tuple[torch.Tensor | None, ...]:
+    saved = _Saved(ctx.calls[0], ctx.saved_tensors)
     if release:
         _release(ctx)
-    rows = [None if dy is None else _rows(dy) for dy in dys]
-    dbases, db, dm = _output_gradients(needs, saved, rows, release=release)
-    dx, da = _x_and_lora_a_gradients(needs, saved, dbases, _first(dys).shape[:-1])
+    first = dys[0] if dys[0] is not None else _first(dys)
+    dbases, db, dm = _output_gradients(saved, dys, release=release)
+    dx, da = _x_and_lora_a_gradients(saved, dbases, first.shape[:-1])
+    if len(dys) > 1:
+        da = [None if dy is None else grad for dy, grad in zip(dys, da, strict=True)]
     return (None, None, dx, *_by_projection(da, db, dm))
 
 
-def gated_backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tensor | None, ...]:
-    (needs,) = ctx.needs
-    saved = _saved(needs, ctx.saved_tensors)
+def gated_backward(ctx: Any, dys: Sequence[Any], release: bool) -> tuple[torch.Tensor | None, ...]:
+    (dy,) = dys
+    saved = _Saved(ctx.calls[0], ctx.saved_tensors)
     if release:
         _release(ctx)
-    dbases, dm = _activation_gradients(needs, saved, _rows(dy), release=release)
-    db = _lora_b_gradients(needs, saved, dbases)
-    dx, da = _x_and_lora_a_gradients(needs, saved, dbases, dy.shape[:-1])
+    dbases, dm = _activation_gradients(saved, dy, release=release)
+    db = _lora_b_gradients(saved, dbases)
+    dx, da = _x_and_lora_a_gradients(saved, dbases, dy.shape[:-1])
     return (None, None, dx, *_by_projection(da, db, dm))
 
 
-def mlp_backward(ctx: Any, dy: torch.Tensor, *, release: bool) -> tuple[torch.Tensor | None, ...]:
-    needs, needs_down = ctx.needs
-    tensors = ctx.saved_tensors
-    saved, down = _saved(needs, tensors[: ctx.first]), _saved(needs_down, tensors[ctx.first :])
+def mlp_backward(ctx: Any, dys: Sequence[Any], release: bool) -> tuple[torch.Tensor | None, ...]:
+    (dy,), (call, call_down), tensors = dys, ctx.calls, ctx.saved_tensors
+    saved, down = _Saved(call, tensors[: ctx.first]), _Saved(call_down, tensors[ctx.first :])
     del tensors
     if release:
         _release(ctx)
-    dbases, db_down, dm_down = _output_gradients(needs_down, down, (_rows(dy),), release=release)
-    t = _low_gradients(needs_down, down, dbases)
+    dbases, db_down, dm_down = _output_gradients(down, (dy,), release=release)
+    t = low_gradients(down.plan, dbases, down.lora_B)
     da_down: Sequence[torch.Tensor | None] = (None,)
-    if needs_down.lora_A:
-        activation, down = down.x, down._replace(x=None)
-        rows = _activation(needs.plan, saved) if activation is None else _rows(activation)
-        da_down = _lora_a_gradients(needs_down, t, rows)
-        del activation, rows
+    if down.needs.lora_A:
+        activation, down.x = down.x, None
+        activation = _activation(saved) if activation is None else _rows(activation)
+        da_down = _lora_a_gradients(down.plan, t, activation)
+        del activation
     # Nothing here may hold this gradient, nor the activation, while the products of gate and up are made.
-    dbases, dm = _activation_gradients(needs, saved, _input_gradient(down, dbases, t), release=release)
-    db = _lora_b_gradients(needs, saved, dbases)
-    dx, da = _x_and_lora_a_gradients(needs, saved, dbases, dy.shape[:-1])
+    dbases, dm = _activation_gradients(saved, _input_gradient(down, dbases, t), release=release)
+    db = _lora_b_gradients(saved, dbases)
+    dx, da = _x_and_lora_a_gradients(saved, dbases, dy.shape[:-1])
     return (None, None, dx, *_by_projection(da, db, dm), *_by_projection(da_down, db_down, dm_down))
 
 
-def _activation(plan: Plan, saved: _Saved) -> torch.Tensor:
+def _activation(saved: _Saved) -> torch.Tensor:
     """act(gate)*up [T, d_out] again, as the forward pass computed it."""
-    biases = plan.biases_in(saved.h.dtype) or (None, None)
-    compose: Any = operators.compose_swiglu
-    factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g, *biases)
-    activation: torch.Tensor = compose(*factors, plan.scaling, plan.activation)
+    plan, kernel = saved.plan, saved.at.compose
+    biases = plan.biases and plan.biases_in(saved.h.dtype)
+    factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g)
+    if kernel is None:
+        compose: Any = operators.compose_swiglu
+        made: torch.Tensor = compose(*factors, *(biases or (None, None)), plan.scaling, plan.activation)
+        return made
+    activation = torch.empty_like(saved.bases[0])
+    kernel.launch((*factors, *biases), (activation,), plan.scaling)
     return activation
 
 
 def _by_projection(
     da: Sequence[torch.Tensor | None], db: Sequence[torch.Tensor | None], dm: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor | None]:
+) -> _Gradients:
     """The gradients in the order of a function's arguments: A, B, m of each projection."""
-    return [grad for each in zip(da, db, dm, strict=True) for grad in each]
+    grads = [*da, *db, *dm]
+    grads[0::3], grads[1::3], grads[2::3] = da, db, dm
+    return grads

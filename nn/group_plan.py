@@ -76,54 +76,38 @@ class Plan:
         self.tensors = [tensor for one in projections for tensor in one[:4]]
         self.addresses = [(*map(_data_ptr, one[:4]),) for one in projections]
         self.trained = tuple([tensor for one in projections for tensor in one[1:4]])
-        self._kernels: dict[tuple[int, torch.dtype], Kernel | None] = {}
-        self._kept: dict[tuple[bool, bool], Kept] = {}
+        self._known: dict[tuple[int, torch.dtype, bool], At] = {}
+        self._needs: dict[tuple[bool, tuple[bool, ...]], Needs] = {}
         self._fuses: dict[tuple[int, torch.dtype, torch.dtype], bool] = {}
 
-    def kernel(self, tokens: int, dtype: torch.dtype) -> Kernel | None:
-        """The kernel of the composition for this many tokens; None where the eager reference runs."""
+    def at(self, x: torch.Tensor, *, trains: bool) -> At:
+        """What calls with as many tokens as x [..., d_in] have in common whose products are in its dtype."""
+        tokens = x.shape[:-1].numel()
+        key = tokens and token_bucket(tokens), x.dtype, trains
         try:
-            return self._kernels[tokens, dtype]
+            return self._known[key]
         except KeyError:
-            made = self._kernels[tokens, dtype] = self._find(tokens, dtype) if tokens else None
+            made = self._known[key] = At(self, *key)
             return made
-
-    def _find(self, tokens: int, dtype: torch.dtype) -> Kernel | None:
-        weight = self.weights[0]
-        width: Any = weight.shape[0]
-        flags: tuple[str, ...] = ("bias",) if self.biases else ()
-        if self.activation is not None:
-            op = "compose_swiglu"
-            flags += () if self.activation == "silu" else (self.activation,)
-        elif self.count > 1:
-            op, width = "lora_compose_group", tuple([each.shape[0] for each in self.weights])
-        else:
-            op = "lora_compose"
-        return kernels.kernel_for(
-            op, width, 1, self.rank, token_bucket(tokens), dtype, dtype, flags, None, weight.device
-        )
 
     def biases_in(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """The bias of each projection in ``dtype``; none if they have none."""
         return self.biases and [bias if bias.dtype is dtype else bias.to(dtype) for bias in self.biases]
 
-    def keeps(self, exact: bool, need_x: bool) -> Kept:
-        """What the backward pass needs of W, A and B; ``exact``: A and B are not rounded. ``need_x``: dX is wanted."""
+    def needs(self, exact: bool, wanted: tuple[bool, ...]) -> Needs:
+        """What a backward pass needs for the gradients that are ``wanted``: of x, and of A, B and m of each projection.
+
+        ``exact``: A and B are not rounded.
+        """
         try:
-            return self._kept[exact, need_x]
+            return self._needs[exact, wanted]
         except KeyError:
-            packed = self.lora_A[0] if exact and self.count == 1 else None
-            held = [*self.weights, packed, *(self.lora_B if exact else [None] * self.count)]
-            needed = [need_x or index > self.count for index in range(len(held))]
-            tensors = _parameters([tensor if needs else None for tensor, needs in zip(held, needed, strict=True)])
-            saved = [index for index, needs in enumerate(needed) if needs and tensors[index] is None]
-            made = Kept(tensors, [tensor for tensor in tensors if tensor is not None], saved)
-            self._kept[exact, need_x] = made
+            made = self._needs[exact, wanted] = Needs.of(self, exact, wanted)
             return made
 
-    def fuses(self, x: torch.Tensor, tokens: int, lora_B: torch.Tensor) -> bool:
+    def fuses(self, x: torch.Tensor, lora_B: torch.Tensor) -> bool:
         """Whether one kernel computes the base product of a single projection too, in a pass without gradients."""
-        key = (tokens, x.dtype, lora_B.dtype)
+        key = (x.shape[:-1].numel(), x.dtype, lora_B.dtype)
         try:
             return self._fuses[key]
         except KeyError:
@@ -132,12 +116,77 @@ class Plan:
             return pays
 
 
-class Kept(NamedTuple):
-    """W of each projection, A of all and B of each for the backward pass, as far as parameters hold them.
+class At:
+    """A plan at a number of tokens, in calls that train or not: its kernels, None where the eager reference runs.
 
-    ``tensors`` has None for those that no gradient needs, and for those that autograd saves, at the indices ``saved``.
+    Attributes:
+        compose: of the composition.
+        differentiate: of the backward pass of a group or a gated pair; for a single projection ``compose_backward``.
+        adapter: ``adapter_backward``, for a single projection.
+        trains: whether the calls save what a backward pass needs.
     """
 
+    __slots__ = ("adapter", "compose", "differentiate", "trains")
+
+    def __init__(self, plan: Plan, bucket: int, dtype: torch.dtype, trains: bool) -> None:
+        one, widths = plan.count == 1, tuple([weight.shape[0] for weight in plan.weights])
+        width: Any = widths[0] if one or plan.activation else widths
+        magnitude, device = plan.magnitude_dtype, plan.weights[0].device
+
+        def find(op: str, rank: int, bucket: int, *how: Any) -> Kernel | None:
+            return kernels.kernel_for(op, width, 1, rank, bucket, dtype, *how, device)
+
+        self.trains = trains
+        self.compose: Kernel | None = None
+        self.differentiate: Kernel | None = None
+        self.adapter: Kernel | None = None
+        if not bucket:  # no tokens: nothing to launch
+            return
+        flags: tuple[str, ...] = ("bias",) if plan.biases else ()
+        if plan.activation is not None:
+            flags += () if plan.activation == "silu" else (plan.activation,)
+        op = "lora_compose" if one else "compose_swiglu" if plan.activation else "lora_compose_group"
+        # A and B are rounded to the dtype of the products.
+        self.compose = find(op, plan.rank, bucket, dtype, flags, None)
+        if not trains or magnitude is torch.float64:  # which no kernel writes
+            return
+        if one:
+            self.differentiate = find("compose_backward", 1, bucket, dtype, (), None)
+            if plan.adapter_dtype in (dtype, torch.float32):  # others are converted
+                self.adapter = find("adapter_backward", plan.rank, 1, plan.adapter_dtype, (), magnitude)
+        elif plan.activation is not None:
+            self.differentiate = find("compose_swiglu_backward", plan.rank, bucket, dtype, flags, magnitude)
+        else:
+            self.differentiate = find("compose_backward_group", plan.rank, bucket, dtype, (), magnitude)
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass returns, and what of W, A and B it reads for them.
+
+    Attributes:
+        x, lora_A, lora_B, magnitude: whether the gradient of x is wanted, and of A, B and m of any projection.
+        tensors: W of each projection, A of all in one matrix, and B of each. None for those that no gradient needs, and
+            for those that autograd saves because no parameter holds them, which are at the indices ``saved``.
+        parameters: those of ``tensors`` that are not None.
+    """
+
+    x: bool
+    lora_A: bool
+    lora_B: bool
+    magnitude: bool
     tensors: list[torch.Tensor | None]
     parameters: list[torch.Tensor]
     saved: list[int]
+
+    @classmethod
+    def of(cls, plan: Plan, exact: bool, wanted: tuple[bool, ...]) -> Needs:
+        """What :meth:`Plan.needs` returns."""
+        need_x, count = wanted[0], plan.count
+        packed = plan.lora_A[0] if exact and count == 1 else None
+        held = [*plan.weights, packed, *(plan.lora_B if exact else [None] * count)]
+        needed = [need_x or index > count for index in range(len(held))]
+        tensors = _parameters([tensor if needs else None for tensor, needs in zip(held, needed, strict=True)])
+        saved = [index for index, needs in enumerate(needed) if needs and tensors[index] is None]
+        parameters = [tensor for tensor in tensors if tensor is not None]
+        need_a, need_b, need_m = [True in wanted[each::3] for each in (1, 2, 3)]
+        return cls(need_x, need_a, need_b, need_m, tensors, parameters, saved)

@@ -11,6 +11,7 @@ between) the norm is computed again.
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import weakref
@@ -97,8 +98,6 @@ class Slices:
     strides follow, since a pass takes contiguous tensors only.
     """
 
-    __slots__ = ("_norms", "_rows", "addresses", "by", "gains", "settings", "shapes", "storages", "versions")
-
     def __init__(
         self,
         by: Opened,
@@ -118,15 +117,16 @@ class Slices:
         self.storages = storages
         self.gains = gains
         self._norms = norms
-        self._rows: Sequence[torch.Tensor] | None = None
+
+    @functools.cached_property
+    def norms(self) -> Sequence[torch.Tensor]:
+        """w of each layer. Inference needs none, so the views are made when one is asked for."""
+        norms = self._norms
+        return norms.unbind() if isinstance(norms, torch.Tensor) else norms
 
     def value(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """w and g of a layer. (Inference needs no w, so the views of w are made when one is asked for.)"""
-        rows = self._rows
-        if rows is None:
-            norms = self._norms
-            self._rows = rows = norms.unbind() if isinstance(norms, torch.Tensor) else norms
-        return rows[index], self.gains[index]
+        """w and g of a layer."""
+        return self.norms[index], self.gains[index]
 
 
 def slice_settings(weight: torch.Tensor, scaling: float, rounded: Hashable) -> tuple[Any, ...]:
@@ -423,8 +423,7 @@ def take_gains(
 
 def norms_taken(caches: Sequence[NormCache]) -> list[torch.Tensor]:
     """w of layers whose g :func:`take_gains` has just returned."""
-    taken: Any = [(cache._given, cache._index) for cache in caches]
-    return [given.value(index)[0] if given._rows is None else given._rows[index] for given, index in taken]
+    return [cache._given.norms[cache._index] for cache in caches]  # type: ignore[union-attr]
 
 
 def _alive(storages: Sequence[weakref.ref[torch.UntypedStorage]]) -> bool:

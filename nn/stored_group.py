@@ -24,8 +24,9 @@ from ..internals.torch import current_backward, keeps_graph
 from ..runtime.kernel import Kernel
 from . import operators
 from .autocast import autocast_is_on, without_autocast
-from .autograd import _as, _check_unwritten, _product, _unread, note_recompute
+from .autograd import _as, _check_unwritten, _product, note_recompute
 from .differentiation import once_only
+from .group_gradients import differentiate_group, differentiate_one, low_gradients, scaled
 from .norm import NormAndGain, safe_norm
 from .norm_cache import norms_taken, slice_settings, take_gains
 from .stored_norm import How
@@ -212,17 +213,28 @@ def _backward(ctx: Any, dys: Sequence[torch.Tensor | None], *, release: bool) ->
         for index in given:
             dbases[index] = _as(rows[index] * saved.g[index], h.dtype)
     elif 1 < count == len(given):
-        dbases, grads[5::3] = _differentiate(ctx, rows, saved, release=release)
+        dbases, grads[5::3] = differentiate_group(
+            plan, ctx.at, rows, saved.bases, h, saved.lora_B, saved.g, saved.norm, release=release
+        )
     else:
         for index in given:
-            dbases[index], *grads[4 + 3 * index : 6 + 3 * index] = _differentiate_one(ctx, rows[index], saved, index)
+            dbases[index], *grads[4 + 3 * index : 6 + 3 * index] = differentiate_one(
+                plan,
+                ctx.at,
+                rows[index],
+                saved.bases[index],
+                saved.h[index],
+                saved.lora_B[index],
+                saved.g[index],
+                saved.norm[index],
+            )
     saved.bases = []  # what is not dYg now is freed
     if ctx.need_b and (count > 1 or not ctx.need_m):
         for index in given:
-            db = _scaled(dbases[index].T, saved.h[index], plan.scaling, plan.adapter_dtype)
+            db = scaled(dbases[index].T, saved.h[index], plan.scaling, plan.adapter_dtype)
             grads[4 + 3 * index] = db
     if ctx.need_x or ctx.need_a:
-        t = _down(plan, dbases, saved.lora_B)
+        t = low_gradients(plan, dbases, saved.lora_B)
         if ctx.need_a:
             wide, flat = plan.adapter_dtype is not t.dtype, x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
             da = _product(t.T, flat, 1.0, plan.adapter_dtype) if wide else torch.mm(t.T, flat)
@@ -240,79 +252,15 @@ def _backward(ctx: Any, dys: Sequence[torch.Tensor | None], *, release: bool) ->
 class _Saved:
     """The forward pass's values for the backward pass, of each projection."""
 
-    __slots__ = ("bases", "g", "h", "lora_B", "norm", "packed_h")
+    __slots__ = ("bases", "g", "h", "lora_B", "norm")
 
     def __init__(self, ctx: Any, h: torch.Tensor, rest: Sequence[torch.Tensor]) -> None:
         plan: StoredPlan = ctx.plan
         count = plan.count
-        self.packed_h, self.h = h, (h,) if count == 1 else h.chunk(count, 1)
+        self.h = (h,) if count == 1 else h.chunk(count, 1)
         self.g = rest[:count]
         self.norm, self.bases = (rest[count : 2 * count], rest[2 * count : 3 * count]) if ctx.need_m else ([], [])
         self.lora_B = plan.lora_B if ctx.at.exact else rest[-count:]
-
-
-def _differentiate(
-    ctx: Any, rows: Sequence[torch.Tensor], saved: _Saved, *, release: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """dYg [T, d_out] and dm [d_out] of each projection of a group; dYg overwrites base if ``release``."""
-    plan, kernel, bases = ctx.plan, ctx.at.differentiate, saved.bases
-    if kernel is None:
-        given = (rows, bases, saved.packed_h, saved.lora_B, saved.g, saved.norm, plan.scaling, plan.magnitude_dtype)
-        made = operators.compose_backward_group(*given)  # type: ignore[arg-type]
-        return made[: plan.count], made[plan.count :]
-    dbases = [*bases] if release else [*map(torch.empty_like, bases)]
-    dm = [torch.empty_like(g, dtype=plan.magnitude_dtype) for g in saved.g]
-    inputs = (*rows, *bases, saved.packed_h, *saved.lora_B, *saved.g, *saved.norm)
-    kernel.launch(inputs, (*dbases, *dm), plan.scaling)
-    return dbases, dm
-
-
-def _differentiate_one(
-    ctx: Any, dy: torch.Tensor, saved: _Saved, index: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dYg [T, d_out], dB [d_out, r] and dm [d_out] of one projection."""
-    plan, at = ctx.plan, ctx.at
-    base, h, b, g, norm = saved.bases[index], saved.h[index], saved.lora_B[index], saved.g[index], saved.norm[index]
-    if at.adapter is None:
-        dbase, dg = operators.compose_backward(dy, base, g, False)
-        given = (dy, h, b, g, dg, norm, plan.scaling, plan.adapter_dtype, plan.magnitude_dtype)
-        return dbase, *operators.adapter_backward(*given)
-    dbase, dg = torch.empty_like(base), torch.empty_like(g)
-    at.differentiate.launch((dy, base, g), (dbase, dg))
-    product = _wide(dy.T, h)
-    db, dm = torch.empty_like(b, dtype=plan.adapter_dtype), torch.empty_like(g, dtype=plan.magnitude_dtype)
-    at.adapter.launch((product, b, g, dg, norm), (db, dm), plan.scaling)
-    return dbase, db, dm
-
-
-def _wide(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left@right in fp32; of 16-bit factors it is the accumulator: no rounding, no cast."""
-    if left.dtype is torch.float32:
-        return torch.mm(left, right)
-    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else operators.wide_product(left, right)
-
-
-def _scaled(left: torch.Tensor, right: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """s*left@right in ``dtype``."""
-    if dtype is not left.dtype:
-        return _product(left, right, scaling, dtype)
-    return torch.addmm(_unread(dtype, left.device), left, right, beta=0, alpha=scaling)
-
-
-def _down(plan: StoredPlan, dbases: Sequence[torch.Tensor | None], up: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[t_1, t_2, …] [T, n*r] with t_i = s*dYg_i@B_i; zero where there is no dYg_i."""
-    if plan.count == 1:
-        (dbase,) = dbases
-        assert dbase is not None
-        return _scaled(dbase, up[0], plan.scaling, dbase.dtype)
-    first = next(dbase for dbase in dbases if dbase is not None)
-    t = torch.empty((first.shape[0], plan.count * plan.rank), dtype=first.dtype, device=first.device)
-    for part, dbase, b in zip(t.chunk(plan.count, 1), dbases, up, strict=True):
-        if dbase is None:
-            part.zero_()
-        else:
-            part.addmm_(dbase, b, beta=0, alpha=plan.scaling)  # beta=0: part is not read
-    return t
 
 
 def _input_gradient(plan: StoredPlan, dbases: list[Any], t: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .binaries import Binaries
 
 _data_ptr = torch.Tensor.data_ptr
-_stride = torch.Tensor.stride
 
 REFERENCE = "reference"
 """Provenance of a kernel for CPU tensors, which runs the eager formulas of :mod:`doratune.runtime.reference`."""
@@ -73,7 +72,6 @@ class Kernel:
         self._launchers: dict[tuple[int, ...], Callable[..., None]] = {}
         self._modules: dict[tuple[int, ...], ModuleType] = {}  # executed, not bound yet
         self._contiguous: Bound | None = None
-        self._strides_of_a_row: list[tuple[int, ...]] | None = None  # the last that served one token
         self._memo = ArgumentMemo()
         self._descriptors = source is not None and uses_descriptors(source)
         self._repeats = source is not None and only_starts_kernels(source)
@@ -229,10 +227,6 @@ class Kernel:
         addresses = [*map(_data_ptr, tensors)]
         if functools.reduce(operator.or_, addresses) % ALIGNMENT:
             return False
-        if rows == 1 and (strides := [*map(_stride, tensors)]) != self._strides_of_a_row:
-            if any(tensor.ndim > 1 and tensor.stride(-2) != tensor.shape[-1] for tensor in tensors):
-                return False  # a single row is contiguous with any row stride, but a descriptor needs a valid one
-            self._strides_of_a_row = strides
         bound.start(tensors, addresses, rows, scaling)
         return True
 

@@ -207,11 +207,22 @@ class Bound:
                 self._recordings[shape] = None
                 warn_once("repeating recorded launches", "each launch runs as emitted", problem)
         scalars = () if scaling is None else (float(scaling),)
-        tensors = [tensor if tensor.ndim < 3 else tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
+        tensors = [*map(_as_matrix, tensors)]
         if watched or shape in self._recordings or len(self._recordings) >= _MOST_RECORDINGS:
             self._module.launch(*tensors, *scalars)
         else:
             self._recordings[shape] = record(self._module, tensors, scalars, self._maps)
+
+
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as a vector, or as a matrix whose row stride is its width.
+
+    A single row is contiguous with any row stride, but a descriptor needs a valid one.
+    """
+    if tensor.ndim < 2:
+        return tensor
+    width = tensor.shape[-1]
+    return tensor.as_strided((tensor.numel() // width, width), (width, 1))
 
 
 def record(

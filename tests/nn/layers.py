@@ -151,7 +151,8 @@ class KernelOnPaper:
         self.launches += 1
         spec = self.spec
         names = [operand.name for operand in spec.contract.inputs_of(spec)]  # type: ignore[attr-defined]
-        given = dict(zip(names, inputs, strict=True))
+        rows = [tensor if tensor.ndim < 3 else tensor.flatten(0, -2) for tensor in inputs]  # as a launch reads them
+        given = dict(zip(names, rows, strict=True))
         results = reference(spec, given, scaling or 0.0)  # type: ignore[arg-type]
         for output, value in zip(outputs, results.values(), strict=True):
             output.data.fill_(float("nan"))  # like a kernel, without a change of the version

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from doratune.codegen.ops import EPS
 from doratune.nn.differentiation import DifferentiationError
@@ -139,6 +140,25 @@ def test_kernels_that_write_over_memory_give_the_same(
     assert counts["compose_backward_group"] == 1 + keep
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_base_product_that_is_overwritten_counts_as_written_to(
+    keep: bool, activation: str | None, kernels_on_paper: object
+) -> None:
+    """Hooks on what is saved may hold it."""
+    x, projections = make_group("random", (48, 48), dtype=torch.float32)
+    held: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: held.append(saved) or saved, lambda saved: saved):
+        if activation is None:
+            outputs = project(x, projections, torch.float32)
+        else:
+            outputs = (project_gated(x, *projections, activation, torch.float32),)
+    before = [saved._version for saved in held]
+    torch.autograd.backward(outputs, [*map(torch.randn_like, outputs)], retain_graph=keep)
+    written = [saved.shape for saved, version in zip(held, before, strict=True) if saved._version != version]
+    assert written == ([] if keep else [(33, 48), (33, 48)])
+
+
 @pytest.mark.parametrize("unused", [(0,), (1,), (0, 2)])
 def test_outputs_that_nobody_uses_get_no_gradient(unused: tuple[int, ...]) -> None:
     x, projections = make_group("random", WIDTHS)
@@ -187,6 +207,29 @@ def test_a_parameter_written_before_the_backward_pass_is_an_error(name: str) -> 
             output.sum().backward()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_recompute_reads_a_parameter_as_it_is_then(gated: bool) -> None:
+    """The graph is that of the recompute, as it is for a checkpoint around PyTorch's own operations."""
+    x, projections = make_group("random", (48, 48))
+    written = torch.nn.Parameter(projections[1].lora_B.detach().clone())
+    projections[1] = projections[1]._replace(lora_B=written)
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x * 1.0
+        if gated:
+            return (project_gated(x, *projections, "silu", torch.float64),)
+        return project(x, projections, torch.float64)
+
+    outputs = checkpoint(run, x, use_reentrant=False)
+    dys = [*map(torch.randn_like, outputs)]
+    with torch.no_grad():
+        written.mul_(2.0)
+    got = torch.autograd.grad(outputs, leaves(x, projections), dys)
+    wanted = torch.autograd.grad(run(x), leaves(x, projections), dys)
+    for one, other in zip(got, wanted, strict=True):
+        assert_close(one, other)
+
+
 def test_outputs_may_be_overwritten() -> None:
     """Fused activations and rotary embeddings do so: the backward pass must not depend on it."""
     x, projections = make_group("random", WIDTHS)
@@ -218,6 +261,28 @@ def test_frozen_tensors_get_no_gradient(frozen: tuple[str, ...]) -> None:
     dy = torch.randn_like(y)
     for one, other in zip(torch.autograd.grad(y, trained, dy), torch.autograd.grad(wanted, trained, dy), strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("on_paper", [True, False], ids=["kernels", "reference"])
+def test_a_plan_serves_whatever_is_trained_in_a_call(on_paper: bool, request: pytest.FixtureRequest) -> None:
+    if on_paper:
+        request.getfixturevalue("kernels_on_paper")
+    x, projections = make_group("random", (48, 48), dtype=torch.float32)
+    plan, gated = Plan(projections), Plan(projections, "silu")
+    tensors = leaves(x, projections)
+    for frozen in ((0, 1, 3, 4, 6), (), (0,), (3, 6), (1, 4), (2, 5), (0, 1, 2, 4, 5), (4,), (1, 2, 3), ()):
+        for index, tensor in enumerate(tensors):
+            tensor.requires_grad_(index not in frozen)
+        trained = [tensor for tensor in tensors if tensor.requires_grad]
+        outputs = (*project_plan(x, plan, torch.float32), project_gated_plan(x, gated, torch.float32))
+        wanted = [plain(x, one) for one in projections]
+        wanted.append(functional.silu(wanted[0]) * wanted[1])
+        used = [index for index, y in enumerate(wanted) if y.requires_grad]
+        dys = [torch.randn_like(wanted[index]) for index in used]
+        got = torch.autograd.grad([outputs[index] for index in used], trained, dys)
+        exact = torch.autograd.grad([wanted[index] for index in used], trained, dys)
+        for one, other in zip(got, exact, strict=True):
+            assert_close(one, other, 2e-5)
 
 
 def test_no_tokens_and_no_gradients() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from doratune.nn import group_backward, operators
+from doratune.nn import group_backward
 from doratune.nn.differentiation import DifferentiationError
 from doratune.nn.group import project, project_gated, project_mlp
 from doratune.nn.group_plan import ACTIVATIONS, Plan, Projection, are_alike
@@ -189,13 +189,14 @@ def test_the_backward_pass_frees_memory_before_it_takes_more(
     x, parts = make_mlp(dtype=torch.float32)
     plans = Plan(parts[:2], "silu"), Plan(parts[2:])
     y = project_mlp(x, *plans, torch.float32)
-    base_down = weakref.ref(y.grad_fn.saved_tensors[-1 - len(y.grad_fn.needs[1].kept.saved)])  # type: ignore[union-attr]
+    _, (*_, needs, _) = y.grad_fn.calls  # type: ignore[union-attr]
+    base_down = weakref.ref(y.grad_fn.saved_tensors[-1 - len(needs.saved)])  # type: ignore[union-attr]
     assert base_down().shape == (T, D_OUT)  # type: ignore[union-attr]
     alive: dict[str, list[bool]] = {}
     made: dict[str, Any] = {"base of down": base_down}
     compose, differentiate, lora_b = (
-        operators.compose_swiglu,
-        operators.compose_swiglu_backward_,
+        group_backward._activation,
+        group_backward._activation_gradients,
         group_backward._lora_b_gradients,
     )
 
@@ -204,17 +205,17 @@ def test_the_backward_pass_frees_memory_before_it_takes_more(
         made["activation"] = weakref.ref(out)
         return out
 
-    def spied_differentiate(dout: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+    def spied_differentiate(saved: Any, dout: torch.Tensor, **options: bool) -> Any:
         alive["for gate and up"] = [made["activation"]() is not None, made["base of down"]() is not None]
         made["its gradient"] = weakref.ref(dout)
-        return differentiate(dout, *arguments)
+        return differentiate(saved, dout, **options)
 
     def spied_lora_b(*arguments: Any) -> Any:
         alive["for their factors"] = [one() is not None for one in made.values()]
         return lora_b(*arguments)
 
-    monkeypatch.setattr(operators, "compose_swiglu", spied_compose)
-    monkeypatch.setattr(operators, "compose_swiglu_backward_", spied_differentiate)
+    monkeypatch.setattr(group_backward, "_activation", spied_compose)
+    monkeypatch.setattr(group_backward, "_activation_gradients", spied_differentiate)
     monkeypatch.setattr(group_backward, "_lora_b_gradients", spied_lora_b)
     y.backward(torch.ones_like(y))
     assert alive == {"for gate and up": [False, False], "for their factors": [False, False, False]}

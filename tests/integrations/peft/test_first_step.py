@@ -44,11 +44,12 @@ class Launched:
     def launch(self, inputs: Any, outputs: Any, scaling: float | None = None) -> None:
         self.notes[self.kernel, self.kernel.alignments_of((*inputs, *outputs))] = None
         operands = self.kernel.spec.contract.inputs_of(self.kernel.spec)
-        by_name = {operand.name: tensor for operand, tensor in zip(operands, inputs, strict=True)}
+        rows = [tensor if tensor.ndim < 3 else tensor.flatten(0, -2) for tensor in inputs]  # as a launch reads them
+        by_name = {operand.name: tensor for operand, tensor in zip(operands, rows, strict=True)}
         with torch.no_grad():
             results = reference(self.kernel.spec, by_name, float(scaling or 0.0))
             for output, result in zip(outputs, results.values(), strict=True):
-                output.copy_(result)
+                output.copy_(result.view(output.shape))
 
 
 @pytest.fixture(autouse=True)

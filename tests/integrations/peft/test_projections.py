@@ -101,9 +101,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
     seen: list[int | str] = []
     run, gated = group._project, group._gated
 
-    def spy(x: torch.Tensor, plan: Plan, **settings: Any) -> Any:
+    def spy(x: torch.Tensor, plan: Plan, *args: Any, **settings: Any) -> Any:
         seen.append(plan.count)
-        return run(x, plan, **settings)
+        return run(x, plan, *args, **settings)
 
     def spy_gated(*args: Any, **settings: Any) -> Any:
         seen.append("gated")
