@@ -619,12 +619,13 @@ class Store:
         return sessionmaker(writer or self._writer).begin()
 
     def _insert(self, table: type[Base]) -> sqlite.Insert:
-        if self._engine.dialect.name != "postgresql":
-            return sqlite.insert(table.__table__)
-        from sqlalchemy.dialects import postgresql  # takes 20 ms to import, which a file needs not
-
         # The two dialects' ON CONFLICT have the same methods but no common type.
-        return cast(sqlite.Insert, postgresql.insert(table.__table__))
+        dialect: Any = sqlite
+        if self._engine.dialect.name == "postgresql":
+            from sqlalchemy.dialects import postgresql  # takes 20 ms, which a file does not need
+
+            dialect = postgresql
+        return cast(sqlite.Insert, dialect.insert(table.__table__))
 
 
 class _Without(Store):
