@@ -27,13 +27,14 @@ class StoredMatrix:
     """A stored W [d_out, d_in]: its format, and its tensors, flat, in the order of ``form.operands(d_out, d_in)``.
 
     :attr:`weight_sq` is ``rowsum(W*W)`` [d_out] fp32 once a norm has been computed, as long as PyTorch sees no write to
-    the tensors: W is frozen.
+    the tensors: W is frozen. ``counts_writes``: whether PyTorch sees any; it sees none to tensors of inference mode.
     """
 
     form: WeightFormat
     tensors: tuple[torch.Tensor, ...]
     d_out: int
     d_in: int
+    counts_writes: bool = True
     _squares: tuple[list[int], torch.Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -43,11 +44,12 @@ class StoredMatrix:
         return known[1] if known is not None and known[0] == self._versions() else None
 
     def keep_squares(self, weight_sq: torch.Tensor) -> None:
-        """Keep ``rowsum(W*W)`` [d_out] fp32 until the next write."""
-        self._squares = self._versions(), weight_sq
+        """Keep ``rowsum(W*W)`` [d_out] fp32 until the next write, if that will be seen."""
+        if self.counts_writes:
+            self._squares = self._versions(), weight_sq
 
     def _versions(self) -> list[int]:
-        return [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
+        return [tensor._version for tensor in self.tensors]
 
     @property
     def device(self) -> torch.device:

@@ -23,12 +23,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Source(Protocol):
-    """A quantised base layer whose products do not need a graph, because its W can be decoded.
+    """A quantised base layer whose products do not need a graph, because its W can be decoded."""
 
-    ``dtype`` is that of its products, and of the x that it takes.
-    """
-
-    dtype: torch.dtype | None
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether it computes products in this dtype, of an x that has it."""
+        ...
 
     @property
     def product(self) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -24,23 +24,23 @@ class FourBits:
 
     The caller sees to it that the layer, its weight and its quantisation state are as they were, that the layer has no
     hooks, and that it was called before: in its first call it decides in which dtype it computes.
-
-    Attributes:
-        dtype: that dtype; products are for an x that has it.
     """
 
-    __slots__ = ("_layer", "_packed", "_state", "dtype", "product")
+    __slots__ = ("_dtype", "_layer", "_packed", "_state", "product")
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._state = layer, layer.weight.quant_state
         self._packed: torch.Tensor = layer.weight.data.view(-1, 1)
-        self.dtype: torch.dtype | None = layer.compute_dtype
+        self._dtype: torch.dtype | None = layer.compute_dtype
         arguments = _arguments(layer, self._state)
         self.product: Callable[[torch.Tensor], torch.Tensor] = (
             functools.partial(type(layer).forward, layer)
             if arguments is None
             else functools.partial(torch.ops.bitsandbytes.gemm_4bit.default, B=self._packed, **arguments)
         )
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return dtype is self._dtype
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """W [d_out, d_in] as the layer's backward pass decodes it."""

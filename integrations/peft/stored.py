@@ -250,7 +250,7 @@ def _matrix(form: WeightFormat, tensors: Tensors, d_out: int, d_in: int) -> Stor
         return refused
     flat = []
     for stored in form.operands(d_out, d_in):
-        tensor = tensors[stored.name].detach()
+        tensor = _with_version(tensors[stored.name].detach())
         dtype = OPERAND_DTYPES[stored.dtype]
         if not tensor.is_contiguous():
             return f"{form}: its {stored.name} are not contiguous"
@@ -264,7 +264,17 @@ def _matrix(form: WeightFormat, tensors: Tensors, d_out: int, d_in: int) -> Stor
         return f"{form}: its codes begin inside of a word"
     if any(tensor.device != flat[0].device for tensor in flat):
         return f"{form}: its codes and scales are on several devices"
-    return StoredMatrix(form, tuple(flat), d_out, d_in)
+    counts = not any(tensors[stored.name].is_inference() for stored in form.operands(d_out, d_in))
+    return StoredMatrix(form, tuple(flat), d_out, d_in, counts)
+
+
+def _with_version(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a view of the memory of one from inference mode, which counts no writes: HQQ makes such."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _differs(matrix: StoredMatrix, samples: Iterator[Sample]) -> str | None:
@@ -408,8 +418,14 @@ def _hold_8bit(base: Any) -> Held:
     return Held((weight.dtype, tuple(weight.shape)), {"weight": weight, "scales": scales})
 
 
+_FOUND_8BIT = frozenset(("idx", "subB"))
+"""What a product of bitsandbytes' leaves in the layer's state: the columns of outliers in its input, and of W."""
+
+
 def _parts_8bit(base: Any) -> Sequence[dict[str, Any]]:
-    return base._parameters["weight"].__dict__, base.__dict__["state"].__dict__
+    state: dict[str, Any] = base.__dict__["state"].__dict__
+    kept = {name: value for name, value in state.items() if name not in _FOUND_8BIT}
+    return base._parameters["weight"].__dict__, kept
 
 
 def _form_8bit(base: Any, d_out: int, d_in: int) -> tuple[WeightFormat, Tensors] | str:

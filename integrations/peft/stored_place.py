@@ -23,9 +23,9 @@ from ...nn.autograd import Form, compose_unseen
 from ...nn.norm_layer import StoredLayer
 from ...nn.stored_group import compose_stored
 from ...nn.stored_plan import Source, StoredPlan, StoredProjection, are_alike
-from .base_layers import BNB_4BIT
 from .examine import PLAIN_TENSORS, DoraLayer
 from .projections import Siblings, active_adapter, product_dtype
+from .sources import source_of
 from .stored import Snapshot, StorageReader
 from .swapped import STATE, plain_class, run_plain
 from .unchanged import Unchanged, switches_of
@@ -132,7 +132,7 @@ class StoredPlace:
     def projection(self, module: LoraLayer, dtype: torch.dtype, device: torch.device) -> StoredProjection | None:
         """The layer, for products in ``dtype``; None if it cannot run in a plan now.
 
-        It has a source if that computes in ``dtype``.
+        It has a source if that takes ``dtype``.
         """
         call, self._last = self._call, None
         if call is None or not call.stands(module):
@@ -145,7 +145,7 @@ class StoredPlace:
         if bias is not None and bias.requires_grad:
             return None
         source = call.source
-        own = self._last = call.sourced if source is not None and source.dtype is dtype else call.given
+        own = self._last = call.sourced if source is not None and source.takes(dtype) else call.given
         return own
 
     def known(self) -> StoredProjection | None:
@@ -224,7 +224,7 @@ class StoredPlace:
             return None
         unchanged = Unchanged(module, active, (own.lora_A, own.lora_B, own.magnitude))
         snapshot = Snapshot(layer, dora.base.kind)
-        source = _source_of(layer, dora.base.kind)
+        source = source_of(layer, dora.base.kind)
         # Not the layer's own weight, so that its end is noticed.
         dora = dora._replace(base=dora.base._replace(weight=tensors[0]))
         ask = functools.partial(variant.stored_norm, own.weight, dora)
@@ -295,15 +295,6 @@ def _bias_of(base: nn.Module) -> torch.Tensor | None:
     """The bias of a base layer: a parameter, or as HQQ holds it, an attribute."""
     bias: torch.Tensor | None = base._parameters.get("bias")
     return base.__dict__.get("bias") if bias is None else bias
-
-
-def _source_of(layer: Any, kind: str) -> Source | None:
-    """What computes the layer's products; None if only the layer does, or if it has not decided yet in which dtype."""
-    if kind != BNB_4BIT or not layer.compute_type_is_set:
-        return None
-    from .four_bits import FourBits
-
-    return FourBits(layer)
 
 
 def _train(own: StoredLayer, bias: torch.Tensor | None) -> bool:

@@ -13,8 +13,11 @@ import multiprocessing
 import os
 import pickle
 import re
+import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from subprocess import CalledProcessError
 from types import SimpleNamespace
 
@@ -34,7 +37,8 @@ from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config, find_variant
-from doratune.tuner.workers import compile_job
+from doratune.internals.triton import cuobjdump
+from doratune.tuner.workers import binaries_job, compile_job
 
 from ..specs import read_by
 
@@ -326,3 +330,31 @@ def test_a_packed_weight_is_decoded_without_spilling(
     kernels = workers.submit(compile_job, str(spec), str(config), architecture).result()
     assert [kernel.spills for kernel in kernels] == [0] * len(kernels)
     assert all(kernel.shared_bytes <= gpu.shared_bytes_per_block for kernel in kernels)
+
+
+def copies(cubin: bytes, path: Path) -> Counter[int]:
+    """How many asynchronous copies of so many bytes a thread makes, by the machine code."""
+    path.write_bytes(cubin)
+    code = subprocess.run([cuobjdump(), "-sass", str(path)], check=True, capture_output=True, text=True).stdout
+    return Counter(int(bits or 32) // 8 for bits in re.findall(r"LDGSTS\.E\S*?(?:\.(64|128))? ", code))
+
+
+@pytest.mark.parametrize(
+    ("form", "ragged"), [("nf4", False), ("nf4", True), ("int8", False), ("int8", True), ("hqq4", True), ("fp8", False)]
+)
+def test_packed_codes_are_copied_sixteen_bytes_at_a_time(
+    workers: ProcessPoolExecutor, tmp_path: Path, form: str, ragged: bool
+) -> None:
+    """Four at a time, Triton keeps rows next to each other in shared memory, and a warp waits for one bank of it.
+
+    What is left of four bytes are scales; A and the codes are more.
+    """
+    spec = KernelSpec.create(
+        "weight_norm", d_out=4096, d_in=4096 + 64 * ragged, rank=64, weight=form, adapter="bf16", gpu="h100-sxm"
+    )
+    gpu = find_gpu(spec.gpu)
+    made = workers.submit(binaries_job, str(spec), str(default_config(spec, gpu)), gpu.slug).result()
+    copied = copies(next(each.image for each in made if each.kernel == "sums_kernel"), tmp_path / "sums.cubin")
+    assert copied[16] > copied[4]
+    assert copied[4] == 0 or form in ("nf4", "hqq4")
+    assert copied[8] == 0

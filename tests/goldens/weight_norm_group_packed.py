@@ -130,7 +130,7 @@ def sums_kernel(
     layer = (tile // ROW_BLOCKS).to(tl.int64)
     rows = (tile % ROW_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
     groups = tl.arange(0, BLOCK_K // GROUP)
-    k = groups[:, None] * GROUP + 8 * tl.arange(0, GROUP // 8)[None, :]
+    word = groups[:, None] * (GROUP // 8) + tl.arange(0, GROUP // 8)[None, :]
     j = tl.arange(0, BLOCK_K)
     places = table_ptr + layer * 8
     weight_start = weight_ptr + tl.multiple_of(tl.load(places), 512)
@@ -141,7 +141,7 @@ def sums_kernel(
     scale_offset = tl.load(scale_offset_start)
     table = table_of_lane()
     word_start = weight_start.to(tl.pointer_type(tl.int32), bitcast=True)
-    word_ptrs = word_start + rows.to(tl.int64)[:, None, None] * (D_IN // 8) + (k // 8)[None, :, :]
+    word_ptrs = word_start + rows.to(tl.int64)[:, None, None] * (D_IN // 8) + word[None, :, :]
     scale_rows = rows * (D_IN // 64)
     scale_number = scale_rows[:, None] + groups[None, :]
     a_ptrs = lora_a_ptr + tl.multiple_of(tl.load(places + 5), 256) + n.to(tl.int64)[None, :] * D_IN + j[:, None]

@@ -131,6 +131,7 @@ def sums_kernel(
     BLOCK_N: tl.constexpr = 64
     BLOCK_K: tl.constexpr = 64
     GROUP: tl.constexpr = 64
+    BLOCK_W: tl.constexpr = 8
     GROUPS: tl.constexpr = 2
     K_STEPS: tl.constexpr = 16
 
@@ -141,7 +142,7 @@ def sums_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     share = tl.program_id(1)
     groups = tl.arange(0, BLOCK_K // GROUP)
-    k = share * (K_STEPS * BLOCK_K) + groups[:, None] * GROUP + 8 * tl.arange(0, GROUP // 8)[None, :]
+    word = share * (K_STEPS * BLOCK_W) + groups[:, None] * (GROUP // 8) + tl.arange(0, GROUP // 8)[None, :]
     j = share * (K_STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
     weight_start = weight_ptr
     scales_start = scales_ptr
@@ -151,7 +152,7 @@ def sums_kernel(
     scale_offset = tl.load(scale_offset_start)
     table = table_of_lane()
     word_start = weight_start.to(tl.pointer_type(tl.int32), bitcast=True)
-    word_ptrs = word_start + rows.to(tl.int64)[:, None, None] * (D_IN // 8) + (k // 8)[None, :, :]
+    word_ptrs = word_start + rows.to(tl.int64)[:, None, None] * (D_IN // 8) + word[None, :, :]
     scale_rows = rows * (D_IN // 64)
     scale_number = scale_rows[:, None] + share * (K_STEPS * BLOCK_K // GROUP) + groups[None, :]
     a_ptrs = lora_a_ptr + n.to(tl.int64)[None, :] * lora_a_stride + j[:, None]

@@ -139,7 +139,8 @@ def sums_kernel(
     n = tl.arange(0, BLOCK_N)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     share = tl.program_id(1)
-    k = share * (K_STEPS * BLOCK_K) + 8 * tl.arange(0, BLOCK_W)
+    word = share * (K_STEPS * BLOCK_W) + tl.arange(0, BLOCK_W)
+    k = word * 8
     j = share * (K_STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
     in_m = rows < D_OUT
     weight_start = weight_ptr
@@ -150,7 +151,7 @@ def sums_kernel(
     scale_offset = tl.load(scale_offset_start)
     table = table_of_lane()
     word_start = weight_start.to(tl.pointer_type(tl.int32), bitcast=True)
-    word_ptrs = word_start + rows.to(tl.int64)[:, None] * (D_IN // 8) + (k // 8)[None, :]
+    word_ptrs = word_start + rows.to(tl.int64)[:, None] * (D_IN // 8) + word[None, :]
     scale_rows = rows * (D_IN // 64)
     a_ptrs = lora_a_ptr + n.to(tl.int64)[None, :] * lora_a_stride + j[:, None]
     acc_0 = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)

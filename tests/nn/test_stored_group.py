@@ -38,6 +38,9 @@ class Decoded:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias, self.dtype = weight, bias, weight.dtype
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        return dtype is self.dtype
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
         assert x.ndim == 2
         assert not torch.is_grad_enabled()

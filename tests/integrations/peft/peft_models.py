@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -100,12 +101,40 @@ def four_bits(linear: nn.Linear) -> Any:
     return layer
 
 
+def eight_bits(linear: nn.Linear, threshold: float = 0.0) -> Any:
+    """A layer of bitsandbytes in 8 bits; columns of its input with larger entries than ``threshold`` stay in 16."""
+    nn8bit = pytest.importorskip("bitsandbytes").nn
+    sizes = linear.in_features, linear.out_features
+    layer = nn8bit.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=threshold)
+    layer.weight = nn8bit.Int8Params(linear.weight.data, requires_grad=False).to("cpu")
+    return layer
+
+
+def by_hqq(linear: nn.Linear, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A layer of HQQ that computes in ``dtype``."""
+    hqq = pytest.importorskip("hqq.core.quantize")
+    return hqq.HQQLinear(linear, hqq.BaseQuantizeConfig(**config), compute_dtype=dtype, device="cpu")
+
+
 def in_four_bits(model: nn.Module, which: Callable[[str], bool] = lambda name: True) -> None:
     """Quantise the linear layers in the blocks of a llama whose names ``which`` picks."""
+    in_layers(model, four_bits, which)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def in_eight_bits(model: nn.Module, threshold: float = 0.0) -> None:
+    """Quantise the linear layers in the blocks of a llama."""
+    in_layers(model, functools.partial(eight_bits, threshold=threshold))
+    model.is_loaded_in_8bit = True  # type: ignore[assignment]
+
+
+def in_layers(
+    model: nn.Module, quantised: Callable[[nn.Linear], nn.Module], which: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Replace the linear layers in the blocks of a llama whose names ``which`` picks."""
     for name, module in [*model.named_modules()]:
         if isinstance(module, nn.Linear) and ".layers." in name and which(name):
-            model.set_submodule(name, four_bits(module))
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+            model.set_submodule(name, quantised(module))
 
 
 def dense(model: PeftModel) -> PeftModel:

@@ -97,8 +97,9 @@ def test_values_and_gradients_are_those_of_the_way_through_peft(
         pytest.skip("HQQ's own backward pass fails under autocast")
     model = pair(kind, dtype)
     x = X.to(dtype)
-    # A 4-bit layer adds up the gradient of its input before it rounds it, so what depends on the second one's differs.
-    through_second = kind == base_layers.BNB_4BIT and dtype is torch.bfloat16
+    # A layer adds up the gradient of its input before it rounds it, so what depends on the second one's differs; and
+    # torchao scales a gradient where the codes of W could be scaled.
+    near = 1e-2 if dtype is torch.bfloat16 else 1e-5 if kind == base_layers.TORCHAO else 0.0
     with only_through_peft():
         wanted = run(model, x, train, rounds)
     assert set(through_peft) == {"base_model.model.first", "base_model.model.second"}
@@ -108,8 +109,8 @@ def test_values_and_gradients_are_those_of_the_way_through_peft(
         assert found.keys() == wanted.keys()
         for name, value in found.items():
             assert value.dtype == wanted[name].dtype
-            if through_second and name != "y" and ".second." not in name:
-                assert relative(value, wanted[name]) < 1e-2, name
+            if name != "y" and ".second." not in name:
+                assert relative(value, wanted[name]) <= near, name
             else:
                 assert torch.equal(value, wanted[name]), name
     assert not through_peft

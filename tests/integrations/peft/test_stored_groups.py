@@ -21,11 +21,12 @@ from doratune.integrations.peft import stored_place
 from doratune.integrations.peft.base_layers import BNB_4BIT, BNB_8BIT, HQQ, TORCHAO
 from doratune.integrations.peft.first_step import group_kernels_of
 from doratune.integrations.peft.four_bits import FourBits
+from doratune.integrations.peft.sources import source_of
 from doratune.nn import kernels
 from doratune.nn.stored_plan import StoredPlan
 
 from ...nn.layers import KernelOnPaper
-from .peft_models import by_torchao, four_bits, gradients, relative, shake, with_dora
+from .peft_models import by_hqq, by_torchao, eight_bits, four_bits, gradients, relative, shake, with_dora
 from .test_first_step import autocast
 from .test_stored_calls import only_through_peft
 
@@ -86,13 +87,9 @@ def quantised(kind: str, dtype: torch.dtype) -> nn.Module:
             layer = four_bits(linear)
             layer.compute_dtype = dtype
         elif kind == BNB_8BIT:
-            nn8bit = pytest.importorskip("bitsandbytes").nn
-            layer = nn8bit.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
-            layer.weight = nn8bit.Int8Params(linear.weight.data, requires_grad=False).to("cpu")
+            layer = eight_bits(linear)
         else:
-            hqq = pytest.importorskip("hqq.core.quantize")
-            config = hqq.BaseQuantizeConfig(nbits=8, group_size=32)
-            layer = hqq.HQQLinear(linear, config, compute_dtype=dtype, device="cpu")
+            layer = by_hqq(linear, dtype, nbits=8, group_size=32)
         net.set_submodule(name, layer)
     if kind != HQQ:
         setattr(net, f"is_loaded_in_{kind[-5]}bit", True)
@@ -161,8 +158,7 @@ def test_layers_that_read_one_x_run_together(kind: str, checkpoints: bool | None
     for _ in range(3):
         ran.clear()
         assert_same(step(model, x_of(1)), wanted)
-    own = kind == BNB_4BIT
-    attention, mlp = [(3, own), (1, own)], [(2, own), (1, own)]
+    attention, mlp = [(3, True), (1, True)], [(2, True), (1, True)]
     assert ran == [*attention, *mlp, *(attention if checkpoints is not None else [])]
     model.eval()
     with torch.no_grad():
@@ -423,7 +419,7 @@ def test_products_have_the_bits_of_the_layers_own(
     if not known:
         monkeypatch.setattr(four_bits_module, "_is_known", lambda: False)
     source = FourBits(layer)
-    assert source.dtype is dtype
+    assert [each for each in (torch.float32, torch.bfloat16) if source.takes(each)] == [dtype]
     for tokens in (1, 7):
         x = torch.randn(tokens, 128, dtype=dtype)
         with torch.no_grad():
@@ -432,6 +428,57 @@ def test_products_have_the_bits_of_the_layers_own(
         y = layer(leaf)
         dy = torch.randn_like(y)
         assert torch.equal(torch.autograd.grad(y, leaf, dy)[0], dy @ source.matrix(dtype))
+
+
+SOURCED: dict[str, Callable[[nn.Linear, torch.dtype], nn.Module]] = {
+    "int8": lambda linear, dtype: eight_bits(linear),
+    "int8, outliers": lambda linear, dtype: eight_bits(linear, threshold=1.5),
+    "HQQ, 8 bits": lambda linear, dtype: by_hqq(linear, dtype, nbits=8, group_size=32),
+    "HQQ, 4 bits": lambda linear, dtype: by_hqq(linear, dtype, nbits=4, group_size=16, axis=0),
+    "torchao": lambda linear, dtype: torchao_layer(linear.to(dtype), "Int8WeightOnlyConfig"),
+    "torchao, groups": lambda linear, dtype: torchao_layer(linear.to(dtype), "IntxWeightOnlyConfig"),
+    "torchao, float8": lambda linear, dtype: torchao_layer(linear.to(dtype), "Float8WeightOnlyConfig"),
+}
+
+
+def torchao_layer(linear: nn.Linear, config: str) -> nn.Module:
+    by_torchao(nn.ModuleList([linear]), config)
+    return linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SOURCED)
+def test_a_source_has_the_products_of_its_layer_and_the_matrix_of_its_gradient(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = SOURCED[name](nn.Linear(64, 48, bias=False), dtype)
+    layer(torch.randn(1, 64, dtype=dtype))
+    source = source_of(layer, {"int8": BNB_8BIT, "HQQ": HQQ, "torchao": TORCHAO}[name.split(",")[0]])
+    assert source is not None
+    assert source.takes(dtype)
+    for tokens in (1, 7):
+        x = torch.randn(tokens, 64, dtype=dtype)
+        with torch.no_grad():
+            y = source.product(x)
+            assert torch.equal(y, layer(x))
+            assert y.is_contiguous()
+            assert y.dtype is dtype
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf)
+        dy = torch.randn_like(out)
+        dx = torch.autograd.grad(out, leaf, dy)[0]
+        near = 1e-2 if dtype is torch.bfloat16 else 1e-6
+        assert relative(dy @ source.matrix(dtype), dx) <= near
+
+
+def test_an_8_bit_layer_has_no_source_before_its_first_call_nor_under_autocast() -> None:
+    layer = eight_bits(nn.Linear(64, 48))
+    assert source_of(layer, BNB_8BIT) is None
+    layer(torch.randn(1, 64))
+    source = source_of(layer, BNB_8BIT)
+    assert source is not None
+    assert source.takes(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not source.takes(torch.bfloat16)
 
 
 def test_products_that_the_layer_computes_otherwise_are_left_to_it() -> None:

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import doratune
 from doratune.integrations.peft import passes, stored
-from doratune.integrations.peft.base_layers import BNB_4BIT, BNB_8BIT, TORCHAO
+from doratune.integrations.peft.base_layers import BNB_4BIT, BNB_8BIT, HQQ, TORCHAO
 from doratune.integrations.peft.stored_place import StoredPlace
 from doratune.integrations.peft.variant import DoraVariant
 from doratune.nn import stored_group
@@ -107,6 +107,8 @@ def fast_pair(kind: str = BNB_4BIT, **settings: Any) -> Any:
     for name in ("first", "second"):
         base = model.get_base_model().get_submodule(name).base_layer
         base.support_avx512bf16_for_cpu = False  # on a GPU W is not packed anew in inference
+        if kind == HQQ and base.bias is not None:
+            base.bias = base.bias.detach()  # it is no parameter, which PEFT would have frozen
     doratune.accelerate(model, quiet=True, precompile=False)
     return model
 
@@ -138,7 +140,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", [BNB_4BIT, BNB_8BIT, TORCHAO])
+@pytest.mark.parametrize("kind", [BNB_4BIT, BNB_8BIT, HQQ, TORCHAO])
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
 def test_every_layer_takes_its_norm_from_the_pass(kind: str, train: bool, used: Counter[str]) -> None:
     model = fast_pair(kind, lora_dropout=0.2 if train else 0.0).train(train)
@@ -148,6 +150,21 @@ def test_every_layer_takes_its_norm_from_the_pass(kind: str, train: bool, used: 
         if train:
             y.sum().backward()
         assert used == {"pass": 2 * calls}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_hqq_makes_in_inference_mode_is_read_anew_in_every_pass(alone: bool, used: Counter[str]) -> None:
+    """Such tensors count no writes, and can be written to in that mode alone. ``used`` checks every norm."""
+    model = fast_pair(HQQ).eval()
+    layer = second_of(model)
+    zeros = layer.base_layer.meta["zero"]
+    assert zeros.is_inference()
+    for _ in range(2):
+        with torch.no_grad():
+            layer(torch.randn(2, 128)) if alone else model(X)
+        with torch.inference_mode():
+            zeros.mul_(1.5)
+    assert used == ({"alone": 2} if alone else {"pass": 4})
 
 
 def test_layers_of_one_shape_are_one_launch(used: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,94 @@
+"""The products of a quantised layer without a graph of their own, and its W for the backward pass.
+
+Every package differentiates its layer's product by decoding W again. Where it is known to do no more than that, a
+projection takes the product without a graph, and W when its own backward pass needs it (:class:`~.stored_plan.Source`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...codegen.weight_formats import INT8_UNIT
+from ...nn.autocast import autocast_is_on
+from ...nn.stored_plan import Source
+from .base_layers import BNB_4BIT, BNB_8BIT, HQQ, TORCHAO
+
+_HQQ_FORWARDS = frozenset(
+    ("forward_pytorch", "forward_pytorch_compile", "forward_pytorch_backprop", "forward_pytorch_backprop_compile")
+)
+"""HQQ's ways to compute a product that take any x [T, d_in] and differentiate by W decoded."""
+
+
+def source_of(layer: Any, kind: str) -> Source | None:
+    """The source of a layer of this kind (:mod:`.base_layers`); None if only the layer itself can compute a product.
+
+    A layer that decides something in its first call has none before that.
+    """
+    if kind == BNB_4BIT and layer.compute_type_is_set:
+        from .four_bits import FourBits
+
+        return FourBits(layer)
+    if kind == BNB_8BIT and layer.state.CB is not None and layer.state.SCB is not None:
+        return EightBits(layer)
+    if kind == TORCHAO:
+        return Decoded(layer, layer.weight.dtype, _torchao_decoder(layer.weight.detach()))
+    if kind == HQQ and type(layer).forward.__name__ in _HQQ_FORWARDS:
+        return Decoded(layer, layer.meta.get("compute_dtype", torch.float16), layer.dequantize)
+    return None
+
+
+class EightBits:
+    """The products of a bitsandbytes 8-bit layer by its own forward pass, and its W.
+
+    As every source it serves as long as the layer holds what it holds now and has no hooks: the caller sees to that.
+    """
+
+    __slots__ = ("_state", "product")
+
+    def __init__(self, layer: Any) -> None:
+        self._state = layer.state
+        self.product: Callable[[torch.Tensor], torch.Tensor] = functools.partial(type(layer).forward, layer)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Any dtype, but not under autocast: the layer rounds its input to 8 bits, and an fp32 one not to 16 before."""
+        return not autocast_is_on(self._state.CB.device)
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """W [d_out, d_in] as the layer's backward pass decodes it."""
+        codes, scales = self._state.CB, self._state.SCB
+        return _by_row(codes, scales.unsqueeze(1).mul(1.0 / INT8_UNIT), dtype)
+
+
+class Decoded:
+    """The products of ``layer`` in ``dtype`` by its own forward pass; ``decode`` returns its W [d_out, d_in]."""
+
+    __slots__ = ("_decode", "_dtype", "product")
+
+    def __init__(self, layer: Any, dtype: torch.dtype, decode: Callable[[], torch.Tensor]) -> None:
+        self._dtype, self._decode = dtype, decode
+        self.product: Callable[[torch.Tensor], torch.Tensor] = functools.partial(type(layer).forward, layer)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return dtype is self._dtype
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        matrix = self._decode()
+        return matrix if matrix.dtype is dtype else matrix.to(dtype)
+
+
+def _torchao_decoder(weight: Any) -> Callable[[], torch.Tensor]:
+    """What decodes torchao's tensor; its own way takes the host dozens of calls where codes have a scale a row."""
+    if type(weight).__name__ == "Int8Tensor" and tuple(weight.block_size) == (1, weight.shape[1]):
+        scales: torch.Tensor = weight.scale.view(-1, 1)
+        return functools.partial(_by_row, weight.qdata, scales, weight.dtype)
+    decode: Callable[[], torch.Tensor] = weight.dequantize
+    return decode
+
+
+def _by_row(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """codes*scales [d_out, d_in] for scales [d_out, 1], rounded once to ``dtype``."""
+    return codes.to(dtype, copy=True).mul_(scales)
