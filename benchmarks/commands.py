@@ -496,6 +496,28 @@ def packed(
     return bench_packed(sizes, ranks or RANKS, formats or FORMATS, modes=chosen, progress=message, **request), {}
 
 
+@bench.command("packed-linear")
+@click.option("--shape", "shapes", multiple=True, metavar="D_OUTxD_IN", help="Of W, such as 4096x4096; repeatable.")
+@click.option("--rank", "ranks", type=click.IntRange(min=1), multiple=True, help="Adapter rank; repeatable.")
+@click.option("--weight", "formats", multiple=True, metavar="FORMAT", help="A weight format, such as nf4; repeatable.")
+@click.option("--tokens", "tokens", type=click.IntRange(min=1), multiple=True, help="Tokens, up to 16; repeatable.")
+@_with_results(rounds=9)
+def packed_linear(
+    shapes: tuple[str, ...],
+    ranks: tuple[int, ...],
+    formats: tuple[str, ...],
+    tokens: tuple[int, ...],
+    **request: Any,
+) -> Measured:
+    """A layer that decodes from a quantised W on a GPU, in one kernel: beside its product and composition apart."""
+    from .packed import FORMATS, weight_shape
+    from .packed_linear import RANKS, SHAPES, TOKENS, bench_packed_linear
+
+    sizes = [weight_shape(shape) for shape in shapes or SHAPES]
+    chosen = ranks or RANKS, formats or FORMATS, tokens or TOKENS
+    return bench_packed_linear(sizes, *chosen, progress=message, **request), {}
+
+
 @bench.command()
 @_with_results(rounds=30)
 def host(rounds: int) -> Measured:

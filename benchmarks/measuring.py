@@ -47,7 +47,7 @@ def load(spec: KernelSpec, tokens: int = 0) -> Kernel:
         d_in=spec.d_in or 1,
         rank=spec.rank or 1,
         tokens=tokens or spec.tokens or 1,
-        dtype=TORCH_DTYPES[spec.weight or spec.activation],
+        dtype=spec.weight if spec.format else TORCH_DTYPES[spec.weight or spec.activation],
         adapter_dtype=TORCH_DTYPES[spec.adapter] if spec.adapter else None,
         device=CPU if spec.gpu == CPU else "cuda",
         **flags,

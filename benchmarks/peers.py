@@ -17,7 +17,7 @@ from torch.nn import functional
 from ..codegen.spec import KernelSpec
 from ..runtime.kernel import Kernel
 from ..runtime.reference import TORCH_DTYPES
-from ..tuner.fusion import composition_of, run_unfused
+from ..tuner.fusion import composition_of, product_of, run_unfused
 from .dorafactors import Dorafactors
 from .measuring import load
 
@@ -115,10 +115,10 @@ def _compose_peers(spec: KernelSpec, scaling: float, dorafactors: Dorafactors | 
     left, right = ("h", "lora_B") if spec.op == "lora_compose" else ("x", "weight")
     peers.append(Peer("cublas_product", lambda inputs, _: _linear(inputs[left], _rounded(spec, inputs[right]))))
     composition = composition_of(spec)
-    return peers if composition is None else [*peers, _unfused_peer(composition, scaling)]
+    return peers if composition is None else [*peers, _unfused_peer(spec, composition, scaling)]
 
 
-def _unfused_peer(composition: KernelSpec, scaling: float) -> Peer:
+def _unfused_peer(spec: KernelSpec, composition: KernelSpec, scaling: float) -> Peer:
     """What ``dora_linear_forward`` fuses: cuBLAS's product, then doratune's kernel of ``composition`` over it."""
     kernel = load(composition)
 
@@ -127,7 +127,7 @@ def _unfused_peer(composition: KernelSpec, scaling: float) -> Peer:
         kernel(*inputs, scaling=scaling, out=y)
 
     def run(inputs: Inputs, outputs: Inputs) -> torch.Tensor:
-        run_unfused(composition, launch, inputs, outputs, scaling)
+        run_unfused(composition, launch, product_of(spec, inputs), inputs, outputs, scaling)
         return outputs["y"]
 
     return Peer("cublas_compose", run, lambda y, _: {"y": y}, kernel)

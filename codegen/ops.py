@@ -43,6 +43,10 @@ def stored_unit(elements: int, dtype: str) -> int:
     return math.gcd(elements * OPERAND_BYTES[dtype], TABLE_UNIT) // OPERAND_BYTES[dtype]
 
 
+DECODE_TOKENS = 16
+"""Tokens up to which ``dora_linear_forward`` takes a W in a weight format: with more, every tile of tokens would decode
+W again, and the product of a W that is decoded once takes less."""
+
 EPS = 1e-12
 """``g = m / max(w, EPS)``, so that a zero row of ``W + sBA`` gives a finite g instead of NaN."""
 
@@ -143,8 +147,9 @@ class Op:
         flags: the flags that a spec may set.
         inputs, outputs: the operands in the order of ``launch``'s arguments.
         scaling: whether the operation takes the scalar s.
-        formats: whether W may be in a weight format (:mod:`~doratune.codegen.weight_formats`); then the operation also
-            redoes the rows of a norm whose terms nearly cancel.
+        formats: whether W may be in a weight format (:mod:`~doratune.codegen.weight_formats`); then a norm also redoes
+            the rows whose terms nearly cancel.
+        format_tokens: the largest token bucket for a W in a weight format, where there is a limit.
         matrix_dims: the three sizes of its matrix product (``d_in+rank`` is their sum, ``2*rank`` stands for two
             products); empty for an elementwise one.
     """
@@ -161,6 +166,7 @@ class Op:
     optional_dtypes: tuple[str, ...] = ()
     optional_dims: tuple[str, ...] = ()
     formats: bool = False
+    format_tokens: int = 0
 
     def inputs_of(self, spec: Spec) -> tuple[Operand, ...]:
         """Return the inputs of ``spec`` in argument order; a W in a weight format is several."""
@@ -453,6 +459,8 @@ DORA_LINEAR_FORWARD = Op(
     ),
     scaling=True,
     matrix_dims=("tokens", "d_out", "d_in+rank"),
+    formats=True,
+    format_tokens=DECODE_TOKENS,
 )
 
 COMPOSE_BACKWARD_EXACT = Op(

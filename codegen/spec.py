@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import UsageError, near_names
 from ..printable import brief
 from .ops import DTYPE_BYTES, OPS, RUN_TIME, TABLE_COLUMNS, WIDTHS, Op
-from .weight_formats import KINDS, FormatError, WeightFormat, is_format, parse_format
+from .weight_formats import KINDS, FormatError, WeightFormat, is_format, parse_format, wide_dtype
 
 TOKEN_BUCKETS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Token counts that kernels are tuned for. The count is a run-time argument: every kernel works for any T >= 1."""
@@ -60,6 +60,12 @@ def bucket_tokens(tokens: int) -> int:
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise SpecError(f"tokens={brief(tokens)}: the number of tokens must be an integer of at least 1")
     return next((bucket for bucket in TOKEN_BUCKETS if tokens <= bucket), TOKEN_BUCKETS[-1])
+
+
+def most_tokens(op: str, weight: str) -> int:
+    """Return the largest token bucket of ``op`` with W in this dtype or weight format."""
+    limit = OPS[op].format_tokens
+    return limit if limit and is_format(weight) else TOKEN_BUCKETS[-1]
 
 
 def bucket_layers(layers: int) -> int:
@@ -205,7 +211,7 @@ class KernelSpec:
         elif value not in DTYPE_BYTES:
             also = f" or a weight format ({', '.join(KINDS)})" if role == "weight" and op.formats else ""
             raise SpecError(f"{role}={value!r}: unsupported dtype; use one of {', '.join(DTYPE_BYTES)}{also}")
-        if role == "activation" and self.weight and value != self.weight:
+        if role == "activation" and self.weight and value != self.wide:
             raise SpecError(f"activation={value} with {self.weight} weights: a product takes one dtype for both")
         if role == "adapter":
             wide = self.wide
@@ -224,6 +230,11 @@ class KernelSpec:
         refused = form.refuse(self.d_out, self.d_in)
         if refused:
             raise SpecError(f"weight={value}: {refused}")
+        if self.tokens > most_tokens(op.name, value):
+            raise SpecError(
+                f"weight={value}: {op.name} reads packed weights for at most {op.format_tokens} tokens, "
+                f"got tokens={self.tokens}"
+            )
         object.__setattr__(self, "weight", str(form))
 
     @classmethod
@@ -248,7 +259,7 @@ class KernelSpec:
                     _check_size(dim, values[dim])
         if "dtype" in values:
             dtype = values.pop("dtype")
-            values = {"weight": dtype, "activation": dtype, **values}
+            values = {"weight": dtype, "activation": wide_dtype(dtype), **values}
         if values.get("tokens") is not None:
             values["tokens"] = bucket_tokens(values["tokens"])
         if "d_out_2" in contract.dims and values.get("d_out_2") is None:
@@ -338,6 +349,11 @@ class KernelSpec:
         """The dtype of the values of W, or of x where there is no W: that of the products."""
         form = self.format
         return form.dtype if form else self.weight or self.activation
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest token bucket that a spec of this operation and W's dtype can have."""
+        return most_tokens(self.op, self.weight)
 
     @property
     def places(self) -> int:

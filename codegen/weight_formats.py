@@ -102,6 +102,7 @@ class Kind:
         nests: whether the scales themselves may be quantised.
         exact: the spreads for which the library applies the scales to the product.
         unit: what a code of 1 is worth: 1/unit of the scale.
+        rounds_inputs: whether the library's layer rounds its input, too, so that its product is none with W.
     """
 
     library: str
@@ -118,6 +119,7 @@ class Kind:
     nests: bool = False
     exact: tuple[str, ...] = ()
     unit: int = 1
+    rounds_inputs: bool = False
 
 
 KINDS = {
@@ -127,7 +129,17 @@ KINDS = {
     "fp4": Kind(
         "bitsandbytes 4-bit", 4, "pairs", "index", ("block",), group=64, table=FP4_TABLE, scales="fp32", nests=True
     ),
-    "int8": Kind("bitsandbytes 8-bit", 8, "bytes", "signed", ("row",), scales="fp32", exact=("row",), unit=INT8_UNIT),
+    "int8": Kind(
+        "bitsandbytes 8-bit",
+        8,
+        "bytes",
+        "signed",
+        ("row",),
+        scales="fp32",
+        exact=("row",),
+        unit=INT8_UNIT,
+        rounds_inputs=True,
+    ),
     "ao8": Kind(
         "torchao int8",
         8,

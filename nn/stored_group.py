@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..internals.torch import current_backward, keeps_graph
+from ..runtime.kernel import Kernel
 from . import operators
 from .autocast import autocast_is_on, without_autocast
 from .autograd import _as, _check_unwritten, _product, _unread, note_recompute
@@ -74,6 +75,9 @@ class _Forward:
         how = plan.hows(dtype)[autocast_is_on(plan.device)] if at.how is None else at.how
         self.norm, self.g = _norms_and_gains(plan, how, trains=trains)
         self.h = linear(rows, self.lora_A)
+        if at.fused is not None and not bases:
+            self.outputs = self._from_stored(rows, plan, at.fused, lead)
+            return
         if bases:
             self.bases = [base.view(-1, base.shape[-1]) for base in bases]
         else:
@@ -92,6 +96,21 @@ class _Forward:
             at.compose.launch((*self.bases, self.h, *up, *self.g, *biases), made, plan.scaling)
         # A view of what is saved, or of an input, could not be changed in place: hence detach().
         self.outputs = made if keeps and at.compose is not None else [y.view(*lead, y.shape[1]).detach() for y in made]
+
+    def _from_stored(
+        self, rows: torch.Tensor, plan: StoredPlan, kernels: Sequence[Kernel], lead: torch.Size
+    ) -> list[torch.Tensor]:
+        """The outputs of few tokens from the stored W: no base product is in memory."""
+        dtype = rows.dtype
+        hs = (self.h,) if plan.count == 1 else self.h.chunk(plan.count, 1)
+        made = []
+        for index, kernel in enumerate(kernels):
+            y = torch.empty((*lead, plan.widths[index]), dtype=dtype, device=rows.device)
+            bias = [_as(each, dtype) for each in plan.biases[index : index + 1]]
+            inputs = (rows, *plan.stored[index], hs[index], self.lora_B[index], self.g[index], *bias)
+            kernel.launch(inputs, (y.view(-1, y.shape[-1]),), plan.scaling)
+            made.append(y)
+        return made
 
     def _by_reference(self, plan: StoredPlan, biases: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if plan.count == 1:

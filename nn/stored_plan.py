@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from ..codegen.ops import DECODE_TOKENS
 from ..internals.torch import knows_backward
 from ..runtime.kernel import Kernel, Request
 from . import kernels
 from .group_plan import MOST_PROJECTIONS
-from .kernels import token_bucket
+from .kernels import SPEC_DTYPES, token_bucket
 from .norm import NormAndGain
 from .norm_layer import StoredLayer
 from .rehearsal import META
@@ -107,6 +108,7 @@ class StoredPlan:
         self.biases = [one.bias for one in projections if one.bias is not None]
         self.sources = [one.source for one in projections if one.source is not None]
         self.products = [source.product for source in self.sources]
+        self.stored = [layer.weight.tensors for layer in layers]
         self.caches = [layer.norms for layer in layers]
         self.tensors = [tensor for one in projections for tensor in one.tensors]
         self.addresses = [(*map(_data_ptr, one.tensors),) for one in projections]
@@ -138,7 +140,14 @@ class StoredPlan:
         vectors = [made(width) for width in self.widths]
         dm = [made(width, of=self.magnitude_dtype) for width in self.widths]
         biases = [made(width, of=dtype) for width in self.widths] if self.biases else []
-        uses: list[tuple[Kernel | None, list[torch.Tensor]]] = [(at.compose, [*rows, h, *b, *vectors, *biases, *rows])]
+        uses: list[tuple[Kernel | None, list[torch.Tensor]]] = []
+        if at.fused is None:
+            uses.append((at.compose, [*rows, h, *b, *vectors, *biases, *rows]))
+        else:
+            x, hs = made(tokens, self.layers[0].weight.d_in, of=dtype), h.chunk(self.count, 1)
+            for index, fused in enumerate(at.fused):
+                ends = [hs[index], b[index], vectors[index], *biases[index : index + 1], rows[index]]
+                uses.append((fused, [x, *self.stored[index], *ends]))
         if one:
             product, db = made(*b[0].shape), made(*b[0].shape, of=self.adapter_dtype)
             uses += [
@@ -165,11 +174,13 @@ class At:
         differentiate: of the backward pass of a group; for a single projection that of ``compose_backward``.
         adapter: of ``adapter_backward``, for a single projection.
         exact: whether A and B are not rounded.
+        fused: of ``dora_linear_forward`` from the stored W, one for each projection: in calls for few tokens that do
+            not train, where stores say that it pays for all of them. Else None.
         kept: what a backward pass reads without saving it, if it gives no dX, and if it does.
         how: how the norms are computed; None where that depends on autocast (:meth:`StoredPlan.hows`).
     """
 
-    __slots__ = ("adapter", "compose", "differentiate", "exact", "how", "kept")
+    __slots__ = ("adapter", "compose", "differentiate", "exact", "fused", "how", "kept")
 
     def __init__(self, plan: StoredPlan, bucket: int, dtype: torch.dtype, trains: bool, device: torch.device) -> None:
         one = plan.count == 1
@@ -180,6 +191,7 @@ class At:
 
         flags = ("bias",) if plan.biases else ()
         self.compose = find("lora_compose" if one else "lora_compose_group", plan.rank, bucket, dtype, flags, None)
+        self.fused = None if trains else _fused(plan, bucket, dtype, flags, device)
         self.differentiate: Kernel | None = None
         self.adapter: Kernel | None = None
         if trains and not one:
@@ -195,3 +207,27 @@ class At:
         self.kept = held, [*held, *packed, *stored]
         alone, rounded = plan.hows(dtype)
         self.how: How | None = alone if alone == rounded else None
+
+
+def _fused(
+    plan: StoredPlan, bucket: int, dtype: torch.dtype, flags: tuple[str, ...], device: torch.device
+) -> list[Kernel] | None:
+    """The kernels that compute y of each projection from its stored W, if stores say that all of them pay.
+
+    None, too, if the layers multiply by other values than the format's in ``dtype``, or by a rounded x.
+    """
+    form = plan.layers[0].weight.form
+    if bucket > DECODE_TOKENS or form.of.rounds_inputs:
+        return None
+    if form.exact and form.of.scales:  # it rounds no value, and its scales are of no layer's dtype
+        form = form.with_dtype(SPEC_DTYPES[dtype])
+    if form.dtype != SPEC_DTYPES[dtype]:
+        return None
+    found = []
+    for layer in plan.layers:
+        sizes = (*layer.weight.shape, plan.rank, bucket)
+        kernel = kernels.paying_kernel_for("dora_linear_forward", *sizes, str(form), dtype, flags, None, device)
+        if kernel is None:
+            return None
+        found.append(kernel)
+    return found

@@ -40,7 +40,8 @@ def reference(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[s
     elif spec.op == "weight_norm_group":
         results = _each_layer(spec, inputs, functools.partial(_corrected_norm, scaling=scaling), torch.float32)
     else:
-        results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float32), scaling)
+        found = _widened(_with_weight(spec, inputs, torch.float32), torch.float32)
+        results = _FORMULAS[spec.op](spec, found, scaling)
     return {
         operand.name: results[operand.name].to(OPERAND_DTYPES[operand.dtype_of(spec)])
         for operand in spec.contract.outputs_of(spec)
@@ -57,7 +58,8 @@ def definition(spec: KernelSpec, inputs: Tensors, scaling: float = 1.0) -> dict[
     elif spec.op == "weight_norm_group":
         results = _each_layer(spec, inputs, functools.partial(_dense_norm, scaling=scaling), torch.float64)
     else:
-        results = _FORMULAS[spec.op](spec, _widened(inputs, torch.float64), scaling)
+        found = _widened(_with_weight(spec, inputs, torch.float64), torch.float64)
+        results = _FORMULAS[spec.op](spec, found, scaling)
     return {operand.name: results[operand.name] for operand in spec.contract.outputs_of(spec)}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from doratune.codegen.ops import OPS
 from doratune.codegen.variants import VARIANTS, Variant
 from doratune.codegen.weight_formats import stored_as
 
@@ -18,8 +19,13 @@ RAGGED = {**EVEN, "d_out": 4304, "d_in": 1152, "rank": 24}
 
 
 def read_by(variant: Variant, values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a spec, with W in a weight format if the variant reads only such."""
-    return {**values, "weight": stored_as("nf4.nested", values["dtype"])} if variant.packed else values
+    """The fields of a spec, with W in a weight format if the variant reads only such, for as many tokens as it may."""
+    if not variant.packed:
+        return values
+    weight = stored_as("nf4.nested", values["dtype"])
+    most = OPS[variant.op].format_tokens
+    limited = {"tokens": min(values.get("tokens", most), most)} if most else {}
+    return {**values, **limited, "weight": weight}
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.op}-{variant.name}")

@@ -39,7 +39,7 @@ def _served(variant: Variant) -> tuple[tuple[str, str, str, bool], ...]:
         if autocast and not (exact and dtype != "fp32" and "autocast" in OPS[variant.op].flags):
             continue
         dtypes = {"dtype": dtype, "adapter": "fp32" if exact else dtype}
-        spec = KernelSpec.create(variant.op, **sizes, **read_by(variant, dtypes), autocast=autocast, gpu=gpu.slug)
+        spec = KernelSpec.create(variant.op, **read_by(variant, sizes | dtypes), autocast=autocast, gpu=gpu.slug)
         if variant.unavailable(spec, gpu) is None:
             served.append((gpu.slug, dtype, dtypes["adapter"], autocast))
     return tuple(served)
@@ -60,9 +60,8 @@ def specs_served_by(draw: st.DrawFn, variant: Variant) -> KernelSpec:
         d_out=size(16384),
         d_in=128 * draw(st.integers(1, 128)) if equal_shares else size(16384),
         rank=size(1024),
-        tokens=draw(st.sampled_from(TOKEN_BUCKETS)),
         layers=draw(st.sampled_from(LAYER_BUCKETS)),
-        **read_by(variant, {"dtype": dtype}),
+        **read_by(variant, {"dtype": dtype, "tokens": draw(st.sampled_from(TOKEN_BUCKETS))}),
         adapter=adapter,
         magnitude=draw(st.sampled_from([None, "fp32", "bf16"])),
         gpu=gpu,

@@ -192,13 +192,14 @@ RUNS = {
     ("cache", "diff"): None,
     ("cache", "package"): None,
     ("cache", "drift"): None,  # measures: see below
-    ("bench", "kernels"): None,  # these seven measure: see tests/benchmarks and tests/gpu
+    ("bench", "kernels"): None,  # these eight measure: see tests/benchmarks and tests/gpu
     ("bench", "layer"): None,
     ("bench", "model"): None,
     ("bench", "mine"): None,
     ("bench", "host"): None,
     ("bench", "norms"): None,
     ("bench", "packed"): None,
+    ("bench", "packed-linear"): None,
     ("bench", "quality"): None,
     ("bench", "search"): None,  # takes minutes: see tests/benchmarks
     ("bench", "coverage"): ["bench", "coverage", "--gpu", "h200", "--draws", "2", "--kernels", "2"],

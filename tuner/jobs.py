@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from ..codegen.gpu import find_gpu
 from ..codegen.ops import DTYPE_BYTES, OPS, WIDTHS
-from ..codegen.spec import MOST_RANK, TOKEN_BUCKETS, KernelSpec, bucket_tokens
-from ..codegen.weight_formats import stored_as
+from ..codegen.spec import MOST_RANK, TOKEN_BUCKETS, KernelSpec, bucket_tokens, most_tokens
+from ..codegen.weight_formats import parse_format, stored_as
 from ..errors import UsageError, near_names
 from ..printable import brief
 from .models import Model, Projection
@@ -98,13 +98,20 @@ def plan_jobs(
         for op in names
         for projection, added in _calls(op, model)
         for rank in checked_ranks
-        for bucket in (buckets[-1:] if op == "compose_backward_exact" else buckets)
+        for bucket in _buckets_of(op, buckets, stored)
     }
     order = list(OPS)
     return sorted(
         specs,
         key=lambda s: (order.index(s.op), *s.widths[:1], s.tokens, s.widths[1:], s.d_in, s.rank, s.bias, s.output),
     )
+
+
+def _buckets_of(op: str, buckets: tuple[int, ...], stored: str | None) -> tuple[int, ...]:
+    """The token buckets that are planned for ``op`` with W in the format ``stored``, or dense."""
+    if op == "compose_backward_exact":
+        return buckets[-1:]
+    return tuple(bucket for bucket in buckets if stored is None or bucket <= most_tokens(op, stored))
 
 
 def _calls(op: str, model: Model) -> list[tuple[Projection, dict[str, int | bool]]]:
@@ -161,10 +168,15 @@ def _reads_packed(op: str) -> bool:
     return OPS[op].formats or all(operand.name != "weight" for operand in OPS[op].inputs)
 
 
+def _runs(op: str, weight: str) -> bool:
+    """Whether layers with W in this format run ``op``: not its product where they multiply by a rounded x."""
+    return op != "dora_linear_forward" or not parse_format(weight).of.rounds_inputs
+
+
 def _check_ops(ops: Sequence[str] | None, weight: str | None) -> tuple[str, ...]:
     if ops is None:
         usual = (op for op in OPS if op != "compose_backward_exact")
-        return tuple(op for op in usual if weight is None or _reads_packed(op))
+        return tuple(op for op in usual if weight is None or (_reads_packed(op) and _runs(op, weight)))
     if isinstance(ops, str) or not ops:
         raise UsageError(f"ops={ops!r}: give a list of operations out of {', '.join(OPS)}, or None for all")
     for op in ops:

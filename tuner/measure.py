@@ -38,7 +38,7 @@ from .evaluation import (
     Resources,
 )
 from .final import CHECK_ROUNDS, Rounds, most_rounds
-from .fusion import run_unfused
+from .fusion import product_of, run_unfused
 from .gate import GATE_LAYERS, Gate, gate_tokens
 from .inputs import make_inputs, make_outputs
 from .machine import Machine
@@ -343,11 +343,15 @@ class MeasureEvaluator(Evaluator):
                 torch.cuda.set_device(self.device)
                 timed = self._timed(spec)
                 launch, compose = self._bind(fused), self._bind(composition)
+                products = {id(inputs): product_of(spec, inputs) for inputs, _ in timed.rotation.sets}
                 self.running(0)
                 graphs = {
                     "fused": timed.capture(launch, self._pool),
                     "unfused": timed.rotation.capture(
-                        lambda tensors: run_unfused(composition.spec, compose, *tensors, timed.scaling), self._pool
+                        lambda tensors: run_unfused(
+                            composition.spec, compose, products[id(tensors[0])], *tensors, timed.scaling
+                        ),
+                        self._pool,
                     ),
                 }
                 samples = interleaved_us(graphs)

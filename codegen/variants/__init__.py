@@ -10,13 +10,14 @@ from typing import Any
 
 from ...errors import near_names
 from ..gpu import Gpu
-from ..spec import LAYER_BUCKETS, TOKEN_BUCKETS, Config, KernelSpec, SpecError
+from ..spec import LAYER_BUCKETS, Config, KernelSpec, SpecError
 from .adapter_backward import AdapterBackwardRows
 from .base import STAGES, WARPS, LibraryCall, Variant, Work, nearest
 from .compose import BackwardColumns, ForwardTile
 from .compose_backward_exact import BackwardExactTiles
 from .compose_library import DoraLinearLibrary, LoraComposeLibrary
 from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
+from .dora_linear_packed import DoraLinearPacked
 from .gated import SwigluBackwardTile, SwigluTile, SwigluTma
 from .group import ComposeBackwardGroupTile, LoraComposeGroupTile
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
@@ -61,6 +62,7 @@ VARIANTS: tuple[Variant, ...] = (
     DoraLinearTmaPersistent(),
     DoraLinearSplitK(),
     DoraLinearLibrary(),
+    DoraLinearPacked(),
     BackwardExactTiles(),
     AdapterBackwardRows(),
     SwigluTile(),
@@ -186,7 +188,7 @@ _WIDE = {"d_out": 1 << 18, "d_out_2": 1 << 18, "d_out_3": 1 << 18, "d_in": 1 << 
 def _most(variant: Variant, spec: KernelSpec, gpu: Gpu) -> Mapping[str, int]:
     """The largest value of each parameter that is accepted."""
     wide: dict[str, Any] = {dim: size for dim, size in _WIDE.items() if getattr(spec, dim)}
-    wide |= {"tokens": TOKEN_BUCKETS[-1]} if spec.tokens else {}
+    wide |= {"tokens": spec.most_tokens} if spec.tokens else {}
     wide |= {"layers": LAYER_BUCKETS[-1]} if spec.layers else {}
     found = [_choices(variant, each, gpu) for each in (spec, replace(spec, **wide))]
     return {name: BEYOND * max(max(choices[name]) for choices in found) for name in found[0]}

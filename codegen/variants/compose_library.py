@@ -40,7 +40,7 @@ class _ComposedProducts(Variant):
     constants: ClassVar[Mapping[str, object]] = LIBRARY_CONSTANTS
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
-        return library_unavailable(gpu)
+        return super().unavailable(spec, gpu) or library_unavailable(gpu)
 
     def default_order(self, spec: KernelSpec) -> int:
         return LIBRARY_ORDER

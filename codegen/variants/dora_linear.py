@@ -155,7 +155,8 @@ class DoraLinearTmaPersistent(DoraLinearTile):
     descriptors = True
 
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
-        return tma_unavailable(gpu, (spec.activation, spec.weight, spec.adapter), (spec.d_in, spec.rank, spec.d_out))
+        dtypes = (spec.activation, spec.weight, spec.adapter)
+        return super().unavailable(spec, gpu) or tma_unavailable(gpu, dtypes, (spec.d_in, spec.rank, spec.d_out))
 
     def default_order(self, spec: KernelSpec) -> int:
         return 0 if spec.tokens > FEW_TOKENS else 3
@@ -239,7 +240,7 @@ class DoraLinearSplitK(Variant):
     def unavailable(self, spec: KernelSpec, gpu: Gpu) -> str | None:
         if spec.tokens > FEW_TOKENS:
             return f"for more than {FEW_TOKENS} tokens there are enough tiles to fill a GPU without splitting the sum"
-        return None
+        return super().unavailable(spec, gpu)
 
     def default_order(self, spec: KernelSpec) -> int:
         return 0

@@ -3,8 +3,8 @@
 The layers run as in a first step's preparation (:mod:`.first_step`), but in every way in which a user may run them:
 in groups, as gated MLPs and alone; in training, in inference, and in the passes of checkpoints; with autocast and
 without; with dropout, with trained biases, with hooks; with norms from a pass over all layers, over some of them, or of
-their own. So the list holds more than any one run launches. A quantised model's is that of the dense one, and the
-norms of its weight format (:mod:`.reachable_norms`).
+their own. So the list holds more than any one run launches. A quantised model's is that of the dense one, and what
+reads its weight format: norms, and fused kernels for few tokens (:mod:`.reachable_norms`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .first_step import (
 from .gated import GatedMlp
 from .passes import pass_over
 from .projections import Place
-from .reachable_norms import stored_norm_requests
+from .reachable_norms import stored_norm_requests, stored_product_specs
 from .swapped import state_of
 from .variant import DoraVariant
 
@@ -106,6 +106,8 @@ def _specs(
             if weight is not None:
                 requests += stored_norm_requests(accelerated_layers(model), parse_format(weight))
         found |= dict.fromkeys(kernel.spec for kernel, _ in requests)
+    if weight is not None:
+        found |= dict.fromkeys(stored_product_specs(accelerated_layers(model), parse_format(weight), tokens))
     return found
 
 

@@ -1,7 +1,8 @@
-"""The norms of quantised base layers that a model may compute, found from the layers' shapes and a weight format.
+"""What quantised base layers may launch that dense ones do not, found from the layers' shapes and a weight format.
 
-A quantised layer cannot run without values, and need not: but for its norm it runs the compositions of a dense one
-whose output others may see (:mod:`.reachable`). Its norm reads W as it is stored (:mod:`~doratune.nn.stored_norm`).
+A quantised layer cannot run without values, and need not: it runs the compositions of a dense one whose output others
+may see (:mod:`.reachable`), but its norm reads W as it is stored (:mod:`~doratune.nn.stored_norm`). So does a fused
+kernel for few tokens (:mod:`~doratune.nn.stored_plan`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
+from ...codegen.ops import DECODE_TOKENS
+from ...codegen.spec import KernelSpec
 from ...codegen.weight_formats import WeightFormat
 from ...nn.norm_layer import StoredLayer
 from ...nn.norm_pass import NormPass
 from ...nn.rehearsal import META
 from ...nn.stored_norm import StoredMatrix, norm_requests
-from ...runtime.absent import NO_FUSION_PAYS
+from ...runtime.absent import GPU, NO_FUSION_PAYS
 from ...runtime.kernel import Request
 from ...runtime.reference import OPERAND_DTYPES
 from .variant import DoraVariant
@@ -32,6 +35,24 @@ def stored_norm_requests(layers: Iterable[LoraLayer], form: WeightFormat) -> Ite
     yield from NormPass(members).requests(NO_FUSION_PAYS, parts=True)
     for member in members:
         yield from norm_requests(member.weight, member.lora_A, member.lora_B, NO_FUSION_PAYS)
+
+
+def stored_product_specs(
+    layers: Iterable[LoraLayer], form: WeightFormat, buckets: Iterable[int]
+) -> Iterator[KernelSpec]:
+    """The specs of ``dora_linear_forward`` that ``layers`` may ask for if their W were stored in ``form``.
+
+    For those of the token buckets that have one. The products have the dtype of W's values.
+    """
+    few = [bucket for bucket in buckets if bucket <= DECODE_TOKENS and not form.of.rounds_inputs]
+    for layer in layers:
+        bias = getattr(layer.get_base_layer(), "bias", None) is not None
+        for member in _members([layer], form):
+            d_out, d_in = member.weight.shape
+            sizes = {"d_out": d_out, "d_in": d_in, "rank": member.lora_A.shape[0]}
+            for bucket in few:
+                how = {"dtype": str(form), "adapter": form.dtype, "bias": bias, "gpu": GPU}
+                yield KernelSpec.create("dora_linear_forward", **sizes, **how, tokens=bucket)
 
 
 def _members(layers: Iterable[LoraLayer], form: WeightFormat) -> Iterator[StoredLayer]:

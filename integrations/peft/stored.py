@@ -39,6 +39,10 @@ Tensors = Mapping[str, torch.Tensor]
 """The tensors of a stored W by the names of operands (:class:`~doratune.codegen.weight_formats.Stored`)."""
 
 
+CODES = "weight"
+"""The name of the packed codes among the tensors of a layer."""
+
+
 class Held(NamedTuple):
     """What a layer holds of its W: every setting that its layout depends on, and its tensors by a name each."""
 
@@ -86,6 +90,15 @@ class _Known(NamedTuple):
     tensors: tuple[weakref.ref[torch.Tensor], ...]
     states: tuple[tuple[int, int], ...]
     found: StoredMatrix | str
+
+
+class _Checked(NamedTuple):
+    """What a layout was checked for that was recognised: all that the layer held beside its codes."""
+
+    settings: tuple[Hashable, ...]
+    form: WeightFormat
+    beside: tuple[weakref.ref[torch.Tensor], ...]
+    states: tuple[tuple[int, int], ...]
 
 
 class Dependant(Protocol):
@@ -145,6 +158,7 @@ class StorageReader:
     def __init__(self, layer: str) -> None:
         self._layer = layer
         self._known: _Known | None = None
+        self._checked: _Checked | None = None
         self.layout: Layout | None = None
         self.dependants: weakref.WeakSet[Dependant] = weakref.WeakSet()
 
@@ -166,8 +180,15 @@ class StorageReader:
         if is_capturing(tensors[0]):
             return f"{layer.kind}: a format cannot be checked while a CUDA graph is captured"
         self._forget()
-        with torch.no_grad(), without_autocast(tensors[0].device):
-            found = self._recognise(package, base, layer, d_out, d_in)
+        beside = tuple([tensor for name, tensor in held.tensors.items() if name != CODES])
+        others = tuple([state for name, state in zip(held.tensors, states, strict=True) if name != CODES])
+        found = self._as_checked(held, beside, others, d_out, d_in)
+        if found is None:
+            with torch.no_grad(), without_autocast(tensors[0].device):
+                found = self._recognise(package, base, layer, d_out, d_in)
+            self._checked = None
+            if isinstance(found, StoredMatrix):
+                self._checked = _Checked(held.settings, found.form, tuple(map(weakref.ref, beside)), others)
         reader = weakref.ref(self)
 
         def forget(_: object) -> None:
@@ -181,6 +202,25 @@ class StorageReader:
             names = tuple([stored.name for stored in found.form.operands(d_out, d_in)])
             self.layout = Layout(held.settings, str(found.form), names, d_out, d_in)
         return found
+
+    def _as_checked(
+        self,
+        held: Held,
+        beside: tuple[torch.Tensor, ...],
+        states: tuple[tuple[int, int], ...],
+        d_out: int,
+        d_in: int,
+    ) -> StoredMatrix | str | None:
+        """W if the layer holds other codes than when its layout was checked, and nothing else has changed; else None.
+
+        Under FSDP2 every forward pass has codes of its own, gathered for it.
+        """
+        checked = self._checked
+        if checked is None or (checked.settings, checked.states) != (held.settings, states):
+            return None
+        if any(ref() is not tensor for ref, tensor in zip(checked.beside, beside, strict=True)):
+            return None
+        return _matrix(checked.form, held.tensors, d_out, d_in)
 
     def trace(self, base: nn.Module, layer: BaseLayer) -> TracedMatrix | str:
         """W of ``base`` while a compiler traces, which cannot recognise a format: the one that was recognised before.

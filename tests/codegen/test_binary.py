@@ -108,8 +108,8 @@ def test_honest_binaries_are_accepted(makers: Makers, architecture: str) -> None
     for variant in VARIANTS:
         if architecture not in ("sm_90", "gfx942") and variant.op != "lora_compose":
             continue
-        values = read_by(variant, {"dtype": "bf16"})
-        specs = [spec_of(variant.op, architecture, **values, tokens=tokens) for tokens in (4096, 16)]
+        forms = [read_by(variant, {"dtype": "bf16", "tokens": tokens}) for tokens in (4096, 16)]
+        specs = [spec_of(variant.op, architecture, **values) for values in forms]
         spec = next((spec for spec in specs if variant.unavailable(spec, gpu) is None), None)
         if spec is not None:
             config = first_fitting_seed(variant, spec)

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -90,7 +91,7 @@ def test_every_template_compiles_in_bf16(workers: ProcessPoolExecutor, architect
             if architecture in IN_EVERY_FORM:
                 forms += [{flag: True} if flag != "autocast" else {flag: True, "adapter": "fp32"} for flag in flags]
         for values in forms:
-            spec = spec_of(variant.op, architecture, **read_by(variant, {"dtype": "bf16", **values}))
+            spec = spec_of(variant.op, architecture, **read_by(variant, {"dtype": "bf16", "tokens": 4096, **values}))
             if variant.unavailable(spec, gpu) is None:
                 config = first_fitting_seed(variant, spec)
                 jobs[spec, config] = workers.submit(compile_job, str(spec), str(config), architecture)
@@ -358,3 +359,37 @@ def test_packed_codes_are_copied_sixteen_bytes_at_a_time(
     assert copied[16] > copied[4]
     assert copied[4] == 0 or form in ("nf4", "hqq4")
     assert copied[8] == 0
+
+
+MOVED = """
+import re, sys
+from doratune.codegen.compile import compile_source
+from doratune.codegen.gpu import find_gpu
+from doratune.codegen.render import render
+from doratune.codegen.spec import KernelSpec
+from doratune.codegen.variants import default_config
+
+for spec in map(KernelSpec.parse, sys.argv[1:]):
+    gpu = find_gpu(spec.gpu)
+    config = default_config(spec, gpu)
+    product, *rest = compile_source(render(spec, config), gpu)
+    decoded = rf"local_alloc [^:]*: \\(tensor<{config['block_n']}x\\d+x(?:bf16|f32),"
+    moved = len(re.findall(decoded, product.handle.asm["ttgir"]))
+    print(spec.weight, moved, product.spills, *[kernel.spills for kernel in rest])
+"""
+"""Prints how many tiles of W a product of few tokens moves through shared memory when they are decoded, and spills."""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "forms"),
+    [(architecture, ["nf4.nested"]) for architecture in ("sm_80", "sm_89", "sm_120")]
+    + [("sm_90", ["nf4", "nf4.nested", "int8", "ao8.block", "hqq8", "fp8", "fp8.tensor", "fp8.tile"])],
+)
+def test_the_product_of_few_tokens_decodes_where_tensor_cores_read(
+    architecture: str, forms: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No element of W passes through shared memory. HQQ's 4-bit and strided formats are not here: theirs do."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    specs = [spec_of("dora_linear_forward", architecture, weight=form, rank=64, tokens=1) for form in forms]
+    done = subprocess.run([sys.executable, "-c", MOVED, *map(str, specs)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{form} 0 0 0" for form in forms]

@@ -14,7 +14,7 @@ from doratune.codegen.gpu import Gpu
 from doratune.codegen.ops import OPS, SMALLEST_GAIN
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
-from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config
+from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config, default_configs
 from doratune.codegen.weight_formats import parse_format, stored_as
 from doratune.runtime.binding import bind
 from doratune.runtime.device import find_device, gpu_of
@@ -54,8 +54,10 @@ def spec_of(op: str, dtype: str, adapter: str, gpu: Gpu, **values: object) -> Ke
 
 def served_spec(variant: Variant, dtype: str, adapter: str, gpu: Gpu, **values: object) -> KernelSpec:
     """A spec for few tokens, or for many where the variant is for those alone."""
-    values = read_by(variant, {"dtype": dtype, **values})
-    few, many = (spec_of(variant.op, adapter=adapter, gpu=gpu, **{**values, "tokens": tokens}) for tokens in (16, 4096))
+    few, many = (
+        spec_of(variant.op, adapter=adapter, gpu=gpu, **read_by(variant, {"dtype": dtype, **values, "tokens": tokens}))
+        for tokens in (16, 4096)
+    )
     return few if variant.unavailable(few, gpu) is None else many
 
 
@@ -123,6 +125,23 @@ def test_packed_weights_are_read_as_they_are_stored(
         source = render(spec, default_config(spec, gpu))
         for case in ("random", "cross_term", "mixed"):
             assert complaint_of(source, 3, case) is None, (op, added, case)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", [(1024, 2048, 64), (512, 1920, 200), (301, 517, 24)], ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_few_tokens_are_multiplied_by_packed_weights(
+    form: str, shape: tuple[int, int, int], dtype: str, gpu: Gpu
+) -> None:
+    """With every config that a search begins with."""
+    d_out, d_in, rank = shape
+    if parse_format(form).refuse(d_out, d_in):
+        pytest.skip("no such shape in this format")
+    values = {"d_out": d_out, "d_in": d_in, "rank": rank, "weight": stored_as(form, dtype), "tokens": 16, "bias": True}
+    spec = spec_of("dora_linear_forward", dtype, dtype, gpu, **values)
+    for config in default_configs(spec, gpu):
+        for tokens, case in ((1, "random"), (5, "mixed"), (16, "negative_scaling")):
+            assert complaint_of(render(spec, config), tokens, case) is None, (config, case)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS.get)

@@ -33,12 +33,12 @@ pytestmark = [
 USED = [Resources("kernel", registers=32, spills=0, shared_bytes=0, num_warps=4)]
 
 
-def evaluator_and_source(op: str, tokens: int) -> tuple[Evaluator, Source]:
+def evaluator_and_source(op: str, tokens: int, **values: str) -> tuple[Evaluator, Source]:
     from doratune.tuner.measure import MeasureEvaluator
 
     gpu = gpu_of(find_device("cuda"))
     spec = KernelSpec.create(
-        op, d_out=4096, d_in=4096, rank=64, tokens=tokens, dtype="bf16", adapter="bf16", gpu=gpu.slug
+        op, d_out=4096, d_in=4096, rank=64, tokens=tokens, dtype="bf16", adapter="bf16", gpu=gpu.slug, **values
     )
     return MeasureEvaluator(gpu), render(spec, default_config(spec, gpu))
 
@@ -91,6 +91,19 @@ def test_a_fused_kernel_and_its_work_one_after_another_are_timed_in_turn(tokens:
     assert alone is not None
     assert 0.7 * alone < times[0] < 1.4 * alone
     assert times[1] > 0.5 * evaluator.gpu.floor_us(2 * 4096 * 4096, 2 * tokens * 4096 * 4096, "bf16")
+
+
+@pytest.mark.parametrize("weight", ["nf4", "nf4.nested", "hqq4", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_fused_kernel_of_codes_is_timed_beside_what_a_layer_would_run(weight: str, tokens: int) -> None:
+    evaluator, source = evaluator_and_source("dora_linear_forward", tokens, weight=weight)
+    spec = composition_of(source.spec)
+    assert spec is not None
+    assert evaluator.evaluate(source, USED).error is not None
+    times = evaluator.fusion_times(source, render(spec, default_config(spec, evaluator.gpu)))
+    evaluator.close()
+    assert times is not None
+    assert min(times) > 0.5 * evaluator.gpu.floor_us(4096 * 4096 // 2, 2 * tokens * 4096 * 4096, "bf16")
 
 
 def forward(block_t: int = 4, num_warps: int = 4) -> Source:

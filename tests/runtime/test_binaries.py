@@ -172,8 +172,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_restored_kernel_is_the_compiled_one_without_its_intermediate_texts(
     variant: Variant, pool: CompilePool
 ) -> None:
-    values = read_by(variant, {"dtype": "bf16"})
-    specs = [spec_of(variant.op, tokens=tokens, **values) for tokens in (16, 4096)]
+    specs = [spec_of(variant.op, **read_by(variant, {"dtype": "bf16", "tokens": tokens})) for tokens in (16, 4096)]
     spec = next(spec for spec in specs if variant.unavailable(spec, GPU) is None)
     source = render(spec, config_of(spec, variant))
     made = pool.binaries(source).result(120)

@@ -112,10 +112,9 @@ def test_a_launch_that_calls_the_library_too_is_run_every_time(bound: Binding) -
             d_out=256,
             d_in=512,
             rank=64,
-            tokens=64,
             adapter="bf16",
             gpu=gpu.slug,
-            **read_by(variant, {"dtype": "bf16"}),
+            **read_by(variant, {"dtype": "bf16", "tokens": 64}),
         )
         source = render(spec, variant.seeds(spec, gpu)[0])
         kernel = Kernel(spec, torch.device("cuda", 0), source=source)

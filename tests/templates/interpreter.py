@@ -19,7 +19,7 @@ LAYERS = 3
 """Layers of a grouped operation's inputs at most."""
 INTERPRETED = [variant for variant in VARIANTS if variant.interpreted and not variant.packed]
 PACKED = [variant for variant in VARIANTS if variant.packed]
-"""The variants for weight formats: test_packed.py runs them."""
+"""The variants for weight formats: test_packed.py and test_packed_linear.py run them."""
 IDS = {variant: f"{variant.op}-{variant.name}" for variant in (*INTERPRETED, *PACKED)}
 
 

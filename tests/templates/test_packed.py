@@ -19,7 +19,7 @@ from doratune.tuner.inputs import CASES
 
 from ..nn.test_stored_norm_pass import aligned, layer, wanted
 from .asm import assembler  # noqa: F401  a fixture
-from .interpreter import GPU, IDS, PACKED, complaint_of
+from .interpreter import GPU, IDS, complaint_of
 
 pytestmark = pytest.mark.usefixtures("assembler")
 
@@ -166,7 +166,7 @@ def test_a_wrong_decode_is_caught(form: str, text: str, broken: str, what: str) 
     assert complaint_of(replace(source, text=changed), 1) is not None
 
 
-@pytest.mark.parametrize("variant", PACKED, ids=IDS.get)
+@pytest.mark.parametrize("variant", [SINGLE, GROUPED], ids=IDS.get)
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_first_config_is_one_that_the_gpu_accepts(variant: Variant, form: str) -> None:
     spec = spec_of(variant.op, form, (4096, 4096, 64), "bf16")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,7 @@ from doratune.runtime.reference import definition, reference
 from doratune.tuner import search
 from doratune.tuner.effort import EFFORTS, STANDARD, find_effort
 from doratune.tuner.evaluation import ContextLostError, Rejected, Resources, Undecided
-from doratune.tuner.fusion import composition_of, run_unfused
+from doratune.tuner.fusion import composition_of, product_of, run_unfused
 from doratune.tuner.incumbents import Incumbents, built_in
 from doratune.tuner.inputs import make_inputs, make_outputs
 from doratune.tuner.progress import SilentProgress
@@ -680,9 +681,32 @@ def test_one_after_another_computes_what_the_fused_kernel_does(flags: tuple[str,
         for out, result in zip(tensors[len(operands) :], results.values(), strict=True):
             out.copy_(result)  # type: ignore[attr-defined]
 
-    run_unfused(composition, launch, inputs, outputs, scaling)
+    run_unfused(composition, launch, product_of(spec, inputs), inputs, outputs, scaling)
     for name, exact in definition(spec, inputs, scaling).items():
         assert torch.linalg.norm(outputs[name].double() - exact) < 0.01 * torch.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("weight", ["nf4", "nf4.nested", "fp4.128", "nf4.32", "hqq4", "fp8.tile", "ao8"])
+def test_the_product_of_a_stored_w_is_that_of_its_package_or_of_the_decoded_w(
+    weight: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = KernelSpec.create(
+        "dora_linear_forward", d_out=96, d_in=256, rank=8, tokens=16, dtype=f"{weight}.fp32", adapter="fp32", gpu="h200"
+    )
+    inputs, _ = make_inputs(spec, 5, case="random")
+    exact = definition(spec, {**inputs, "h": 0.0 * inputs["h"], "g": torch.ones(96)}, 0.0)["y"]
+    theirs = []
+    if find_spec("bitsandbytes") is not None:
+        import bitsandbytes
+
+        multiply = bitsandbytes.matmul_4bit
+        monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *a, **k: (theirs.append(1), multiply(*a, **k))[1])
+    memory = torch.empty(5, 96)
+    y = product_of(spec, inputs)(inputs["x"], memory)
+    assert torch.linalg.norm(y.double() - exact) < 1e-5 * torch.linalg.norm(exact)
+    is_theirs = weight in ("nf4", "nf4.nested", "fp4.128") and find_spec("bitsandbytes") is not None
+    assert bool(theirs) == is_theirs
+    assert (y is memory) == (not is_theirs)
 
 
 # Binaries.

@@ -31,10 +31,10 @@ class Pair(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def llama(layers: int = 2) -> LlamaForCausalLM:
+def llama(layers: int = 2, hidden: int = 48, intermediate: int = 80) -> LlamaForCausalLM:
     config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -91,11 +91,16 @@ def by_torchao(model: nn.Module, config: str) -> None:
     model.hf_quantizer = SimpleNamespace(quantization_config=settings)  # type: ignore[assignment]
 
 
-def four_bits(linear: nn.Linear) -> Any:
-    """A layer of bitsandbytes in nf4 with the weights of ``linear``, as it is on a GPU: never packed anew for a CPU."""
+def four_bits(linear: nn.Linear, storage: torch.dtype = torch.uint8) -> Any:
+    """A layer of bitsandbytes in nf4 with the weights of ``linear``, as it is on a GPU: never packed anew for a CPU.
+
+    ``storage``: the dtype as which its codes are kept.
+    """
     nn4bit = pytest.importorskip("bitsandbytes").nn
-    layer = nn4bit.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32)
-    made = nn4bit.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+    given = {"quant_type": "nf4", "quant_storage": storage}
+    sizes = linear.in_features, linear.out_features
+    layer = nn4bit.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, **given)
+    made = nn4bit.Params4bit(linear.weight.data, requires_grad=False, module=layer, **given)
     layer.weight = made.to("cpu")
     layer.support_avx512bf16_for_cpu = False
     return layer
@@ -116,9 +121,11 @@ def by_hqq(linear: nn.Linear, dtype: torch.dtype = torch.float32, **config: Any)
     return hqq.HQQLinear(linear, hqq.BaseQuantizeConfig(**config), compute_dtype=dtype, device="cpu")
 
 
-def in_four_bits(model: nn.Module, which: Callable[[str], bool] = lambda name: True) -> None:
+def in_four_bits(
+    model: nn.Module, which: Callable[[str], bool] = lambda name: True, storage: torch.dtype = torch.uint8
+) -> None:
     """Quantise the linear layers in the blocks of a llama whose names ``which`` picks."""
-    in_layers(model, four_bits, which)
+    in_layers(model, functools.partial(four_bits, storage=storage), which)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 

@@ -18,6 +18,7 @@ from doratune.integrations.peft.base_layers import BNB_4BIT, BNB_8BIT, HQQ, TORC
 from doratune.integrations.peft.first_step import accelerated_layers
 from doratune.integrations.peft.reachable import COUNTS, reachable_specs
 from doratune.integrations.peft.reachable_norms import stored_norm_requests
+from doratune.nn import kernels
 from doratune.nn.rehearsal import rehearsing
 from doratune.runtime.absent import GPU as ABSENT_GPU
 from doratune.runtime.absent import NO_FUSION_PAYS
@@ -247,6 +248,32 @@ def test_a_run_with_a_quantised_base_launches_nothing_that_is_not_on_the_list_of
     assert {spec.op for spec in found if spec.format is not None} == {"weight_norm", "weight_norm_group"}
     adapter = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     assert sorted(map(str, found - listed[adapter])) == []
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_what_decoding_from_the_codes_launches_is_on_the_list(
+    name: str,
+    listed: dict[torch.dtype, frozenset[KernelSpec]],
+    launches: Any,
+    passes: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @functools.cache
+    def pays(*key: Any) -> Any:
+        return kernels.kernel_for(*key) if isinstance(key[5], str) else None
+
+    monkeypatch.setattr(kernels, "paying_kernel_for", pays)
+    model = with_dora(QUANTISED[name](), autocast_adapter_dtype=False).eval()
+    doratune.accelerate(model, quiet=True, precompile=False)
+    with torch.no_grad():
+        for tokens in (1, 1, 12):
+            model(torch.randn(tokens, 64, dtype=torch.bfloat16))
+    fused = {replace(kernel.spec, gpu=ABSENT_GPU) for kernel, _ in launches if kernel.spec.op == "dora_linear_forward"}
+    assert {(spec.d_out, spec.tokens) for spec in fused} == (
+        set() if name == "int8" else {(width, tokens) for width in (128, 64) for tokens in (1, 16)}
+    )
+    assert sorted(map(str, fused - listed[torch.bfloat16])) == []
+    assert not [spec for spec in listed[torch.bfloat16] if spec.format and spec.tokens > 16]
 
 
 def test_norms_of_codes_are_listed_for_every_number_of_layers() -> None:

@@ -24,6 +24,9 @@ LEFT_TO_PEFT = {
     "fsdp2-late": "",  # accelerated after sharding
     "fsdp2-checkpoint": "",
     "fsdp2-leaves": "lora_A is wrapped as FSDPLinear",
+    "ddp-nf4": "",
+    "fsdp2-nf4": "",
+    "fsdp2-nf4-checkpoint": "",
     "fsdp1": "",
     "fsdp1-policy": "lora_A is wrapped as FullyShardedDataParallel",
 }

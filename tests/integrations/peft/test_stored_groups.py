@@ -348,6 +348,8 @@ def test_a_group_does_not_keep_the_memory_of_a_w_that_a_layer_has_given_up(name:
 class Noted(KernelOnPaper):
     """A kernel that is asked for before its launches: notes the sizes and dtypes of its operands in both cases."""
 
+    fusion_pays = False
+
     def __init__(self, spec: Any) -> None:
         super().__init__(spec)
         self.operands: list[list[tuple[torch.Size, torch.dtype]]] = []
