@@ -654,7 +654,7 @@ def search(gpu: str | None, output: Path | None, commit: str | None, as_json: bo
     type=click.Choice([*SIZES]),
     default="full",
     show_default=True,
-    help="The study; one that learns something on a CPU; one to try the command out.",
+    help="The study; one for an hour on a CPU; one for minutes there; one to try the command out.",
 )
 @click.option("--seeds", type=_SEVERAL, default=5, show_default=True, help="Of each method, at its learning rate.")
 @click.option("--minutes", type=Seconds(), default=9.0, show_default=True, help="To stop after.")

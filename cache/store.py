@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -29,7 +30,7 @@ from sqlalchemy import (
     or_,
     select,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import InstrumentedAttribute, Session, sessionmaker
 
@@ -221,16 +222,21 @@ class Store:
         """Return what :meth:`entries` does, and the errors of the damaged rows beside it."""
         wanted = ((EntryRow.op, op), (EntryRow.gpu, gpu), (EntryRow.architecture, architecture))
         where = [column == value for column, value in wanted if value is not None]
-        found: list[Entry] = []
+        found: list[tuple[str, Entry]] = []
         damaged: list[CorruptRowError] = []
+
+        def named(row: Mapping[Any, Any], store: str) -> tuple[str, Entry]:
+            entry = entry_of(row, store)
+            return row["spec"], entry
+
         with explained(self._where), self._reading(for_long(self._engine)) as connection:
-            for each in self._each(connection, EntryRow, ENTRY_COLUMNS, entry_of, *where):
-                if isinstance(each, Entry):
-                    found.append(each)
-                else:
+            for each in self._each(connection, EntryRow, ENTRY_COLUMNS, named, *where, long_rows=True):
+                if isinstance(each, CorruptRowError):
                     damaged.append(each)
+                else:
+                    found.append(each)
         # Sorted here, because databases differ in their collation.
-        return sorted(found, key=lambda entry: str(entry.spec)), damaged
+        return [entry for _, entry in sorted(found, key=itemgetter(0))], damaged
 
     def without(self, spec: KernelSpec) -> Store:
         """Return this store as a lookup would see it if it had no entry of exactly ``spec``; for reading only."""
@@ -513,12 +519,20 @@ class Store:
         columns: Mapping[bool, Sequence[ColumnElement[Any]]],
         judge: Callable[[Mapping[Any, Any], str], T],
         *where: ColumnElement[bool],
+        long_rows: bool = False,
     ) -> Iterator[T | CorruptRowError]:
-        """What ``judge`` makes of each row in the order of their ids; of a damaged row its error."""
+        """What ``judge`` makes of each row in the order of their ids; of a damaged row its error.
+
+        ``long_rows``: the ids are found and sorted first. SQLite would sort whole rows, which takes twice as long as to
+        read them where they have a kernel's source.
+        """
         key = table.__table__.c.id
-        query = select(*columns[self._server]).where(*where).order_by(key)
+        everything = select(*columns[self._server]).order_by(key)
         if self._server:
-            query = query.execution_options(yield_per=_ROWS_AT_ONCE)
+            everything = everything.execution_options(yield_per=_ROWS_AT_ONCE)
+        query = everything.where(*where)
+        ids_first = long_rows and where
+        statement = everything.where(key.in_(select(key).where(*where))) if ids_first else query
 
         def judged(row: Mapping[Any, Any]) -> T | CorruptRowError:
             try:
@@ -529,7 +543,7 @@ class Store:
         last: int | None = None
         while True:
             try:
-                for row in connection.execute(query if last is None else query.where(key > last)).mappings():
+                for row in connection.execute(statement).mappings():
                     # A damaged tree of pages may lead in circles.
                     if type(row["id"]) is not int or (last is not None and row["id"] <= last):
                         raise _disordered(self.location)
@@ -548,6 +562,7 @@ class Store:
             for row in connection.execute(rest.where(key < bad)).mappings():
                 yield judged(row)
             last = bad
+            statement = query.where(key > last)
             yield unreadable(self.location, bad, table.__tablename__, problem)
 
     def _first_unreadable(
@@ -605,7 +620,11 @@ class Store:
 
     def _insert(self, table: type[Base]) -> sqlite.Insert:
         # The two dialects' ON CONFLICT have the same methods but no common type.
-        dialect = postgresql if self._engine.dialect.name == "postgresql" else sqlite
+        dialect: Any = sqlite
+        if self._engine.dialect.name == "postgresql":
+            from sqlalchemy.dialects import postgresql  # takes 20 ms, which a file does not need
+
+            dialect = postgresql
         return cast(sqlite.Insert, dialect.insert(table.__table__))
 
 

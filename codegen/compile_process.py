@@ -8,6 +8,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 
 COMPILE_SECONDS = 60
 """A compile that uses more processor time is ended: a kernel of this package takes one to three seconds."""
@@ -33,6 +34,7 @@ def starting() -> Iterator[None]:
     The switch of Triton's CPU interpreter is unset: with it nothing compiles, and a spawned process first imports the
     parent's main module, which may import Triton.
     """
+    resource_tracker.ensure_running()  # a worker's queues start it, and multiprocessing then lets Ctrl-C through again
     switch = os.environ.pop(INTERPRETER, None)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; one that comes now waits
     try:

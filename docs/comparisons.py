@@ -108,13 +108,15 @@ class Measured:
 
 
 def read_results(root: Path = RESULTS) -> Measured:
-    """Every file of every GPU's folder; those in folders below (before and after a change) are left out."""
+    """Every file of every GPU's folder; those in folders below (before and after a change) are left out, and losses:
+    ``bench quality`` compares methods, which ``quality.py`` tells of.
+    """
     rows: list[tuple[Source, Row]] = []
     for file in sorted(root.glob("*/*.json")):
         document = json.loads(file.read_text(encoding="utf-8"))
         env = document["env"]
         source = Source(file.relative_to(root).as_posix(), env["gpu"], env["doratune_commit"], env["date"])
-        rows += [(source, row) for row in document["rows"]]
+        rows += [(source, row) for row in document["rows"] if row["bench"] != "quality"]
     return Measured(tuple(rows))
 
 

@@ -2,6 +2,7 @@
 
 ``{figures} h200/model.json``            the tables of result files (a pattern may name several), see ``figures.py``;
                                          with ``:if-measured:`` there may be none yet
+``{quality} cpu/quality.json losses``    a part of what ``quality.py`` says of a file of ``doratune bench quality``
 ``{brings}``, ``{shortfalls} models``    what they say of doratune beside its peers, see ``benefits.py``
 ``{schema} doratune_entries``            the columns of a table of the store, with the meanings in the directive's text
 ``{gpus}``, ``{models}``, ``{operations}``   the GPUs, models and operations that are known
@@ -19,6 +20,7 @@ import benefits
 import click
 import comparisons
 import figures
+import quality
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
@@ -65,6 +67,16 @@ class Figures(_Markdown):
         for file in files:
             self.env.note_dependency(str(file))
         return figures.markdown(files, self.options.get("only"))
+
+
+class Quality(_Markdown):
+    required_arguments = 2
+
+    def markdown(self) -> str:
+        name, part = self.arguments
+        file = figures.RESULTS / name
+        self.env.note_dependency(str(file))
+        return quality.PARTS[part](quality.read(file))
 
 
 class Brings(_Markdown):
@@ -214,6 +226,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", one_parameter_a_line, priority=400)  # before napoleon reads them
     for name, directive in (
         ("figures", Figures),
+        ("quality", Quality),
         ("brings", Brings),
         ("shortfalls", Shortfalls),
         ("schema", Schema),

@@ -1,4 +1,4 @@
-"""Tables of the committed measurements: ``benchmarks/results/<gpu>/*.json`` as Markdown.
+"""Tables of the committed measurements as Markdown: ``benchmarks/results/<gpu>/*.json``, ``cpu`` without a GPU.
 
 python docs/figures.py benchmarks/results/h200/model.json
 """
@@ -50,7 +50,8 @@ def environment(envs: Sequence[dict[str, Any]]) -> str:
     names = {"torch": "PyTorch", "triton": "Triton", "peft": "PEFT", "transformers": "transformers"}
     versions = ", ".join(f"{name} {env[key]}" for key, name in names.items() if env.get(key))
     commits = " and ".join(sorted({each["doratune_commit"][:7] for each in envs}))
-    return f"{env['gpu']}, driver {env['driver']}, {versions}; doratune {commits}, {env['date']}."
+    where = f"{env['cpu']} processor, no GPU" if "cpu" in env else f"{env['gpu']}, driver {env['driver']}"
+    return f"{where}, {versions}; doratune {commits}, {env['date']}."
 
 
 def tables(rows: Sequence[Row], only: str | None = None) -> list[Table]:

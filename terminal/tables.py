@@ -72,8 +72,9 @@ class Table:
         With ``width``, the widest columns are wrapped into lines of as many characters. A row takes some microseconds
         here, and about a millisecond where :mod:`rich` lays it out.
         """
-        widths = self._fitted(width)
-        narrow = widths != self._natural()
+        natural = self._natural()
+        widths = self._fitted(width, natural)
+        narrow = widths != natural
         if self.title is not None:
             yield printable(self.title)
         yield _rule("┏━┳┓", widths)
@@ -136,10 +137,9 @@ class Table:
         words = ([word for text in (column.header, *column.cells) for word in text.split()] for column in self.columns)
         return [max((_least_of(word, width) for word in each), default=0) for each in words]
 
-    def _fitted(self, width: int | None) -> list[int]:
+    def _fitted(self, width: int | None, natural: list[int]) -> list[int]:
         """The columns' widths in lines of ``width`` characters, for which :meth:`fits` must hold: wide columns share
-        what the others leave."""
-        natural = self._natural()
+        what the others leave of their ``natural`` widths."""
         if width is None or sum(natural) + self._frames <= width:
             return natural
         least = self._least(width)
@@ -168,7 +168,7 @@ class Table:
         made = RichTable(title=None if self.title is None else Text(printable(self.title), style="table.title"))
         if self.caption is not None:
             made.caption = Text(printable(self.caption, lines=True), style="table.caption")
-        for column, chars in zip(self.columns, self._fitted(width), strict=True):
+        for column, chars in zip(self.columns, self._fitted(width, self._natural()), strict=True):
             made.add_column(Text(column.header), justify=column.justify, overflow="fold", width=chars)
         for number, row in enumerate(zip(*(column.cells for column in self.columns), strict=True), 1):
             made.add_row(*map(Text, row), end_section=number in self._sections)

@@ -200,6 +200,27 @@ def test_a_tuning_run_leaves_neither_a_process_nor_a_file_nor_half_an_object(pre
     assert output or presses == 2
 
 
+BLOCKED = """
+import multiprocessing, signal
+from concurrent.futures import ProcessPoolExecutor
+from doratune.codegen.compile_process import starting
+with starting():  # the first worker of a process: its queues start multiprocessing's resource tracker
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    first = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
+with starting():
+    other = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    second = other.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
+print(*(signal.SIGINT in blocked.result() for blocked in (first, second)))
+print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+pool.shutdown(), other.shutdown()
+"""
+
+
+def test_a_worker_that_starts_gets_no_ctrl_c_the_first_one_neither() -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKED], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "True", "False"], done.stderr
+
+
 @pytest.mark.slow
 def test_a_tuning_run_is_interrupted_at_any_moment(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """``--interrupts 100 --timeout 0`` does so a hundred times, once or twice each, from Python's start on."""

@@ -16,7 +16,8 @@ from ..adapted import bench_device
 from ..results import Outcome, Row, environment
 from . import base as base_model
 from .base import mode_of
-from .corpus import TEST, VALIDATION, Domain, code, documentation, make_domain, package_versions
+from .corpus import TEST, TRAIN, VALIDATION, Domain, code, documentation, make_domain, package_versions
+from .ngrams import ngram_loss
 from .results_file import earlier_rows, with_summaries, write
 from .runs import Pretrained, Processes, finite
 from .sizes import SIZES, Size
@@ -98,10 +99,19 @@ def bench_quality(
 def _environment(size: Size, domains: Mapping[str, Domain], device: torch.device, commit: str | None) -> dict[str, str]:
     env = environment(commit)
     if device.type == "cpu":
-        env |= {"gpu": "none", "driver": "none"}
+        env |= {"gpu": "none", "driver": "none", "cpu": _processor()}
     env |= {"python": platform.python_version(), "study": str(size)}
     env["text"] = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     return env | {f"{name}_sha256": domain.sha256 for name, domain in domains.items()}
+
+
+def _processor() -> str:
+    """The processor's name: Linux has it in a file, elsewhere Python knows the family."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _pretrained(
@@ -146,6 +156,8 @@ def _corpus_row(domain: Domain, size: Size) -> Row:
         "documents": domain.documents,
         "dropped": domain.dropped,
         "leaked": finite(domain.leaked),
+        "unigram_loss": finite(ngram_loss(domain.parts[TRAIN], domain.parts[TEST], 1)),
+        "bigram_loss": finite(ngram_loss(domain.parts[TRAIN], domain.parts[TEST], 2)),
         "sha256": domain.sha256,
     }
 

@@ -68,6 +68,22 @@ SIZES = {
         train_bytes=6_000_000,
         held_out_bytes=131_073,
     ),
+    "medium": Size(
+        hidden=128,
+        intermediate=352,
+        layers=2,
+        heads=4,
+        seq=128,
+        batch=8,
+        pretrain_steps=2000,
+        steps=80,
+        evaluations=2,
+        precision_steps=40,
+        ratios=(32, 8, 2),
+        train_bytes=4_000_000,
+        held_out_bytes=16_385,
+        pretrain_rate=3e-3,
+    ),
     "small": Size(
         hidden=64,
         intermediate=176,
@@ -101,4 +117,5 @@ SIZES = {
         pretrain_rate=3e-3,
     ),
 }
-"""``full`` is the study, for a GPU; ``small`` learns something on a CPU in minutes; ``tiny`` tries the command out."""
+"""``full`` is the study, for a GPU; ``medium`` is one for a CPU, within an hour; ``small`` learns something on a CPU in
+minutes; ``tiny`` tries the command out."""

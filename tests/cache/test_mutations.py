@@ -72,6 +72,8 @@ def problems_of(path: Path) -> list[str]:
                 with suppress(StoreError):
                     step()
             with suppress(StoreError):
+                store.readable_entries(op=WANTED.op, gpu=WANTED.gpu)
+            with suppress(StoreError):
                 store.neighbours(WANTED, "sm_90", count=8)
             with suppress(StoreError):
                 [store.get(a_spec(rank=rank)) for rank in (8, 16, 64, 128)]

@@ -171,6 +171,12 @@ def test_every_file_of_the_script_has_its_tables_on_the_page_of_the_gpu(benefits
         assert all(row["impl"] in shown for row in rows), name
 
 
+def test_losses_of_methods_are_no_comparison_of_times(benefits: ModuleType, tmp_path: Path) -> None:
+    losses = [{**each, "bench": "quality", "us": None} for each in pair(0.91)]
+    with_losses = write(write(tmp_path, FILES), {"quality": losses}, gpu="cpu")
+    assert {source.file.split("/")[0] for source, _ in benefits.read_results(with_losses).rows} == {"h100-sxm"}
+
+
 def test_host_time_and_memory_have_sections_of_their_own(benefits: ModuleType, tmp_path: Path) -> None:
     rows = [model("doratune", 900.0, host_us=600.0, peak_mb=130.0), model("peft_lora", 1000.0, host_us=500.0)]
     root = write(tmp_path, {"model-1b": rows, "host": FILES["host"]})

@@ -60,6 +60,13 @@ def test_a_table_has_ours_in_microseconds_and_peers_as_multiples_of_it(figures: 
     }
 
 
+def test_where_it_was_measured_is_a_gpu_or_a_processor(figures: ModuleType) -> None:
+    env = {"gpu": "none", "driver": "none", "torch": "2.13.0", "doratune_commit": "abcdef0123", "date": "2026-12-01"}
+    said = figures.environment([{**env, "cpu": "Abacus"}])
+    assert said == "Abacus processor, no GPU, PyTorch 2.13.0; doratune abcdef0, 2026-12-01."
+    assert figures.environment([{**env, "gpu": "H100", "driver": "580"}]).startswith("H100, driver 580, PyTorch")
+
+
 def test_a_model_has_tables_of_what_was_measured_and_none_without_cells(figures: ModuleType) -> None:
     def row(op: str, impl: str, **values: object) -> dict[str, object]:
         shape = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -93,6 +94,8 @@ def test_a_second_call_adds_what_the_first_had_no_time_for(calls: Any) -> None:
             split = "validation" if row["op"] == RATE else "test"
             assert row["start_loss"] == pytest.approx(base[f"code_{split}_loss"], rel=1e-6)
     assert base["code_validation_loss"] != pytest.approx(base["code_test_loss"], rel=1e-4)
+    for row in (row for row in second if row["op"] == "corpus"):  # planted texts have few different pairs of bytes
+        assert 0.0 < row["bigram_loss"] < row["unigram_loss"] < math.log(256)
     assert {row["seed"] for row in adapted}.isdisjoint({row["seed"] for row in second if row["op"] == RATE})
 
 
@@ -175,6 +178,7 @@ def test_the_weights_of_the_results_must_be_there_and_be_theirs(calls: Any, tmp_
 
 def test_the_command_prints_the_summaries_and_its_json_is_the_file(calls: Any) -> None:
     output, _, _ = calls
+    assert json.loads(output.read_text())["env"]["cpu"], "without a GPU the processor is named"
     options = [
         "quality",
         "--size",
