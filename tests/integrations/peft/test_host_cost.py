@@ -250,7 +250,7 @@ BASES: dict[str, Callable[[nn.Module], None]] = {
     [
         ("int8", 1.28, 1.12, 1.05),
         ("int8, outliers", 1.28, 1.12, 1.05),
-        ("torchao", 1.43, 1.0, 1.13),
+        ("torchao", 1.43, 1.0, 1.14),
         ("HQQ", 1.17, 1.04, 1.07),
     ],
 )
