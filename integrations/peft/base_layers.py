@@ -69,7 +69,7 @@ def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> Ba
     if not isinstance(weight, torch.Tensor):
         return f"a {type(base).__name__} has no weight tensor"
     if type(weight) is nn.Parameter and base.__dict__.get("quant_state") is not None:
-        weight = _gathered(base)
+        weight = _gathered(base, weight, d_out * d_in)
     if type(weight) not in _PLAIN:
         return _subclassed(base, weight, (d_out, d_in))
     if weight.is_meta and not is_rehearsing():
@@ -85,15 +85,17 @@ def read_base(base: nn.Module, d_out: int, d_in: int, *, transposed: bool) -> Ba
     return BaseLayer(kind, weight, weight.T if transposed else weight, private and not weight.requires_grad, private)
 
 
-def _gathered(base: Any) -> torch.Tensor:
+def _gathered(base: Any, weight: torch.Tensor, elements: int) -> torch.Tensor:
     """The weight of a bitsandbytes 4-bit layer that FSDP2 has gathered: plain memory, until the layer's own forward
-    pass makes it a 4-bit weight again. Here that is done before.
+    pass makes it a 4-bit weight again. Here that is done before, if it is the codes of so many elements and no shard.
     """
+    if weight.shape != ((elements + 1) // (2 * weight.element_size()), 1):
+        return weight
     from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 
     fix_4bit_weight_quant_state_from_module(base)
-    weight: torch.Tensor = base.weight
-    return weight
+    gathered: torch.Tensor = base.weight
+    return gathered
 
 
 def _is_ordinary(base: nn.Module, transposed: bool) -> bool:

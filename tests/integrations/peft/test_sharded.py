@@ -16,7 +16,7 @@ from torch import nn
 
 import doratune
 
-from .peft_models import Pair, with_dora
+from .peft_models import Pair, four_bits, with_dora
 
 LEFT_TO_PEFT = {
     "ddp": "",
@@ -89,3 +89,17 @@ def test_a_weight_of_another_size_is_treated_as_a_shard() -> None:
     layer.lora_magnitude_vector["default"].weight = nn.Parameter(torch.ones(20))
     report = doratune.accelerate(model, quiet=True)
     assert "lora_magnitude_vector must have shape [40], got [20]: a shard" in report.layers[0].remark
+
+
+@pytest.mark.parametrize("shape", [(0,), (1024,), (1023, 1), (2048, 1), (64, 32)])
+def test_a_part_of_a_4_bit_weight_is_not_made_one_again(shape: tuple[int, ...]) -> None:
+    """Other ways to shard leave plain memory in the layer, too, and of another size."""
+    model = Pair(64, 32, 16)
+    model.first = four_bits(model.first)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    model = with_dora(model)
+    base = model.base_model.model.first.base_layer
+    base.weight = nn.Parameter(torch.zeros(shape, dtype=torch.uint8), requires_grad=False)
+    report = doratune.accelerate(model, quiet=True)
+    assert type(base.weight) is nn.Parameter
+    assert "its weight is torch.uint8 in a Linear4bit" in report.layers[0].remark
