@@ -318,6 +318,61 @@ def test_a_change_of_a_later_layer_of_a_group_takes_effect(change: Callable[[Any
             assert seed > 3 or relative(y, model_of()(x_of(seed))) > 2e-4, "the change is no change"
 
 
+def codes_of(base: Any) -> torch.Tensor:
+    """The packed codes of a layer of any package."""
+    codes: torch.Tensor = base.W_q if hasattr(base, "W_q") else base.weight
+    inner = getattr(codes, "tensor_impl", codes)
+    return getattr(inner, "qdata", getattr(inner, "int_data", codes))  # type: ignore[no-any-return]
+
+
+def write_any_codes(layer: Any) -> None:
+    codes = codes_of(layer.base_layer)
+    codes.copy_(codes.flip(0))
+
+
+def replace_any_scales(layer: Any) -> None:
+    base = layer.base_layer
+    if hasattr(base, "meta"):
+        base.meta["scale"] = base.meta["scale"] * 3.0
+    elif hasattr(base, "state"):
+        base.state.SCB = base.state.SCB * 3.0
+    else:
+        inner = getattr(base.weight, "tensor_impl", base.weight)
+        inner.scale = inner.scale * 3.0
+
+
+@pytest.mark.filterwarnings("ignore:doratune leaves")
+@pytest.mark.parametrize(
+    "change",
+    [rescale, replace_adapter, write_adapter, write_any_codes, replace_any_scales, hook_base, hook, disable],
+    ids=lambda change: change.__name__,
+)
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", [BNB_8BIT, HQQ, TORCHAO])
+def test_changes_of_other_packages_layers_take_effect_at_once(
+    kind: str, train: bool, change: Callable[[Any], None]
+) -> None:
+    fast, stock = model_of(kind).train(train), model_of(kind).train(train)
+
+    def results(model: Any, seed: int) -> dict[str, torch.Tensor]:
+        if train:
+            return step(model, x_of(seed))
+        with torch.no_grad():
+            return {"y": model(x_of(seed))}
+
+    for seed in range(6):
+        if seed == 3:
+            with torch.no_grad():
+                for model in (fast, stock):
+                    change(net_of(model).attention.k)
+        found = results(fast, seed)
+        with only_through_peft():
+            wanted = results(stock, seed)
+        assert_same(found, wanted, 1e-4)
+        if seed == 3:
+            assert relative(found["y"], results(model_of(kind).train(train), seed)["y"]) > 2e-4, "it is no change"
+
+
 @pytest.mark.parametrize("written", [False, True])
 def test_another_x_is_not_taken_for_the_first_ones(written: bool) -> None:
     model = model_of()
@@ -506,12 +561,13 @@ def test_a_replaced_forward_pass_of_the_package_runs(monkeypatch: pytest.MonkeyP
             assert relative(found, model(x_of(1))) <= 2e-5
 
 
-def test_the_backward_pass_refuses_codes_that_were_written_after_the_forward_pass() -> None:
-    model = model_of()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_refuses_codes_that_were_written_after_the_forward_pass(kind: str) -> None:
+    model = model_of(kind)
     for seed in range(3):
         step(model, x_of(seed))
     y = model(x_of(1).requires_grad_())
     with torch.no_grad():
-        write_codes(net_of(model).attention.k)
+        write_any_codes(net_of(model).attention.k)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
