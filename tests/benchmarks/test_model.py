@@ -138,7 +138,8 @@ def test_a_long_task_has_a_brief_one_for_the_host(config: Any, model: nn.Module)
 def test_a_time_limit_is_shared_and_what_had_time_is_kept(tiny: Path) -> None:
     request: dict[str, Any] = {"config": tiny, "seq": 8, "modes": "bf16", "checkpointing": False, "device": "cpu"}
     request |= {"ranks": (2, 4), "ops": [INFERENCE], "implementations": ["peft_lora", "doratune"], "rounds": 10**6}
-    outcome = bench_model(**request, minutes=0.06)
+    bench_model(**{**request, "rounds": 2})  # imports take seconds
+    outcome = bench_model(**request, minutes=0.2)
     assert {(row["rank"], row["impl"]) for row in outcome.rows} == {
         (rank, name) for rank in (2, 4) for name in ("peft_lora", "doratune")
     }
