@@ -699,6 +699,8 @@ def test_the_product_of_a_stored_w_is_that_of_its_package_or_of_the_decoded_w(
     if find_spec("bitsandbytes") is not None:
         import bitsandbytes
 
+        if weight.startswith("fp4") and tuple(map(int, bitsandbytes.__version__.split(".")[:2])) < (0, 49):
+            pytest.skip("this bitsandbytes has other FP4 codes on a CPU")
         multiply = bitsandbytes.matmul_4bit
         monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *a, **k: (theirs.append(1), multiply(*a, **k))[1])
     memory = torch.empty(5, 96)

@@ -108,7 +108,7 @@ def fast_pair(kind: str = BNB_4BIT, **settings: Any) -> Any:
         base = model.get_base_model().get_submodule(name).base_layer
         base.support_avx512bf16_for_cpu = False  # on a GPU W is not packed anew in inference
         if kind == HQQ and base.bias is not None:
-            base.bias = base.bias.detach()  # it is no parameter, which PEFT would have frozen
+            base.bias.detach_().requires_grad_(False)  # in later versions no parameter, which PEFT would have frozen
     doratune.accelerate(model, quiet=True, precompile=False)
     return model
 
