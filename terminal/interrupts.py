@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -44,6 +44,7 @@ def watch() -> None:
     for number in _STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background jobs set it
             signal.signal(number, _raise)
+    sys.unraisablehook = _print_unless_interrupted
     _watching.set()
     threading.Thread(target=_watch, args=(reader,), name="doratune interrupts", daemon=True).start()
 
@@ -122,6 +123,15 @@ def _raise(number: int, frame: FrameType | None) -> None:
         _raised.set()
         silence_logs()
         raise KeyboardInterrupt
+
+
+def _print_unless_interrupted(unraisable: Any) -> None:
+    """Print what Python cannot raise, in a finaliser for example, but not a Ctrl-C, nor what comes of one.
+
+    Such a Ctrl-C is lost, and the watch ends the process.
+    """
+    if not seen():
+        sys.__unraisablehook__(unraisable)
 
 
 def take_as_request() -> bool:

@@ -221,6 +221,32 @@ def test_a_worker_that_starts_gets_no_ctrl_c_the_first_one_neither() -> None:
     assert done.stdout.split() == ["True", "True", "False"], done.stderr
 
 
+IN_A_CALLBACK = """
+import os, signal, time, weakref
+from doratune.terminal import interrupts
+interrupts.watch()
+class Thing: pass
+def ends(reference):
+    {what}
+thing = Thing()
+reference = weakref.ref(thing, ends)
+del thing
+time.sleep(60)
+"""
+
+
+def test_a_ctrl_c_that_python_cannot_raise_ends_the_process_without_a_traceback() -> None:
+    code = IN_A_CALLBACK.format(what="os.kill(os.getpid(), signal.SIGINT); time.sleep(1)")
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_other_errors_that_python_cannot_raise_are_printed() -> None:
+    code = IN_A_CALLBACK.format(what="1 / 0").replace("time.sleep(60)", "")
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=30)
+    assert "ZeroDivisionError" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_tuning_run_is_interrupted_at_any_moment(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """``--interrupts 100 --timeout 0`` does so a hundred times, once or twice each, from Python's start on."""
