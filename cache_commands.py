@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,19 +54,6 @@ def _stores(named: str | None) -> Iterator[list[Store]]:
             store.close()
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without garbage collection: going through modules and thousands of entries again and again takes a fifth of a
-    listing."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 MOST_DAMAGED = 20
 """Damaged rows that a listing names."""
 
@@ -108,7 +94,9 @@ def cache_path(store: str | None, as_json: bool) -> None:
 @json_option
 def cache_ls(op: str | None, gpu: str | None, store: str | None, as_json: bool) -> None:
     """List the entries of every store, or of one."""
-    with _no_collection():
+    from .tuner.garbage import uncollected
+
+    with uncollected():  # going through modules and thousands of entries again and again takes a fifth of a listing
         _list(op, gpu, store, as_json)
 
 

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import torch
 
 from ..codegen.gpu import Gpu
+from .garbage import uncollected
 
 TIMING_BUDGET_MS = 10.0
 """GPU time spent on the replays of one candidate: enough to choose who plays in the final, which times precisely."""
@@ -160,7 +161,8 @@ def capture(
     if free < total * LEAST_FREE:
         torch.cuda.empty_cache()  # during a capture nothing can be returned
     graph = torch.cuda.CUDAGraph()
-    with no_destructors(), torch.cuda.stream(stream):
+    # The destructor of another graph would end the capture.
+    with uncollected(), torch.cuda.stream(stream):
         graph.capture_begin(*(() if pool is None else (pool,)))
         try:
             for call in calls:
@@ -254,20 +256,8 @@ def median_us(samples: Sequence[float]) -> float:
 
 
 @contextmanager
-def no_destructors() -> Iterator[None]:
-    """Collect no garbage inside the block: the destructor of another graph would end a capture."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@contextmanager
 def no_collection() -> Iterator[None]:
     """Collect Python's garbage before the block and not inside it, where it would add to the time of a call."""
     gc.collect()
-    with no_destructors():
+    with uncollected():
         yield
