@@ -11,14 +11,16 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..internals.torch import without_modes
+from ..internals.torch import global_hook_is_on, linear_is_replaced, saving_is_hooked, without_modes
 from ..internals.triton import without_launches
 from ..runtime.kernel import Kernel, Request
 
@@ -117,7 +119,9 @@ def requests_of(
     """The kernels that ``parts`` launch in a forward pass of ``tokens`` tokens and, with ``train``, the backward pass.
 
     They come one after another, so that the caller can begin with the first. Autocast counts as it is set now. What is
-    called is a copy on the meta device, one for all modules of the same form; the modules themselves are not.
+    called is a copy on the meta device, one for all modules of the same form; the modules themselves are not. Others'
+    hooks and patches do not run: they could keep a tensor without memory and start a kernel on it later, and Triton
+    would take it to lie at address 0. Where they cannot be left out, because they are PyTorch's own, nothing is listed.
 
     Args:
         parts: modules whose parameters are on ``device``, or on their own device if None. On another device than a GPU
@@ -125,6 +129,8 @@ def requests_of(
         stand_ins: the submodules of a module that others replace in its copy.
         around: the context in which a copy is called.
     """
+    if linear_is_replaced() or global_hook_is_on():
+        return
     known: set[Hashable] = set()
     for part in parts:
         module = part.module
@@ -158,8 +164,14 @@ def _form_of(module: nn.Module) -> Hashable:
     )
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _copy_on_meta(original: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
     """A copy of ``original`` without values; ``replaced`` are submodules and what takes their place in it.
+
+    Its hooks do nothing, and its patched forward passes are those of the classes. They are still there, because what is
+    called depends on that.
 
     Raises:
         Exception: the module cannot be copied.
@@ -167,7 +179,20 @@ def _copy_on_meta(original: nn.Module, replaced: dict[nn.Module, nn.Module]) -> 
     known: dict[int, Any] = {id(module): other for module, other in replaced.items()}
     for tensor in (*original.parameters(), *original.buffers()):
         known[id(tensor)] = _on_meta(tensor)
-    return copy.deepcopy(original, known)
+    for module in original.modules():
+        for hooks in [getattr(module, name) for name in _HOOKS]:
+            known[id(hooks)] = OrderedDict.fromkeys(hooks, _nothing)
+        if "forward" in vars(module):
+            known[id(vars(module)["forward"])] = _nothing
+    copied = copy.deepcopy(original, known)
+    for module in copied.modules():
+        if "forward" in vars(module):
+            module.forward = MethodType(type(module).forward, module)
+    return copied
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """A hook that changes nothing."""
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -182,9 +207,14 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _run(module: nn.Module, x: torch.Tensor, *, train: bool) -> None:
-    with torch.set_grad_enabled(train):
+    unseen = torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if saving_is_hooked() else nullcontext()
+    with torch.set_grad_enabled(train), unseen:
         y = module(x.requires_grad_(train))
     outputs = [each for each in (y if isinstance(y, tuple) else (y,)) if each.requires_grad]
     if train and outputs:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         torch.autograd.grad(outputs, [x, *trained], [*map(torch.empty_like, outputs)], allow_unused=True)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -38,6 +38,7 @@ from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config, default_config, find_variant
+from doratune.codegen.weight_formats import parse_format
 from doratune.internals.triton import cuobjdump
 from doratune.tuner.workers import binaries_job, compile_job
 
@@ -393,3 +394,21 @@ def test_the_product_of_few_tokens_decodes_where_tensor_cores_read(
     specs = [spec_of("dora_linear_forward", architecture, weight=form, rank=64, tokens=1) for form in forms]
     done = subprocess.run([sys.executable, "-c", MOVED, *map(str, specs)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{form} 0 0 0" for form in forms]
+
+
+@pytest.mark.parametrize(
+    "form", ["nf4", "nf4.128.nested", "fp4", "int8", "ao8", "ao8.tensor", "ao8.block", "fp8", "fp8.tile"]
+)
+def test_the_product_of_few_tokens_compiles_where_rows_begin_inside_a_block_or_a_word(
+    form: str, workers: ProcessPoolExecutor
+) -> None:
+    """The interpreter does not mind a variable that changes its shape in a loop."""
+    gpu, jobs = find_gpu("sm_90"), []
+    for d_out, d_in in ((301, 517), (512, 1920), (510, 1056)):
+        if not parse_format(form).refuse(d_out, d_in):
+            values = {"d_out": d_out, "d_in": d_in, "rank": 24, "weight": form, "tokens": 5, "bias": True}
+            spec = spec_of("dora_linear_forward", "sm_90", **values)
+            jobs.append(workers.submit(compile_job, str(spec), str(default_config(spec, gpu)), "sm_90"))
+    assert jobs
+    for job in jobs:
+        assert job.result()

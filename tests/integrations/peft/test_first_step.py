@@ -7,7 +7,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -237,7 +237,7 @@ def test_a_layer_that_cannot_be_rehearsed_costs_only_its_kernels(launches: dict[
     doratune.accelerate(model, quiet=True)
     whole = {*kernels_of(model, 12, train=False, device=GPU)}
     first = model.base_model.model.first
-    first.register_forward_pre_hook(lambda module, args: args[0].cpu().numpy() and None)
+    first.__deepcopy__ = lambda known: None  # it cannot be copied
     part = {*kernels_of(model, 12, train=False, device=GPU)}
     assert part < whole
     assert part
@@ -288,6 +288,63 @@ def test_no_kernel_of_others_starts_on_tensors_without_memory(
     out = torch.zeros(16)
     fill_kernel[(1,)](out, BLOCK=16)
     assert bool((out == 7.0).all())
+
+
+def hooked(base: nn.Module, see: Callable[[Any], None]) -> AbstractContextManager[Any]:
+    """All hooks of a module, one a kernel's first user may have."""
+    base.register_forward_hook(lambda module, args, out: see(out))
+    base.register_forward_pre_hook(lambda module, args, named: see(args[0]), with_kwargs=True)
+    base.register_full_backward_hook(lambda module, into, out: see(out[0]))
+    base.register_full_backward_pre_hook(lambda module, out: see(out[0]))
+    return nullcontext()
+
+
+def patched(base: nn.Module, see: Callable[[Any], None]) -> AbstractContextManager[Any]:
+    forward = base.forward
+    base.forward = lambda x: see(x) or forward(x)  # type: ignore[method-assign, func-returns-value]
+    return nullcontext()
+
+
+def globally_hooked(base: nn.Module, see: Callable[[Any], None]) -> AbstractContextManager[Any]:
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: see(out))
+    return closing(SimpleNamespace(close=hook.remove))
+
+
+@contextmanager
+def linear_replaced(base: nn.Module, see: Callable[[Any], None]) -> Iterator[None]:
+    linear = nn.functional.linear
+    nn.functional.linear = lambda x, *rest: see(x) or linear(x, *rest)  # type: ignore[func-returns-value]
+    yield
+    nn.functional.linear = linear
+
+
+def saving_hooked(base: nn.Module, see: Callable[[Any], None]) -> AbstractContextManager[Any]:
+    def itself(tensor: torch.Tensor) -> torch.Tensor:
+        see(tensor)
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(itself, itself)
+
+
+@pytest.mark.parametrize("others", [hooked, patched, globally_hooked, linear_replaced, saving_hooked])
+def test_no_code_of_others_sees_a_tensor_without_memory(
+    others: Callable[..., AbstractContextManager[Any]], launches: dict[Request, None]
+) -> None:
+    """It could keep one, and start a kernel on it when the rehearsal is over."""
+    model = pair()
+    doratune.accelerate(model, quiet=True, precompile=False)
+    plain = {*kernels_of(model, 12, train=True, device=GPU)}
+    seen: list[bool] = []
+    with others(model.base_model.model.first.base_layer, lambda tensor: seen.append(tensor.is_meta)):
+        found = {*kernels_of(model, 12, train=True, device=GPU)}
+        assert not seen
+        model(torch.randn(12, 24, dtype=torch.bfloat16)).sum().backward()
+        assert seen
+        assert not any(seen)
+    if others in (globally_hooked, linear_replaced):
+        assert found < plain, "only norms, which call no module"
+    else:
+        assert any(kernel.spec.tokens for kernel, _ in found)
 
 
 class Collected:
