@@ -236,13 +236,12 @@ _mode_stack = _found["torch.overrides._get_current_function_mode_stack"]
 _device_mode = _found["torch.utils._device.DeviceContext"]
 _hide = _found["torch.utils._python_dispatch._disable_current_modes"]
 _without_functions = _found["torch._C.DisableTorchFunction"]
-_without_subclasses = _found["torch._C.DisableTorchFunctionSubclass"] or nullcontext
 
 
-def as_plain_tensors() -> AbstractContextManager[Any]:
-    """A context in which a subclass's tensors behave as plain ones; otherwise each method costs microseconds."""
-    context: AbstractContextManager[Any] = _without_subclasses()
-    return context
+as_plain_tensors: Callable[[], AbstractContextManager[Any]] = (
+    _found["torch._C.DisableTorchFunctionSubclass"] or nullcontext
+)
+"""Make a context in which a subclass's tensors behave as plain ones; otherwise each method costs microseconds."""
 
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")

@@ -114,7 +114,7 @@ class Snapshot:
     Writes to the tensors where they are do not count: whoever reuses a norm looks at their versions.
     """
 
-    __slots__ = ("_base", "_parts", "_places", "_tensors", "_values")
+    __slots__ = ("_are_plain", "_base", "_parts", "_places", "_tensors", "_values", "_weak")
 
     def __init__(self, base: nn.Module, kind: str) -> None:
         package = _PACKAGES[kind]
@@ -123,18 +123,23 @@ class Snapshot:
         self._values = [*map(id, chain(*map(dict.values, package.parts(base))))]
         with as_plain_tensors():
             tensors = package.hold(base).tensors.values()
-            self._tensors = [*map(weakref.ref, tensors)]
+            self._weak = [*map(weakref.ref, tensors)]
+            self._tensors = [*map(id, tensors)]
             self._places = [*map(_data_ptr, tensors)]
+            self._are_plain = {*map(type, tensors)} <= {torch.Tensor, nn.Parameter}
 
     def holds(self) -> bool:
         """Whether the layer holds the same tensors and settings, where they were."""
         try:
-            tensors: list[Any] = [*map(_referent, self._tensors)]
-            return (
-                None not in tensors
-                and [*map(id, chain(*map(dict.values, self._parts(self._base))))] == self._values
-                and [*map(_data_ptr, tensors)] == self._places
-            )
+            tensors: list[Any] = [*map(_referent, self._weak)]  # None has another id; a tensor compared with it is slow
+            if [*map(id, tensors)] != self._tensors:
+                return False
+            if [*map(id, chain(*map(dict.values, self._parts(self._base))))] != self._values:
+                return False
+            if self._are_plain:
+                return [*map(_data_ptr, tensors)] == self._places
+            with as_plain_tensors():
+                return [*map(_data_ptr, tensors)] == self._places
         except (AttributeError, KeyError):
             return False
 

@@ -133,11 +133,18 @@ def cost(model: nn.Module, run: Callable[[Any], None], started: Started) -> Cost
         nonlocal calls
         calls += event in ("call", "c_call")
 
-    sys.setprofile(count)
-    try:
-        run(model)
-    finally:
-        sys.setprofile(None)
+    def compare(one: torch.Tensor, other: object) -> torch.Tensor:
+        if not isinstance(other, int | float):
+            raise AssertionError("a tensor is compared, by `None in tensors` for instance: 10 µs that no count shows")
+        return one.eq(other)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__eq__", compare)
+        sys.setprofile(count)
+        try:
+            run(model)
+        finally:
+            sys.setprofile(None)
     launches = started.launches
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         run(model)
