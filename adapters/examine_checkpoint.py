@@ -41,12 +41,10 @@ def examine_checkpoint(checkpoint: Checkpoint, examined: Collection[str] = ()) -
 
 
 def _rows(checkpoint: Checkpoint, info: TensorInfo, transposed: bool, examined: bool, places: Places) -> None:
-    norms = torch.cat(
-        [
-            torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-            for _, rows in checkpoint.tensors.rows(info.name, transposed=transposed)
-        ]
-    )
+    norms = torch.empty(info.shape[1] if transposed else info.shape[0])
+    for start, rows in checkpoint.tensors.rows(info.name, transposed=transposed):
+        # In place: a small result for each piece would keep the heap from reusing the memory of the piece before.
+        torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32, out=norms[start : start + len(rows)])
     bad = (~norms.isfinite()).nonzero().flatten().tolist()
     if bad:
         places.add(fault.NOT_FINITE, info.name, rows=bad)

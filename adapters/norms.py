@@ -32,23 +32,23 @@ class Norms:
 @torch.no_grad()
 def norms_of(low: LowRank, pieces: Iterable[tuple[int, torch.Tensor]]) -> Norms:
     """The norms for W in ``pieces`` of rows [n, d_in], each with the number of its first row."""
-    rows, adapted_rows = [], []
+    rows, adapted_rows = torch.empty(low.d_out), torch.empty(low.d_out)
     columns = torch.zeros(low.d_in, dtype=torch.float64)
     adapted_columns = torch.zeros_like(columns)
     for start, piece in pieces:
         piece = piece.float()
         adapted = low.adapted(piece, start)
-        rows.append(torch.linalg.vector_norm(piece, dim=1))
-        adapted_rows.append(torch.linalg.vector_norm(adapted, dim=1))
+        here = slice(start, start + len(piece))  # small results between the pieces would keep the heap from reuse
+        torch.linalg.vector_norm(piece, dim=1, out=rows[here])
+        torch.linalg.vector_norm(adapted, dim=1, out=adapted_rows[here])
         columns += piece.square().sum(dim=0)
         adapted_columns += adapted.square().sum(dim=0)
-    found = torch.cat(rows)
     return Norms(
-        found,
-        torch.cat(adapted_rows),
+        rows,
+        adapted_rows,
         columns.sqrt().float(),
         adapted_columns.sqrt().float(),
-        bool(found.isfinite().all()),
+        bool(rows.isfinite().all()),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from ..text_file import read_object, reason_of
 from .errors import AdapterError
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 8 << 20
 """Bytes of a tensor, as fp32, that are held at a time."""
 _REOPEN_BYTES = 128 << 20
 """A file is closed after so many bytes: pages of a mapped file count as memory of the process until then."""

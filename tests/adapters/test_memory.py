@@ -10,20 +10,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from .world import write_sparse
 
-GIGABYTES = float(os.environ.get("DORATUNE_SPARSE_GB", "0.6"))
-MOST_MB, MOST_ADDED_MB = 1000, 400
+GIGABYTES = float(os.environ.get("DORATUNE_SPARSE_GB", "1.5"))
+MOST_MB, MOST_ADDED_MB = 1000, 200
 """In all, with a PyTorch for CPUs (importing one for GPUs may take 850 MB by itself); and beyond the import."""
 
 CODE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from doratune.adapters.checkpoint import Checkpoint
 from doratune.adapters.examine_checkpoint import examine_checkpoint
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+peak = lambda: int(re.search("VmHWM: *\\t *([0-9]+)", Path("/proc/self/status").read_text())[1]) // 1024
 before = peak()
 with Checkpoint(Path(sys.argv[1])) as checkpoint:
     faults = examine_checkpoint(checkpoint)
@@ -31,8 +32,9 @@ print(len(faults[0].places), peak(), peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak since the start is read from Linux")
 def test_a_large_checkpoint_needs_less_than_a_gigabyte(folder: Path) -> None:
-    shape = (14336, 4096)
+    shape = (15100, 4096)  # no whole number of pieces: sizes that differ are what a heap cannot reuse
     count = round(GIGABYTES * 1e9 / (2 * shape[0] * shape[1]))
     file = folder / "model.safetensors"
     write_sparse(file, {f"model.layers.{index}.mlp.up_proj.weight": shape for index in range(count)})
