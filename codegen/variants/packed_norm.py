@@ -55,6 +55,9 @@ to 2.0 times as long as the built-in config, each relative to the bf16 norm of i
 from what suits many ranks.
 """
 
+WARPS_OF_SMALL_RANKS = 24
+"""Warps on a multiprocessor that programs of few ranks are split into, at most: what their registers leave room for."""
+
 FEWEST_RANKS = 16
 """Ranks up to which a format whose scales are not spread over blocks has the smallest tiles.
 
@@ -131,7 +134,9 @@ class WeightNormPacked(Variant):
             least = ceil_div(spec.d_in, LONGEST_SUM)
             splits = [s for s in choices["split_k"] if s >= least and (s == 1 or s * block_k <= spec.d_in)]
             even = [s for s in splits if spec.d_in % (s * block_k) == 0] or splits or choices["split_k"][-1:]
-            split_k = max([min(even), *(s for s in even if s * programs <= 3 * gpu.multiprocessors)])
+            # Few ranks leave registers for several programs, of which each hides what the others wait for.
+            resident = WARPS_OF_SMALL_RANKS // warps if spec.rank <= MOST_SMALL_RANKS else 3
+            split_k = max([min(even), *(s for s in even if s * programs <= resident * gpu.multiprocessors)])
             gram_tiles = layers * ceil_div(spec.rank, 64) ** 2
             gram_split = max(s for s in choices["gram_split"] if s == 1 or s * gram_tiles <= gpu.multiprocessors)
             found.append(
