@@ -201,7 +201,17 @@ def equal_time(document: Document) -> str:
         )
         for row in rows
     ]
-    return _table(("difference, nats per byte", "r", "mean", "95 % interval", "it says"), lines)
+    times = [
+        (
+            METHODS[row["impl"]],
+            ABSENT if row["rank"] is None else f"{row['rank']}",
+            f"{row['step_ms']:.1f}",
+            f"{min(row['step_ms_samples']):.1f} to {max(row['step_ms_samples']):.1f}",
+        )
+        for row in _rows(document, "clock")
+    ]
+    compared = _table(("difference, nats per byte", "r", "mean", "95 % interval", "it says"), lines)
+    return f"{compared}\n\n{_table(('a step of', 'r', 'ms, median', 'all rounds'), times)}"
 
 
 def precisions(document: Document) -> str:

@@ -187,7 +187,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         text += "; a learning rate is at the edge of its grid" if row["edge"] else ""
         found.append(text + (f"; {row['diverged']} seeds diverged" if row.get("diverged") else ""))
     if any(row["op"] == ADAPT for row in rows) and not any(row["op"] == EQUAL_TIME for row in rows):
-        found.append("equal time: not measured, as there is no GPU")
+        found.append("equal time: not measured: a GPU times steps, after the runs")
     return found
 
 

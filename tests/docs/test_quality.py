@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -15,7 +16,7 @@ from doratune.benchmarks.quality.summary import summarise
 from .pages import ROOT
 
 DOCS = ROOT / "docs"
-FILE = ROOT / "benchmarks" / "results" / "cpu" / "quality.json"
+RESULTS = ROOT / "benchmarks" / "results"
 LORA, DORA, ROW_SCALED, FULL = "peft_lora", "doratune", "row_scaled_lora", "full"
 NOISE = (0.3, -0.2, 0.1, -0.3, 0.1)
 """Of a seed, the same for all methods; far larger than what differs between them."""
@@ -158,8 +159,15 @@ def test_what_did_not_run_is_named(quality: ModuleType) -> None:
     empty = study(METHODS)
     assert quality.precisions(empty) == quality.rates(empty) == "Not run."
     assert quality.equal_time(empty).startswith("Not measured")
-    clocks = [row("clock", one["impl"], one["rank"], step_ms=1.0) for one in METHODS]
-    assert len(cells(quality.equal_time(study([*METHODS, *clocks])))) == 5
+
+
+def test_methods_are_compared_at_equal_time_beside_the_time_of_a_step(quality: ModuleType) -> None:
+    times = {"step_ms": 1.0, "step_ms_samples": [0.9, 1.0, 1.2]}
+    clocks = [row("clock", one["impl"], one["rank"], **times) for one in METHODS]
+    compared, steps = quality.equal_time(study([*METHODS, *clocks])).split("\n\n")
+    assert len(cells(compared)) == 5
+    assert len(cells(steps)) == len(clocks)
+    assert ["full fine-tuning", quality.ABSENT, "1.0", "0.9 to 1.2"] in cells(steps)
 
 
 def test_distances_of_curves_are_told_with_what_computed_them(quality: ModuleType) -> None:
@@ -188,8 +196,11 @@ def test_a_file_of_something_else_is_no_page(change: Callable[[Document], None],
         quality.what_ran(other)
 
 
-def test_the_committed_page_is_made_of_its_file_alone(quality: ModuleType) -> None:
+def test_the_committed_page_is_made_of_its_files_alone(quality: ModuleType) -> None:
     page = (DOCS / "results" / "quality.md").read_text(encoding="utf-8")
-    for part, made in quality.PARTS.items():
-        assert f"```{{quality}} cpu/quality.json {part}\n" in page
-        assert made(quality.read(FILE)), part
+    for part in quality.PARTS:
+        assert f"```{{quality}} h100-sxm/quality.json {part}\n" in page
+    shown = re.findall(r"^```{quality} (\S+) (\S+)$", page, flags=re.MULTILINE)
+    assert {file for file, _ in shown} == {"h100-sxm/quality.json", "cpu/quality.json"}
+    for file, part in shown:
+        assert quality.PARTS[part](quality.read(RESULTS / file)), (file, part)

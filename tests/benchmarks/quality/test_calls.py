@@ -195,7 +195,7 @@ def test_the_command_prints_the_summaries_and_its_json_is_the_file(calls: Any) -
     done = CliRunner().invoke(bench, options)
     assert done.exit_code == 0, done.output
     assert "held-out loss at equal steps, r=2: doratune − peft_lora" in done.stdout
-    assert "equal time: not measured, as there is no GPU" in done.stdout
+    assert "equal time: not measured: a GPU times steps, after the runs" in done.stdout
     as_json = CliRunner().invoke(bench, [*options, "--json"])
     assert json.loads(as_json.stdout) == json.loads(output.read_text())
 

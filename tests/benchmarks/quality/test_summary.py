@@ -59,7 +59,7 @@ def test_without_a_gpu_nothing_is_said_of_equal_time() -> None:
     rows = [adapt_row(name, seed, 2.0) for name in (LORA, DORA) for seed in range(2)]
     found = summarise(rows)
     assert not [row for row in found if row["op"] == EQUAL_TIME]
-    assert sentences([*rows, *found])[-1] == "equal time: not measured, as there is no GPU"
+    assert sentences([*rows, *found])[-1] == "equal time: not measured: a GPU times steps, after the runs"
 
 
 def test_at_equal_time_the_slower_one_is_read_off_before_its_end() -> None:
