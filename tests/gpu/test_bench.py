@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
+from doratune.benchmarks.adapted import MODES, contender, with_dora
 from doratune.benchmarks.groups import GROUP_PEERS, group_cases, run_group
 from doratune.benchmarks.host import compiled_module, host_cases, prebound
 from doratune.benchmarks.kernels import Case, run_case
 from doratune.benchmarks.measuring import SCALING
 from doratune.benchmarks.peers import peers_of
+from doratune.benchmarks.quantised import quantise
 from doratune.benchmarks.results import OURS, UNCHECKED, Outcome
 from doratune.cli import main
 from doratune.codegen.ops import OPS
@@ -29,6 +33,22 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
 ]
+
+
+@pytest.mark.parametrize(("quant", "package"), [("nf4", "bitsandbytes"), ("int8", "bitsandbytes"), ("fp8", "torchao")])
+def test_layers_that_are_on_the_gpu_are_quantised_there(quant: str, package: str) -> None:
+    """bitsandbytes quantises what moves to a GPU; what is there already it would leave in bf16."""
+    pytest.importorskip("peft")
+    pytest.importorskip(package)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(256, 128, bias=False, device="cuda", dtype=torch.bfloat16)).requires_grad_(False)
+    x = torch.randn(5, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = plain(x)
+        model = with_dora(quantise(copy.deepcopy(plain), ["0"], quant), MODES["bf16"], rank=4, targets=["0"])
+        lora = contender("peft_lora", model).model.base_model.model[0]
+        error = (lora.get_base_layer()(x) - wanted).norm() / wanted.norm()
+    assert 1e-3 < float(error) < 0.2
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("_exact")])
