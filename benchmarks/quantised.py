@@ -63,9 +63,8 @@ def _int8(linear: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     layer: Any = _like(linear, Linear8bitLt, has_fp16_weights=False, threshold=6.0)
-    layer.weight = Int8Params(linear.weight.data.cpu(), requires_grad=False).to(
-        linear.weight.device
-    )  # moved, it quantises
+    # It quantises what it moves; what is there already would stay in 16 bits.
+    layer.weight = Int8Params(linear.weight.data.cpu(), requires_grad=False).to(linear.weight.device)
     layer.init_8bit_state()  # the first call would take the scales away from W, which contenders share
     return _with_bias(layer, linear)
 
