@@ -50,8 +50,8 @@ MOST_SMALL_RANKS = 64
 """Ranks up to which decoding takes longer than the products.
 
 On an H100 the winners of int8 and fp8 at rank 64 (32 columns a step, two or four warps), taken at rank 384, took 1.05
-to 2.0 times as long as the built-in config, each relative to the bf16 norm of its own run (``packed.json`` and
-``before-after/packed-built-in.json`` of ``benchmarks/results/h100-sxm``). Those of rank 16 are as far
+to 2.0 times as long as the built-in config, each relative to the bf16 norm of its own run (``packed-tuned.json`` and
+``packed-built-in.json`` of ``benchmarks/results/h100-sxm/before-after``). Those of rank 16 are as far
 from what suits many ranks.
 """
 
