@@ -55,10 +55,12 @@ def specs_served_by(draw: st.DrawFn, variant: Variant) -> KernelSpec:
         return step * draw(st.integers(1, longest // step)) if even else draw(st.integers(1, longest))
 
     equal_shares = variant.library and variant.op == "weight_norm"  # cuBLAS's batched products take no others
+    whole_steps = variant.packed and variant.descriptors  # 64 columns are decoded at a time
+    step = 128 if equal_shares else 64 if whole_steps else 0
     spec = KernelSpec.create(
         variant.op,
         d_out=size(16384),
-        d_in=128 * draw(st.integers(1, 128)) if equal_shares else size(16384),
+        d_in=step * draw(st.integers(1, 16384 // step)) if step else size(16384),
         rank=size(1024),
         layers=draw(st.sampled_from(LAYER_BUCKETS)),
         **read_by(variant, {"dtype": dtype, "tokens": draw(st.sampled_from(TOKEN_BUCKETS))}),

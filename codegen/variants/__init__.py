@@ -22,6 +22,7 @@ from .gated import SwigluBackwardTile, SwigluTile, SwigluTma
 from .group import ComposeBackwardGroupTile, LoraComposeGroupTile
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
 from .packed_norm import WeightNormGroupPacked, WeightNormPacked
+from .packed_norm_warp_specialized import WeightNormGroupPackedWarpSpecialized, WeightNormPackedWarpSpecialized
 from .weight_norm import WeightNormFused, WeightNormTma
 from .weight_norm_exact import WeightNormExactRows
 from .weight_norm_group import WeightNormGroupTiles, WeightNormGroupWarpSpecialized
@@ -48,10 +49,12 @@ VARIANTS: tuple[Variant, ...] = (
     WeightNormWarpSpecialized(),
     WeightNormLibrary(),
     WeightNormPacked(),
+    WeightNormPackedWarpSpecialized(),
     WeightNormExactRows(),
     WeightNormGroupTiles(),
     WeightNormGroupWarpSpecialized(),
     WeightNormGroupPacked(),
+    WeightNormGroupPackedWarpSpecialized(),
     LoraComposeTile(),
     LoraComposeTma(),
     LoraComposeWarpSpecialized(),

@@ -362,6 +362,31 @@ def test_packed_codes_are_copied_sixteen_bytes_at_a_time(
     assert copied[8] == 0
 
 
+SPECIALIZED = ["nf4", "nf4.128.nested", "fp4", "int8", "ao8.tensor", "ao8.block", "fp8", "fp8.tile", "fp8.exact"]
+
+
+@pytest.mark.parametrize(("form", "rank"), [*((form, 384) for form in SPECIALIZED), ("nf4", 16), ("int8", 64)])
+def test_products_of_codes_that_other_warps_decode_do_not_wait_for_each_other(
+    workers: ProcessPoolExecutor, tmp_path: Path, form: str, rank: int
+) -> None:
+    """Where sums and addresses do not fit the registers, the assembler waits for each product before the next."""
+    gpu = find_gpu("h100-sxm")
+    values = {"weight": form, "adapter": "fp32", "autocast": True, "rank": rank}
+    for spec in (
+        spec_of("weight_norm", gpu.slug, save=True, **values),
+        spec_of("weight_norm_group", gpu.slug, layers=8, **values),
+    ):
+        config = first_fitting_seed(find_variant(spec.op, "packed_warp_specialized"), spec)
+        made = workers.submit(binaries_job, str(spec), str(config), gpu.slug).result()
+        path = tmp_path / "sums.cubin"
+        path.write_bytes(next(each.image for each in made if each.kernel == "sums_kernel"))
+        code = subprocess.run([cuobjdump(), "-sass", str(path)], check=True, capture_output=True, text=True).stdout
+        products = re.findall(r"HGMMA\.64x\d+x16\.\S+ R\d+, [^;]*;", code)
+        halves = 2 * 4 // config.num_warps
+        assert len(products) == halves * config["rank_tiles"] * 4  # 64 columns are four products
+        assert sum("gsb0" in product for product in products) == config["rank_tiles"]
+
+
 MOVED = """
 import re, sys
 from doratune.codegen.compile import compile_source

@@ -1,0 +1,518 @@
+"""Row norm of W + sBA: some warps decode W from the words that it is stored in, others multiply.
+
+    w = sqrt(nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T)))), nW = rowsum(W*W); g = m / max(w, eps)
+
+spec    weight_norm/d_out=4096/d_in=4096/rank=384/weight=nf4.nested/adapter=bf16@h200
+config  packed_warp_specialized:decoders=1,finish_ranks=64,finish_rows=128,gram_block=64,gram_block_k=64,gram_split=8,rank_block=128,rank_tiles=3,split_k=4,num_warps=8,num_stages=3
+
+Emitted by doratune from templates/weight_norm_packed_warp_specialized.py.j2; edit the template, not this text.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+import triton.language as tl
+
+
+@triton.jit
+def table_of_lane():
+    """The value of code l mod 16 in lane l of each warp: a table in one register."""
+    lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [0], dtype=tl.int32, is_pure=True, pack=1) % 16
+    table = -1.0
+    table = tl.where(lane == 1, -0.6961928009986877, table)
+    table = tl.where(lane == 2, -0.5250730514526367, table)
+    table = tl.where(lane == 3, -0.39491748809814453, table)
+    table = tl.where(lane == 4, -0.28444138169288635, table)
+    table = tl.where(lane == 5, -0.18477343022823334, table)
+    table = tl.where(lane == 6, -0.09105003625154495, table)
+    table = tl.where(lane == 7, 0.0, table)
+    table = tl.where(lane == 8, 0.07958029955625534, table)
+    table = tl.where(lane == 9, 0.16093020141124725, table)
+    table = tl.where(lane == 10, 0.24611230194568634, table)
+    table = tl.where(lane == 11, 0.33791524171829224, table)
+    table = tl.where(lane == 12, 0.44070982933044434, table)
+    table = tl.where(lane == 13, 0.5626170039176941, table)
+    table = tl.where(lane == 14, 0.7229568362236023, table)
+    table = tl.where(lane == 15, 1.0, table)
+    return table
+
+
+@triton.jit
+def value_of(codes, table):
+    """The values of the codes in the lowest four bits, each from the lane that has it: one shuffle."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff; // nf4", "=f,f,r", [table, codes], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def product(value, outer):
+    """value*outer, rounded before the offset is added, as bitsandbytes does. The compiler would fuse the two, and a scale that differs in its last bit rounds some of W otherwise."""
+    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [value, outer], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def gram_kernel(
+    lora_a_ptr: "*bf16",
+    lora_a_stride: "i64",
+    gram_shares_ptr: "*fp32",
+    scaling: "fp32",
+):
+    """Write one tile of s*G = s*A @ A.T over one share of the columns."""
+    RANK: tl.constexpr = 384
+    BLOCK: tl.constexpr = 64
+    BLOCK_K: tl.constexpr = 64
+    TILES: tl.constexpr = 6
+    STEPS: tl.constexpr = 8
+
+    tl.extra.cuda.gdc_launch_dependents()
+    tile_row = tl.program_id(0) // TILES
+    tile_col = tl.program_id(0) % TILES
+    rows = tile_row * BLOCK + tl.arange(0, BLOCK)
+    cols = tile_col * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1) * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
+    row_ptrs = lora_a_ptr + rows.to(tl.int64)[:, None] * lora_a_stride + k[None, :]
+    col_ptrs = lora_a_ptr + cols.to(tl.int64)[None, :] * lora_a_stride + k[:, None]
+    gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
+    for step in range(0, STEPS):
+        left = tl.load(row_ptrs + step * BLOCK_K)
+        right = tl.load(col_ptrs + step * BLOCK_K)
+        product = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
+        product = tl.dot(left, right, product)
+        gram += scaling * product
+    share = tl.program_id(1).to(tl.int64) * (RANK * RANK)
+    tl.store(gram_shares_ptr + share + rows[:, None] * RANK + cols[None, :], gram)
+
+
+@triton.jit
+def gram_sum_kernel(gram_shares_ptr: "*fp32", gram_ptr: "*bf16", adapter_squares_ptr: "*fp32"):
+    """Add the shares of one tile of s*G in a fixed order; write it as a high and a low part, and s*rowsum(A*A) from its diagonal."""
+    RANK: tl.constexpr = 384
+    BLOCK: tl.constexpr = 64
+    TILES: tl.constexpr = 6
+    SHARES: tl.constexpr = 8
+
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    tile_row = tl.program_id(0) // TILES
+    tile_col = tl.program_id(0) % TILES
+    rows = tile_row * BLOCK + tl.arange(0, BLOCK)
+    cols = tile_col * BLOCK + tl.arange(0, BLOCK)
+    share_ptrs = gram_shares_ptr + rows[:, None] * RANK + cols[None, :]
+    gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
+    for _ in range(0, SHARES):
+        gram += tl.load(share_ptrs)
+        share_ptrs += RANK * RANK
+    there = rows[:, None] * RANK + cols[None, :]
+    high = gram.to(tl.bfloat16)
+    tl.store(gram_ptr + there, high)
+    tl.store(gram_ptr + RANK * RANK + there, (gram - high.to(tl.float32)).to(tl.bfloat16))
+    diagonal = tl.sum(tl.where(rows[:, None] == cols[None, :], gram, 0.0), axis=1)
+    tl.store(adapter_squares_ptr + rows, diagonal, mask=(tile_row == tile_col))
+
+
+@gluon.jit
+def products_of(v_0, v_1, v_2, v_3):
+    """Four values rounded to bf16: their low bytes in one word, their high bytes in another."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 even, odd;
+        cvt.rn.bf16x2.f32 even, $3, $2;
+        cvt.rn.bf16x2.f32 odd, $5, $4;
+        prmt.b32 $0, even, odd, 0x6420;
+        prmt.b32 $1, even, odd, 0x7531;
+        }
+        """, "=r,=r,f,f,f,f", [v_0, v_1, v_2, v_3], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def values_of(words, low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3):
+    """The eight bf16 values of each word of codes, in order, two in each of four words.
+
+    A table of 16 bytes is looked up by two byte permutations, of codes 0 to 7 and of codes 8 to 15; a third one takes the
+    result that each code's highest bit names.
+    """
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 code, half, a, b, low, high;
+        and.b32 code, $4, 0x77777777;
+        shr.b32 half, $4, 1;
+        lop3.b32 half, half, 0x44444444, 0x32103210, 0xEA;
+        prmt.b32 a, $5, $6, code;
+        prmt.b32 b, $7, $8, code;
+        prmt.b32 low, a, b, half;
+        prmt.b32 a, $9, $10, code;
+        prmt.b32 b, $11, $12, code;
+        prmt.b32 high, a, b, half;
+        prmt.b32 $0, low, high, 0x4051;
+        prmt.b32 $1, low, high, 0x6273;
+        shr.b32 code, code, 16;
+        shr.b32 half, half, 16;
+        prmt.b32 a, $5, $6, code;
+        prmt.b32 b, $7, $8, code;
+        prmt.b32 low, a, b, half;
+        prmt.b32 a, $9, $10, code;
+        prmt.b32 b, $11, $12, code;
+        prmt.b32 high, a, b, half;
+        prmt.b32 $2, low, high, 0x4051;
+        prmt.b32 $3, low, high, 0x6273;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+        [words, low_0, low_1, low_2, low_3, high_0, high_1, high_2, high_3],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+    )
+
+
+@gluon.jit
+def scale_of(value, outer, offset):
+    """value*outer, rounded before the offset is added, as bitsandbytes does."""
+    return gl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [value, outer], dtype=gl.float32, is_pure=True, pack=1) + offset
+
+
+@gluon.jit
+def decoded(words, scale):
+    """The bf16 values of W at words [BLOCK_M, 1, 8], each two columns in one word: from a table of their products with each scale."""
+    low_0, high_0 = products_of(scale * -1.0, scale * -0.6961928009986877, scale * -0.5250730514526367, scale * -0.39491748809814453)
+    low_1, high_1 = products_of(scale * -0.28444138169288635, scale * -0.18477343022823334, scale * -0.09105003625154495, scale * 0.0)
+    low_2, high_2 = products_of(scale * 0.07958029955625534, scale * 0.16093020141124725, scale * 0.24611230194568634, scale * 0.33791524171829224)
+    low_3, high_3 = products_of(scale * 0.44070982933044434, scale * 0.5626170039176941, scale * 0.7229568362236023, scale * 1.0)
+    pair_0, pair_1, pair_2, pair_3 = values_of(
+        words, gl.expand_dims(low_0, 2), gl.expand_dims(low_1, 2), gl.expand_dims(low_2, 2), gl.expand_dims(low_3, 2), gl.expand_dims(high_0, 2), gl.expand_dims(high_1, 2), gl.expand_dims(high_2, 2), gl.expand_dims(high_3, 2)
+    )
+    return gl.join(gl.join(pair_0, pair_2), gl.join(pair_1, pair_3))
+
+
+@gluon.jit
+def decode(
+    lora_a_desc, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, lora_b_stride, w_ring, a_ring, full, empty
+):
+    """Four warps, a row of the tile for each thread: W's steps are decoded, A's loaded by the tensor memory accelerator; then B's columns."""
+    BLOCK_M: gl.constexpr = 128
+    BLOCK_N: gl.constexpr = 128
+    BLOCK_K: gl.constexpr = 64
+    TILES: gl.constexpr = 3
+    K_STEPS: gl.constexpr = 16
+    STAGES: gl.constexpr = 3
+    DECODERS: gl.constexpr = 1
+    AHEAD: gl.constexpr = 1
+    D_IN: gl.constexpr = 4096
+    WORDS: gl.constexpr = 8
+    PIECE_COLS: gl.constexpr = 64
+    PIECES: gl.constexpr = 6
+    PIECE_ROWS: gl.constexpr = 32
+
+    CODES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [32, 1, 1], [4, 1, 1], [2, 1, 0])
+    ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, CODES))
+    PAIRS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    group = 0
+    tile = gl.program_id(0)
+    first_m = tile * BLOCK_M
+    share = gl.program_id(1)
+    steps = K_STEPS
+    first_step = share * K_STEPS
+    row = first_m + gl.arange(0, BLOCK_M, ROWS)
+    weight_start = weight_ptr
+    scales_start = scales_ptr
+    scale_table_start = scale_table_ptr
+    outer_scales_start = outer_scales_ptr
+    scale_offset_start = scale_offset_ptr
+    scale_offset = gl.load(scale_offset_start)
+    group_of_step = gl.arange(0, 1, gl.SliceLayout(0, gl.SliceLayout(2, CODES)))
+    word = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, CODES)))
+    row_starts = gl.expand_dims(gl.expand_dims(row.to(gl.int64) * (D_IN // 8) + first_step * WORDS, 1), 2)
+    columns = gl.expand_dims(gl.expand_dims(group_of_step, 0), 2) * 8 + gl.expand_dims(gl.expand_dims(word, 0), 1)
+    word_ptrs = weight_start.to(tl.pointer_type(tl.int32), bitcast=True) + (row_starts + columns)
+    scale_numbers = gl.expand_dims(row * (D_IN // 64) + first_step * 1, 1) + gl.expand_dims(group_of_step, 0)
+    words_0 = gl.load(word_ptrs)
+    number = scale_numbers
+    code_0 = gl.load(scales_start + number).to(gl.int32)
+    outer_0 = gl.load(outer_scales_start + number // 256)
+    for step in range(0, steps, DECODERS):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), TILES * BLOCK_N * BLOCK_K * 2)
+        for i in gl.static_range(TILES):
+            a_tile = a_ring.index(stage * TILES + i)
+            tma.async_copy_global_to_shared(lora_a_desc, [(group * TILES + i) * BLOCK_N, (first_step + step) * BLOCK_K], full.index(stage), a_tile)
+        scale = scale_of(gl.load(scale_table_start + code_0), outer_0, scale_offset)
+        pairs = decoded(words_0, scale)
+        w_ring.index(stage)._reinterpret(gl.int32, [BLOCK_M, BLOCK_K // 2], PAIRS).store(gl.reshape(pairs, [BLOCK_M, BLOCK_K // 2]))
+        later = gl.minimum(step + AHEAD * DECODERS, steps - 1)
+        words_0 = gl.load(word_ptrs + later * WORDS)
+        number = scale_numbers + later * 1
+        code_0 = gl.load(scales_start + number).to(gl.int32)
+        outer_0 = gl.load(outer_scales_start + number // 256)
+        tl.debug_barrier()  # all four warps have stored before one of them says so
+        mbarrier.arrive(full.index(stage), count=1)
+
+    B_TILE: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    B_SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    lane_rows = gl.arange(0, PIECE_ROWS, gl.SliceLayout(1, B_TILE))
+    lane_ranks = gl.arange(0, PIECE_COLS, gl.SliceLayout(0, B_TILE))
+    for step in range(steps, steps + PIECES, DECODERS):
+        stage = step % STAGES
+        rank = group * (TILES * BLOCK_N) + (step - steps) * PIECE_COLS + lane_ranks
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        rows_of_b = w_ring.index(stage)._reinterpret(gl.bfloat16, [BLOCK_M // PIECE_ROWS, PIECE_ROWS, PIECE_COLS], B_SHARED)
+        for i in range(0, BLOCK_M // PIECE_ROWS):
+            b_row = (first_m + i * PIECE_ROWS + lane_rows).to(gl.int64)
+            b = gl.load(lora_b_ptr + gl.expand_dims(b_row * lora_b_stride, 1) + gl.expand_dims(rank, 0))
+            rows_of_b.index(i).store(b)
+        tl.debug_barrier()
+        mbarrier.arrive(full.index(stage), count=2)
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # the last kernel waits for this one only, and reads what those before wrote
+
+
+@gluon.jit
+def sum_row_dots(sums_ptr, w_ring, a_ring, full, empty, scaling):
+    """The other warps: acc = W @ A.T over this program's share of the columns, then s*sum_n B[:, n] * acc[:, n]."""
+    BLOCK_M: gl.constexpr = 128
+    BLOCK_N: gl.constexpr = 128
+    TILES: gl.constexpr = 3
+    K_STEPS: gl.constexpr = 16
+    STAGES: gl.constexpr = 3
+    D_OUT: gl.constexpr = 4096
+    PIECE_COLS: gl.constexpr = 64
+
+    TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
+    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, PIECE_COLS, 16])
+    group = 0
+    tile = gl.program_id(0)
+    first_m = tile * BLOCK_M
+    share = gl.program_id(1)
+    steps = K_STEPS
+    acc_0 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
+    acc_1 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
+    acc_2 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
+    for step in range(0, steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        # Here and not where it was stored: there the fence would wait for the loads of later steps, too.
+        fence_async_shared()
+        w_tile = w_ring.index(stage)
+        acc_0 = warpgroup_mma(w_tile, a_ring.index(stage * TILES).permute((1, 0)), acc_0, is_async=True)
+        acc_1 = warpgroup_mma(w_tile, a_ring.index(stage * TILES + 1).permute((1, 0)), acc_1, is_async=True)
+        acc_2 = warpgroup_mma(w_tile, a_ring.index(stage * TILES + 2).permute((1, 0)), acc_2, is_async=True)
+        acc_0, acc_1, acc_2 = warpgroup_mma_wait(3, deps=(acc_0, acc_1, acc_2))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)  # the step before is done
+    acc_0, acc_1, acc_2 = warpgroup_mma_wait(0, deps=(acc_0, acc_1, acc_2))
+    mbarrier.arrive(empty.index((steps + STAGES - 1) % STAGES), count=1)
+
+    dots = gl.zeros((BLOCK_M,), gl.float32, gl.SliceLayout(1, PIECE))
+    step = steps
+    lower, upper = gl.split(gl.permute(gl.reshape(acc_0, [BLOCK_M, 2, PIECE_COLS]), (0, 2, 1)))
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(lower, PIECE) * b.to(gl.float32), axis=1)
+    step += 1
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(upper, PIECE) * b.to(gl.float32), axis=1)
+    step += 1
+    lower, upper = gl.split(gl.permute(gl.reshape(acc_1, [BLOCK_M, 2, PIECE_COLS]), (0, 2, 1)))
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(lower, PIECE) * b.to(gl.float32), axis=1)
+    step += 1
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(upper, PIECE) * b.to(gl.float32), axis=1)
+    step += 1
+    lower, upper = gl.split(gl.permute(gl.reshape(acc_2, [BLOCK_M, 2, PIECE_COLS]), (0, 2, 1)))
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(lower, PIECE) * b.to(gl.float32), axis=1)
+    step += 1
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(upper, PIECE) * b.to(gl.float32), axis=1)
+    step += 1
+    dots *= scaling
+    rows = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PIECE))
+    sums = sums_ptr + rows
+    gl.store(sums + share.to(gl.int64) * D_OUT, dots)
+
+
+@gluon.jit
+def sums_kernel(
+    lora_a_desc: "tensordesc<bf16[128, 64]>",
+    weight_ptr: "*u8",
+    scales_ptr: "*u8",
+    scale_table_ptr: "*fp32",
+    outer_scales_ptr: "*fp32",
+    scale_offset_ptr: "*fp32",
+    lora_b_ptr: "*bf16",
+    lora_b_stride: "i64",
+    sums_ptr: "*fp32",
+    scaling: "fp32",
+):
+    """Write s*rowsum(B * W@A.T) of BLOCK_M rows, over 3 x BLOCK_N ranks and one share of the columns.
+
+    The descriptor reads zeros beyond the last rank, and B's columns there are zeros.
+    """
+    BLOCK_M: gl.constexpr = 128
+    BLOCK_N: gl.constexpr = 128
+    BLOCK_K: gl.constexpr = 64
+    TILES: gl.constexpr = 3
+    STAGES: gl.constexpr = 3
+
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    w_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], SWIZZLED)
+    a_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, BLOCK_N, BLOCK_K], SWIZZLED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)  # W's tile is decoded, and A's is asked for
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (sum_row_dots, (sums_ptr, w_ring, a_ring, full, empty, scaling)),
+            (decode, (lora_a_desc, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, lora_b_stride, w_ring, a_ring, full, empty)),
+        ],
+        [4],
+        [56],
+    )
+
+
+@triton.jit
+def finish_kernel(
+    weight_ptr: "*u8",
+    scales_ptr: "*u8",
+    scale_table_ptr: "*fp32",
+    outer_scales_ptr: "*fp32",
+    scale_offset_ptr: "*fp32",
+    lora_a_ptr: "*bf16",
+    lora_a_stride: "i64",
+    lora_b_ptr: "*bf16",
+    lora_b_stride: "i64",
+    weight_sq_ptr: "*fp32",
+    gram_ptr: "*bf16",
+    adapter_squares_ptr: "*fp32",
+    sums_ptr: "*fp32",
+    norm_ptr: "*fp32",
+    scaling: "fp64",
+):
+    """Write w of BLOCK_M rows; rows whose terms nearly cancel are added up again in fp64."""
+    D_OUT: tl.constexpr = 4096
+    D_IN: tl.constexpr = 4096
+    RANK: tl.constexpr = 384
+    BLOCK_M: tl.constexpr = 128
+    BLOCK_R: tl.constexpr = 64
+    BLOCK_K: tl.constexpr = 256
+    RANKS: tl.constexpr = 8
+    PARTIALS: tl.constexpr = 4
+    LEAST_SHARE: tl.constexpr = 0.5
+
+    tl.extra.cuda.gdc_wait()
+    lane = tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) * BLOCK_M + lane
+    b_rows = lora_b_ptr + rows.to(tl.int64)[:, None] * lora_b_stride
+    grams = gram_ptr
+    sums = sums_ptr + rows
+    weight_sq = tl.load(weight_sq_ptr + rows)
+    cross = tl.full((BLOCK_M,), 0.0, tl.float32)
+    for _ in tl.static_range(PARTIALS):
+        cross += tl.load(sums)
+        sums += D_OUT
+
+    # rowsum(B@sG * B), the blocks below the diagonal of the symmetric G twice; and what it is added up from, which may be far more.
+    square = tl.full((BLOCK_M,), 0.0, tl.float32)
+    summands = tl.full((BLOCK_M,), 0.0, tl.float32)
+    for first in range(0, RANK, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        b = tl.load(b_rows + r[None, :])
+        below = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
+        for start in range(0, first, BLOCK_R):
+            j = start + tl.arange(0, BLOCK_R)
+            b_part = tl.load(b_rows + j[None, :])
+            gram_ptrs = grams + j[:, None] * RANK + r[None, :]
+            below = tl.dot(b_part, tl.load(gram_ptrs), below)
+            below = tl.dot(b_part, tl.load(gram_ptrs + RANK * RANK), below)
+        acc = 2.0 * below
+        gram_ptrs = grams + r[:, None] * RANK + r[None, :]
+        acc = tl.dot(b, tl.load(gram_ptrs), acc)
+        acc = tl.dot(b, tl.load(gram_ptrs + RANK * RANK), acc)
+        b_wide = b.to(tl.float32)
+        square += tl.sum(acc * b_wide, axis=1)
+        adapter_squares = tl.load(adapter_squares_ptr + r)
+        summands += tl.sum(b_wide * b_wide * adapter_squares[None, :], axis=1)
+    s = tl.full((BLOCK_M,), scaling, tl.float32)
+    norm = tl.sqrt(tl.maximum(weight_sq + 2.0 * cross + s * square, 0.0))
+
+    cancels = (norm * norm < LEAST_SHARE * (weight_sq + s * summands)).to(tl.int32)
+    if tl.max(cancels, axis=0) > 0:
+        weight_start = weight_ptr
+        scales_start = scales_ptr
+        scale_table_start = scale_table_ptr
+        outer_scales_start = outer_scales_ptr
+        scale_offset_start = scale_offset_ptr
+        scale_offset = tl.load(scale_offset_start)
+        table = table_of_lane()
+        rank = tl.arange(0, RANKS)
+        k = tl.arange(0, BLOCK_K)
+        s_wide = tl.full((BLOCK_K,), scaling, tl.float64)
+        for i in range(0, BLOCK_M):
+            if tl.max(tl.where(lane == i, cancels, 0), axis=0) > 0:
+                row = (tl.program_id(0) * BLOCK_M + i).to(tl.int64)
+                squared = tl.full((BLOCK_K,), 0.0, tl.float64)
+                for start in range(0, D_IN, BLOCK_K):
+                    ba = tl.full((BLOCK_K,), 0.0, tl.float64)
+                    for first in range(0, RANK, RANKS):
+                        b_row = tl.load(lora_b_ptr + row * lora_b_stride + first + rank).to(tl.float64)
+                        a = tl.load(lora_a_ptr + (first + rank).to(tl.int64)[:, None] * lora_a_stride + start + k[None, :]).to(tl.float64)
+                        ba += tl.sum(b_row[:, None] * a, axis=0)
+                    flat = row * D_IN + start + k
+                    w = value_of(tl.load(weight_start + flat // 2).to(tl.int32) >> (4 - 4 * (flat % 2)).to(tl.int32), table)
+                    number = flat // 64
+                    scale = product(tl.load(scale_table_start + tl.load(scales_start + number).to(tl.int32)), tl.load(outer_scales_start + number // 256)) + scale_offset
+                    w = (w * scale).to(tl.bfloat16).to(tl.float64)
+                    entry = w + s_wide * ba
+                    squared += entry * entry
+                exact = tl.sqrt(tl.sum(squared, axis=0)).to(tl.float32)
+                norm = tl.where(lane == i, exact, norm)
+    tl.store(norm_ptr + rows, norm)
+
+
+def launch(weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_b, weight_sq, norm, scaling):
+    """Fill norm [4096] from W [4096, 4096] (weight, scales, scale_table, outer_scales, scale_offset, flat), lora_a [384, 4096], lora_b [4096, 384]."""
+    gram = torch.empty((2, 384, 384), dtype=torch.bfloat16, device=weight.device)
+    adapter_squares = torch.empty((384,), dtype=torch.float32, device=weight.device)
+    sums = torch.empty((4, 4096), dtype=torch.float32, device=weight.device)
+    gram_shares = torch.empty((8, 384, 384), dtype=torch.float32, device=weight.device)
+    gram_kernel[(36, 8)](lora_a, lora_a.stride(0), gram_shares, scaling, num_warps=4, num_stages=3)
+    gram_sum_kernel[(36,)](gram_shares, gram, adapter_squares, num_warps=4, num_stages=2, launch_pdl=True)
+    a_layout = gl.NVMMASharedLayout.get_default_for([128, 64], gl.bfloat16)
+    sums_kernel[(32, 4)](
+        TensorDescriptor.from_tensor(lora_a, [128, 64], a_layout),
+        weight, scales, scale_table, outer_scales, scale_offset, lora_b, lora_b.stride(0), sums, scaling, num_warps=8, num_stages=3, launch_pdl=True
+    )
+    finish_kernel[(32, 1)](
+        weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_a.stride(0), lora_b, lora_b.stride(0), weight_sq, gram, adapter_squares, sums, norm, scaling, num_warps=8, num_stages=2, launch_pdl=True
+    )
