@@ -108,9 +108,9 @@ class WeightNormPackedWarpSpecialized(Variant):
     def default_order(self, spec: KernelSpec) -> int:
         """First for what has been measured: many ranks beside 4-bit codes with plain scales, one layer at a time.
 
-        On an H100 (Triton 3.6) at rank 384 the norm from nf4 took 0.64 times the ``packed`` variant's time at 14336x4096
-        and 0.60 times at 4096x4096, interleaved in one run that no results file has yet. At rank 64 it took 0.94 to
-        0.98 times, at rank 16 1.05.
+        On an H100 (Triton 3.6) the norm from nf4 at rank 384 took 0.64 times the ``packed`` variant's time at
+        14336x4096 and 0.60 times at 4096x4096, interleaved in one run that no results file has yet. At rank 64 it took
+        0.94 to 0.98 times, at rank 16 1.05.
         """
         form = spec.format
         measured = form is not None and form.of.packing == "pairs" and not form.nested and not spec.layers
