@@ -103,7 +103,8 @@ class _Forward:
     ) -> list[torch.Tensor]:
         """The outputs of few tokens from the stored W: no base product is in memory."""
         dtype = rows.dtype
-        hs = (self.h,) if plan.count == 1 else self.h.chunk(plan.count, 1)
+        # Each its own rows: a launch on slices of wider rows costs the host more than this copy.
+        hs = self.h.view(-1, plan.count, plan.rank).transpose(0, 1).contiguous().unbind()
         made = []
         for index, kernel in enumerate(kernels):
             y = torch.empty((*lead, plan.widths[index]), dtype=dtype, device=rows.device)

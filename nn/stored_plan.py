@@ -144,9 +144,9 @@ class StoredPlan:
         if at.fused is None:
             uses.append((at.compose, [*rows, h, *b, *vectors, *biases, *rows]))
         else:
-            x, hs = made(tokens, self.layers[0].weight.d_in, of=dtype), h.chunk(self.count, 1)
+            x, alone = made(tokens, self.layers[0].weight.d_in, of=dtype), made(tokens, rank, of=dtype)
             for index, fused in enumerate(at.fused):
-                ends = [hs[index], b[index], vectors[index], *biases[index : index + 1], rows[index]]
+                ends = [alone, b[index], vectors[index], *biases[index : index + 1], rows[index]]
                 uses.append((fused, [x, *self.stored[index], *ends]))
         if one:
             product, db = made(*b[0].shape), made(*b[0].shape, of=self.adapter_dtype)

@@ -15,6 +15,7 @@ from torch import nn
 from doratune.integrations.peft import base_layers
 from doratune.nn import kernels
 from doratune.nn.kernels import kernel_for as find
+from doratune.runtime.argument_memo import rows_of
 
 from ...nn.layers import KernelOnPaper
 from .peft_models import relative, shake
@@ -160,14 +161,28 @@ def test_a_hook_on_the_base_layer_sees_its_product(paying: Callable[[], int]) ->
     assert paying() == 1, "the other layer's"
 
 
-def test_layers_that_read_the_same_x_have_a_kernel_each(paying: Callable[[], int]) -> None:
+def test_layers_that_read_the_same_x_have_a_kernel_each(
+    paying: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with operands of whole rows: only launches on those are repeated without running the emitted Python."""
+    rows: list[int] = []
+    launch = KernelOnPaper.launch
+
+    def noted(kernel: KernelOnPaper, inputs: Any, outputs: Any, scaling: float | None = None) -> None:
+        if kernel.spec.op == OP:  # type: ignore[attr-defined]
+            rows.append(rows_of((*inputs, *outputs)))
+        launch(kernel, inputs, outputs, scaling)
+
+    monkeypatch.setattr(KernelOnPaper, "launch", noted)
     model = model_of()
     x = x_of(4, torch.float32)
     for _ in range(3):
         decode(model, x)
     paying()
+    rows.clear()
     found = decode(model, x)
     assert paying() == 7
+    assert rows == [4] * 7
     with only_through_peft():
         wanted = decode(model, x)
     assert relative(found, wanted) < 1e-5
