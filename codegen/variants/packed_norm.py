@@ -114,6 +114,8 @@ class WeightNormPacked(Variant):
         squares = (spec.save or spec.layers) and gpu.architecture != "sm_90"
         most = 1 if exact else 2 if form.zeros or squares else 3
         layers = max(spec.layers, 1)
+        # On warp groups larger tiles of G's term fit the registers.
+        wide_finish = spec.rank > MOST_SMALL_RANKS and not exact and gpu.architecture == "sm_90"
         # With few ranks decoding takes longest, and several programs on a multiprocessor hide what they wait for.
         tiles_first = [(64, 64, 128, 4, 3), (128, 64, 128, 8, 3), (128, 64, 64, 8, 3)]
         if spec.rank > MOST_SMALL_RANKS:
@@ -138,7 +140,7 @@ class WeightNormPacked(Variant):
             resident = WARPS_OF_SMALL_RANKS // warps if spec.rank <= MOST_SMALL_RANKS else 3
             split_k = max([min(even), *(s for s in even if s * programs <= resident * gpu.multiprocessors)])
             gram_tiles = layers * ceil_div(spec.rank, 64) ** 2
-            gram_split = max(s for s in choices["gram_split"] if s == 1 or s * gram_tiles <= gpu.multiprocessors)
+            gram_split = max(s for s in choices["gram_split"] if s == 1 or s * gram_tiles <= 3 * gpu.multiprocessors)
             found.append(
                 Config.create(
                     self.name,
@@ -150,8 +152,8 @@ class WeightNormPacked(Variant):
                     gram_block=fit(32 if exact else 64, spec.rank),
                     gram_block_k=fit(32 if exact or not gpu.has_tma else 64, spec.d_in, smallest=32),
                     gram_split=gram_split,
-                    finish_rows=fit(32, spec.d_out),
-                    finish_ranks=fit(32 if exact or spec.rank > 64 else 64, spec.rank),
+                    finish_rows=fit(64 if wide_finish else 32, spec.d_out),
+                    finish_ranks=fit(64 if wide_finish or (spec.rank <= 64 and not exact) else 32, spec.rank),
                     overlap=int(gpu.has_tma),
                     num_warps=warps,
                     num_stages=stages if not exact else 2,

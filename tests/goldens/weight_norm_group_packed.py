@@ -3,7 +3,7 @@
     for each layer: w = ||W + s*B@A||_row by nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T))); g = m / max(w, eps)
 
 spec    weight_norm_group/d_out=4096/d_in=4096/rank=384/layers=32/weight=nf4.nested/adapter=bf16/magnitude=bf16@h200
-config  packed:block_k=64,block_m=128,block_n=64,finish_ranks=32,finish_rows=32,gram_block=64,gram_block_k=64,gram_split=1,overlap=1,rank_tiles=3,split_k=1,num_warps=8,num_stages=3
+config  packed:block_k=64,block_m=128,block_n=64,finish_ranks=64,finish_rows=64,gram_block=64,gram_block_k=64,gram_split=1,overlap=1,rank_tiles=3,split_k=1,num_warps=8,num_stages=3
 
 Emitted by doratune from templates/weight_norm_group_packed.py.j2; edit the template, not this text.
 """
@@ -213,8 +213,8 @@ def finish_kernel(
     D_OUT: tl.constexpr = 4096
     D_IN: tl.constexpr = 4096
     RANK: tl.constexpr = 384
-    BLOCK_M: tl.constexpr = 32
-    BLOCK_R: tl.constexpr = 32
+    BLOCK_M: tl.constexpr = 64
+    BLOCK_R: tl.constexpr = 64
     BLOCK_K: tl.constexpr = 256
     RANKS: tl.constexpr = 8
     SHARES: tl.constexpr = 1
@@ -311,6 +311,6 @@ def launch(table, weight, scales, scale_table, outer_scales, scale_offset, lora_
     sums_kernel[(layers * 64, 1)](
         table, weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_b, sums, scaling, num_warps=8, num_stages=3, launch_pdl=True
     )
-    finish_kernel[(128, layers)](
+    finish_kernel[(64, layers)](
         table, weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_b, magnitude, gram, adapter_squares, sums, norm, g, scaling, num_warps=4, num_stages=2, launch_pdl=True
     )

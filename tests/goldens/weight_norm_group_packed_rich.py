@@ -3,7 +3,7 @@
     for each layer: w = ||W + s*B@A||_row by nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T))); g = m / max(w, eps)
 
 spec    weight_norm_group/d_out=4304/d_in=1152/rank=24/layers=32/weight=nf4.nested/adapter=fp32/magnitude=fp32/autocast@h200
-config  packed:block_k=128,block_m=64,block_n=32,finish_ranks=32,finish_rows=32,gram_block=32,gram_block_k=64,gram_split=4,overlap=1,rank_tiles=1,split_k=1,num_warps=4,num_stages=3
+config  packed:block_k=128,block_m=64,block_n=32,finish_ranks=32,finish_rows=32,gram_block=32,gram_block_k=64,gram_split=8,overlap=1,rank_tiles=1,split_k=1,num_warps=4,num_stages=3
 
 Emitted by doratune from templates/weight_norm_group_packed.py.j2; edit the template, not this text.
 """
@@ -70,8 +70,8 @@ def gram_kernel(
     RANK: tl.constexpr = 24
     BLOCK: tl.constexpr = 32
     BLOCK_K: tl.constexpr = 64
-    STEPS: tl.constexpr = 5
-    SHARES: tl.constexpr = 4
+    STEPS: tl.constexpr = 3
+    SHARES: tl.constexpr = 8
 
     tl.extra.cuda.gdc_launch_dependents()
     rows = tl.arange(0, BLOCK)
@@ -99,7 +99,7 @@ def gram_sum_kernel(gram_shares_ptr: "*fp32", gram_ptr: "*bf16", adapter_squares
     """Add the shares of one tile of s*G in a fixed order; write it as a high and a low part, and s*rowsum(A*A) from its diagonal."""
     RANK: tl.constexpr = 24
     BLOCK: tl.constexpr = 32
-    SHARES: tl.constexpr = 4
+    SHARES: tl.constexpr = 8
 
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
@@ -310,8 +310,8 @@ def launch(table, weight, scales, scale_table, outer_scales, scale_offset, lora_
     adapter_squares = torch.empty((layers, 24,), dtype=torch.float32, device=weight.device)
     sums = torch.empty((layers, 2, 4304), dtype=torch.float32, device=weight.device)
     rounded_a = torch.empty((layers, 24, 1152), dtype=torch.bfloat16, device=weight.device)
-    gram_shares = torch.empty((layers, 4, 24, 24), dtype=torch.float32, device=weight.device)
-    gram_kernel[(1, 4, layers)](table, lora_a, rounded_a, gram_shares, scaling, num_warps=4, num_stages=3)
+    gram_shares = torch.empty((layers, 8, 24, 24), dtype=torch.float32, device=weight.device)
+    gram_kernel[(1, 8, layers)](table, lora_a, rounded_a, gram_shares, scaling, num_warps=4, num_stages=3)
     gram_sum_kernel[(1, layers)](gram_shares, gram, adapter_squares, num_warps=4, num_stages=2, launch_pdl=True)
     sums_kernel[(layers * 68, 1)](
         table, weight, scales, scale_table, outer_scales, scale_offset, rounded_a, lora_b, sums, scaling, num_warps=4, num_stages=3, launch_pdl=True

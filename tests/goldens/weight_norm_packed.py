@@ -3,7 +3,7 @@
     w = sqrt(nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T)))), nW = rowsum(W*W); g = m / max(w, eps)
 
 spec    weight_norm/d_out=4096/d_in=4096/rank=384/weight=nf4.nested/adapter=bf16@h200
-config  packed:block_k=64,block_m=128,block_n=64,finish_ranks=32,finish_rows=32,gram_block=64,gram_block_k=64,gram_split=2,overlap=1,rank_tiles=3,split_k=4,num_warps=8,num_stages=3
+config  packed:block_k=64,block_m=128,block_n=64,finish_ranks=64,finish_rows=64,gram_block=64,gram_block_k=64,gram_split=8,overlap=1,rank_tiles=3,split_k=4,num_warps=8,num_stages=3
 
 Emitted by doratune from templates/weight_norm_packed.py.j2; edit the template, not this text.
 """
@@ -62,7 +62,7 @@ def gram_kernel(
     BLOCK: tl.constexpr = 64
     BLOCK_K: tl.constexpr = 64
     TILES: tl.constexpr = 6
-    STEPS: tl.constexpr = 32
+    STEPS: tl.constexpr = 8
 
     tl.extra.cuda.gdc_launch_dependents()
     tile_row = tl.program_id(0) // TILES
@@ -89,7 +89,7 @@ def gram_sum_kernel(gram_shares_ptr: "*fp32", gram_ptr: "*bf16", adapter_squares
     RANK: tl.constexpr = 384
     BLOCK: tl.constexpr = 64
     TILES: tl.constexpr = 6
-    SHARES: tl.constexpr = 2
+    SHARES: tl.constexpr = 8
 
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
@@ -217,8 +217,8 @@ def finish_kernel(
     D_OUT: tl.constexpr = 4096
     D_IN: tl.constexpr = 4096
     RANK: tl.constexpr = 384
-    BLOCK_M: tl.constexpr = 32
-    BLOCK_R: tl.constexpr = 32
+    BLOCK_M: tl.constexpr = 64
+    BLOCK_R: tl.constexpr = 64
     BLOCK_K: tl.constexpr = 256
     RANKS: tl.constexpr = 8
     PARTIALS: tl.constexpr = 8
@@ -299,12 +299,12 @@ def launch(weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora
     gram = torch.empty((2, 384, 384), dtype=torch.bfloat16, device=weight.device)
     adapter_squares = torch.empty((384,), dtype=torch.float32, device=weight.device)
     sums = torch.empty((8, 4096), dtype=torch.float32, device=weight.device)
-    gram_shares = torch.empty((2, 384, 384), dtype=torch.float32, device=weight.device)
-    gram_kernel[(36, 2)](lora_a, lora_a.stride(0), gram_shares, scaling, num_warps=4, num_stages=3)
+    gram_shares = torch.empty((8, 384, 384), dtype=torch.float32, device=weight.device)
+    gram_kernel[(36, 8)](lora_a, lora_a.stride(0), gram_shares, scaling, num_warps=4, num_stages=3)
     gram_sum_kernel[(36,)](gram_shares, gram, adapter_squares, num_warps=4, num_stages=2, launch_pdl=True)
     sums_kernel[(64, 4)](
         weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_a.stride(0), lora_b, lora_b.stride(0), sums, scaling, num_warps=8, num_stages=3, launch_pdl=True
     )
-    finish_kernel[(128, 1)](
+    finish_kernel[(64, 1)](
         weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_a.stride(0), lora_b, lora_b.stride(0), weight_sq, gram, adapter_squares, sums, norm, scaling, num_warps=4, num_stages=2, launch_pdl=True
     )
