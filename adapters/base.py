@@ -36,9 +36,11 @@ def base_of(adapter: Adapter, checkpoint: Checkpoint | None) -> dict[str, Base]:
     """The module of each of the adapter's layers.
 
     Raises:
-        AdapterError: the name of a layer has no dots and nothing says where they were; the checkpoint does not have a
-            layer, has another shape there, or packed weights.
+        AdapterError: a layer is not A, B and m; its name has no dots and nothing says where they were; the checkpoint
+            does not have the layer, has another shape there, or packed weights.
     """
+    for module in adapter.layers:
+        adapter.check_parts(module)
     flat = checkpoint.by_flat_name() if checkpoint is not None else {}
     names = {module: dotted(module, flat, adapter) for module in adapter.layers}
     if adapter.format == LYCORIS:

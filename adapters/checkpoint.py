@@ -22,6 +22,8 @@ EMBEDDINGS = (
     "shared",
     "relative_attention_bias",
 )
+_LANGUAGE_MODELS = ("LMHead", "CausalLM", "ConditionalGeneration")
+"""Parts of the names of architectures that have an output head."""
 HEADS = ("lm_head", "embed_out", "output_projection", "score")
 _MOST_PREFIX = 3
 """Components that an adapter's names and a checkpoint's may differ by at the front."""
@@ -56,11 +58,18 @@ class Checkpoint:
 
     @property
     def ties_embeddings(self) -> bool:
-        """Whether the model's head shares the weight of its embedding."""
+        """Whether the model's head shares the weight of its embedding.
+
+        Where the config is silent, as GPT-2's is, transformers shares it: so does a language model without a head here.
+        """
         told = self.config.get("tie_word_embeddings")
         if told is None:
             part = self.config.get("text_config")
             told = part.get("tie_word_embeddings") if isinstance(part, dict) else None
+        if told is None:
+            named = str(self.config.get("architectures"))
+            has_head = any(is_head(name) for name in self.tensors.infos)
+            return not has_head and any(kind in named for kind in _LANGUAGE_MODELS)
         return bool(told)
 
     def describe(self) -> str:

@@ -99,7 +99,8 @@ def refuse_wrong(adapter: Adapter) -> None:
     unlike = "" if adapter.config is None else adapter.config.unlike_dora
     if unlike or any(BIAS in parts for parts in adapter.layers.values()):
         raise ConversionError(
-            f"{adapter.path}: it was trained with {unlike or 'lora_bias'}; only A, B and m are converted and merged"
+            f"{adapter.path}: it was trained with {unlike or 'lora_bias'}; only A, B and m for the checkpoint's own W "
+            "are converted and merged"
         )
 
 

@@ -34,7 +34,7 @@ def examine_adapter(adapter: Adapter, checkpoint: Checkpoint | None = None) -> l
     if checkpoint is None:
         _rounded([one for one in values.values() if one.moved and one.rounded], places)
         if adapter.format == PEFT:
-            _combined_by_svd(adapter, [module for module, one in values.items() if one.moved], places)
+            _combined_by_svd(adapter, [module for module, one in values.items() if one.moved and one.finite], places)
     else:
         _base(adapter, checkpoint, values, places)
     return places.faults()
@@ -79,7 +79,7 @@ def _shapes(adapter: Adapter, module: str, places: Places) -> bool:
     if empty:
         return False
     a, b = infos[parts[A]].shape, infos[parts[B]].shape
-    if len(a) < 2 or len(a) != len(b) or b[1] != a[0]:
+    if len(a) < 2 or len(a) != len(b) or b[1] != a[0] or any(size != 1 for size in b[2:]):
         places.add(fault.SHAPES, module, f"A {list(a)}, B {list(b)}")
         return False
     if adapter.config is not None and adapter.format in (PEFT, TRTLLM):

@@ -72,7 +72,7 @@ def write_lycoris(file: Path, layers: Mapping[str, LowRank], known: Mapping[str,
     """Write a file as LyCORIS and kohya's scripts do. doratune's note in it keeps the names with dots and the config.
 
     Raises:
-        ConversionError: two layers would have one name.
+        ConversionError: two layers would have one name, or LyCORIS would scale BA by another factor.
     """
     from safetensors.torch import save_file
 
@@ -85,6 +85,11 @@ def write_lycoris(file: Path, layers: Mapping[str, LowRank], known: Mapping[str,
                 f"{module} and {names[name]} would both be named {name}; LyCORIS has no dots in names"
             )
         names[name] = module
+        if low.scaling == 0:
+            raise ConversionError(
+                f"{module}: its alpha is 0, and LyCORIS takes an alpha of 0 as the rank; merge the adapter into its "
+                "checkpoint with --merge instead"
+            )
         tensors[f"{name}.lora_down.weight"] = _shaped(low.a, (low.rank, -1, *low.kernel))
         tensors[f"{name}.lora_up.weight"] = _shaped(low.b, (low.d_out, low.rank, *(1 for _ in low.kernel)))
         tensors[f"{name}.alpha"] = torch.tensor(low.scaling * low.rank, dtype=torch.float32)

@@ -200,6 +200,13 @@ def along_inputs(tensors: Tensors, config: dict[str, Any]) -> None:
     tensors[K + M] = torch.ones(48)
 
 
+def embedding() -> Tensors:
+    """LoRA of an embedding, as PEFT saves it."""
+    module = "model.embed_tokens"
+    a, b = torch.ones(8, 96), torch.ones(48, 8)
+    return {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b, module + M: torch.ones(48)}
+
+
 REFUSED: list[tuple[str, Callable[[Tensors, dict[str, Any]], object], str]] = [
     ("wrong axis of W", along_inputs, "lycoris"),
     ("modules_to_save", lambda tensors, config: tensors.update({"lm_head.weight": torch.ones(96, 48)}), "lycoris"),
@@ -209,6 +216,14 @@ REFUSED: list[tuple[str, Callable[[Tensors, dict[str, Any]], object], str]] = [
     ("rank of the tensors", lambda tensors, config: config.update(r=4), "lycoris"),
     ("not both A and B|without A", lambda tensors, config: tensors.pop(f"{Q}.lora_A.weight"), "lycoris"),
     ("megatron_config", lambda tensors, config: config.update(megatron_config={"a": 1}), "lycoris"),
+    ("layer_replication", lambda tensors, config: config.update(layer_replication=[[0, 1], [0, 1]]), "lycoris"),
+    ("alora_invocation_tokens", lambda tensors, config: config.update(alora_invocation_tokens=[1]), "lycoris"),
+    ("use_qalora", lambda tensors, config: config.update(use_qalora=True), "lycoris"),
+    ("which changes W", lambda tensors, config: config.update(init_lora_weights="pissa_niter_4"), "lycoris"),
+    ("which changes W", lambda tensors, config: config.update(init_lora_weights="OLoRA"), "trtllm"),
+    ("an alpha of 0 as the rank", lambda tensors, config: config.update(lora_alpha=0), "lycoris"),
+    ("is an embedding", lambda tensors, config: tensors.update(embedding()), "lycoris"),
+    ("is an embedding", lambda tensors, config: tensors.update(embedding()), "trtllm"),
     ("TensorRT-LLM takes", lambda tensors, config: config.update(alpha_pattern={"q_proj": 5}), "trtllm"),
     ("already", lambda tensors, config: None, "peft"),
 ]

@@ -21,7 +21,7 @@ from doratune.adapters.low_rank import LowRank
 from doratune.adapters.merge import merge
 from doratune.errors import UsageError
 
-from .test_convert import by_lycoris, flat, on_inputs
+from .test_convert import by_lycoris, embedding, flat, on_inputs
 from .world import DOWN, Q, Tensors, Trained, edit, edit_weights, train, weights_of
 
 
@@ -160,6 +160,18 @@ def tie(folder: Trained) -> None:
     edit(folder.adapter, change)
 
 
+def replicate(folder: Trained) -> None:
+    edit(folder.adapter, lambda tensors, config: config.update(layer_replication=[[0, 1], [0, 1]]))
+
+
+def begin_with_pissa(folder: Trained) -> None:
+    edit(folder.adapter, lambda tensors, config: config.update(init_lora_weights="pissa"))
+
+
+def adapt_the_embedding(folder: Trained) -> None:
+    edit(folder.adapter, lambda tensors, config: tensors.update(embedding()))
+
+
 def overflow(folder: Trained) -> None:
     edit_weights(
         folder.checkpoint,
@@ -186,6 +198,9 @@ def by_columns(folder: Trained) -> None:
         (grow, "model of another size"),
         (elsewhere, "has no weight for"),
         (tie, "tie_word_embeddings"),
+        (replicate, "layer_replication"),
+        (begin_with_pissa, "which changes W"),
+        (adapt_the_embedding, "is an embedding"),
         (overflow, "not finite in F16"),
         (lose, "without m"),
         (by_columns, "norms of the columns of W"),
@@ -202,6 +217,33 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_left(
     assert len(str(raised.value)) <= 1000
     assert contents(folder) == before
     assert {file.name for file in folder.iterdir()} == {"adapter", "checkpoint"}
+
+
+def test_a_weight_that_is_tied_by_default_is_refused(folder: Path) -> None:
+    """GPT-2's own config.json says nothing of tie_word_embeddings."""
+    made = train(folder, conv1d=True, target_modules=["c_attn"], modules_to_save=["wte"])
+    file = made.checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    del config["tie_word_embeddings"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match="tie_word_embeddings"):
+        merge(made.adapter, made.checkpoint, folder / "merged")
+    file.write_text(json.dumps({**config, "architectures": ["GPT2Model"]}))
+    assert merge(made.adapter, made.checkpoint, folder / "merged").replaced == 1
+
+
+def test_a_saved_scalar_replaces_the_checkpoints(trained: Trained, folder: Path) -> None:
+    copied = trained.copy(folder)
+    file = folder / "model.safetensors"
+    save_file({**weights_of(copied.checkpoint), "model.norm.scale": torch.tensor(1.0)}, file)
+
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        config["modules_to_save"] = ["norm"]
+        tensors["model.norm.scale"] = torch.tensor(3.0)
+
+    edit(copied.adapter, change)
+    assert merge(copied.adapter, file, folder / "merged.safetensors").replaced == 1
+    assert load_file(folder / "merged.safetensors")["model.norm.scale"].item() == 3.0
 
 
 def test_a_wrong_merge_is_never_named_done(trained: Trained, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
