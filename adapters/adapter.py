@@ -44,7 +44,7 @@ class Adapter:
             )
         if found == PEFT:
             self.config = AdapterConfig.read((path if path.is_dir() else path.parent) / NAME)
-            found = self.note.get("format", PEFT)
+            found = TRTLLM if self.note.get("format") == TRTLLM else PEFT
         elif path.is_dir() and (path / NAME).exists():
             self.config = AdapterConfig.read(path / NAME)
         self.format = found if format is None else _checked(path, found, format)
@@ -132,6 +132,12 @@ class Adapter:
                         f"{self.path}: {info.name} is stored as {info.dtype}; A, B and m are real floats, so save the "
                         "adapter again as fp32, bf16 or fp16"
                     )
+            alpha = self.tensors.infos[parts[ALPHA]] if ALPHA in parts else None
+            if alpha is not None and (any(size != 1 for size in alpha.shape) or alpha.dtype.startswith("C")):
+                raise AdapterError(
+                    f"{self.path}: {alpha.name} has shape {list(alpha.shape)} and dtype {alpha.dtype}; expected one "
+                    "real number, so save the adapter again"
+                )
 
     def _axis(self, where: str, shape: tuple[int, ...], d_out: int, d_in: int) -> str:
         axis = axis_of(self.format, shape, d_out, d_in)

@@ -36,8 +36,8 @@ def base_of(adapter: Adapter, checkpoint: Checkpoint | None) -> dict[str, Base]:
     """The module of each of the adapter's layers.
 
     Raises:
-        AdapterError: a layer is not A, B and m; its name has no dots and nothing says where they were; the checkpoint
-            does not have the layer, has another shape there, or packed weights.
+        AdapterError: a layer is not A, B and m, or two are one module; a name has no dots and nothing says where
+            they were; the checkpoint does not have a layer, has another shape there, or packed weights.
     """
     for module in adapter.layers:
         adapter.check_parts(module)
@@ -51,6 +51,14 @@ def base_of(adapter: Adapter, checkpoint: Checkpoint | None) -> dict[str, Base]:
                     "with --checkpoint, which tells them apart"
                     + (" (this one has no such layer)" if checkpoint else "")
                 )
+    seen: dict[str, str] = {}
+    for module, name in names.items():
+        if name in seen:
+            raise AdapterError(
+                f"{adapter.path}: {seen[name]} and {module} are both {name} of the model; save the adapter again with "
+                "one of them"
+            )
+        seen[name] = module
     if checkpoint is None:
         return {module: Base(name) for module, name in names.items()}
     if checkpoint.quantised:

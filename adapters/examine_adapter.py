@@ -13,7 +13,7 @@ from .adapter import Adapter, axis_of
 from .base import dotted
 from .checkpoint import Checkpoint, is_embedding, is_head
 from .fault import Fault, Places
-from .keys import EMBEDDING, LYCORIS, MID, OTHER, PEFT, TRTLLM, A, B, M
+from .keys import ALPHA, EMBEDDING, LYCORIS, MID, OTHER, PEFT, TRTLLM, A, B, M
 from .low_rank import INPUT, LowRank
 from .norms import Norms, is_along_inputs, is_far, is_rounded, is_same, norms_of
 
@@ -118,7 +118,7 @@ def _values(adapter: Adapter, module: str, places: Places) -> _Values:
     parts = adapter.layers[module]
     finite = moved = True
     rounded = False
-    for part in (A, B, M):
+    for part in (A, B, M, ALPHA):
         if part not in parts:
             continue
         name, bad, nonzero = parts[part], [], False

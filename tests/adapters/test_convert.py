@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -240,6 +241,36 @@ def test_what_would_be_lost_is_refused_and_nothing_is_left(
     with pytest.raises((AdapterError, ConversionError), match=reason):
         convert(copied.adapter, target, to=to, checkpoint=copied.checkpoint)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_layer_under_two_prefixes_is_refused(trained: Trained, folder: Path) -> None:
+    convert(trained.adapter, folder / "there.safetensors", to="lycoris")
+    tensors = load_file(folder / "there.safetensors")
+    again = {name.replace("lycoris_", "lora_unet_"): 2 * value for name, value in tensors.items()}
+    save_file({**tensors, **again}, folder / "twice.safetensors")
+    with pytest.raises(AdapterError, match=r"are both model\.layers"):
+        convert(folder / "twice.safetensors", folder / "peft", to="peft", checkpoint=trained.checkpoint)
+
+
+def test_a_layer_whose_name_ends_anothers_keeps_its_own_rank(folder: Path) -> None:
+    layers = {"block.q": 3, "model.block.q": 2, "other.q": 2, "other.c++": 2}
+    tensors = {}
+    for module, rank in layers.items():
+        name = f"lycoris_{module.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = (
+            torch.ones(rank, 5),
+            torch.ones(6, rank),
+        )
+        tensors[f"{name}.alpha"] = torch.tensor(4.0 * rank)
+    save_file(tensors, folder / "there.safetensors")
+    weights = {f"{module}.weight": torch.ones(6, 5) for module in layers}
+    save_file(weights, folder / "base.safetensors")
+    convert(folder / "there.safetensors", folder / "peft", to="peft", checkpoint=folder / "base.safetensors")
+    config = LoraConfig.from_pretrained(folder / "peft")
+    for module, rank in layers.items():
+        assert config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r) == rank
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+        assert alpha == 4 * rank
 
 
 def test_an_m_for_inputs_has_no_peft_form(trained: Trained, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from doratune.adapters.adapter import Adapter
 from doratune.adapters.checkpoint import Checkpoint
@@ -19,7 +19,7 @@ from doratune.adapters.examine_checkpoint import examine_checkpoint
 from doratune.adapters.fault import KINDS, Fault
 
 from ..integrations.peft.peft_models import shake
-from .test_convert import on_inputs
+from .test_convert import flat, on_inputs
 from .world import DOWN, PREFIX, K, Q, Tensors, Trained, adapted, edit, edit_weights, llama, train, weights_of
 
 M = ".lora_magnitude_vector"
@@ -394,6 +394,36 @@ def test_parts_that_are_no_real_floats_are_refused(
     copied = plant(trained, folder, put(Q + part, lambda values: values.to(dtype)))
     with pytest.raises(AdapterError, match=r"is stored as (I8|BOOL|C64)"):
         Adapter(copied.adapter)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "reason"),
+    [(torch.ones(2), r"shape \[2\]"), (torch.ones(0), r"shape \[0\]"), (torch.tensor(1j), "dtype C64")],
+)
+def test_an_alpha_that_is_no_number_is_refused(
+    alpha: torch.Tensor, reason: str, trained: Trained, folder: Path
+) -> None:
+    on_inputs(trained, folder)
+    file = folder / "outputs.safetensors"
+    save_file({**load_file(file), f"{flat(Q)}.alpha": alpha}, file)
+    with pytest.raises(AdapterError, match=reason):
+        Adapter(file)
+
+
+def test_an_infinite_alpha_is_found(trained: Trained, folder: Path) -> None:
+    on_inputs(trained, folder)
+    file = folder / "outputs.safetensors"
+    save_file({**load_file(file), f"{flat(Q)}.alpha": torch.tensor(float("nan"))}, file)
+    assert kinds(found(Trained(file, trained.checkpoint), checkpoint=False)) == {"foreign_keys", "not_finite"}
+
+
+@pytest.mark.parametrize("note", ["[]", "[", '{"format": 5}', '{"format": "lycoris"}', '{"format": []}'])
+def test_a_note_that_is_not_doratunes_changes_nothing(note: str, trained: Trained, folder: Path) -> None:
+    copied = trained.copy(folder)
+    file = copied.adapter / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"doratune": note})
+    with Adapter(copied.adapter) as adapter:
+        assert adapter.format == "peft"
 
 
 def test_two_adapters_in_one_file_are_refused(trained: Trained, folder: Path) -> None:
