@@ -42,7 +42,8 @@ def examine_checkpoint(checkpoint: Checkpoint, examined: Collection[str] = ()) -
 
 def _is_packed(info: TensorInfo) -> bool:
     """Whether it may hold packed or quantised weights; masks of attention and numbers of positions do not."""
-    mask = info.dtype in ("BOOL", "I64") or info.name.split(".")[-1] in ("bias", "mask", "causal_mask")
+    own = info.name.split(".")[-1]
+    mask = own in ("bias", "mask", "causal_mask") or (info.dtype in ("BOOL", "I64") and own != "weight")
     return not info.dense and len(info.shape) >= 2 and not mask
 
 

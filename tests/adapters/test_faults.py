@@ -297,6 +297,9 @@ def test_a_checkpoint_with_tensors_missing_or_packed(trained: Trained, folder: P
     with Checkpoint(packed) as weights:
         assert kinds(examine_checkpoint(weights)) == {"quantised"}
     assert found(Trained(copied.adapter, packed)) == []
+    save_file({f"{Q}.weight": torch.zeros(8, 4, dtype=torch.bool)}, folder / "bits.safetensors")
+    with Checkpoint(folder / "bits.safetensors") as weights:
+        assert kinds(examine_checkpoint(weights)) == {"quantised"}
 
 
 def test_files_of_lycoris_say_whose_they_are_and_for_which_axis(trained: Trained, folder: Path) -> None:

@@ -15,14 +15,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from doratune.adapters.adapter import Adapter
+from doratune.adapters.checkpoint import Checkpoint
 from doratune.adapters.convert import convert
 from doratune.adapters.errors import AdapterError, ConversionError
+from doratune.adapters.examine_adapter import examine_adapter
 from doratune.adapters.low_rank import LowRank
 from doratune.adapters.merge import merge
 from doratune.errors import UsageError
 
 from .test_convert import by_lycoris, embedding, flat, on_inputs
-from .world import DOWN, Q, Tensors, Trained, edit, edit_weights, train, weights_of
+from .world import DOWN, PREFIX, Q, Tensors, Trained, edit, edit_weights, train, weights_of
 
 
 def peft_merge(made: Trained, dtype: torch.dtype) -> Tensors:
@@ -230,6 +233,43 @@ def test_a_weight_that_is_tied_by_default_is_refused(folder: Path) -> None:
         merge(made.adapter, made.checkpoint, folder / "merged")
     file.write_text(json.dumps({**config, "architectures": ["GPT2Model"]}))
     assert merge(made.adapter, made.checkpoint, folder / "merged").replaced == 1
+
+
+def test_an_adapted_head_has_the_embeddings_weight_where_they_share_one(folder: Path) -> None:
+    made = train(folder, target_modules=["q_proj", "lm_head"])
+    weights = weights_of(made.checkpoint)
+    tied = folder / "tied"
+    tied.mkdir()
+    shared = {"model.embed_tokens.weight": weights["lm_head.weight"].clone()}
+    save_file({**weights, **shared}, folder / "untied.safetensors")
+    weights["model.embed_tokens.weight"] = weights.pop("lm_head.weight")
+    save_file(weights, tied / "model.safetensors")
+    config = json.loads((made.checkpoint / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with Adapter(made.adapter) as adapter, Checkpoint(tied) as checkpoint:
+        assert examine_adapter(adapter, checkpoint) == []
+    convert(made.adapter, folder / "trt", to="trtllm", checkpoint=tied)
+    convert(made.adapter, folder / "expected", to="trtllm", checkpoint=folder / "untied.safetensors")
+    result, expected = (load_file(folder / name / "adapter_model.safetensors") for name in ("trt", "expected"))
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+    with pytest.raises(ConversionError, match="tie_word_embeddings"):
+        merge(made.adapter, tied, folder / "merged")
+
+
+def test_the_w_that_peft_saves_with_an_adapted_head_is_not_written_over_the_merged_one(folder: Path) -> None:
+    made = train(folder, target_modules=["q_proj", "lm_head"])
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(made.adapter / "adapter_model.safetensors")
+    done = merge(made.adapter, made.checkpoint, folder / "merged")
+    assert (done.layers, done.replaced) == (3, 0)
+    result, expected = weights_of(folder / "merged"), peft_merge(made, torch.float32)
+    for name, tensor in result.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-38)
+    convert(made.adapter, folder / "there.safetensors", to="lycoris", checkpoint=made.checkpoint)
+    edit(made.adapter, lambda tensors, config: tensors["lm_head.base_layer.weight"].mul_(2))
+    with pytest.raises(AdapterError, match=r"is another W than lm_head\.weight"):
+        merge(made.adapter, made.checkpoint, folder / "again")
+    with pytest.raises(AdapterError, match=r"is another W than lm_head\.weight"):
+        convert(made.adapter, folder / "again.safetensors", to="lycoris", checkpoint=made.checkpoint)
 
 
 def test_a_saved_scalar_replaces_the_checkpoints(trained: Trained, folder: Path) -> None:
