@@ -117,6 +117,11 @@ def _layers(adapter: Adapter, checkpoint: Checkpoint | None, to: str) -> dict[st
     bases = base_of(adapter, checkpoint)
     saved = set() if checkpoint is None else saved_with(adapter, checkpoint, bases)
     others = [name for name in adapter.keys.others if name not in saved]
+    if checkpoint is None and others and ".base_layer." in others[0]:
+        raise ConversionError(
+            f"{adapter.path}: {others[0]} is the W of an adapted layer, which {to} takes from the model; name its "
+            "checkpoint with --checkpoint, which shows that it has the same"
+        )
     if others:
         raise ConversionError(
             f"{adapter.path}: {others[0]} is no part of a LoRA layer (modules_to_save, or a bias), and "

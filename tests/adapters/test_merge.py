@@ -265,6 +265,8 @@ def test_the_w_that_peft_saves_with_an_adapted_head_is_not_written_over_the_merg
     for name, tensor in result.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-38)
     convert(made.adapter, folder / "there.safetensors", to="lycoris", checkpoint=made.checkpoint)
+    with pytest.raises(ConversionError, match="name its checkpoint with --checkpoint"):
+        convert(made.adapter, folder / "again.safetensors", to="lycoris")
     edit(made.adapter, lambda tensors, config: tensors["lm_head.base_layer.weight"].mul_(2))
     with pytest.raises(AdapterError, match=r"is another W than lm_head\.weight"):
         merge(made.adapter, made.checkpoint, folder / "again")
