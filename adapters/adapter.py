@@ -11,11 +11,13 @@ from .config import NAME, AdapterConfig
 from .errors import AdapterError
 from .keys import ALPHA, EMBEDDING, LYCORIS, MID, NVLABS, PEFT, TRTLLM, A, B, Keys, M, sort_keys
 from .low_rank import INPUT, OUTPUT, LowRank
-from .tensor_files import TensorFiles, find_tensor_files
+from .tensor_files import DTYPES, TensorFiles, find_tensor_files
 
 STEM = "adapter_model"
 METADATA = "doratune"
 """The key of doratune's own text in a file's metadata."""
+_FLOATS = {*DTYPES, "F8_E4M3", "F8_E5M2"}
+"""Dtypes of A, B and m, by their names in the files."""
 
 
 class Adapter:
@@ -32,6 +34,7 @@ class Adapter:
         self.tensors = TensorFiles(files)
         self.keys: Keys = sort_keys(self.tensors.infos)
         self.note = _note(self.tensors.metadata)
+        self._check_tensors()
         self.config: AdapterConfig | None = None
         found = self.keys.format
         if not self.keys.layers:
@@ -41,7 +44,7 @@ class Adapter:
             )
         if found == PEFT:
             self.config = AdapterConfig.read((path if path.is_dir() else path.parent) / NAME)
-            found = self.note.get("format", PEFT)
+            found = TRTLLM if self.note.get("format") == TRTLLM else PEFT
         elif path.is_dir() and (path / NAME).exists():
             self.config = AdapterConfig.read(path / NAME)
         self.format = found if format is None else _checked(path, found, format)
@@ -59,7 +62,9 @@ class Adapter:
 
     def describe(self) -> str:
         """What it is, such as ``peft, 14 layers of rank 8, DoRA``."""
-        ranks = sorted({self.rank_of(module) for module, parts in self.layers.items() if A in parts})
+        infos = self.tensors.infos
+        shapes = [infos[parts[A]].shape for parts in self.layers.values() if A in parts]
+        ranks = sorted({shape[0] for shape in shapes if shape})
         rank = "" if not ranks else f" of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
         count = sum(M in parts for parts in self.layers.values())
         dora = "plain LoRA" if not count else "DoRA" if count == len(self.layers) else f"DoRA on {count} of them"
@@ -79,12 +84,8 @@ class Adapter:
         """The rank that the tensor A of a layer has."""
         return self.tensors.infos[self.layers[module][A]].shape[0]
 
-    def low_rank(self, module: str) -> LowRank:
-        """Read a layer.
-
-        Raises:
-            AdapterError: parts are missing, do not fit together, or make it more than A, B and m.
-        """
+    def check_parts(self, module: str) -> None:
+        """Raise an AdapterError unless a layer has A and B, and nothing that makes it more than A, B and m."""
         parts = self.layers[module]
         where = f"{self.path}: {module}"
         for part, what in (
@@ -95,6 +96,16 @@ class Adapter:
                 raise AdapterError(f"{where} {what}; only A, B and m of linear layers and convolutions are converted")
         if A not in parts or B not in parts:
             raise AdapterError(f"{where} has {', '.join(sorted(parts.values()))} and not both A and B; save it again")
+
+    def low_rank(self, module: str) -> LowRank:
+        """Read a layer.
+
+        Raises:
+            AdapterError: parts are missing, do not fit together, or make it more than A, B and m.
+        """
+        parts = self.layers[module]
+        where = f"{self.path}: {module}"
+        self.check_parts(module)
         a, b = self.tensors.tensor(parts[A]), self.tensors.tensor(parts[B])
         kernel = tuple(a.shape[2:])
         if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != b.shape[1] or any(size != 1 for size in b.shape[2:]):
@@ -106,6 +117,27 @@ class Adapter:
             m = m.flatten()
         a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
         return LowRank(a, b, m, self.scaling_of(module), axis, self.format == TRTLLM, kernel)
+
+    def _check_tensors(self) -> None:
+        for one, other in self.keys.clashes:
+            raise AdapterError(
+                f"{self.path}: {one} and {other} are the same part of one layer, as of two adapters; save each by "
+                "itself (save_pretrained(…, selected_adapters=[…]))"
+            )
+        for parts in self.layers.values():
+            for part in (A, B, M):
+                info = self.tensors.infos[parts[part]] if part in parts else None
+                if info is not None and info.dtype not in _FLOATS:
+                    raise AdapterError(
+                        f"{self.path}: {info.name} is stored as {info.dtype}; A, B and m are real floats, so save the "
+                        "adapter again as fp32, bf16 or fp16"
+                    )
+            alpha = self.tensors.infos[parts[ALPHA]] if ALPHA in parts else None
+            if alpha is not None and (any(size != 1 for size in alpha.shape) or alpha.dtype.startswith("C")):
+                raise AdapterError(
+                    f"{self.path}: {alpha.name} has shape {list(alpha.shape)} and dtype {alpha.dtype}; expected one "
+                    "real number, so save the adapter again"
+                )
 
     def _axis(self, where: str, shape: tuple[int, ...], d_out: int, d_in: int) -> str:
         axis = axis_of(self.format, shape, d_out, d_in)

@@ -10,7 +10,7 @@ import torch
 from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .errors import AdapterError
-from .keys import LYCORIS, A, B
+from .keys import LYCORIS, PEFT_PREFIX, A, B
 
 _PREFIXES = ("lycoris_", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
 """Before the names of layers, of LyCORIS, kohya's scripts and ai-toolkit."""
@@ -36,9 +36,11 @@ def base_of(adapter: Adapter, checkpoint: Checkpoint | None) -> dict[str, Base]:
     """The module of each of the adapter's layers.
 
     Raises:
-        AdapterError: the name of a layer has no dots and nothing says where they were; the checkpoint does not have a
-            layer, has another shape there, or packed weights.
+        AdapterError: a layer is not A, B and m, or two are one module; a name has no dots and nothing says where
+            they were; the checkpoint does not have a layer, has another shape there, or packed weights.
     """
+    for module in adapter.layers:
+        adapter.check_parts(module)
     flat = checkpoint.by_flat_name() if checkpoint is not None else {}
     names = {module: dotted(module, flat, adapter) for module in adapter.layers}
     if adapter.format == LYCORIS:
@@ -49,6 +51,14 @@ def base_of(adapter: Adapter, checkpoint: Checkpoint | None) -> dict[str, Base]:
                     "with --checkpoint, which tells them apart"
                     + (" (this one has no such layer)" if checkpoint else "")
                 )
+    seen: dict[str, str] = {}
+    for module, name in names.items():
+        if name in seen:
+            raise AdapterError(
+                f"{adapter.path}: {seen[name]} and {module} are both {name} of the model; save the adapter again with "
+                "one of them"
+            )
+        seen[name] = module
     if checkpoint is None:
         return {module: Base(name) for module, name in names.items()}
     if checkpoint.quantised:
@@ -79,6 +89,30 @@ def base_of(adapter: Adapter, checkpoint: Checkpoint | None) -> dict[str, Base]:
                 f"[{b[0]}, {d_in}]; the adapter is for a model of another size"
             )
         found[module] = Base(name, info.name, transposed)
+    return found
+
+
+def saved_with(adapter: Adapter, checkpoint: Checkpoint, bases: dict[str, Base]) -> set[str]:
+    """The names of tensors of the adapter that are W of its layers over again: PEFT saves an adapted head's W with it.
+
+    Raises:
+        AdapterError: one is not the checkpoint's.
+    """
+    found = set()
+    for name in adapter.keys.others:
+        own_name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        module = own_name.removesuffix(".weight")
+        if own_name == module or module not in bases:
+            continue
+        base, info = bases[module], adapter.tensors.infos[name]
+        same = info.dense and info.shape == checkpoint.tensors.infos[base.weight].shape
+        pairs = zip(adapter.tensors.rows(name), checkpoint.tensors.rows(base.weight), strict=True) if same else ()
+        if not same or not all(torch.equal(own, w.to(own.dtype)) for (_, own), (_, w) in pairs):
+            raise AdapterError(
+                f"{adapter.path}: {name} is another W than {base.weight} of {checkpoint.path}, as where the vocabulary "
+                "grew; save the model that the adapter was trained on, and give that checkpoint"
+            )
+        found.add(name)
     return found
 
 

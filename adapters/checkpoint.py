@@ -22,6 +22,10 @@ EMBEDDINGS = (
     "shared",
     "relative_attention_bias",
 )
+INPUTS = ("embed_tokens", "wte", "word_embeddings", "shared")
+"""Those of tokens, whose weight a head may share."""
+_LANGUAGE_MODELS = ("LMHead", "CausalLM", "ConditionalGeneration")
+"""Parts of the names of architectures that have an output head."""
 HEADS = ("lm_head", "embed_out", "output_projection", "score")
 _MOST_PREFIX = 3
 """Components that an adapter's names and a checkpoint's may differ by at the front."""
@@ -56,11 +60,18 @@ class Checkpoint:
 
     @property
     def ties_embeddings(self) -> bool:
-        """Whether the model's head shares the weight of its embedding."""
+        """Whether the model's head shares the weight of its embedding.
+
+        Where the config is silent, as GPT-2's is, transformers shares it: so does a language model without a head here.
+        """
         told = self.config.get("tie_word_embeddings")
         if told is None:
             part = self.config.get("text_config")
             told = part.get("tie_word_embeddings") if isinstance(part, dict) else None
+        if told is None:
+            named = str(self.config.get("architectures"))
+            has_head = any(is_head(name) for name in self.tensors.infos)
+            return not has_head and any(kind in named for kind in _LANGUAGE_MODELS)
         return bool(told)
 
     def describe(self) -> str:
@@ -76,7 +87,8 @@ class Checkpoint:
 
         The names of an adapter and a checkpoint of one model may differ by components at the front: with a head or
         without, or as transformers renames parts while it loads. The difference that finds the most layers is taken
-        first, then the next for what is left.
+        first, then the next for what is left. A head without a weight of its own has the embedding's, where they share
+        one.
         """
         left = list(modules)
         found: dict[str, str] = {}
@@ -96,7 +108,15 @@ class Checkpoint:
                 break
             found |= best
             left = [module for module in left if module not in best]
-        return found
+        shared = self._shared_weight()
+        return found | {module: shared for module in left if shared and is_head(module)}
+
+    def _shared_weight(self) -> str:
+        """The tensor that is the weight of the embedding and of the head; empty if they share none."""
+        if not self.ties_embeddings:
+            return ""
+        found = [name for name in self.tensors.infos if name.endswith(tuple(f"{one}.weight" for one in INPUTS))]
+        return found[0] if len(found) == 1 else ""
 
     def _named(self, module: str, cut: int, added: str) -> str:
         """The tensor of a layer if names differ so at the front; empty if there is none."""

@@ -16,7 +16,19 @@ from .errors import AdapterError
 NAME = "adapter_config.json"
 _MOST = 2**64
 """More than any rank or alpha."""
-_UNLIKE_DORA = ("target_parameters", "megatron_config", "arrow_config", "trainable_token_indices", "kasa_config")
+_UNLIKE_DORA = (
+    "target_parameters",
+    "megatron_config",
+    "arrow_config",
+    "trainable_token_indices",
+    "kasa_config",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+)
+_CHANGING_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of ``init_lora_weights`` for which PEFT takes BA out of W, or puts other values in W, before it trains."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,9 @@ class AdapterConfig:
             raise AdapterError(f"{where}: rank_pattern must map names to positive integers; correct it")
         if not (isinstance(alphas, dict) and all(map(_is_number, alphas.values()))):
             raise AdapterError(f"{where}: alpha_pattern must map names to finite numbers; correct it")
+        saved = raw.get("modules_to_save") or []
+        if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+            raise AdapterError(f"{where}: modules_to_save must be a list of names; correct it")
         return cls(
             r=rank,
             alpha=float(alpha),
@@ -91,9 +106,12 @@ class AdapterConfig:
 
     @property
     def unlike_dora(self) -> str:
-        """The first field that is set and makes the adapter more than A, B and m; or an empty text."""
+        """The first field that makes the adapter more than A, B and m for the checkpoint's W; or an empty text."""
         if self.lora_bias:
             return "lora_bias"
+        init = self.raw.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_CHANGING_W):
+            return f"init_lora_weights={brief(init)}, which changes W"
         return next((field for field in _UNLIKE_DORA if self.raw.get(field)), "")
 
 

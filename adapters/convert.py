@@ -13,7 +13,7 @@ from ..codegen.ops import EPS
 from ..errors import UsageError
 from . import fault
 from .adapter import Adapter
-from .base import Base, base_of
+from .base import Base, base_of, saved_with
 from .checkpoint import Checkpoint
 from .errors import ConversionError
 from .examine_adapter import examine_adapter
@@ -99,7 +99,8 @@ def refuse_wrong(adapter: Adapter) -> None:
     unlike = "" if adapter.config is None else adapter.config.unlike_dora
     if unlike or any(BIAS in parts for parts in adapter.layers.values()):
         raise ConversionError(
-            f"{adapter.path}: it was trained with {unlike or 'lora_bias'}; only A, B and m are converted and merged"
+            f"{adapter.path}: it was trained with {unlike or 'lora_bias'}; only A, B and m for the checkpoint's own W "
+            "are converted and merged"
         )
 
 
@@ -114,9 +115,16 @@ def _known(adapter: Adapter) -> Mapping[str, object]:
 def _layers(adapter: Adapter, checkpoint: Checkpoint | None, to: str) -> dict[str, LowRank]:
     """The layers by their names with dots, with m as the format ``to`` has it."""
     bases = base_of(adapter, checkpoint)
-    if adapter.keys.others:
+    saved = set() if checkpoint is None else saved_with(adapter, checkpoint, bases)
+    others = [name for name in adapter.keys.others if name not in saved]
+    if checkpoint is None and others and ".base_layer." in others[0]:
         raise ConversionError(
-            f"{adapter.path}: {adapter.keys.others[0]} is no part of a LoRA layer (modules_to_save, or a bias), and "
+            f"{adapter.path}: {others[0]} is the W of an adapted layer, which {to} takes from the model; name its "
+            "checkpoint with --checkpoint, which shows that it has the same"
+        )
+    if others:
+        raise ConversionError(
+            f"{adapter.path}: {others[0]} is no part of a LoRA layer (modules_to_save, or a bias), and "
             f"{to} has no place for it. Merge the adapter into its checkpoint with --merge instead"
         )
     layers = {}

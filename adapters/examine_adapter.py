@@ -13,7 +13,7 @@ from .adapter import Adapter, axis_of
 from .base import dotted
 from .checkpoint import Checkpoint, is_embedding, is_head
 from .fault import Fault, Places
-from .keys import EMBEDDING, LYCORIS, MID, OTHER, PEFT, TRTLLM, A, B, M
+from .keys import ALPHA, EMBEDDING, LYCORIS, MID, OTHER, PEFT, TRTLLM, A, B, M
 from .low_rank import INPUT, LowRank
 from .norms import Norms, is_along_inputs, is_far, is_rounded, is_same, norms_of
 
@@ -34,7 +34,7 @@ def examine_adapter(adapter: Adapter, checkpoint: Checkpoint | None = None) -> l
     if checkpoint is None:
         _rounded([one for one in values.values() if one.moved and one.rounded], places)
         if adapter.format == PEFT:
-            _combined_by_svd(adapter, [module for module, one in values.items() if one.moved], places)
+            _combined_by_svd(adapter, [module for module, one in values.items() if one.moved and one.finite], places)
     else:
         _base(adapter, checkpoint, values, places)
     return places.faults()
@@ -79,7 +79,7 @@ def _shapes(adapter: Adapter, module: str, places: Places) -> bool:
     if empty:
         return False
     a, b = infos[parts[A]].shape, infos[parts[B]].shape
-    if len(a) < 2 or len(a) != len(b) or b[1] != a[0]:
+    if len(a) < 2 or len(a) != len(b) or b[1] != a[0] or any(size != 1 for size in b[2:]):
         places.add(fault.SHAPES, module, f"A {list(a)}, B {list(b)}")
         return False
     if adapter.config is not None and adapter.format in (PEFT, TRTLLM):
@@ -118,7 +118,7 @@ def _values(adapter: Adapter, module: str, places: Places) -> _Values:
     parts = adapter.layers[module]
     finite = moved = True
     rounded = False
-    for part in (A, B, M):
+    for part in (A, B, M, ALPHA):
         if part not in parts:
             continue
         name, bad, nonzero = parts[part], [], False

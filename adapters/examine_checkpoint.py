@@ -29,7 +29,7 @@ def examine_checkpoint(checkpoint: Checkpoint, examined: Collection[str] = ()) -
     """
     places = Places()
     _missing(checkpoint, places)
-    packed = [info.name for info in checkpoint.tensors.infos.values() if not info.dense and len(info.shape) >= 2]
+    packed = [info.name for info in checkpoint.tensors.infos.values() if _is_packed(info)]
     if checkpoint.quantised or packed:
         places.add(fault.QUANTISED, packed[0] if packed else str(checkpoint.path), checkpoint.quantised)
     transposed = checkpoint.config.get("model_type") in ("gpt2", "openai-gpt")
@@ -40,10 +40,18 @@ def examine_checkpoint(checkpoint: Checkpoint, examined: Collection[str] = ()) -
     return places.faults()
 
 
+def _is_packed(info: TensorInfo) -> bool:
+    """Whether it may hold packed or quantised weights; masks of attention and numbers of positions do not."""
+    own = info.name.split(".")[-1]
+    mask = own in ("bias", "mask", "causal_mask") or (info.dtype in ("BOOL", "I64") and own != "weight")
+    return not info.dense and len(info.shape) >= 2 and not mask
+
+
 def _rows(checkpoint: Checkpoint, info: TensorInfo, transposed: bool, examined: bool, places: Places) -> None:
     norms = torch.empty(info.shape[1] if transposed else info.shape[0])
     for start, rows in checkpoint.tensors.rows(info.name, transposed=transposed):
         # In place: a small result for each piece would keep the heap from reusing the memory of the piece before.
+        rows = rows.float() if rows.dtype == torch.float64 else rows  # which vector_norm does not narrow
         torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32, out=norms[start : start + len(rows)])
     bad = (~norms.isfinite()).nonzero().flatten().tolist()
     if bad:

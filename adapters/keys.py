@@ -52,6 +52,8 @@ class Keys:
     others: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     """Names of another trainer than PEFT, which PEFT does not load."""
+    clashes: tuple[tuple[str, str], ...] = ()
+    """Pairs of names that are the same part of one layer."""
 
 
 def sort_keys(names: Iterable[str]) -> Keys:
@@ -59,12 +61,16 @@ def sort_keys(names: Iterable[str]) -> Keys:
     layers: dict[str, dict[str, str]] = {}
     others: list[str] = []
     foreign: list[str] = []
+    clashes: list[tuple[str, str]] = []
     trainers: set[str] = set()
     for name in names:
         for pattern, part, trainer in _PARSED:
             found = pattern.fullmatch(name)
             if found:
-                layers.setdefault(found["module"].removeprefix(PEFT_PREFIX), {})[part] = name
+                parts = layers.setdefault(found["module"].removeprefix(PEFT_PREFIX), {})
+                if part in parts and part not in (MID, EMBEDDING):
+                    clashes.append((parts[part], name))
+                parts[part] = name
                 trainers.add(trainer)
                 if trainer != PEFT:
                     foreign.append(name)
@@ -72,4 +78,5 @@ def sort_keys(names: Iterable[str]) -> Keys:
         else:
             others.append(name)
     order = (OTHER, AI_TOOLKIT, NVLABS, LYCORIS)
-    return Keys(next((one for one in order if one in trainers), PEFT), layers, tuple(others), tuple(foreign))
+    format = next((one for one in order if one in trainers), PEFT)
+    return Keys(format, layers, tuple(others), tuple(foreign), tuple(clashes))

@@ -16,7 +16,7 @@ import torch
 from ..codegen.ops import EPS
 from ..errors import UsageError
 from .adapter import Adapter
-from .base import Base, base_of
+from .base import Base, base_of, saved_with
 from .checkpoint import Checkpoint, is_embedding, is_head
 from .convert import along_inputs, refuse_wrong
 from .errors import AdapterError, ConversionError
@@ -82,7 +82,7 @@ def merge(source: Path, checkpoint: Path, target: Path, *, format: str | None = 
             raise UsageError(f"{target}: the checkpoint is one file; name the target ….safetensors")
         refuse_wrong(adapter)
         bases = base_of(adapter, opened)
-        replaced = _replaced(adapter, opened)
+        replaced = _replaced(adapter, opened, saved_with(adapter, opened, bases))
         _refuse_shared(opened, [*(base.weight for base in bases.values()), *replaced])
         with new_target(target, folder=checkpoint.is_dir()) as path:
             files = _copy(opened, path)
@@ -102,10 +102,15 @@ def merge(source: Path, checkpoint: Path, target: Path, *, format: str | None = 
     return Merged(adapter.format, target, len(bases), len(replaced), zero_rows, difference)
 
 
-def _replaced(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint's tensors that the adapter has whole (modules_to_save, biases), by the adapter's names of them."""
+def _replaced(adapter: Adapter, checkpoint: Checkpoint, left: set[str]) -> dict[str, str]:
+    """The checkpoint's tensors that the adapter has whole (modules_to_save, biases), by the adapter's names of them.
+
+    Those ``left`` stay the checkpoint's.
+    """
     found = {}
     for name in adapter.keys.others:
+        if name in left:
+            continue
         own_name = name.removeprefix(PEFT_PREFIX).replace(".modules_to_save.default", "")
         module, _, own = own_name.replace(".base_layer.", ".").rpartition(".")
         weight = checkpoint.weights_of([module]).get(module, "")

@@ -93,9 +93,12 @@ class TensorFiles:
     def rows(self, name: str, *, transposed: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
         """The rows of a tensor as matrices [n, elements of a row] in its dtype, each with the number of its first row.
 
-        Dimensions after the first are one row. ``transposed`` takes the columns of a matrix as rows.
+        Dimensions after the first are one row, and a tensor without dimensions is one row of one. ``transposed`` takes
+        the columns of a matrix as rows.
         """
         shape = self.infos[name].shape
+        if not shape:
+            yield 0, self.tensor(name).reshape(1, 1)
         if not shape or 0 in shape:
             return
         count = shape[1] if transposed else shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def write_lycoris(file: Path, layers: Mapping[str, LowRank], known: Mapping[str,
     """Write a file as LyCORIS and kohya's scripts do. doratune's note in it keeps the names with dots and the config.
 
     Raises:
-        ConversionError: two layers would have one name.
+        ConversionError: two layers would have one name, or LyCORIS would scale BA by another factor.
     """
     from safetensors.torch import save_file
 
@@ -85,6 +86,11 @@ def write_lycoris(file: Path, layers: Mapping[str, LowRank], known: Mapping[str,
                 f"{module} and {names[name]} would both be named {name}; LyCORIS has no dots in names"
             )
         names[name] = module
+        if low.scaling == 0:
+            raise ConversionError(
+                f"{module}: its alpha is 0, and LyCORIS takes an alpha of 0 as the rank; merge the adapter into its "
+                "checkpoint with --merge instead"
+            )
         tensors[f"{name}.lora_down.weight"] = _shaped(low.a, (low.rank, -1, *low.kernel))
         tensors[f"{name}.lora_up.weight"] = _shaped(low.b, (low.d_out, low.rank, *(1 for _ in low.kernel)))
         tensors[f"{name}.alpha"] = torch.tensor(low.scaling * low.rank, dtype=torch.float32)
@@ -109,28 +115,32 @@ def peft_config(layers: Mapping[str, LowRank], known: Mapping[str, Any], base: s
     alphas = {module: _whole(low.scaling * low.rank) for module, low in layers.items()}
     rank = Counter(low.rank for low in layers.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    made = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        **known,
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": False,
-        "use_dora": bool(with_m),
-        "rank_pattern": {module: low.rank for module, low in layers.items() if low.rank != rank},
-        "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
-        "target_modules": sorted(layers),
-    }
-    if not _says(AdapterConfig.of(made), layers, bool(with_m)):
-        raise ConversionError(
-            "no adapter_config.json gives these layers their ranks and scalings: names match each other"
-        )
-    return made
+    for pattern in (str, _only):
+        made = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": base or None,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "lora_dropout": 0.0,
+            **known,
+            "r": rank,
+            "lora_alpha": alpha,
+            "use_rslora": False,
+            "use_dora": bool(with_m),
+            "rank_pattern": {pattern(module): low.rank for module, low in layers.items() if low.rank != rank},
+            "alpha_pattern": {pattern(module): value for module, value in alphas.items() if value != alpha},
+            "target_modules": sorted(layers),
+        }
+        if _says(AdapterConfig.of(made), layers, bool(with_m)):
+            return made
+    raise ConversionError("no adapter_config.json gives these layers their ranks and scalings")
+
+
+def _only(module: str) -> str:
+    """A pattern of PEFT's that fits this module alone, and not those whose names end with its own."""
+    return f"^{re.escape(module)}"
 
 
 def _says(config: AdapterConfig, layers: Mapping[str, LowRank], use_dora: bool) -> bool:

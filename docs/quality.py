@@ -62,8 +62,9 @@ def learned(document: Document) -> str:
     lines, all_below = [], True
     for row in _rows(document, "corpus"):
         loss = base[f"{row['impl']}_test_loss"]
-        all_below &= loss < row["bigram_loss"]
-        lines.append((row["impl"], *(f"{each:.3f}" for each in (row["unigram_loss"], row["bigram_loss"], loss))))
+        all_below &= loss is not None and loss < row["bigram_loss"]
+        counted = [f"{row[name]:.3f}" for name in ("unigram_loss", "bigram_loss")]
+        lines.append((row["impl"], *counted, "diverged" if loss is None else f"{loss:.3f}"))
     said = (
         "The pre-trained model predicts both better than counts of pairs of bytes do: it has learned."
         if all_below
@@ -78,14 +79,25 @@ def losses(document: Document) -> str:
     """The loss that each method reached at each rank, with its interval, and what adaptation brought at all."""
     reached = _rows(document, "reached")
     start = _one(document, "pretrain")["loss"]
-    ranks = _ranks(reached)
+    if start is None:
+        return "The pre-trained model diverged: nothing that is adapted from it says anything."
+    if not reached:
+        return "Every adaptation diverged." if _rows(document, "adapt") else "Not run."
+    diverged = {
+        (group[0]["impl"], group[0]["rank"]): f"all {len(group)} diverged"
+        for group in _by_method(_rows(document, "adapt"))
+        if all(row["loss"] is None for row in group)
+    }
+    ranks = _ranks([*reached, *_rows(document, "adapt")])
     lines = []
     for name, title in METHODS.items():
         of_method = {row["rank"]: row for row in reached if row["impl"] == name}
-        cells = [_loss(of_method[rank]) if rank in of_method else ABSENT for rank in ranks]
-        if None in of_method:  # full fine-tuning has no rank
-            cells = [_loss(of_method[None]), *[""] * (len(ranks) - 1)]
-        if of_method:
+        told = {rank: _loss(row) for rank, row in of_method.items()}
+        told |= {rank: words for (impl, rank), words in diverged.items() if impl == name}
+        cells = [told.get(rank, ABSENT) for rank in ranks]
+        if None in told:  # full fine-tuning has no rank
+            cells = [told[None], *[""] * (len(ranks) - 1)]
+        if told:
             lines.append((title, *cells))
     best = min(row["mean"] for row in reached)
     worst = max(row["mean"] for row in reached)
@@ -186,6 +198,8 @@ def rates(document: Document) -> str:
 def equal_time(document: Document) -> str:
     """Whether methods were compared at equal time, and what came out."""
     rows = _rows(document, "equal-time")
+    if not rows and _rows(document, "clock"):
+        return "Not compared: the time of a step was not taken for every method and rank, or no two of them converged."
     if not rows:
         return (
             "Not measured: the time of a step is taken on a GPU alone. On a CPU doratune runs its reference, whose "

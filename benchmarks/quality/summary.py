@@ -86,14 +86,20 @@ def _equal_time(clock: Clock, mine: Row, theirs: Row) -> float | None:
         return None
     each_ms = [clock[row["impl"], row["rank"]] for row in (mine, theirs)]
     when = min(row["at"][-1] * ms for row, ms in zip((mine, theirs), each_ms, strict=True))
-    return loss_at(mine, when / each_ms[0]) - loss_at(theirs, when / each_ms[1])
+    ends = [loss_at(row, when / ms) for row, ms in zip((mine, theirs), each_ms, strict=True)]
+    return None if ends[0] is None or ends[1] is None else ends[0] - ends[1]
 
 
-def loss_at(row: Row, steps: float) -> float:
-    """The held-out loss of a run after so many steps, on straight lines between its evaluations."""
+def loss_at(row: Row, steps: float) -> float | None:
+    """The held-out loss of a run after so many steps, on straight lines between its evaluations.
+
+    None where one of the two beside it was not finite.
+    """
     marks, losses = [0.0, *row["at"]], [row["start_loss"], *row["held_out_loss"]]
     for k in range(1, len(marks)):
         if steps <= marks[k]:
+            if None in losses[k - 1 : k + 1]:
+                return None
             share = (steps - marks[k - 1]) / (marks[k] - marks[k - 1])
             return float(losses[k - 1] + share * (losses[k] - losses[k - 1]))
     return float(losses[-1])

@@ -44,6 +44,14 @@ def test_doctor_fails_with_the_fault_its_place_and_its_remedy(trained: Trained, 
     assert next(one for one in told["findings"] if one["what"] == "adapter")["verdict"] == "broken"
 
 
+def test_doctor_says_what_is_wrong_where_a_rank_cannot_be_read(trained: Trained, folder: Path) -> None:
+    copied = trained.copy(folder)
+    edit(copied.adapter, lambda tensors, config: tensors.update({f"{Q}.lora_A.weight": torch.tensor(1.0)}))
+    done = RUNNER.invoke(main, ["doctor", "--adapter", str(copied.adapter), "--json"])
+    assert done.exit_code == 1
+    assert [fault["kind"] for fault in json.loads(done.stdout)["faults"]] == ["shapes"]
+
+
 def test_a_lossy_fault_is_told_and_does_not_fail(trained: Trained, folder: Path) -> None:
     copied = trained.copy(folder)
     name = f"{Q}.lora_magnitude_vector"

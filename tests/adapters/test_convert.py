@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -200,6 +201,13 @@ def along_inputs(tensors: Tensors, config: dict[str, Any]) -> None:
     tensors[K + M] = torch.ones(48)
 
 
+def embedding() -> Tensors:
+    """LoRA of an embedding, as PEFT saves it."""
+    module = "model.embed_tokens"
+    a, b = torch.ones(8, 96), torch.ones(48, 8)
+    return {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b, module + M: torch.ones(48)}
+
+
 REFUSED: list[tuple[str, Callable[[Tensors, dict[str, Any]], object], str]] = [
     ("wrong axis of W", along_inputs, "lycoris"),
     ("modules_to_save", lambda tensors, config: tensors.update({"lm_head.weight": torch.ones(96, 48)}), "lycoris"),
@@ -209,6 +217,14 @@ REFUSED: list[tuple[str, Callable[[Tensors, dict[str, Any]], object], str]] = [
     ("rank of the tensors", lambda tensors, config: config.update(r=4), "lycoris"),
     ("not both A and B|without A", lambda tensors, config: tensors.pop(f"{Q}.lora_A.weight"), "lycoris"),
     ("megatron_config", lambda tensors, config: config.update(megatron_config={"a": 1}), "lycoris"),
+    ("layer_replication", lambda tensors, config: config.update(layer_replication=[[0, 1], [0, 1]]), "lycoris"),
+    ("alora_invocation_tokens", lambda tensors, config: config.update(alora_invocation_tokens=[1]), "lycoris"),
+    ("use_qalora", lambda tensors, config: config.update(use_qalora=True), "lycoris"),
+    ("which changes W", lambda tensors, config: config.update(init_lora_weights="pissa_niter_4"), "lycoris"),
+    ("which changes W", lambda tensors, config: config.update(init_lora_weights="OLoRA"), "trtllm"),
+    ("an alpha of 0 as the rank", lambda tensors, config: config.update(lora_alpha=0), "lycoris"),
+    ("is an embedding", lambda tensors, config: tensors.update(embedding()), "lycoris"),
+    ("is an embedding", lambda tensors, config: tensors.update(embedding()), "trtllm"),
     ("TensorRT-LLM takes", lambda tensors, config: config.update(alpha_pattern={"q_proj": 5}), "trtllm"),
     ("already", lambda tensors, config: None, "peft"),
 ]
@@ -225,6 +241,36 @@ def test_what_would_be_lost_is_refused_and_nothing_is_left(
     with pytest.raises((AdapterError, ConversionError), match=reason):
         convert(copied.adapter, target, to=to, checkpoint=copied.checkpoint)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_layer_under_two_prefixes_is_refused(trained: Trained, folder: Path) -> None:
+    convert(trained.adapter, folder / "there.safetensors", to="lycoris")
+    tensors = load_file(folder / "there.safetensors")
+    again = {name.replace("lycoris_", "lora_unet_"): 2 * value for name, value in tensors.items()}
+    save_file({**tensors, **again}, folder / "twice.safetensors")
+    with pytest.raises(AdapterError, match=r"are both model\.layers"):
+        convert(folder / "twice.safetensors", folder / "peft", to="peft", checkpoint=trained.checkpoint)
+
+
+def test_a_layer_whose_name_ends_anothers_keeps_its_own_rank(folder: Path) -> None:
+    layers = {"block.q": 3, "model.block.q": 2, "other.q": 2, "other.c++": 2}
+    tensors = {}
+    for module, rank in layers.items():
+        name = f"lycoris_{module.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = (
+            torch.ones(rank, 5),
+            torch.ones(6, rank),
+        )
+        tensors[f"{name}.alpha"] = torch.tensor(4.0 * rank)
+    save_file(tensors, folder / "there.safetensors")
+    weights = {f"{module}.weight": torch.ones(6, 5) for module in layers}
+    save_file(weights, folder / "base.safetensors")
+    convert(folder / "there.safetensors", folder / "peft", to="peft", checkpoint=folder / "base.safetensors")
+    config = LoraConfig.from_pretrained(folder / "peft")
+    for module, rank in layers.items():
+        assert config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r) == rank
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+        assert alpha == 4 * rank
 
 
 def test_an_m_for_inputs_has_no_peft_form(trained: Trained, folder: Path) -> None:

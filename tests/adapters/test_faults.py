@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from doratune.adapters.adapter import Adapter
 from doratune.adapters.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from doratune.adapters.examine_checkpoint import examine_checkpoint
 from doratune.adapters.fault import KINDS, Fault
 
 from ..integrations.peft.peft_models import shake
-from .test_convert import on_inputs
+from .test_convert import flat, on_inputs
 from .world import DOWN, PREFIX, K, Q, Tensors, Trained, adapted, edit, edit_weights, llama, train, weights_of
 
 M = ".lora_magnitude_vector"
@@ -74,6 +75,20 @@ def normalise(tensors: Tensors, config: dict[str, Any], weights: Tensors) -> Non
             tensors[name] = tensors[name] / torch.linalg.norm(weights[name.removesuffix(M) + ".weight"], dim=1)
 
 
+def two_kernels() -> Tensors:
+    return {f"{Q}.lora_A.weight": torch.ones(8, 48, 3, 3), f"{Q}.lora_B.weight": torch.ones(48, 8, 3, 3)}
+
+
+def infinite_orthonormal(tensors: Tensors, config: dict[str, Any], weights: Tensors) -> None:
+    """An A as SVDs leave it, in an adapter with lora_alpha = r, beside a B of which nothing can be computed."""
+    config.update(lora_alpha=8)
+    for name in tensors:
+        if name.endswith("lora_A.weight"):
+            tensors[name] = torch.eye(*tensors[name].shape)
+        if name.endswith("lora_B.weight"):
+            tensors[name][0, 0] = float("inf")
+
+
 def set_at(name: str, index: Any, value: float) -> Change:
     return lambda tensors, config, weights: tensors[name].__setitem__(index, value)
 
@@ -93,9 +108,12 @@ def rename(old: str, new: str) -> Change:
 PLANTED = [
     ("not_finite", set_at(f"{Q}.lora_B.weight", (5, 1), float("nan"))),
     ("not_finite", set_at(Q + M, 7, float("inf"))),
+    ("not_finite", infinite_orthonormal),
     ("rank", lambda tensors, config, weights: config.update(r=4)),
     ("rank", lambda tensors, config, weights: config.update(rank_pattern={"q_proj": 16})),
     ("shapes", put(f"{Q}.lora_A.weight", lambda a: a[:4])),
+    ("shapes", put(f"{Q}.lora_A.weight", lambda a: torch.tensor(1.0))),
+    ("shapes", lambda tensors, config, weights: tensors.update(two_kernels())),
     ("incomplete", lambda tensors, config, weights: tensors.pop(f"{Q}.lora_A.weight")),
     ("empty", put(f"{Q}.lora_B.weight", lambda b: b[:0])),
     ("magnitude_missing", lambda tensors, config, weights: tensors.pop(Q + M)),
@@ -218,6 +236,38 @@ def test_a_fault_of_a_checkpoint_is_found_and_no_other(
     assert fault.places[0].rows == ((2, 9) if expected == "zero_rows" else (4,))
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("text_model.embeddings.position_ids", torch.arange(77)[None]),
+        ("h.0.attn.bias", torch.ones(1, 1, 8, 8, dtype=torch.bool)),
+        ("h.0.attn.attention.bias", torch.ones(1, 1, 8, 8, dtype=torch.uint8)),
+    ],
+)
+def test_masks_and_positions_are_no_quantised_weights(name: str, values: torch.Tensor, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: values, "h.0.attn.q_proj.weight": torch.eye(8)}, file)
+    with Checkpoint(file) as weights:
+        assert examine_checkpoint(weights) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_rows_of_every_dtype_are_examined_in_pieces_of_any_size(
+    dtype: torch.dtype, transposed: bool, folder: Path
+) -> None:
+    weight = torch.ones(4001, 1537, dtype=dtype)  # two pieces and a part of one
+    weight[4000], weight[700] = 0, 1e-5
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2" if transposed else "llama"}))
+    save_file({"h.0.weight": weight.T.contiguous() if transposed else weight}, folder / "model.safetensors")
+    with Checkpoint(folder) as weights:
+        faults = examine_checkpoint(weights)
+    assert [(fault.kind.name, fault.places[0].rows) for fault in faults] == [
+        ("zero_rows", (4000,)),
+        ("near_zero_rows", (700,)),
+    ]
+
+
 def test_zero_rows_of_embeddings_and_heads_are_no_fault(trained: Trained, folder: Path) -> None:
     copied = trained.copy(folder)
     edit_weights(copied.checkpoint, lambda weights: weights["lm_head.weight"].zero_())
@@ -247,6 +297,9 @@ def test_a_checkpoint_with_tensors_missing_or_packed(trained: Trained, folder: P
     with Checkpoint(packed) as weights:
         assert kinds(examine_checkpoint(weights)) == {"quantised"}
     assert found(Trained(copied.adapter, packed)) == []
+    save_file({f"{Q}.weight": torch.zeros(8, 4, dtype=torch.bool)}, folder / "bits.safetensors")
+    with Checkpoint(folder / "bits.safetensors") as weights:
+        assert kinds(examine_checkpoint(weights)) == {"quantised"}
 
 
 def test_files_of_lycoris_say_whose_they_are_and_for_which_axis(trained: Trained, folder: Path) -> None:
@@ -317,6 +370,9 @@ def test_pickles_and_broken_files_are_refused_with_the_reason(trained: Trained, 
         (b'{"r": 8, "lora_alpha": -Infinity}', "expected a positive integer, a finite number"),
         (b'{"r": 8, "lora_alpha": 1' + b"0" * 400 + b"}", "expected a positive integer, a finite number"),
         (b'{"r": 1' + b"0" * 400 + b', "lora_alpha": 8}', "expected a positive integer, a finite number"),
+        (b'{"modules_to_save": 3}', "modules_to_save must be a list of names"),
+        (b'{"modules_to_save": [{"norm": 1}]}', "modules_to_save must be a list of names"),
+        (b'{"modules_to_save": "norm"}', "modules_to_save must be a list of names"),
         (b'{"r": 8, "lora_alpha": 8, "alpha_pattern": {"q": NaN}}', "alpha_pattern must map names to finite numbers"),
         (b'{"r": 8, "lora_alpha": 8, "rank_pattern": {"q": 1' + b"0" * 400 + b"}}", "rank_pattern must map names"),
     ],
@@ -331,6 +387,55 @@ def test_a_config_that_makes_no_sense_is_refused_with_the_reason(
     assert reason in str(failure.value)
     assert "adapter_config.json" in str(failure.value)
     assert len(str(failure.value)) < 600
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("part", [".lora_A.weight", ".lora_B.weight", M])
+def test_parts_that_are_no_real_floats_are_refused(
+    part: str, dtype: torch.dtype, trained: Trained, folder: Path
+) -> None:
+    copied = plant(trained, folder, put(Q + part, lambda values: values.to(dtype)))
+    with pytest.raises(AdapterError, match=r"is stored as (I8|BOOL|C64)"):
+        Adapter(copied.adapter)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "reason"),
+    [(torch.ones(2), r"shape \[2\]"), (torch.ones(0), r"shape \[0\]"), (torch.tensor(1j), "dtype C64")],
+)
+def test_an_alpha_that_is_no_number_is_refused(
+    alpha: torch.Tensor, reason: str, trained: Trained, folder: Path
+) -> None:
+    on_inputs(trained, folder)
+    file = folder / "outputs.safetensors"
+    save_file({**load_file(file), f"{flat(Q)}.alpha": alpha}, file)
+    with pytest.raises(AdapterError, match=reason):
+        Adapter(file)
+
+
+def test_an_infinite_alpha_is_found(trained: Trained, folder: Path) -> None:
+    on_inputs(trained, folder)
+    file = folder / "outputs.safetensors"
+    save_file({**load_file(file), f"{flat(Q)}.alpha": torch.tensor(float("nan"))}, file)
+    assert kinds(found(Trained(file, trained.checkpoint), checkpoint=False)) == {"foreign_keys", "not_finite"}
+
+
+@pytest.mark.parametrize("note", ["[]", "[", '{"format": 5}', '{"format": "lycoris"}', '{"format": []}'])
+def test_a_note_that_is_not_doratunes_changes_nothing(note: str, trained: Trained, folder: Path) -> None:
+    copied = trained.copy(folder)
+    file = copied.adapter / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"doratune": note})
+    with Adapter(copied.adapter) as adapter:
+        assert adapter.format == "peft"
+
+
+def test_two_adapters_in_one_file_are_refused(trained: Trained, folder: Path) -> None:
+    def change(tensors: Tensors, config: dict[str, Any], weights: Tensors) -> None:
+        tensors[f"{Q}.lora_A.other.weight"] = 2 * tensors[f"{Q}.lora_A.weight"]
+
+    copied = plant(trained, folder, change)
+    with pytest.raises(AdapterError, match="as of two adapters"):
+        Adapter(copied.adapter)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", "[" * 10**5, '{"weight_map": 5}', '{"weight_map": {"x": 5}}'])

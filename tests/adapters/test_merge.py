@@ -15,14 +15,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from doratune.adapters.adapter import Adapter
+from doratune.adapters.checkpoint import Checkpoint
 from doratune.adapters.convert import convert
 from doratune.adapters.errors import AdapterError, ConversionError
+from doratune.adapters.examine_adapter import examine_adapter
 from doratune.adapters.low_rank import LowRank
 from doratune.adapters.merge import merge
 from doratune.errors import UsageError
 
-from .test_convert import by_lycoris, flat, on_inputs
-from .world import DOWN, Q, Tensors, Trained, edit, edit_weights, train, weights_of
+from .test_convert import by_lycoris, embedding, flat, on_inputs
+from .world import DOWN, PREFIX, Q, Tensors, Trained, edit, edit_weights, train, weights_of
 
 
 def peft_merge(made: Trained, dtype: torch.dtype) -> Tensors:
@@ -160,6 +163,18 @@ def tie(folder: Trained) -> None:
     edit(folder.adapter, change)
 
 
+def replicate(folder: Trained) -> None:
+    edit(folder.adapter, lambda tensors, config: config.update(layer_replication=[[0, 1], [0, 1]]))
+
+
+def begin_with_pissa(folder: Trained) -> None:
+    edit(folder.adapter, lambda tensors, config: config.update(init_lora_weights="pissa"))
+
+
+def adapt_the_embedding(folder: Trained) -> None:
+    edit(folder.adapter, lambda tensors, config: tensors.update(embedding()))
+
+
 def overflow(folder: Trained) -> None:
     edit_weights(
         folder.checkpoint,
@@ -186,6 +201,9 @@ def by_columns(folder: Trained) -> None:
         (grow, "model of another size"),
         (elsewhere, "has no weight for"),
         (tie, "tie_word_embeddings"),
+        (replicate, "layer_replication"),
+        (begin_with_pissa, "which changes W"),
+        (adapt_the_embedding, "is an embedding"),
         (overflow, "not finite in F16"),
         (lose, "without m"),
         (by_columns, "norms of the columns of W"),
@@ -202,6 +220,72 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_left(
     assert len(str(raised.value)) <= 1000
     assert contents(folder) == before
     assert {file.name for file in folder.iterdir()} == {"adapter", "checkpoint"}
+
+
+def test_a_weight_that_is_tied_by_default_is_refused(folder: Path) -> None:
+    """GPT-2's own config.json says nothing of tie_word_embeddings."""
+    made = train(folder, conv1d=True, target_modules=["c_attn"], modules_to_save=["wte"])
+    file = made.checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    del config["tie_word_embeddings"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match="tie_word_embeddings"):
+        merge(made.adapter, made.checkpoint, folder / "merged")
+    file.write_text(json.dumps({**config, "architectures": ["GPT2Model"]}))
+    assert merge(made.adapter, made.checkpoint, folder / "merged").replaced == 1
+
+
+def test_an_adapted_head_has_the_embeddings_weight_where_they_share_one(folder: Path) -> None:
+    made = train(folder, target_modules=["q_proj", "lm_head"])
+    weights = weights_of(made.checkpoint)
+    tied = folder / "tied"
+    tied.mkdir()
+    shared = {"model.embed_tokens.weight": weights["lm_head.weight"].clone()}
+    save_file({**weights, **shared}, folder / "untied.safetensors")
+    weights["model.embed_tokens.weight"] = weights.pop("lm_head.weight")
+    save_file(weights, tied / "model.safetensors")
+    config = json.loads((made.checkpoint / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with Adapter(made.adapter) as adapter, Checkpoint(tied) as checkpoint:
+        assert examine_adapter(adapter, checkpoint) == []
+    convert(made.adapter, folder / "trt", to="trtllm", checkpoint=tied)
+    convert(made.adapter, folder / "expected", to="trtllm", checkpoint=folder / "untied.safetensors")
+    result, expected = (load_file(folder / name / "adapter_model.safetensors") for name in ("trt", "expected"))
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+    with pytest.raises(ConversionError, match="tie_word_embeddings"):
+        merge(made.adapter, tied, folder / "merged")
+
+
+def test_the_w_that_peft_saves_with_an_adapted_head_is_not_written_over_the_merged_one(folder: Path) -> None:
+    made = train(folder, target_modules=["q_proj", "lm_head"])
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(made.adapter / "adapter_model.safetensors")
+    done = merge(made.adapter, made.checkpoint, folder / "merged")
+    assert (done.layers, done.replaced) == (3, 0)
+    result, expected = weights_of(folder / "merged"), peft_merge(made, torch.float32)
+    for name, tensor in result.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-38)
+    convert(made.adapter, folder / "there.safetensors", to="lycoris", checkpoint=made.checkpoint)
+    with pytest.raises(ConversionError, match="name its checkpoint with --checkpoint"):
+        convert(made.adapter, folder / "again.safetensors", to="lycoris")
+    edit(made.adapter, lambda tensors, config: tensors["lm_head.base_layer.weight"].mul_(2))
+    with pytest.raises(AdapterError, match=r"is another W than lm_head\.weight"):
+        merge(made.adapter, made.checkpoint, folder / "again")
+    with pytest.raises(AdapterError, match=r"is another W than lm_head\.weight"):
+        convert(made.adapter, folder / "again.safetensors", to="lycoris", checkpoint=made.checkpoint)
+
+
+def test_a_saved_scalar_replaces_the_checkpoints(trained: Trained, folder: Path) -> None:
+    copied = trained.copy(folder)
+    file = folder / "model.safetensors"
+    save_file({**weights_of(copied.checkpoint), "model.norm.scale": torch.tensor(1.0)}, file)
+
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        config["modules_to_save"] = ["norm"]
+        tensors["model.norm.scale"] = torch.tensor(3.0)
+
+    edit(copied.adapter, change)
+    assert merge(copied.adapter, file, folder / "merged.safetensors").replaced == 1
+    assert load_file(folder / "merged.safetensors")["model.norm.scale"].item() == 3.0
 
 
 def test_a_wrong_merge_is_never_named_done(trained: Trained, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,22 @@ def test_losses_have_their_intervals_and_what_adaptation_brought(quality: Module
     assert "1 diverged" in diverged
 
 
+def test_a_method_that_diverged_in_every_seed_is_told_and_not_left_out(quality: ModuleType) -> None:
+    runs = [*METHODS, *adapted(ROW_SCALED, 64, [None] * 5), *adapted(DORA, 128, [None] * 3)]
+    lines = {line[0]: line[1:] for line in cells(quality.losses(study(runs)))}
+    assert lines["LoRA with row scales"][1] == "all 5 diverged"
+    assert lines["DoRA"][2] == "all 3 diverged"
+    assert lines["LoRA"][2] == quality.ABSENT, "it did not run at this rank"
+    only = [*adapted(LORA, 8, around(1.5)), *adapted(FULL, None, [None] * 2)]
+    assert ["full fine-tuning", "all 2 diverged"] in cells(quality.losses(study(only)))
+    assert quality.losses(study(adapted(LORA, 8, [None] * 5))) == "Every adaptation diverged."
+    document = study(METHODS)
+    base = next(row for row in document["rows"] if row["op"] == "pretrain")
+    base.update(loss=None, code_test_loss=None, documentation_test_loss=None)
+    assert "The pre-trained model diverged" in quality.losses(document)
+    assert "it has not learned" in quality.learned(document)
+
+
 @pytest.mark.parametrize(("loss", "words"), [(1.5, "it has learned"), (2.71, "it has not learned")])
 def test_the_page_says_whether_the_model_had_learned(loss: float, words: str, quality: ModuleType) -> None:
     assert words in quality.learned(study(METHODS, pretrained=loss))
@@ -168,6 +184,8 @@ def test_methods_are_compared_at_equal_time_beside_the_time_of_a_step(quality: M
     assert len(cells(compared)) == 5
     assert len(cells(steps)) == len(clocks)
     assert ["full fine-tuning", quality.ABSENT, "1.0", "0.9 to 1.2"] in cells(steps)
+    missing = quality.equal_time(study([*METHODS, *(one for one in clocks if one["impl"] != DORA)]))
+    assert missing.startswith("Not compared: the time of a step was not taken for every method")
 
 
 def test_distances_of_curves_are_told_with_what_computed_them(quality: ModuleType) -> None:

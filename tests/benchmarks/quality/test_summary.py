@@ -79,6 +79,20 @@ def test_at_equal_time_the_slower_one_is_read_off_before_its_end() -> None:
     }
 
 
+def test_a_loss_that_was_not_finite_on_the_way_is_no_loss_at_equal_time() -> None:
+    slow = [adapt_row(DORA, seed, 2.0) for seed in (1, 2, 3)]
+    slow[0]["held_out_loss"][0] = None
+    assert loss_at(slow[0], 1.5) is None
+    rows = [
+        *slow,
+        *(adapt_row(LORA, seed, 2.0) for seed in (1, 2, 3)),
+        clock_row(LORA, 1500.0),
+        clock_row(DORA, 2000.0),
+    ]
+    (time,) = [row for row in summarise(rows) if row["op"] == EQUAL_TIME]
+    assert (time["mean"], time["diverged"]) == (pytest.approx(0.2), 1)
+
+
 def test_equal_time_needs_the_clock_of_every_method() -> None:
     rows = [adapt_row(name, seed, 2.0) for name in (LORA, DORA) for seed in (1, 2)]
     assert not [row for row in summarise([*rows, clock_row(LORA, 1.0)]) if row["op"] == EQUAL_TIME]
