@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from doratune.adapters.adapter import Adapter
 from doratune.adapters.checkpoint import Checkpoint
@@ -389,11 +389,20 @@ def test_a_config_that_makes_no_sense_is_refused_with_the_reason(
     assert len(str(failure.value)) < 600
 
 
+def need(dtype: torch.dtype) -> None:
+    """Skip the test where the installed safetensors writes no tensors of this dtype, as older ones no complex ones."""
+    try:
+        save({"one": torch.zeros(1, dtype=dtype)})
+    except KeyError:
+        pytest.skip(f"this safetensors writes no {dtype}")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
 @pytest.mark.parametrize("part", [".lora_A.weight", ".lora_B.weight", M])
 def test_parts_that_are_no_real_floats_are_refused(
     part: str, dtype: torch.dtype, trained: Trained, folder: Path
 ) -> None:
+    need(dtype)
     copied = plant(trained, folder, put(Q + part, lambda values: values.to(dtype)))
     with pytest.raises(AdapterError, match=r"is stored as (I8|BOOL|C64)"):
         Adapter(copied.adapter)
@@ -406,6 +415,7 @@ def test_parts_that_are_no_real_floats_are_refused(
 def test_an_alpha_that_is_no_number_is_refused(
     alpha: torch.Tensor, reason: str, trained: Trained, folder: Path
 ) -> None:
+    need(alpha.dtype)
     on_inputs(trained, folder)
     file = folder / "outputs.safetensors"
     save_file({**load_file(file), f"{flat(Q)}.alpha": alpha}, file)

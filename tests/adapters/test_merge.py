@@ -227,7 +227,7 @@ def test_a_weight_that_is_tied_by_default_is_refused(folder: Path) -> None:
     made = train(folder, conv1d=True, target_modules=["c_attn"], modules_to_save=["wte"])
     file = made.checkpoint / "config.json"
     config = json.loads(file.read_text())
-    del config["tie_word_embeddings"]
+    config.pop("tie_word_embeddings", None)  # some versions of transformers write it
     file.write_text(json.dumps(config))
     with pytest.raises(ConversionError, match="tie_word_embeddings"):
         merge(made.adapter, made.checkpoint, folder / "merged")
