@@ -121,7 +121,8 @@ def requests_of(
     They come one after another, so that the caller can begin with the first. Autocast counts as it is set now. What is
     called is a copy on the meta device, one for all modules of the same form; the modules themselves are not. Others'
     hooks and patches do not run: they could keep a tensor without memory and start a kernel on it later, and Triton
-    would take it to lie at address 0. Where they cannot be left out, because they are PyTorch's own, nothing is listed.
+    would take it to lie at address 0. Where PyTorch's own ``linear`` is replaced or all modules are hooked, nothing is
+    listed.
 
     Args:
         parts: modules whose parameters are on ``device``, or on their own device if None. On another device than a GPU

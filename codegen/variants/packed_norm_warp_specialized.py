@@ -106,15 +106,16 @@ class WeightNormPackedWarpSpecialized(Variant):
         return warp_specialization_unavailable(spec, gpu) or tma_unavailable(gpu, ("bf16",), (spec.d_in,))
 
     def default_order(self, spec: KernelSpec) -> int:
-        """First for what has been measured: many ranks beside 4-bit codes with plain scales, one layer at a time.
+        """First where it ran on a GPU and was faster: many ranks, nf4 with plain scales of 64, one layer, A rounded.
 
         On an H100 (Triton 3.6) the norm from nf4 at rank 384 took 0.64 times the ``packed`` variant's time at
         14336x4096 and 0.60 times at 4096x4096, interleaved in one run that no results file has yet. At rank 64 it took
-        0.94 to 0.98 times, at rank 16 1.05.
+        0.94 to 0.98 times, at rank 16 1.05. Other formats, groups of layers and bf16 adapters have run on none: a
+        search, which checks what it times, may choose it there.
         """
         form = spec.format
-        measured = form is not None and form.of.packing == "pairs" and not form.nested and not spec.layers
-        return -1 if measured and spec.rank > MOST_SMALL_RANKS else 2
+        usual = form is not None and form.kind == "nf4" and form.group == 64 and not form.nested
+        return -1 if usual and spec.autocast and not spec.layers and spec.rank > MOST_SMALL_RANKS else 2
 
     def carries(self, source: KernelSpec, spec: KernelSpec) -> bool:
         return (source.rank > MOST_SMALL_RANKS) is (spec.rank > MOST_SMALL_RANKS)
