@@ -497,6 +497,7 @@ def cache_prune(other_triton: bool, store: str | None, as_json: bool) -> None:
 @click.option("--device", metavar="DEVICE", help="The GPU to measure on, such as cuda:1.")
 @click.option("--jobs", type=jobs_range, help="Compile workers; one for each core by default.")
 @click.option("--all", "everything", is_flag=True, help="Also winners that were measured under the present versions.")
+@click.option("--lookups", is_flag=True, help="Each against what a lookup without it gives today: renews the bounds.")
 @click.option("--apply", is_flag=True, help="Store the results: new winners, and the present versions of the others.")
 @click.option("--check", is_flag=True, help="Exit with code 1 if a winner is no longer the fastest.")
 @store_option
@@ -507,6 +508,9 @@ def cache_drift(as_json: bool, check: bool, **options: Any) -> None:
     Of your own store or the one named, the winners for the GPU here are measured whose Triton, PyTorch, driver, GPU
     name or template differs from the present one. Without --apply nothing is written. A run with --apply that was
     stopped continues where it was.
+
+    With --lookups all are measured, each against the config that a lookup without it gives today; the bounds that
+    explain prints rest on these losses. Those of searches were measured while the store had fewer entries.
 
     \b
     Exit code 0: measured, whatever moved.

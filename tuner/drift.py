@@ -66,6 +66,7 @@ def drift(
     without: Without,
     op: str | None = None,
     everything: bool = False,
+    lookups: bool = False,
     apply: bool = False,
     jobs: int | None = None,
     progress: SilentProgress | None = None,
@@ -73,8 +74,9 @@ def drift(
     """Measure the winners in ``store`` again that are for the evaluator's GPU.
 
     Entries that were measured under the present versions are skipped, unless ``everything``. With ``op`` only those of
-    that operation are looked at. ``apply`` stores the results; without it nothing is written. ``jobs`` is the number of
-    compile workers. The evaluator is closed at the end.
+    that operation are looked at. With ``lookups`` each is measured against the config that a lookup without it gives
+    today, and those of the present versions against that one alone. ``apply`` stores the results; without it nothing is
+    written. ``jobs`` is the number of compile workers. The evaluator is closed at the end.
 
     Damaged rows, and entries that cannot be measured, are named in the result; the others go on.
 
@@ -89,7 +91,7 @@ def drift(
             raise UsageError(f"winners are measured again, and this evaluator's times are {evaluator.provenance}")
         if apply:
             store.put_all(())  # raises before anything is measured if the store cannot be written
-        run = _Run(store, evaluator, pool, without, apply, said)
+        run = _Run(store, evaluator, pool, without, lookups, apply, said)
         return run.measure(op, everything)
     finally:
         said.close()
@@ -117,6 +119,8 @@ class _Job:
     changes: tuple[Change, ...]
     players: list[_Player]
     notes: list[str] = field(default_factory=list)
+    lookup_only: bool = False
+    """Whether a winner of the present versions meets only what a lookup without it gives."""
 
     @property
     def champion(self) -> _Player:
@@ -135,6 +139,7 @@ class _Run:
     evaluator: Evaluator
     pool: CompilePool
     without: Without
+    lookups: bool
     apply: bool
     progress: SilentProgress
 
@@ -151,7 +156,7 @@ class _Run:
         here = [entry for entry in entries if entry.spec.gpu == self._gpu.slug]
         measured = [entry for entry in here if entry.evaluation.provenance == MEASURED]
         found = [(entry, self._changes(entry)) for entry in measured]
-        due = [(entry, changed) for entry, changed in found if changed or everything]
+        due = [(entry, changed) for entry, changed in found if changed or everything or self.lookups]
         # A fused kernel is timed against its composition kernel, so that is settled first.
         due.sort(key=lambda one: (composition_of(one[0].spec) is not None, str(one[0].spec)))
         if due:
@@ -216,13 +221,17 @@ class _Run:
 
     def _job(self, entry: Entry, changed: tuple[Change, ...]) -> _Job:
         """Start compiling what an entry is measured with."""
-        recorded = entry.final.contenders if entry.final else ()
+        lookup_only = self.lookups and not changed
+        recorded = entry.final.contenders if entry.final and not lookup_only else ()
         origins = {one.config: _origins(one) for one in recorded if one.config != entry.config}
         notes = []
-        if not origins:
-            origins, note = self._given(entry)
-            notes.append(note)
-        job = _Job(entry, changed, [self._player(entry.spec, entry.config, (EXACT,))], notes)
+        if self.lookups or not origins:
+            given, note = self._given(entry)
+            notes.append(note if origins or lookup_only else f"no runner-up is recorded: {note}")
+            origins = {**given, **origins}
+        if lookup_only and not origins:
+            return _Job(entry, changed, [_Player(entry.config, (EXACT,))], notes, lookup_only)
+        job = _Job(entry, changed, [self._player(entry.spec, entry.config, (EXACT,))], notes, lookup_only)
         job.players += [self._player(entry.spec, config, why) for config, why in origins.items()]
         if job.text_changed:
             job.notes.append("its template now renders another text: a lookup refuses the entry as it is stored")
@@ -233,10 +242,10 @@ class _Run:
         try:
             given = self.without(entry.spec)
         except DoratuneError as error:
-            return {}, f"no runner-up is recorded, and a lookup without the entry fails: {error}"
+            return {}, f"a lookup without the entry fails: {error}"
         if given is None or given[0] == entry.config:
-            return {}, "no runner-up is recorded, and a lookup without the entry gives the same config: measured alone"
-        return {given[0]: (given[1],)}, f"no runner-up is recorded: compared with what a lookup gives ({given[1]})"
+            return {}, "a lookup without the entry gives the same config"
+        return {given[0]: (given[1],)}, f"compared with what a lookup gives ({given[1]})"
 
     def _player(self, spec: KernelSpec, config: Config, origins: tuple[str, ...]) -> _Player:
         try:
@@ -251,6 +260,8 @@ class _Run:
     def _judged(self, job: _Job) -> Drifted:
         """Measure one entry."""
         row = Drifted(job.entry, UNJUDGED, job.changes)
+        if job.lookup_only and len(job.players) == 1:
+            return replace(row, outcome=HELD, config=job.entry.config, notes=tuple(job.notes))
         try:
             final = self._played(job)
         except DoratuneError as failure:
@@ -360,12 +371,16 @@ class _Run:
 
     def _adopted(self, job: _Job, row: Drifted) -> Drifted:
         """Store the result of one entry, if it has one."""
+        before = job.entry
+        if row.outcome != UNJUDGED and self.store.readable(before.spec) != before:
+            return replace(row, notes=(*row.notes, "another process has changed the entry since: left as it is"))
+        if job.lookup_only and row.outcome == HELD:
+            regret = self._regret(before, before.config, row.final)
+            self.store.put(replace(before, lookup_regret=regret))
+            return replace(row, adopted=True)
         best = self._best(job, row.final)
         if row.outcome == UNJUDGED or best is None or best.source is None or best.evaluation is None:
             return row
-        before = job.entry
-        if self.store.readable(before.spec) != before:
-            return replace(row, notes=(*row.notes, "another process has changed the entry since: left as it is"))
         # Trials of another text say nothing about this one: `doratune tune` searches again.
         trials = len(job.players) if job.text_changed else before.evaluation.trials
         entry = Entry(
@@ -396,6 +411,8 @@ class _Run:
             given = self.without(before.spec)
         except DoratuneError:
             return known
+        if given is not None and given[0] == config:
+            return 1.0
         if given is None or final is None:
             return known
         timed = {contender.config: contender.us for contender in final.contenders}

@@ -22,7 +22,8 @@ class DriftRequest:
     """The options of ``doratune cache drift``.
 
     ``store`` None means the user's own. ``op`` None means every operation. ``gpu`` and ``device`` are those of
-    :class:`~.tune_model.Request`. ``everything`` also measures what was measured under the present versions.
+    :class:`~.tune_model.Request`. ``everything`` also measures what was measured under the present versions;
+    ``lookups`` likewise, and against what lookups without any entry of the spec give.
     """
 
     store: str | None = None
@@ -31,6 +32,7 @@ class DriftRequest:
     device: str | None = None
     jobs: int | None = None
     everything: bool = False
+    lookups: bool = False
     apply: bool = False
 
 
@@ -50,7 +52,7 @@ def drift_store(request: DriftRequest, progress: SilentProgress | None = None) -
         location = store.location
 
         def without(spec: KernelSpec) -> tuple[Config, str]:
-            resolution, _ = resolve(spec, request.store, without=location)
+            resolution, _ = resolve(spec, request.store, without=location, exact=not request.lookups)
             return resolution.config, resolution.step
 
         try:
@@ -65,6 +67,7 @@ def drift_store(request: DriftRequest, progress: SilentProgress | None = None) -
             without=without,
             op=request.op,
             everything=request.everything,
+            lookups=request.lookups,
             apply=request.apply,
             jobs=request.jobs,
             progress=progress,

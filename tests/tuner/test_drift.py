@@ -265,7 +265,7 @@ def test_a_winner_without_rivals_is_measured_alone_and_says_so(
     store.put(an_entry(beaten=()))
     row = only(run(Machine(SAME), without=lambda spec: given, apply=True))
     assert (row.outcome, row.loss, row.adopted) == (HELD, None, True)
-    assert "measured alone" in row.notes[0]
+    assert row.notes[0] == "no runner-up is recorded: a lookup without the entry gives the same config"
     assert (stored(store).environment, stored(store).evaluation.us) == (AFTER, 100.0)
 
 
@@ -297,6 +297,53 @@ def test_the_regret_of_the_lookup_is_that_of_the_new_final(
     store.put(an_entry())
     run(Machine(times), without=lambda spec: (given, "nearest"), apply=True)
     assert stored(store).lookup_regret == regret
+
+
+def test_lookups_meets_the_winner_with_what_a_lookup_gives_today_alone(run: Run, store: Store) -> None:
+    before = an_entry(environment=AFTER)
+    store.put(before)
+    machine = Machine(SAME)
+    row = only(run(machine, without=lambda spec: (THIRD, "nearest"), lookups=True, apply=True))
+    assert machine.finals == [(FORWARD, THIRD)]
+    assert (row.outcome, row.adopted) == (HELD, True)
+    assert stored(store) == replace(before, lookup_regret=pytest.approx(1.10, abs=0.003))
+
+
+def test_lookups_measures_nothing_where_a_lookup_gives_the_winner_itself(run: Run, store: Store) -> None:
+    before = an_entry(environment=AFTER)
+    store.put(before)
+    machine = Machine(SAME)
+    assert only(run(machine, without=lambda spec: (FORWARD, "nearest"), lookups=True)).outcome == HELD
+    assert stored(store) == before, "nothing is written without --apply"
+    run(machine, without=lambda spec: (FORWARD, "nearest"), lookups=True, apply=True)
+    assert (machine.evaluated, machine.finals) == ([], [])
+    assert stored(store) == replace(before, lookup_regret=1.0)
+
+
+def test_lookups_adopts_what_a_lookup_gives_if_that_is_faster(run: Run, store: Store) -> None:
+    store.put(an_entry(environment=AFTER))
+    row = only(run(Machine(SWAPPED), without=lambda spec: (SECOND, "nearest"), lookups=True, apply=True))
+    assert (row.outcome, row.config, row.adopted) == (MOVED, SECOND, True)
+    assert (stored(store).config, stored(store).lookup_regret) == (SECOND, 1.0)
+
+
+def test_lookups_keeps_what_was_known_where_a_lookup_fails(run: Run, store: Store) -> None:
+    def broken(spec: KernelSpec) -> None:
+        raise StoreError("store team.sqlite: the disk failed")
+
+    store.put(an_entry(environment=AFTER))
+    row = only(run(Machine(SAME), without=broken, lookups=True, apply=True))
+    assert row.notes == ("a lookup without the entry fails: store team.sqlite: the disk failed",)
+    assert stored(store).lookup_regret == 1.1
+
+
+def test_lookups_after_an_upgrade_meets_what_it_beat_too(run: Run, store: Store) -> None:
+    store.put(an_entry(beaten=(SECOND,)))
+    machine = Machine(SAME)
+    run(machine, without=lambda spec: (THIRD, "nearest"), lookups=True, apply=True)
+    assert machine.finals == [(FORWARD, THIRD, SECOND)]
+    assert stored(store).lookup_regret == pytest.approx(1.10, abs=0.003)
+    assert stored(store).environment == AFTER
 
 
 # Winners that are broken.
