@@ -3,7 +3,7 @@
     for each layer: w = ||W + s*B@A||_row by nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T))); g = m / max(w, eps)
 
 spec    weight_norm_group/d_out=4096/d_in=4096/rank=384/layers=32/weight=nf4.nested/adapter=bf16/magnitude=bf16@h200
-config  packed_warp_specialized:decoders=1,finish_ranks=64,finish_rows=128,gram_block=64,gram_block_k=64,gram_split=1,rank_block=128,rank_tiles=3,split_k=1,num_warps=8,num_stages=3
+config  packed_warp_specialized:decoders=1,gram_block=64,gram_block_k=64,gram_split=1,rank_block=128,rank_tiles=3,split_k=1,num_warps=8,num_stages=3
 
 Emitted by doratune from templates/weight_norm_group_packed_warp_specialized.py.j2; edit the template, not this text.
 """
@@ -178,25 +178,52 @@ def decoded(words, scale):
 
 
 @gluon.jit
+def prefetch(addresses, size):
+    """Have the L2 cache read ``size`` bytes from each address: long pieces of rows, of which the loads take a little in each step."""
+    gl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [addresses, size], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def store_columns_of_b(b_start, first_m, first_rank, piece, HALVED: gl.constexpr):
+    """Store BLOCK_K columns of B, rounded, as a tile in the place of one of W."""
+    BLOCK_M: gl.constexpr = 128
+    BLOCK_K: gl.constexpr = 64
+    PIECE_ROWS: gl.constexpr = 64
+    RANK: gl.constexpr = 384
+
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    rows_of_b = piece._reinterpret(gl.bfloat16, [BLOCK_M // PIECE_ROWS, PIECE_ROWS, BLOCK_K], SWIZZLED)
+    lane = gl.arange(0, PIECE_ROWS, gl.SliceLayout(1, LOADED))
+    rank = first_rank + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LOADED))
+    for i in range(0, BLOCK_M // PIECE_ROWS):
+        row = (first_m + i * PIECE_ROWS + lane).to(gl.int64)
+        b = gl.load(b_start + gl.expand_dims(row * RANK, 1) + gl.expand_dims(rank, 0))
+        if HALVED:
+            b = (b.to(gl.float32) * 0.5).to(gl.bfloat16)
+        rows_of_b.index(i).store(b)
+
+
+@gluon.jit
 def decode(
-    lora_a_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty
+    lora_a_desc, gram_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty
 ):
-    """Four warps, a row of the tile for each thread: W's steps are decoded, A's loaded by the tensor memory accelerator; then B's columns. And rowsum(W*W)."""
+    """Four warps, a row of the tile for each thread: W's steps are decoded, A's loaded by the tensor memory accelerator; then B's columns beside G's, and alone. And rowsum(W*W)."""
     BLOCK_M: gl.constexpr = 128
     BLOCK_N: gl.constexpr = 128
     BLOCK_K: gl.constexpr = 64
     TILES: gl.constexpr = 3
     ROW_BLOCKS: gl.constexpr = 32
     K_STEPS: gl.constexpr = 64
+    SPLIT_K: gl.constexpr = 1
     STAGES: gl.constexpr = 3
     DECODERS: gl.constexpr = 1
     AHEAD: gl.constexpr = 1
+    CHUNK: gl.constexpr = 32
     D_IN: gl.constexpr = 4096
-    RANK: gl.constexpr = 384
     WORDS: gl.constexpr = 8
-    PIECE_COLS: gl.constexpr = 64
+    G_PIECES: gl.constexpr = 6
     PIECES: gl.constexpr = 6
-    PIECE_ROWS: gl.constexpr = 32
     LORA_A_UNIT: gl.constexpr = 256
 
     CODES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [32, 1, 1], [4, 1, 1], [2, 1, 0])
@@ -208,6 +235,7 @@ def decode(
     first_m = tile % ROW_BLOCKS * BLOCK_M
     share = gl.program_id(1)
     steps = K_STEPS
+    gram_steps = 2 * ((G_PIECES - share + SPLIT_K - 1) // SPLIT_K)
     first_step = share * K_STEPS
     row = first_m + gl.arange(0, BLOCK_M, ROWS)
     places = table_ptr + layer * 8
@@ -229,6 +257,9 @@ def decode(
     code_0 = gl.load(scales_start + number).to(gl.int32)
     outer_0 = gl.load(outer_scales_start + number // 256)
     lora_a_at = (gl.load(places + 5) // LORA_A_UNIT).to(gl.int32)
+    row_start = weight_start.to(gl.int64) + row.to(gl.int64) * 2048 + first_step * 32
+    prefetched = gl.minimum(2 * CHUNK, steps)
+    prefetch(row_start, prefetched * 32)
     for step in range(0, steps, DECODERS):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -253,121 +284,155 @@ def decode(
         tl.debug_barrier()  # all four warps have stored before one of them says so
         mbarrier.arrive(full.index(stage), count=1)
 
-    B_TILE: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    B_SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     b_start = lora_b_ptr + gl.multiple_of(gl.load(places + 6), 128)
-    lane_rows = gl.arange(0, PIECE_ROWS, gl.SliceLayout(1, B_TILE))
-    lane_ranks = gl.arange(0, PIECE_COLS, gl.SliceLayout(0, B_TILE))
-    for step in range(steps, steps + PIECES, DECODERS):
+    # Started early: all above needs nothing from the kernel before.
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    for step in range(steps, steps + gram_steps, DECODERS):
         stage = step % STAGES
-        rank = group * (TILES * BLOCK_N) + (step - steps) * PIECE_COLS + lane_ranks
+        first_rank = (share + (step - steps) // 2 * SPLIT_K) * BLOCK_K
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-        rows_of_b = w_ring.index(stage)._reinterpret(gl.bfloat16, [BLOCK_M // PIECE_ROWS, PIECE_ROWS, PIECE_COLS], B_SHARED)
-        for i in range(0, BLOCK_M // PIECE_ROWS):
-            b_row = (first_m + i * PIECE_ROWS + lane_rows).to(gl.int64)
-            b = gl.load(b_start + gl.expand_dims(b_row * RANK, 1) + gl.expand_dims(rank, 0))
-            rows_of_b.index(i).store(b)
+        mbarrier.expect(full.index(stage), TILES * BLOCK_N * BLOCK_K * 2)
+        for i in gl.static_range(TILES):  # G's high part, then its low one
+            gram_tile = a_ring.index(stage * TILES + i)._reinterpret(gram_desc.dtype, [1, BLOCK_N, BLOCK_K], gram_desc.layout)
+            tma.async_copy_global_to_shared(gram_desc, [layer.to(gl.int32) * 2 + (step - steps) % 2, (group * TILES + i) * BLOCK_N, first_rank], full.index(stage), gram_tile)
+        store_columns_of_b(b_start, first_m, first_rank, w_ring.index(stage), True)
+        tl.debug_barrier()
+        mbarrier.arrive(full.index(stage), count=1)
+    for step in range(steps + gram_steps, steps + gram_steps + PIECES, DECODERS):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        store_columns_of_b(b_start, first_m, group * (TILES * BLOCK_N) + (step - steps - gram_steps) * BLOCK_K, w_ring.index(stage), False)
         tl.debug_barrier()
         mbarrier.arrive(full.index(stage), count=2)
-    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # the last kernel waits for this one only, and reads what those before wrote
     total = gl.sum(squares, axis=1)
     rows = first_m + gl.arange(0, BLOCK_M, ROWS)
-    sums = sums_ptr + layer * 8192 + rows
+    sums = sums_ptr + layer * 12288 + rows
     gl.store(sums, total)
 
 
 @gluon.jit
-def sum_row_dots(sums_ptr, w_ring, a_ring, full, empty, scaling):
-    """The other warps: acc = W @ A.T over this program's share of the columns, then s*sum_n B[:, n] * acc[:, n]."""
+def sum_row_dots(gram_ptr, sums_ptr, w_ring, a_ring, full, empty, scaling):
+    """The other warps: acc = W @ A.T + B @ (s/2)G over this program's share of the sums, then s*sum_n B[:, n] * acc[:, n].
+
+    And s*sum_n B[:, n]**2 * s*rowsum(A*A)[n], which the last kernel compares the norm with.
+    """
     BLOCK_M: gl.constexpr = 128
     BLOCK_N: gl.constexpr = 128
+    BLOCK_K: gl.constexpr = 64
     TILES: gl.constexpr = 3
     ROW_BLOCKS: gl.constexpr = 32
     K_STEPS: gl.constexpr = 64
+    SPLIT_K: gl.constexpr = 1
     STAGES: gl.constexpr = 3
-    PIECE_COLS: gl.constexpr = 64
+    D_OUT: gl.constexpr = 4096
+    RANK: gl.constexpr = 384
+    G_PIECES: gl.constexpr = 6
 
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
-    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, PIECE_COLS, 16])
+    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_K, 16])
     group = 0
     tile = gl.program_id(0)
     layer = (tile // ROW_BLOCKS).to(gl.int64)
     first_m = tile % ROW_BLOCKS * BLOCK_M
     share = gl.program_id(1)
     steps = K_STEPS
+    gram_steps = 2 * ((G_PIECES - share + SPLIT_K - 1) // SPLIT_K)
     acc_0 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
     acc_1 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
     acc_2 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
-    for step in range(0, steps):
+    for step in range(0, steps + gram_steps):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         # Here and not where it was stored: there the fence would wait for the loads of later steps, too.
         fence_async_shared()
-        w_tile = w_ring.index(stage)
-        acc_0 = warpgroup_mma(w_tile, a_ring.index(stage * TILES).permute((1, 0)), acc_0, is_async=True)
-        acc_1 = warpgroup_mma(w_tile, a_ring.index(stage * TILES + 1).permute((1, 0)), acc_1, is_async=True)
-        acc_2 = warpgroup_mma(w_tile, a_ring.index(stage * TILES + 2).permute((1, 0)), acc_2, is_async=True)
+        left = w_ring.index(stage)
+        acc_0 = warpgroup_mma(left, a_ring.index(stage * TILES).permute((1, 0)), acc_0, is_async=True)
+        acc_1 = warpgroup_mma(left, a_ring.index(stage * TILES + 1).permute((1, 0)), acc_1, is_async=True)
+        acc_2 = warpgroup_mma(left, a_ring.index(stage * TILES + 2).permute((1, 0)), acc_2, is_async=True)
         acc_0, acc_1, acc_2 = warpgroup_mma_wait(3, deps=(acc_0, acc_1, acc_2))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)  # the step before is done
     acc_0, acc_1, acc_2 = warpgroup_mma_wait(0, deps=(acc_0, acc_1, acc_2))
-    mbarrier.arrive(empty.index((steps + STAGES - 1) % STAGES), count=1)
+    mbarrier.arrive(empty.index((steps + gram_steps + STAGES - 1) % STAGES), count=1)
 
     dots = gl.zeros((BLOCK_M,), gl.float32, gl.SliceLayout(1, PIECE))
-    step = steps
-    lower, upper = gl.split(gl.permute(gl.reshape(acc_0, [BLOCK_M, 2, PIECE_COLS]), (0, 2, 1)))
+    summands = gl.zeros((BLOCK_M,), gl.float32, gl.SliceLayout(1, PIECE))
+    step = steps + gram_steps
+    grams = gram_ptr + layer * (2 * RANK * RANK)
+    n = group * (TILES * BLOCK_N) + gl.arange(0, BLOCK_K, gl.SliceLayout(0, PIECE))
+    lower, upper = gl.split(gl.permute(gl.reshape(acc_0, [BLOCK_M, 2, BLOCK_K]), (0, 2, 1)))
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
     tl.debug_barrier()  # all warps have read it before one of them says so
     mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(lower, PIECE) * b.to(gl.float32), axis=1)
+    dots += gl.sum(gl.convert_layout(lower, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
     step += 1
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
     tl.debug_barrier()  # all warps have read it before one of them says so
     mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(upper, PIECE) * b.to(gl.float32), axis=1)
+    dots += gl.sum(gl.convert_layout(upper, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
     step += 1
-    lower, upper = gl.split(gl.permute(gl.reshape(acc_1, [BLOCK_M, 2, PIECE_COLS]), (0, 2, 1)))
+    lower, upper = gl.split(gl.permute(gl.reshape(acc_1, [BLOCK_M, 2, BLOCK_K]), (0, 2, 1)))
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
     tl.debug_barrier()  # all warps have read it before one of them says so
     mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(lower, PIECE) * b.to(gl.float32), axis=1)
-    step += 1
-    stage = step % STAGES
-    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
-    tl.debug_barrier()  # all warps have read it before one of them says so
-    mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(upper, PIECE) * b.to(gl.float32), axis=1)
-    step += 1
-    lower, upper = gl.split(gl.permute(gl.reshape(acc_2, [BLOCK_M, 2, PIECE_COLS]), (0, 2, 1)))
-    stage = step % STAGES
-    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
-    tl.debug_barrier()  # all warps have read it before one of them says so
-    mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(lower, PIECE) * b.to(gl.float32), axis=1)
+    dots += gl.sum(gl.convert_layout(lower, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
     step += 1
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
     tl.debug_barrier()  # all warps have read it before one of them says so
     mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(upper, PIECE) * b.to(gl.float32), axis=1)
+    dots += gl.sum(gl.convert_layout(upper, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
     step += 1
-    dots *= scaling
+    lower, upper = gl.split(gl.permute(gl.reshape(acc_2, [BLOCK_M, 2, BLOCK_K]), (0, 2, 1)))
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(lower, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
+    step += 1
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(upper, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
+    step += 1
     rows = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PIECE))
-    sums = sums_ptr + layer * 8192 + rows + 4096
-    gl.store(sums, dots)
+    sums = sums_ptr + layer * 12288 + rows + 4096
+    partial = 2 * share.to(gl.int64)
+    gl.store(sums + partial * D_OUT, dots * scaling)
+    gl.store(sums + (partial + 1) * D_OUT, summands * scaling)
 
 
 @gluon.jit
 def sums_kernel(
     lora_a_desc: "tensordesc<bf16[1, 128, 64]>",
+    gram_desc: "tensordesc<bf16[1, 128, 64]>",
     table_ptr: "*i64",
     weight_ptr: "*u8",
     scales_ptr: "*u8",
@@ -375,10 +440,11 @@ def sums_kernel(
     outer_scales_ptr: "*fp32",
     scale_offset_ptr: "*fp32",
     lora_b_ptr: "*bf16",
+    gram_ptr: "*bf16",
     sums_ptr: "*fp32",
     scaling: "fp32",
 ):
-    """Write rowsum(W*W) and s*rowsum(B * W@A.T) of BLOCK_M rows of one layer, over 3 x BLOCK_N ranks and one share of the columns.
+    """Write rowsum(W*W) and s*rowsum(B * (W@A.T + B@(s/2)G)) of BLOCK_M rows of one layer, over 3 x BLOCK_N ranks and one share of the columns.
 
     The descriptor reads zeros beyond the last rank, and B's columns there are zeros.
     """
@@ -400,8 +466,8 @@ def sums_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (sum_row_dots, (sums_ptr, w_ring, a_ring, full, empty, scaling)),
-            (decode, (lora_a_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty)),
+            (sum_row_dots, (gram_ptr, sums_ptr, w_ring, a_ring, full, empty, scaling)),
+            (decode, (lora_a_desc, gram_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty)),
         ],
         [4],
         [56],
@@ -419,8 +485,6 @@ def finish_kernel(
     lora_a_ptr: "*bf16",
     lora_b_ptr: "*bf16",
     magnitude_ptr: "*bf16",
-    gram_ptr: "*bf16",
-    adapter_squares_ptr: "*fp32",
     sums_ptr: "*fp32",
     norm_ptr: "*fp32",
     g_ptr: "*fp32",
@@ -430,8 +494,7 @@ def finish_kernel(
     D_OUT: tl.constexpr = 4096
     D_IN: tl.constexpr = 4096
     RANK: tl.constexpr = 384
-    BLOCK_M: tl.constexpr = 128
-    BLOCK_R: tl.constexpr = 64
+    BLOCK_M: tl.constexpr = 32
     BLOCK_K: tl.constexpr = 256
     RANKS: tl.constexpr = 8
     SHARES: tl.constexpr = 1
@@ -445,43 +508,21 @@ def finish_kernel(
     rows = tl.program_id(0) * BLOCK_M + lane
     places = table_ptr + layer * 8
     b_start = lora_b_ptr + tl.multiple_of(tl.load(places + 6), 128)
-    b_rows = b_start + rows.to(tl.int64)[:, None] * RANK
-    grams = gram_ptr + layer * (2 * RANK * RANK)
-    sums = sums_ptr + layer * 8192 + rows
+    sums = sums_ptr + layer * 12288 + rows
     weight_sq = tl.full((BLOCK_M,), 0.0, tl.float32)
     for _ in tl.static_range(SHARES):
         weight_sq += tl.load(sums)
         sums += D_OUT
     cross = tl.full((BLOCK_M,), 0.0, tl.float32)
-    for _ in tl.static_range(PARTIALS):
+    summands = tl.full((BLOCK_M,), 0.0, tl.float32)
+    for partial in tl.static_range(PARTIALS):
         cross += tl.load(sums)
         sums += D_OUT
-
-    # rowsum(B@sG * B), the blocks below the diagonal of the symmetric G twice; and what it is added up from, which may be far more.
-    square = tl.full((BLOCK_M,), 0.0, tl.float32)
-    summands = tl.full((BLOCK_M,), 0.0, tl.float32)
-    for first in range(0, RANK, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        b = tl.load(b_rows + r[None, :])
-        below = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
-        for start in range(0, first, BLOCK_R):
-            j = start + tl.arange(0, BLOCK_R)
-            b_part = tl.load(b_rows + j[None, :])
-            gram_ptrs = grams + j[:, None] * RANK + r[None, :]
-            below = tl.dot(b_part, tl.load(gram_ptrs), below)
-            below = tl.dot(b_part, tl.load(gram_ptrs + RANK * RANK), below)
-        acc = 2.0 * below
-        gram_ptrs = grams + r[:, None] * RANK + r[None, :]
-        acc = tl.dot(b, tl.load(gram_ptrs), acc)
-        acc = tl.dot(b, tl.load(gram_ptrs + RANK * RANK), acc)
-        b_wide = b.to(tl.float32)
-        square += tl.sum(acc * b_wide, axis=1)
-        adapter_squares = tl.load(adapter_squares_ptr + layer * RANK + r)
-        summands += tl.sum(b_wide * b_wide * adapter_squares[None, :], axis=1)
-    s = tl.full((BLOCK_M,), scaling, tl.float32)
-    norm = tl.sqrt(tl.maximum(weight_sq + 2.0 * cross + s * square, 0.0))
-
-    cancels = (norm * norm < LEAST_SHARE * (weight_sq + s * summands)).to(tl.int32)
+        if partial % 1 == 0:  # equal for all shares of the columns
+            summands += tl.load(sums)
+        sums += D_OUT
+    norm = tl.sqrt(tl.maximum(weight_sq + 2.0 * cross, 0.0))
+    cancels = (norm * norm < LEAST_SHARE * (weight_sq + summands)).to(tl.int32)
     if tl.max(cancels, axis=0) > 0:
         a_start = lora_a_ptr + tl.load(places + 5)
         weight_start = weight_ptr + tl.multiple_of(tl.load(places), 512)
@@ -522,14 +563,16 @@ def launch(table, weight, scales, scale_table, outer_scales, scale_offset, lora_
     """Fill norm, g [layers, 4096] for the layers of table [layers, 8]: where W [4096, 4096] (weight, scales, scale_table, outer_scales, scale_offset, flat), lora_a [384, 4096], lora_b [4096, 384] and magnitude [4096] of each begin, in elements from those given."""
     layers = table.shape[0]
     gram = torch.empty((layers, 2, 384, 384), dtype=torch.bfloat16, device=weight.device)
-    adapter_squares = torch.empty((layers, 384,), dtype=torch.float32, device=weight.device)
-    sums = torch.empty((layers, 2, 4096), dtype=torch.float32, device=weight.device)
+    sums = torch.empty((layers, 3, 4096), dtype=torch.float32, device=weight.device)
+    adapter_squares = torch.empty((layers, 384), dtype=torch.float32, device=weight.device)
     gram_kernel[(36, 1, layers)](table, lora_a, gram, adapter_squares, scaling, num_warps=4, num_stages=3)
+    gram_layout = gl.NVMMASharedLayout.get_default_for([1, 128, 64], gl.bfloat16)
     a_layout = gl.NVMMASharedLayout.get_default_for([1, 128, 64], gl.bfloat16)
     sums_kernel[(layers * 32, 1)](
         TensorDescriptor(lora_a, [2147483647, 384, 4096], [256, 4096, 1], [1, 128, 64], a_layout),
-        table, weight, scales, scale_table, outer_scales, scale_offset, lora_b, sums, scaling, num_warps=8, num_stages=3, launch_pdl=True
+        TensorDescriptor(gram, [2 * layers, 384, 384], [147456, 384, 1], [1, 128, 64], gram_layout),
+        table, weight, scales, scale_table, outer_scales, scale_offset, lora_b, gram, sums, scaling, num_warps=8, num_stages=3, launch_pdl=True
     )
-    finish_kernel[(32, layers)](
-        table, weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_b, magnitude, gram, adapter_squares, sums, norm, g, scaling, num_warps=8, num_stages=2, launch_pdl=True
+    finish_kernel[(128, layers)](
+        table, weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_b, magnitude, sums, norm, g, scaling, num_warps=4, num_stages=2, launch_pdl=True
     )

@@ -3,7 +3,7 @@
     for each layer: w = ||W + s*B@A||_row by nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T))); g = m / max(w, eps)
 
 spec    weight_norm_group/d_out=4304/d_in=1152/rank=24/layers=32/weight=nf4.nested/adapter=fp32/magnitude=fp32/autocast@h200
-config  packed_warp_specialized:decoders=2,finish_ranks=32,finish_rows=32,gram_block=32,gram_block_k=64,gram_split=8,rank_block=32,rank_tiles=1,split_k=1,num_warps=4,num_stages=6
+config  packed_warp_specialized:decoders=2,gram_block=32,gram_block_k=64,gram_split=4,rank_block=64,rank_tiles=1,split_k=1,num_warps=4,num_stages=6
 
 Emitted by doratune from templates/weight_norm_group_packed_warp_specialized.py.j2; edit the template, not this text.
 """
@@ -74,8 +74,8 @@ def gram_kernel(
     RANK: tl.constexpr = 24
     BLOCK: tl.constexpr = 32
     BLOCK_K: tl.constexpr = 64
-    STEPS: tl.constexpr = 3
-    SHARES: tl.constexpr = 8
+    STEPS: tl.constexpr = 5
+    SHARES: tl.constexpr = 4
 
     tl.extra.cuda.gdc_launch_dependents()
     rows = tl.arange(0, BLOCK)
@@ -103,7 +103,7 @@ def gram_sum_kernel(gram_shares_ptr: "*fp32", gram_ptr: "*bf16", adapter_squares
     """Add the shares of one tile of s*G in a fixed order; write it as a high and a low part, and s*rowsum(A*A) from its diagonal."""
     RANK: tl.constexpr = 24
     BLOCK: tl.constexpr = 32
-    SHARES: tl.constexpr = 8
+    SHARES: tl.constexpr = 4
 
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
@@ -199,26 +199,54 @@ def decoded(words, scale):
 
 
 @gluon.jit
-def decode(
-    lora_a_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty, which
-):
-    """Four warps, a row of the tile for each thread: W's steps are decoded, A's loaded by the tensor memory accelerator; then B's columns. And rowsum(W*W)."""
+def prefetch(addresses, size):
+    """Have the L2 cache read ``size`` bytes from each address: long pieces of rows, of which the loads take a little in each step."""
+    gl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [addresses, size], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def store_columns_of_b(b_start, first_m, first_rank, piece, HALVED: gl.constexpr):
+    """Store BLOCK_K columns of B, rounded, as a tile in the place of one of W."""
     BLOCK_M: gl.constexpr = 128
-    BLOCK_N: gl.constexpr = 32
+    BLOCK_K: gl.constexpr = 64
+    PIECE_ROWS: gl.constexpr = 64
+    D_OUT: gl.constexpr = 4304
+    RANK: gl.constexpr = 24
+
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    rows_of_b = piece._reinterpret(gl.bfloat16, [BLOCK_M // PIECE_ROWS, PIECE_ROWS, BLOCK_K], SWIZZLED)
+    lane = gl.arange(0, PIECE_ROWS, gl.SliceLayout(1, LOADED))
+    rank = first_rank + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LOADED))
+    for i in range(0, BLOCK_M // PIECE_ROWS):
+        row = gl.minimum(first_m + i * PIECE_ROWS + lane, D_OUT - 1).to(gl.int64)
+        b = gl.load(b_start + gl.expand_dims(row * RANK, 1) + gl.expand_dims(rank, 0), mask=gl.expand_dims(rank < RANK, 0), other=0.0).to(gl.bfloat16)
+        if HALVED:
+            b = (b.to(gl.float32) * 0.5).to(gl.bfloat16)
+        rows_of_b.index(i).store(b)
+
+
+@gluon.jit
+def decode(
+    lora_a_desc, gram_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty, which
+):
+    """Four warps, a row of the tile for each thread: W's steps are decoded, A's loaded by the tensor memory accelerator; then B's columns beside G's, and alone. And rowsum(W*W)."""
+    BLOCK_M: gl.constexpr = 128
+    BLOCK_N: gl.constexpr = 64
     BLOCK_K: gl.constexpr = 64
     TILES: gl.constexpr = 1
     ROW_BLOCKS: gl.constexpr = 34
     K_STEPS: gl.constexpr = 18
+    SPLIT_K: gl.constexpr = 1
     STAGES: gl.constexpr = 6
     DECODERS: gl.constexpr = 2
     AHEAD: gl.constexpr = 1
+    CHUNK: gl.constexpr = 32
     D_OUT: gl.constexpr = 4304
     D_IN: gl.constexpr = 1152
-    RANK: gl.constexpr = 24
     WORDS: gl.constexpr = 8
-    PIECE_COLS: gl.constexpr = 32
+    G_PIECES: gl.constexpr = 1
     PIECES: gl.constexpr = 1
-    PIECE_ROWS: gl.constexpr = 32
 
     CODES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [32, 1, 1], [4, 1, 1], [2, 1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, CODES))
@@ -229,6 +257,7 @@ def decode(
     first_m = tile % ROW_BLOCKS * BLOCK_M
     share = gl.program_id(1)
     steps = K_STEPS
+    gram_steps = 2 * ((G_PIECES - share + SPLIT_K - 1) // SPLIT_K)
     first_step = share * K_STEPS
     row = gl.minimum(first_m + gl.arange(0, BLOCK_M, ROWS), D_OUT - 1)
     places = table_ptr + layer * 8
@@ -249,6 +278,9 @@ def decode(
     number = scale_numbers + which * 1
     code_0 = gl.load(scales_start + number).to(gl.int32)
     outer_0 = gl.load(outer_scales_start + number // 256)
+    row_start = weight_start.to(gl.int64) + row.to(gl.int64) * 576 + first_step * 32
+    prefetched = gl.minimum(2 * CHUNK, steps)
+    prefetch(row_start + which * (prefetched * 16), prefetched * 16)
     gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # for A, rounded
     for step in range(which, steps, DECODERS):
         stage = step % STAGES
@@ -274,80 +306,96 @@ def decode(
         tl.debug_barrier()  # all four warps have stored before one of them says so
         mbarrier.arrive(full.index(stage), count=1)
 
-    B_TILE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    B_SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     b_start = lora_b_ptr + gl.multiple_of(gl.load(places + 6), 8)
-    lane_rows = gl.arange(0, PIECE_ROWS, gl.SliceLayout(1, B_TILE))
-    lane_ranks = gl.arange(0, PIECE_COLS, gl.SliceLayout(0, B_TILE))
-    for step in range(steps + (steps + which) % DECODERS, steps + PIECES, DECODERS):
+    for step in range(steps + (steps + which) % DECODERS, steps + gram_steps, DECODERS):
         stage = step % STAGES
-        rank = group * (TILES * BLOCK_N) + (step - steps) * PIECE_COLS + lane_ranks
+        first_rank = (share + (step - steps) // 2 * SPLIT_K) * BLOCK_K
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-        rows_of_b = w_ring.index(stage).slice(0, 64)._reinterpret(gl.bfloat16, [BLOCK_M // PIECE_ROWS, PIECE_ROWS, PIECE_COLS], B_SHARED)
-        for i in range(0, BLOCK_M // PIECE_ROWS):
-            b_row = gl.minimum(first_m + i * PIECE_ROWS + lane_rows, D_OUT - 1).to(gl.int64)
-            b = gl.load(b_start + gl.expand_dims(b_row * RANK, 1) + gl.expand_dims(rank, 0), mask=gl.expand_dims(rank < RANK, 0), other=0.0)
-            rows_of_b.index(i).store(b.to(gl.bfloat16))
+        mbarrier.expect(full.index(stage), TILES * BLOCK_N * BLOCK_K * 2)
+        for i in gl.static_range(TILES):  # G's high part, then its low one
+            gram_tile = a_ring.index(stage * TILES + i)._reinterpret(gram_desc.dtype, [1, BLOCK_N, BLOCK_K], gram_desc.layout)
+            tma.async_copy_global_to_shared(gram_desc, [layer.to(gl.int32) * 2 + (step - steps) % 2, (group * TILES + i) * BLOCK_N, first_rank], full.index(stage), gram_tile)
+        store_columns_of_b(b_start, first_m, first_rank, w_ring.index(stage), True)
+        tl.debug_barrier()
+        mbarrier.arrive(full.index(stage), count=1)
+    for step in range(steps + gram_steps + (steps + gram_steps + which) % DECODERS, steps + gram_steps + PIECES, DECODERS):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        store_columns_of_b(b_start, first_m, group * (TILES * BLOCK_N) + (step - steps - gram_steps) * BLOCK_K, w_ring.index(stage), False)
         tl.debug_barrier()
         mbarrier.arrive(full.index(stage), count=2)
     total = gl.sum(squares, axis=1)
     rows = first_m + gl.arange(0, BLOCK_M, ROWS)
-    sums = sums_ptr + layer * 12912 + rows
+    sums = sums_ptr + layer * 17216 + rows
     gl.store(sums + (share * DECODERS + which).to(gl.int64) * D_OUT, total, mask=(rows < D_OUT))
 
 
 @gluon.jit
-def sum_row_dots(sums_ptr, w_ring, a_ring, full, empty, scaling):
-    """The other warps: acc = W @ A.T over this program's share of the columns, then s*sum_n B[:, n] * acc[:, n]."""
+def sum_row_dots(gram_ptr, sums_ptr, w_ring, a_ring, full, empty, scaling):
+    """The other warps: acc = W @ A.T + B @ (s/2)G over this program's share of the sums, then s*sum_n B[:, n] * acc[:, n].
+
+    And s*sum_n B[:, n]**2 * s*rowsum(A*A)[n], which the last kernel compares the norm with.
+    """
     BLOCK_M: gl.constexpr = 128
-    BLOCK_N: gl.constexpr = 32
+    BLOCK_N: gl.constexpr = 64
+    BLOCK_K: gl.constexpr = 64
     TILES: gl.constexpr = 1
     ROW_BLOCKS: gl.constexpr = 34
     K_STEPS: gl.constexpr = 18
+    SPLIT_K: gl.constexpr = 1
     STAGES: gl.constexpr = 6
     D_OUT: gl.constexpr = 4304
-    PIECE_COLS: gl.constexpr = 32
+    RANK: gl.constexpr = 24
+    G_PIECES: gl.constexpr = 1
 
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE_COLS, 16])
-    B_SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     group = 0
     tile = gl.program_id(0)
     layer = (tile // ROW_BLOCKS).to(gl.int64)
     first_m = tile % ROW_BLOCKS * BLOCK_M
     share = gl.program_id(1)
     steps = K_STEPS
+    gram_steps = 2 * ((G_PIECES - share + SPLIT_K - 1) // SPLIT_K)
     acc_0 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
-    for step in range(0, steps):
+    for step in range(0, steps + gram_steps):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         # Here and not where it was stored: there the fence would wait for the loads of later steps, too.
         fence_async_shared()
-        w_tile = w_ring.index(stage)
-        acc_0 = warpgroup_mma(w_tile, a_ring.index(stage * TILES).permute((1, 0)), acc_0, is_async=True)
+        left = w_ring.index(stage)
+        acc_0 = warpgroup_mma(left, a_ring.index(stage * TILES).permute((1, 0)), acc_0, is_async=True)
         acc_0 = warpgroup_mma_wait(1, deps=(acc_0,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)  # the step before is done
     acc_0 = warpgroup_mma_wait(0, deps=(acc_0,))
-    mbarrier.arrive(empty.index((steps + STAGES - 1) % STAGES), count=1)
+    mbarrier.arrive(empty.index((steps + gram_steps + STAGES - 1) % STAGES), count=1)
 
     dots = gl.zeros((BLOCK_M,), gl.float32, gl.SliceLayout(1, PIECE))
-    step = steps
+    summands = gl.zeros((BLOCK_M,), gl.float32, gl.SliceLayout(1, PIECE))
+    step = steps + gram_steps
+    grams = gram_ptr + layer * (2 * RANK * RANK)
+    n = group * (TILES * BLOCK_N) + gl.arange(0, BLOCK_K, gl.SliceLayout(0, PIECE))
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).slice(0, 64)._reinterpret(gl.bfloat16, [BLOCK_M, PIECE_COLS], B_SHARED).load(PIECE)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
     tl.debug_barrier()  # all warps have read it before one of them says so
     mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(acc_0 * b.to(gl.float32), axis=1)
+    dots += gl.sum(acc_0 * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1), mask=n < RANK, other=0.0).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1), mask=n < RANK, other=0.0).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
     step += 1
-    dots *= scaling
     rows = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PIECE))
-    sums = sums_ptr + layer * 12912 + rows + 8608
-    gl.store(sums, dots, mask=rows < D_OUT)
+    sums = sums_ptr + layer * 17216 + rows + 8608
+    partial = 2 * share.to(gl.int64)
+    gl.store(sums + partial * D_OUT, dots * scaling, mask=rows < D_OUT)
+    gl.store(sums + (partial + 1) * D_OUT, summands * scaling, mask=rows < D_OUT)
 
 
 @gluon.jit
 def sums_kernel(
-    lora_a_desc: "tensordesc<bf16[1, 32, 64]>",
+    lora_a_desc: "tensordesc<bf16[1, 64, 64]>",
+    gram_desc: "tensordesc<bf16[1, 64, 64]>",
     table_ptr: "*i64",
     weight_ptr: "*u8",
     scales_ptr: "*u8",
@@ -355,15 +403,16 @@ def sums_kernel(
     outer_scales_ptr: "*fp32",
     scale_offset_ptr: "*fp32",
     lora_b_ptr: "*fp32",
+    gram_ptr: "*bf16",
     sums_ptr: "*fp32",
     scaling: "fp32",
 ):
-    """Write rowsum(W*W) and s*rowsum(B * W@A.T) of BLOCK_M rows of one layer, over BLOCK_N ranks and one share of the columns.
+    """Write rowsum(W*W) and s*rowsum(B * (W@A.T + B@(s/2)G)) of BLOCK_M rows of one layer, over BLOCK_N ranks and one share of the columns.
 
     The descriptor reads zeros beyond the last rank, and B's columns there are zeros.
     """
     BLOCK_M: gl.constexpr = 128
-    BLOCK_N: gl.constexpr = 32
+    BLOCK_N: gl.constexpr = 64
     BLOCK_K: gl.constexpr = 64
     TILES: gl.constexpr = 1
     STAGES: gl.constexpr = 6
@@ -380,9 +429,9 @@ def sums_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (sum_row_dots, (sums_ptr, w_ring, a_ring, full, empty, scaling)),
-            (decode, (lora_a_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty, 0)),
-            (decode, (lora_a_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty, 1)),
+            (sum_row_dots, (gram_ptr, sums_ptr, w_ring, a_ring, full, empty, scaling)),
+            (decode, (lora_a_desc, gram_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty, 0)),
+            (decode, (lora_a_desc, gram_desc, table_ptr, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, sums_ptr, w_ring, a_ring, full, empty, 1)),
         ],
         [4, 4],
         [104, 104],
@@ -400,8 +449,6 @@ def finish_kernel(
     lora_a_ptr: "*fp32",
     lora_b_ptr: "*fp32",
     magnitude_ptr: "*fp32",
-    gram_ptr: "*bf16",
-    adapter_squares_ptr: "*fp32",
     sums_ptr: "*fp32",
     norm_ptr: "*fp32",
     g_ptr: "*fp32",
@@ -412,7 +459,6 @@ def finish_kernel(
     D_IN: tl.constexpr = 1152
     RANK: tl.constexpr = 24
     BLOCK_M: tl.constexpr = 32
-    BLOCK_R: tl.constexpr = 32
     BLOCK_K: tl.constexpr = 256
     RANKS: tl.constexpr = 8
     SHARES: tl.constexpr = 2
@@ -427,33 +473,21 @@ def finish_kernel(
     in_m = rows < D_OUT
     places = table_ptr + layer * 8
     b_start = lora_b_ptr + tl.multiple_of(tl.load(places + 6), 8)
-    b_rows = b_start + rows.to(tl.int64)[:, None] * RANK
-    grams = gram_ptr + layer * (2 * RANK * RANK)
-    sums = sums_ptr + layer * 12912 + rows
+    sums = sums_ptr + layer * 17216 + rows
     weight_sq = tl.full((BLOCK_M,), 0.0, tl.float32)
     for _ in tl.static_range(SHARES):
         weight_sq += tl.load(sums, mask=in_m, other=0.0)
         sums += D_OUT
     cross = tl.full((BLOCK_M,), 0.0, tl.float32)
-    for _ in tl.static_range(PARTIALS):
+    summands = tl.full((BLOCK_M,), 0.0, tl.float32)
+    for partial in tl.static_range(PARTIALS):
         cross += tl.load(sums, mask=in_m, other=0.0)
         sums += D_OUT
-
-    # rowsum(B@sG * B); and what it is added up from, which may be far more.
-    r = tl.arange(0, BLOCK_R)
-    b = tl.load(b_rows + r[None, :], mask=in_m[:, None] & (r < RANK)[None, :], other=0.0).to(tl.bfloat16)
-    acc = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
-    gram_ptrs = grams + r[:, None] * RANK + r[None, :]
-    acc = tl.dot(b, tl.load(gram_ptrs, mask=(r < RANK)[:, None] & (r < RANK)[None, :], other=0.0), acc)
-    acc = tl.dot(b, tl.load(gram_ptrs + RANK * RANK, mask=(r < RANK)[:, None] & (r < RANK)[None, :], other=0.0), acc)
-    b_wide = b.to(tl.float32)
-    square = tl.sum(acc * b_wide, axis=1)
-    adapter_squares = tl.load(adapter_squares_ptr + layer * RANK + r, mask=r < RANK, other=0.0)
-    summands = tl.sum(b_wide * b_wide * adapter_squares[None, :], axis=1)
-    s = tl.full((BLOCK_M,), scaling, tl.float32)
-    norm = tl.sqrt(tl.maximum(weight_sq + 2.0 * cross + s * square, 0.0))
-
-    cancels = (norm * norm < LEAST_SHARE * (weight_sq + s * summands)).to(tl.int32)
+        if partial % 1 == 0:  # equal for all shares of the columns
+            summands += tl.load(sums, mask=in_m, other=0.0)
+        sums += D_OUT
+    norm = tl.sqrt(tl.maximum(weight_sq + 2.0 * cross, 0.0))
+    cancels = (norm * norm < LEAST_SHARE * (weight_sq + summands)).to(tl.int32)
     if tl.max(cancels, axis=0) > 0:
         a_start = lora_a_ptr + tl.load(places + 5)
         weight_start = weight_ptr + tl.multiple_of(tl.load(places), 512)
@@ -495,17 +529,19 @@ def launch(table, weight, scales, scale_table, outer_scales, scale_offset, lora_
     """Fill norm, g [layers, 4304] for the layers of table [layers, 8]: where W [4304, 1152] (weight, scales, scale_table, outer_scales, scale_offset, flat), lora_a [24, 1152], lora_b [4304, 24] and magnitude [4304] of each begin, in elements from those given."""
     layers = table.shape[0]
     gram = torch.empty((layers, 2, 24, 24), dtype=torch.bfloat16, device=weight.device)
-    adapter_squares = torch.empty((layers, 24,), dtype=torch.float32, device=weight.device)
-    sums = torch.empty((layers, 3, 4304), dtype=torch.float32, device=weight.device)
+    sums = torch.empty((layers, 4, 4304), dtype=torch.float32, device=weight.device)
     rounded_a = torch.empty((layers, 24, 1152), dtype=torch.bfloat16, device=weight.device)
-    gram_shares = torch.empty((layers, 8, 24, 24), dtype=torch.float32, device=weight.device)
-    gram_kernel[(1, 8, layers)](table, lora_a, rounded_a, gram_shares, scaling, num_warps=4, num_stages=3)
+    adapter_squares = torch.empty((layers, 24), dtype=torch.float32, device=weight.device)
+    gram_shares = torch.empty((layers, 4, 24, 24), dtype=torch.float32, device=weight.device)
+    gram_kernel[(1, 4, layers)](table, lora_a, rounded_a, gram_shares, scaling, num_warps=4, num_stages=3)
     gram_sum_kernel[(1, layers)](gram_shares, gram, adapter_squares, num_warps=4, num_stages=2, launch_pdl=True)
-    a_layout = gl.NVMMASharedLayout.get_default_for([1, 32, 64], gl.bfloat16)
+    gram_layout = gl.NVMMASharedLayout.get_default_for([1, 64, 64], gl.bfloat16)
+    a_layout = gl.NVMMASharedLayout.get_default_for([1, 64, 64], gl.bfloat16)
     sums_kernel[(layers * 34, 1)](
-        TensorDescriptor(rounded_a, [2147483647, 24, 1152], [27648, 1152, 1], [1, 32, 64], a_layout),
-        table, weight, scales, scale_table, outer_scales, scale_offset, lora_b, sums, scaling, num_warps=4, num_stages=6, launch_pdl=True
+        TensorDescriptor(rounded_a, [2147483647, 24, 1152], [27648, 1152, 1], [1, 64, 64], a_layout),
+        TensorDescriptor(gram, [2 * layers, 24, 24], [576, 24, 1], [1, 64, 64], gram_layout),
+        table, weight, scales, scale_table, outer_scales, scale_offset, lora_b, gram, sums, scaling, num_warps=4, num_stages=6, launch_pdl=True
     )
     finish_kernel[(135, layers)](
-        table, weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_b, magnitude, gram, adapter_squares, sums, norm, g, scaling, num_warps=4, num_stages=2, launch_pdl=True
+        table, weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_b, magnitude, sums, norm, g, scaling, num_warps=4, num_stages=2, launch_pdl=True
     )

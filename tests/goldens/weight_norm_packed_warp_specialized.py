@@ -3,7 +3,7 @@
     w = sqrt(nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T)))), nW = rowsum(W*W); g = m / max(w, eps)
 
 spec    weight_norm/d_out=4096/d_in=4096/rank=384/weight=nf4.nested/adapter=bf16@h200
-config  packed_warp_specialized:decoders=1,finish_ranks=64,finish_rows=128,gram_block=64,gram_block_k=64,gram_split=8,rank_block=128,rank_tiles=3,split_k=4,num_warps=8,num_stages=3
+config  packed_warp_specialized:decoders=1,gram_programs=132,gram_share=1024,rank_block=128,rank_tiles=3,split_k=4,num_warps=8,num_stages=3
 
 Emitted by doratune from templates/weight_norm_packed_warp_specialized.py.j2; edit the template, not this text.
 """
@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 import triton.language as tl
+from triton.tools import tensor_descriptor
 
 
 @triton.jit
@@ -55,63 +56,59 @@ def product(value, outer):
 
 
 @triton.jit
-def gram_kernel(
-    lora_a_ptr: "*bf16",
-    lora_a_stride: "i64",
-    gram_shares_ptr: "*fp32",
-    scaling: "fp32",
-):
-    """Write one tile of s*G = s*A @ A.T over one share of the columns."""
+def gram_shares_kernel(lora_a_desc: "tensordesc<bf16[64, 128]>", gram_shares_ptr: "*fp32"):
+    """Write one [BLOCK, BLOCK] tile on or below the diagonal of A @ A.T, over one share of the columns of A."""
     RANK: tl.constexpr = 384
     BLOCK: tl.constexpr = 64
-    BLOCK_K: tl.constexpr = 64
+    BLOCK_K: tl.constexpr = 128
+    SHARE: tl.constexpr = 1024
     TILES: tl.constexpr = 6
-    STEPS: tl.constexpr = 8
 
     tl.extra.cuda.gdc_launch_dependents()
-    tile_row = tl.program_id(0) // TILES
-    tile_col = tl.program_id(0) % TILES
-    rows = tile_row * BLOCK + tl.arange(0, BLOCK)
-    cols = tile_col * BLOCK + tl.arange(0, BLOCK)
-    k = tl.program_id(1) * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
-    row_ptrs = lora_a_ptr + rows.to(tl.int64)[:, None] * lora_a_stride + k[None, :]
-    col_ptrs = lora_a_ptr + cols.to(tl.int64)[None, :] * lora_a_stride + k[:, None]
+    tile = tl.program_id(0)
+    tile_row = 0
+    for i in tl.static_range(1, TILES):
+        tile_row += (tile >= i * (i + 1) // 2).to(tl.int32)
+    first_row = tile_row * BLOCK
+    first_col = (tile - tile_row * (tile_row + 1) // 2) * BLOCK
+    share = tl.program_id(1)
     gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
-    for step in range(0, STEPS):
-        left = tl.load(row_ptrs + step * BLOCK_K)
-        right = tl.load(col_ptrs + step * BLOCK_K)
-        product = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
-        product = tl.dot(left, right, product)
-        gram += scaling * product
-    share = tl.program_id(1).to(tl.int64) * (RANK * RANK)
-    tl.store(gram_shares_ptr + share + rows[:, None] * RANK + cols[None, :], gram)
+    for start in range(0, SHARE, BLOCK_K):
+        left = lora_a_desc.load([first_row, share * SHARE + start])
+        right = lora_a_desc.load([first_col, share * SHARE + start])
+        gram = tl.dot(left, right.T, gram)
+    rows = (first_row + tl.arange(0, BLOCK))[:, None]
+    cols = (first_col + tl.arange(0, BLOCK))[None, :]
+    out = share * (RANK * RANK) + rows * RANK + cols
+    tl.store(gram_shares_ptr + out, gram)
 
 
 @triton.jit
-def gram_sum_kernel(gram_shares_ptr: "*fp32", gram_ptr: "*bf16", adapter_squares_ptr: "*fp32"):
-    """Add the shares of one tile of s*G in a fixed order; write it as a high and a low part, and s*rowsum(A*A) from its diagonal."""
+def lower_gram_kernel(gram_shares_ptr: "*fp32", high_ptr: "*bf16", low_ptr: "*bf16", scaling: "fp32"):
+    """Add the shares of A @ A.T in a fixed order; scale what lies in a diagonal block by s/2, what lies below it by s."""
     RANK: tl.constexpr = 384
-    BLOCK: tl.constexpr = 64
-    TILES: tl.constexpr = 6
-    SHARES: tl.constexpr = 8
+    SHARES: tl.constexpr = 4
+    DIAGONAL: tl.constexpr = 384
+    GRAM_BLOCK: tl.constexpr = 64
+    BLOCK: tl.constexpr = 512
+    STEPS: tl.constexpr = 3
 
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
-    tile_row = tl.program_id(0) // TILES
-    tile_col = tl.program_id(0) % TILES
-    rows = tile_row * BLOCK + tl.arange(0, BLOCK)
-    cols = tile_col * BLOCK + tl.arange(0, BLOCK)
-    share_ptrs = gram_shares_ptr + rows[:, None] * RANK + cols[None, :]
-    gram = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
-    for _ in range(0, SHARES):
-        gram += tl.load(share_ptrs)
-        share_ptrs += RANK * RANK
-    there = rows[:, None] * RANK + cols[None, :]
-    high = gram.to(tl.bfloat16)
-    tl.store(gram_ptr + there, high)
-    tl.store(gram_ptr + RANK * RANK + there, (gram - high.to(tl.float32)).to(tl.bfloat16))
-    diagonal = tl.sum(tl.where(rows[:, None] == cols[None, :], gram, 0.0), axis=1)
-    tl.store(adapter_squares_ptr + rows, diagonal, mask=(tile_row == tile_col))
+    for step in range(0, STEPS):
+        i = (tl.program_id(0) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        row = i // RANK
+        col = i % RANK
+        needed = (row // DIAGONAL >= col // DIAGONAL) & (row < RANK)
+        there = tl.where(row // GRAM_BLOCK >= col // GRAM_BLOCK, i, col * RANK + row)  # or its mirror image
+        gram = tl.full((BLOCK,), 0.0, tl.float32)
+        for share in tl.static_range(0, SHARES):
+            gram += tl.load(gram_shares_ptr + share * (RANK * RANK) + there, mask=needed, other=0.0)
+        gram *= tl.where(row // DIAGONAL > col // DIAGONAL, scaling, 0.5 * scaling)
+        high = gram.to(tl.bfloat16)
+        low = (gram - high.to(tl.float32)).to(tl.bfloat16)
+        tl.store(high_ptr + i, high, mask=needed)
+        tl.store(low_ptr + i, low, mask=needed)
 
 
 @gluon.jit
@@ -190,23 +187,48 @@ def decoded(words, scale):
 
 
 @gluon.jit
+def prefetch(addresses, size):
+    """Have the L2 cache read ``size`` bytes from each address: long pieces of rows, of which the loads take a little in each step."""
+    gl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [addresses, size], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def store_columns_of_b(b_start, b_stride, first_m, first_rank, piece):
+    """Store BLOCK_K columns of B, rounded, as a tile in the place of one of W."""
+    BLOCK_M: gl.constexpr = 128
+    BLOCK_K: gl.constexpr = 64
+    PIECE_ROWS: gl.constexpr = 64
+
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    rows_of_b = piece._reinterpret(gl.bfloat16, [BLOCK_M // PIECE_ROWS, PIECE_ROWS, BLOCK_K], SWIZZLED)
+    lane = gl.arange(0, PIECE_ROWS, gl.SliceLayout(1, LOADED))
+    rank = first_rank + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LOADED))
+    for i in range(0, BLOCK_M // PIECE_ROWS):
+        row = (first_m + i * PIECE_ROWS + lane).to(gl.int64)
+        b = gl.load(b_start + gl.expand_dims(row * b_stride, 1) + gl.expand_dims(rank, 0))
+        rows_of_b.index(i).store(b)
+
+
+@gluon.jit
 def decode(
-    lora_a_desc, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, lora_b_stride, w_ring, a_ring, full, empty
+    lora_a_desc, gram_desc, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, lora_b_stride, w_ring, a_ring, full, empty
 ):
-    """Four warps, a row of the tile for each thread: W's steps are decoded, A's loaded by the tensor memory accelerator; then B's columns."""
+    """Four warps, a row of the tile for each thread: W's steps are decoded, A's loaded by the tensor memory accelerator; then B's columns beside G's, and alone."""
     BLOCK_M: gl.constexpr = 128
     BLOCK_N: gl.constexpr = 128
     BLOCK_K: gl.constexpr = 64
     TILES: gl.constexpr = 3
     K_STEPS: gl.constexpr = 16
+    SPLIT_K: gl.constexpr = 4
     STAGES: gl.constexpr = 3
     DECODERS: gl.constexpr = 1
     AHEAD: gl.constexpr = 1
+    CHUNK: gl.constexpr = 32
     D_IN: gl.constexpr = 4096
     WORDS: gl.constexpr = 8
-    PIECE_COLS: gl.constexpr = 64
+    G_PIECES: gl.constexpr = 6
     PIECES: gl.constexpr = 6
-    PIECE_ROWS: gl.constexpr = 32
 
     CODES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [32, 1, 1], [4, 1, 1], [2, 1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, CODES))
@@ -216,6 +238,7 @@ def decode(
     first_m = tile * BLOCK_M
     share = gl.program_id(1)
     steps = K_STEPS
+    gram_steps = 2 * ((G_PIECES - share + SPLIT_K - 1) // SPLIT_K)
     first_step = share * K_STEPS
     row = first_m + gl.arange(0, BLOCK_M, ROWS)
     weight_start = weight_ptr
@@ -234,6 +257,9 @@ def decode(
     number = scale_numbers
     code_0 = gl.load(scales_start + number).to(gl.int32)
     outer_0 = gl.load(outer_scales_start + number // 256)
+    row_start = weight_start.to(gl.int64) + row.to(gl.int64) * 2048 + first_step * 32
+    prefetched = gl.minimum(2 * CHUNK, steps)
+    prefetch(row_start, prefetched * 32)
     for step in range(0, steps, DECODERS):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -252,115 +278,148 @@ def decode(
         tl.debug_barrier()  # all four warps have stored before one of them says so
         mbarrier.arrive(full.index(stage), count=1)
 
-    B_TILE: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    B_SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    lane_rows = gl.arange(0, PIECE_ROWS, gl.SliceLayout(1, B_TILE))
-    lane_ranks = gl.arange(0, PIECE_COLS, gl.SliceLayout(0, B_TILE))
-    for step in range(steps, steps + PIECES, DECODERS):
+    # Started early: all above needs nothing from the kernel before.
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    for step in range(steps, steps + gram_steps, DECODERS):
         stage = step % STAGES
-        rank = group * (TILES * BLOCK_N) + (step - steps) * PIECE_COLS + lane_ranks
+        first_rank = (share + (step - steps) // 2 * SPLIT_K) * BLOCK_K
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-        rows_of_b = w_ring.index(stage)._reinterpret(gl.bfloat16, [BLOCK_M // PIECE_ROWS, PIECE_ROWS, PIECE_COLS], B_SHARED)
-        for i in range(0, BLOCK_M // PIECE_ROWS):
-            b_row = (first_m + i * PIECE_ROWS + lane_rows).to(gl.int64)
-            b = gl.load(lora_b_ptr + gl.expand_dims(b_row * lora_b_stride, 1) + gl.expand_dims(rank, 0))
-            rows_of_b.index(i).store(b)
+        mbarrier.expect(full.index(stage), TILES * BLOCK_N * BLOCK_K * 2)
+        for i in gl.static_range(TILES):  # G's high part, then its low one
+            gram_tile = a_ring.index(stage * TILES + i)._reinterpret(gram_desc.dtype, [1, BLOCK_N, BLOCK_K], gram_desc.layout)
+            tma.async_copy_global_to_shared(gram_desc, [(step - steps) % 2, (group * TILES + i) * BLOCK_N, first_rank], full.index(stage), gram_tile)
+        store_columns_of_b(lora_b_ptr, lora_b_stride, first_m, first_rank, w_ring.index(stage))
+        tl.debug_barrier()
+        mbarrier.arrive(full.index(stage), count=1)
+    for step in range(steps + gram_steps, steps + gram_steps + PIECES, DECODERS):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        store_columns_of_b(lora_b_ptr, lora_b_stride, first_m, group * (TILES * BLOCK_N) + (step - steps - gram_steps) * BLOCK_K, w_ring.index(stage))
         tl.debug_barrier()
         mbarrier.arrive(full.index(stage), count=2)
-    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # the last kernel waits for this one only, and reads what those before wrote
 
 
 @gluon.jit
-def sum_row_dots(sums_ptr, w_ring, a_ring, full, empty, scaling):
-    """The other warps: acc = W @ A.T over this program's share of the columns, then s*sum_n B[:, n] * acc[:, n]."""
+def sum_row_dots(gram_ptr, sums_ptr, w_ring, a_ring, full, empty, scaling):
+    """The other warps: acc = W @ A.T + B @ (s/2)G over this program's share of the sums, then s*sum_n B[:, n] * acc[:, n].
+
+    And s*sum_n B[:, n]**2 * s*rowsum(A*A)[n], which the last kernel compares the norm with.
+    """
     BLOCK_M: gl.constexpr = 128
     BLOCK_N: gl.constexpr = 128
+    BLOCK_K: gl.constexpr = 64
     TILES: gl.constexpr = 3
     K_STEPS: gl.constexpr = 16
+    SPLIT_K: gl.constexpr = 4
     STAGES: gl.constexpr = 3
     D_OUT: gl.constexpr = 4096
-    PIECE_COLS: gl.constexpr = 64
+    RANK: gl.constexpr = 384
+    G_PIECES: gl.constexpr = 6
 
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
-    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, PIECE_COLS, 16])
+    PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_K, 16])
     group = 0
     tile = gl.program_id(0)
     first_m = tile * BLOCK_M
     share = gl.program_id(1)
     steps = K_STEPS
+    gram_steps = 2 * ((G_PIECES - share + SPLIT_K - 1) // SPLIT_K)
     acc_0 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
     acc_1 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
     acc_2 = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, TILE)
-    for step in range(0, steps):
+    for step in range(0, steps + gram_steps):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         # Here and not where it was stored: there the fence would wait for the loads of later steps, too.
         fence_async_shared()
-        w_tile = w_ring.index(stage)
-        acc_0 = warpgroup_mma(w_tile, a_ring.index(stage * TILES).permute((1, 0)), acc_0, is_async=True)
-        acc_1 = warpgroup_mma(w_tile, a_ring.index(stage * TILES + 1).permute((1, 0)), acc_1, is_async=True)
-        acc_2 = warpgroup_mma(w_tile, a_ring.index(stage * TILES + 2).permute((1, 0)), acc_2, is_async=True)
+        left = w_ring.index(stage)
+        acc_0 = warpgroup_mma(left, a_ring.index(stage * TILES).permute((1, 0)), acc_0, is_async=True)
+        acc_1 = warpgroup_mma(left, a_ring.index(stage * TILES + 1).permute((1, 0)), acc_1, is_async=True)
+        acc_2 = warpgroup_mma(left, a_ring.index(stage * TILES + 2).permute((1, 0)), acc_2, is_async=True)
         acc_0, acc_1, acc_2 = warpgroup_mma_wait(3, deps=(acc_0, acc_1, acc_2))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)  # the step before is done
     acc_0, acc_1, acc_2 = warpgroup_mma_wait(0, deps=(acc_0, acc_1, acc_2))
-    mbarrier.arrive(empty.index((steps + STAGES - 1) % STAGES), count=1)
+    mbarrier.arrive(empty.index((steps + gram_steps + STAGES - 1) % STAGES), count=1)
 
     dots = gl.zeros((BLOCK_M,), gl.float32, gl.SliceLayout(1, PIECE))
-    step = steps
-    lower, upper = gl.split(gl.permute(gl.reshape(acc_0, [BLOCK_M, 2, PIECE_COLS]), (0, 2, 1)))
+    summands = gl.zeros((BLOCK_M,), gl.float32, gl.SliceLayout(1, PIECE))
+    step = steps + gram_steps
+    grams = gram_ptr
+    n = group * (TILES * BLOCK_N) + gl.arange(0, BLOCK_K, gl.SliceLayout(0, PIECE))
+    lower, upper = gl.split(gl.permute(gl.reshape(acc_0, [BLOCK_M, 2, BLOCK_K]), (0, 2, 1)))
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
     tl.debug_barrier()  # all warps have read it before one of them says so
     mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(lower, PIECE) * b.to(gl.float32), axis=1)
+    dots += gl.sum(gl.convert_layout(lower, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
     step += 1
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
     tl.debug_barrier()  # all warps have read it before one of them says so
     mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(upper, PIECE) * b.to(gl.float32), axis=1)
+    dots += gl.sum(gl.convert_layout(upper, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
     step += 1
-    lower, upper = gl.split(gl.permute(gl.reshape(acc_1, [BLOCK_M, 2, PIECE_COLS]), (0, 2, 1)))
+    lower, upper = gl.split(gl.permute(gl.reshape(acc_1, [BLOCK_M, 2, BLOCK_K]), (0, 2, 1)))
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
     tl.debug_barrier()  # all warps have read it before one of them says so
     mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(lower, PIECE) * b.to(gl.float32), axis=1)
-    step += 1
-    stage = step % STAGES
-    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
-    tl.debug_barrier()  # all warps have read it before one of them says so
-    mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(upper, PIECE) * b.to(gl.float32), axis=1)
-    step += 1
-    lower, upper = gl.split(gl.permute(gl.reshape(acc_2, [BLOCK_M, 2, PIECE_COLS]), (0, 2, 1)))
-    stage = step % STAGES
-    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
-    tl.debug_barrier()  # all warps have read it before one of them says so
-    mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(lower, PIECE) * b.to(gl.float32), axis=1)
+    dots += gl.sum(gl.convert_layout(lower, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
     step += 1
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    b = w_ring.index(stage).load(PIECE)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
     tl.debug_barrier()  # all warps have read it before one of them says so
     mbarrier.arrive(empty.index(stage), count=1)
-    dots += gl.sum(gl.convert_layout(upper, PIECE) * b.to(gl.float32), axis=1)
+    dots += gl.sum(gl.convert_layout(upper, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
     step += 1
-    dots *= scaling
+    lower, upper = gl.split(gl.permute(gl.reshape(acc_2, [BLOCK_M, 2, BLOCK_K]), (0, 2, 1)))
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(lower, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
+    step += 1
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    b = w_ring.index(stage).load(PIECE).to(gl.float32)
+    tl.debug_barrier()  # all warps have read it before one of them says so
+    mbarrier.arrive(empty.index(stage), count=1)
+    dots += gl.sum(gl.convert_layout(upper, PIECE) * b, axis=1)
+    gram = gl.load(grams + n * (RANK + 1)).to(gl.float32) + gl.load(grams + RANK * RANK + n * (RANK + 1)).to(gl.float32)
+    summands += gl.sum(b * b * gl.expand_dims(gram, 0), axis=1)
+    n += BLOCK_K
+    step += 1
     rows = first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PIECE))
     sums = sums_ptr + rows
-    gl.store(sums + share.to(gl.int64) * D_OUT, dots)
+    partial = 2 * share.to(gl.int64)
+    gl.store(sums + partial * D_OUT, dots * scaling)
+    gl.store(sums + (partial + 1) * D_OUT, summands * (2.0 * scaling))
 
 
 @gluon.jit
 def sums_kernel(
     lora_a_desc: "tensordesc<bf16[128, 64]>",
+    gram_desc: "tensordesc<bf16[1, 128, 64]>",
     weight_ptr: "*u8",
     scales_ptr: "*u8",
     scale_table_ptr: "*fp32",
@@ -368,10 +427,11 @@ def sums_kernel(
     scale_offset_ptr: "*fp32",
     lora_b_ptr: "*bf16",
     lora_b_stride: "i64",
+    gram_ptr: "*bf16",
     sums_ptr: "*fp32",
     scaling: "fp32",
 ):
-    """Write s*rowsum(B * W@A.T) of BLOCK_M rows, over 3 x BLOCK_N ranks and one share of the columns.
+    """Write s*rowsum(B * (W@A.T + B@(s/2)G)) of BLOCK_M rows, over 3 x BLOCK_N ranks and one share of the columns.
 
     The descriptor reads zeros beyond the last rank, and B's columns there are zeros.
     """
@@ -393,8 +453,8 @@ def sums_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (sum_row_dots, (sums_ptr, w_ring, a_ring, full, empty, scaling)),
-            (decode, (lora_a_desc, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, lora_b_stride, w_ring, a_ring, full, empty)),
+            (sum_row_dots, (gram_ptr, sums_ptr, w_ring, a_ring, full, empty, scaling)),
+            (decode, (lora_a_desc, gram_desc, weight_ptr, scales_ptr, scale_table_ptr, outer_scales_ptr, scale_offset_ptr, lora_b_ptr, lora_b_stride, w_ring, a_ring, full, empty)),
         ],
         [4],
         [56],
@@ -413,8 +473,6 @@ def finish_kernel(
     lora_b_ptr: "*bf16",
     lora_b_stride: "i64",
     weight_sq_ptr: "*fp32",
-    gram_ptr: "*bf16",
-    adapter_squares_ptr: "*fp32",
     sums_ptr: "*fp32",
     norm_ptr: "*fp32",
     scaling: "fp64",
@@ -423,8 +481,7 @@ def finish_kernel(
     D_OUT: tl.constexpr = 4096
     D_IN: tl.constexpr = 4096
     RANK: tl.constexpr = 384
-    BLOCK_M: tl.constexpr = 128
-    BLOCK_R: tl.constexpr = 64
+    BLOCK_M: tl.constexpr = 32
     BLOCK_K: tl.constexpr = 256
     RANKS: tl.constexpr = 8
     PARTIALS: tl.constexpr = 4
@@ -433,40 +490,18 @@ def finish_kernel(
     tl.extra.cuda.gdc_wait()
     lane = tl.arange(0, BLOCK_M)
     rows = tl.program_id(0) * BLOCK_M + lane
-    b_rows = lora_b_ptr + rows.to(tl.int64)[:, None] * lora_b_stride
-    grams = gram_ptr
     sums = sums_ptr + rows
     weight_sq = tl.load(weight_sq_ptr + rows)
     cross = tl.full((BLOCK_M,), 0.0, tl.float32)
-    for _ in tl.static_range(PARTIALS):
+    summands = tl.full((BLOCK_M,), 0.0, tl.float32)
+    for partial in tl.static_range(PARTIALS):
         cross += tl.load(sums)
         sums += D_OUT
-
-    # rowsum(B@sG * B), the blocks below the diagonal of the symmetric G twice; and what it is added up from, which may be far more.
-    square = tl.full((BLOCK_M,), 0.0, tl.float32)
-    summands = tl.full((BLOCK_M,), 0.0, tl.float32)
-    for first in range(0, RANK, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        b = tl.load(b_rows + r[None, :])
-        below = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
-        for start in range(0, first, BLOCK_R):
-            j = start + tl.arange(0, BLOCK_R)
-            b_part = tl.load(b_rows + j[None, :])
-            gram_ptrs = grams + j[:, None] * RANK + r[None, :]
-            below = tl.dot(b_part, tl.load(gram_ptrs), below)
-            below = tl.dot(b_part, tl.load(gram_ptrs + RANK * RANK), below)
-        acc = 2.0 * below
-        gram_ptrs = grams + r[:, None] * RANK + r[None, :]
-        acc = tl.dot(b, tl.load(gram_ptrs), acc)
-        acc = tl.dot(b, tl.load(gram_ptrs + RANK * RANK), acc)
-        b_wide = b.to(tl.float32)
-        square += tl.sum(acc * b_wide, axis=1)
-        adapter_squares = tl.load(adapter_squares_ptr + r)
-        summands += tl.sum(b_wide * b_wide * adapter_squares[None, :], axis=1)
-    s = tl.full((BLOCK_M,), scaling, tl.float32)
-    norm = tl.sqrt(tl.maximum(weight_sq + 2.0 * cross + s * square, 0.0))
-
-    cancels = (norm * norm < LEAST_SHARE * (weight_sq + s * summands)).to(tl.int32)
+        if partial % 4 == 0:  # equal for all shares of the columns
+            summands += tl.load(sums)
+        sums += D_OUT
+    norm = tl.sqrt(tl.maximum(weight_sq + 2.0 * cross, 0.0))
+    cancels = (norm * norm < LEAST_SHARE * (weight_sq + summands)).to(tl.int32)
     if tl.max(cancels, axis=0) > 0:
         weight_start = weight_ptr
         scales_start = scales_ptr
@@ -503,16 +538,21 @@ def finish_kernel(
 def launch(weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_b, weight_sq, norm, scaling):
     """Fill norm [4096] from W [4096, 4096] (weight, scales, scale_table, outer_scales, scale_offset, flat), lora_a [384, 4096], lora_b [4096, 384]."""
     gram = torch.empty((2, 384, 384), dtype=torch.bfloat16, device=weight.device)
-    adapter_squares = torch.empty((384,), dtype=torch.float32, device=weight.device)
-    sums = torch.empty((4, 4096), dtype=torch.float32, device=weight.device)
-    gram_shares = torch.empty((8, 384, 384), dtype=torch.float32, device=weight.device)
-    gram_kernel[(36, 8)](lora_a, lora_a.stride(0), gram_shares, scaling, num_warps=4, num_stages=3)
-    gram_sum_kernel[(36,)](gram_shares, gram, adapter_squares, num_warps=4, num_stages=2, launch_pdl=True)
+    sums = torch.empty((8, 4096), dtype=torch.float32, device=weight.device)
+    gram_shares = torch.empty((4, 384, 384), dtype=torch.float32, device=weight.device)
+    gram_shares_kernel[(21, 4)](
+        tensor_descriptor.TensorDescriptor.from_tensor(lora_a, [64, 128]), gram_shares, num_warps=4, num_stages=4
+    )
+    lower_gram_kernel[(132,)](
+        gram_shares, gram[0], gram[1], scaling, num_warps=4, num_stages=2, launch_pdl=True
+    )
+    gram_layout = gl.NVMMASharedLayout.get_default_for([1, 128, 64], gl.bfloat16)
     a_layout = gl.NVMMASharedLayout.get_default_for([128, 64], gl.bfloat16)
     sums_kernel[(32, 4)](
         TensorDescriptor.from_tensor(lora_a, [128, 64], a_layout),
-        weight, scales, scale_table, outer_scales, scale_offset, lora_b, lora_b.stride(0), sums, scaling, num_warps=8, num_stages=3, launch_pdl=True
+        TensorDescriptor(gram, [2, 384, 384], [147456, 384, 1], [1, 128, 64], gram_layout),
+        weight, scales, scale_table, outer_scales, scale_offset, lora_b, lora_b.stride(0), gram, sums, scaling, num_warps=8, num_stages=3, launch_pdl=True
     )
-    finish_kernel[(32, 1)](
-        weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_a.stride(0), lora_b, lora_b.stride(0), weight_sq, gram, adapter_squares, sums, norm, scaling, num_warps=8, num_stages=2, launch_pdl=True
+    finish_kernel[(128, 1)](
+        weight, scales, scale_table, outer_scales, scale_offset, lora_a, lora_a.stride(0), lora_b, lora_b.stride(0), weight_sq, sums, norm, scaling, num_warps=4, num_stages=2, launch_pdl=True
     )
