@@ -1,4 +1,4 @@
-"""The specs that are recorded: shapes of public models, ranks from 16 to 768, token buckets from 1 to 8192.
+"""The specs that are recorded: shapes of public models, ranks from 16 to 768, token buckets from 16 to 8192.
 
 Specs of one family (equal but for their token bucket) share their compiled code, so each family has several buckets.
 """
@@ -29,14 +29,52 @@ _NORMS = (
 )
 """(d_out, d_in, rank) of the norms, bf16."""
 
+_GROUPED_NORMS = (
+    (4096, 4096, 16),
+    (4096, 4096, 384),
+    (14336, 4096, 64),
+    (1024, 5120, 128),
+    (4096, 14336, 16),
+    (2048, 2048, 256),
+    (8192, 3072, 384),
+    (4864, 896, 16),
+    (5120, 5120, 32),
+)
+"""The same, of 32 layers at once."""
+
+_ATTENTION = (
+    ((4096, 1024, 1024), 16),
+    ((4096, 1024, 1024), 64),
+    ((4096, 1024, 1024), 384),
+    ((8192, 1024, 1024), 128),
+    ((2048, 1024, 1024), 32),
+    ((5120, 1024, 1024), 256),
+    ((896, 128, 128), 16),
+    ((4096, 4096, 4096), 8),
+)
+"""Outputs of q, k and v, and their rank."""
+
+_GATED = (
+    (14336, 16),
+    (14336, 384),
+    (28672, 64),
+    (11008, 256),
+    (8192, 128),
+    (4864, 16),
+    (17408, 32),
+    (9728, 384),
+)
+"""Outputs of gate and up, and their rank."""
+
 _WIDTHS = (896, 1024, 2048, 4096, 14336)
 _TOKENS = (128, 1024, 4096)
+_FEW_TO_MANY = (16, 512, 4096)
 
 
 def recorded_specs(gpu: str) -> Iterator[KernelSpec]:
     """The recorded specs for the GPU with this slug, one operation after another."""
 
-    def spec(op: str, adapter: str = "bf16", **values: int | bool) -> KernelSpec:
+    def spec(op: str, adapter: str = "bf16", **values: int | bool | str) -> KernelSpec:
         return KernelSpec.create(op, dtype="bf16", adapter=adapter, gpu=gpu, **values)
 
     for op in ("weight_norm", "weight_norm_exact"):
@@ -65,3 +103,15 @@ def recorded_specs(gpu: str) -> Iterator[KernelSpec]:
     for d_out, d_in, rank in linear:
         for tokens in (512, 4096):
             yield spec("compose_backward_exact", d_out=d_out, d_in=d_in, rank=rank, tokens=tokens)
+    for d_out, d_in, rank in _GROUPED_NORMS:
+        yield spec("weight_norm_group", d_out=d_out, d_in=d_in, rank=rank, layers=32)
+    yield spec("weight_norm_group", "fp32", d_out=4096, d_in=4096, rank=64, layers=32, autocast=True)
+    for op, magnitude in (("lora_compose_group", ""), ("compose_backward_group", "bf16")):
+        for (first, second, third), rank in _ATTENTION:
+            for tokens in _FEW_TO_MANY:
+                sizes = {"d_out": first, "d_out_2": second, "d_out_3": third}
+                yield spec(op, **sizes, rank=rank, tokens=tokens, magnitude=magnitude)
+    for op, magnitude in (("compose_swiglu", ""), ("compose_swiglu_backward", "bf16")):
+        for d_out, rank in _GATED:
+            for tokens in _FEW_TO_MANY:
+                yield spec(op, d_out=d_out, rank=rank, tokens=tokens, magnitude=magnitude)

@@ -58,13 +58,6 @@ from what suits many ranks.
 WARPS_OF_SMALL_RANKS = 24
 """Warps on a multiprocessor that programs of few ranks are split into, at most: what their registers leave room for."""
 
-FEWEST_RANKS = 16
-"""Ranks up to which a format whose scales are not spread over blocks has the smallest tiles.
-
-On an H100 they were the winners of int8 and fp8, with 1.2 times the time of the bf16 norm at 14336x4096 where 64 rows a
-tile took 3.5 times (the files above). Larger tiles have since lost what slowed them and have not been measured again.
-"""
-
 
 class WeightNormPacked(Variant):
     """W is read as it is stored and decoded in registers; nothing of its size is written.
@@ -121,8 +114,6 @@ class WeightNormPacked(Variant):
         if spec.rank > MOST_SMALL_RANKS:
             tiles_first.reverse()
         tiles = [*tiles_first, (64, 64, 64, 4, 3), (64, 64, 64, 4, 2), (32, 32, 32, 4, 2), (16, 16, 32, 2, 3)]
-        if spec.rank <= FEWEST_RANKS and not form.group:
-            tiles.insert(0, tiles.pop())
         found = []
         for block_m, block_n, block_k, warps, stages in tiles:
             block_m, block_n = fit(block_m, spec.d_out), fit(block_n, spec.rank)

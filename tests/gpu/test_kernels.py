@@ -4,6 +4,7 @@ token count, in place, unaligned, in slices of wider matrices and beyond 2**31 e
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -120,8 +121,9 @@ def test_packed_weights_are_read_as_they_are_stored(
     if parse_format(form).refuse(d_out, d_in):
         pytest.skip("no such shape in this format")
     values = {"d_out": d_out, "d_in": d_in, "rank": rank, "weight": stored_as(form, dtype), "magnitude": "fp32"}
-    for op, added in (("weight_norm", {"save": True}), ("weight_norm", {}), ("weight_norm_group", {"layers": 3})):
-        spec = spec_of(op, dtype, "fp32", gpu, **values, **added, autocast=True)
+    forms = (("weight_norm", {"save": True}), ("weight_norm", {}), ("weight_norm_group", {"layers": 3}))
+    for (op, added), autocast in itertools.product(forms, (True, False)):  # fp32 adapters, and those of W's dtype
+        spec = spec_of(op, dtype, dtype, gpu, **values, **added, autocast=autocast)
         firsts = {config.variant: config for config in reversed(default_configs(spec, gpu))}
         for config in firsts.values():
             for case in ("random", "cross_term", "mixed"):
