@@ -56,7 +56,7 @@ ENUMERATED = 20_000
 LEAST_POOL = 100
 """The best estimates of a spec are in its pool wherever they lie."""
 
-BATCH = 48
+BATCH = 24
 BEST = 12
 """Configs of a spec that are timed in turn at the end."""
 NEAR = 6
@@ -301,7 +301,7 @@ def _document(op: str, families: Sequence[_Family], gpu: Gpu, commit: str | None
                 specs[str(spec)] = {
                     "us": [
                         [numbers.setdefault(config, len(numbers)), _rounded(us), kind]
-                        + [_rounded(table.short_us[config])] * (config in table.short_us)
+                        + [_rounded(table.short_us[each]) for each in (config,) if each in table.short_us]
                         for config, (us, kind) in table.us.items()
                     ],
                     "rejected": [

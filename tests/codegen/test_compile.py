@@ -352,7 +352,7 @@ def test_packed_codes_are_copied_sixteen_bytes_at_a_time(
     What is left of four bytes are scales; A and the codes are more.
     """
     spec = KernelSpec.create(
-        "weight_norm", d_out=4096, d_in=4096 + 64 * ragged, rank=64, weight=form, adapter="bf16", gpu="h100-sxm"
+        "weight_norm", d_out=4096, d_in=4096 + 64 * ragged, rank=32, weight=form, adapter="bf16", gpu="h100-sxm"
     )
     gpu = find_gpu(spec.gpu)
     made = workers.submit(binaries_job, str(spec), str(default_config(spec, gpu)), gpu.slug).result()

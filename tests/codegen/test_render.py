@@ -82,6 +82,7 @@ def golden_cases() -> dict[str, tuple[Variant, dict[str, object]]]:
         rich = {**RAGGED, **RICH[variant.op], "adapter": "fp32"}
         mixed = {"dtype": "fp16"} if variant.library else {}  # both products of cuBLAS that depend on settings
         wanted = [{**rich, **mixed}, {**rich, "autocast": True}, {**RAGGED, **RICH[variant.op]}]
+        wanted += [{**rich, "autocast": True, "bias": False}]
         cases[f"{name}_rich"] = (variant, next(values for values in wanted if serves(variant, values)))
     return cases
 
