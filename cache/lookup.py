@@ -298,7 +298,7 @@ class _Search:
 
     def offers(self, defaults: Sequence[Config], carry: Carry) -> tuple[list[Offer], list[Regret]]:
         """Every config that could serve, and the regrets of the measured entries of such specs."""
-        offers = [Offer(config, "default") for config in defaults]
+        offers = [Offer(config, "default", first=not index) for index, config in enumerate(defaults)]
         regrets: list[Regret] = []
         for store in self.stack:
             around = store.neighbours(self.spec, self.architecture, count=NEIGHBOURS)

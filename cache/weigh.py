@@ -34,7 +34,7 @@ class Weights:
         farthest: beyond this distance a winner says no less than at it.
         rederived: its config was changed, so nobody timed it anywhere.
         unmeasured: its config was only predicted to win.
-        built_in: the config is a built-in one.
+        built_in: the config is a built-in one, and it was not measured what the first of them loses.
     """
 
     trust: float
@@ -45,8 +45,10 @@ class Weights:
     built_in: float
 
 
-FITTED = Weights(trust=1.0, per_distance=0.08, farthest=2.0, rederived=0.005, unmeasured=0.1, built_in=0.26)
-ROOFLINE = Weights(trust=0.1, per_distance=0.01, farthest=6.0, rederived=0.01, unmeasured=0.2, built_in=0.4)
+FITTED = Weights(trust=1.0, per_distance=0.1, farthest=2.0, rederived=0.005, unmeasured=0.1, built_in=0.26)
+ROOFLINE = Weights(trust=0.1, per_distance=0.02, farthest=6.0, rederived=0.01, unmeasured=0.2, built_in=0.05)
+DEFAULT_FACTOR = 2.0
+"""The first built-in config is expected to lose so many times what it lost on average."""
 UNKNOWN = 0.2
 """The modelled loss of a config of which the model knows nothing, while it knows others."""
 
@@ -55,11 +57,13 @@ UNKNOWN = 0.2
 class Model:
     """The performance model of one spec: relative times of configs, infinite where it cannot tell.
 
-    ``fitted`` tells whether it was fitted to measurements on this architecture.
+    ``fitted`` tells whether it was fitted to measurements on this architecture. ``default_loss`` is what the first
+    built-in config lost there on average, as a logarithm; None if that was not measured.
     """
 
     relative_us: Callable[[Config], float]
     fitted: bool
+    default_loss: float | None = None
 
 
 NO_MODEL = Model(lambda config: 1.0, fitted=False)
@@ -71,6 +75,7 @@ class Offer:
 
     ``candidate`` is the entry that it comes from and ``store`` that entry's place, None for a built-in config.
     ``rederived``: it is not the entry's own config. ``behind`` is the measured time over the winner's at the entry.
+    ``first``: it is the first of the built-in configs.
     """
 
     config: Config
@@ -79,6 +84,7 @@ class Offer:
     store: str | None = None
     rederived: bool = False
     behind: float = 1.0
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def weigh(offers: Iterable[Offer], model: Model = NO_MODEL) -> list[Weighed]:
     for offer in offers:
         source = offer.candidate
         apart, text = (math.inf, "") if source is None else (source.distance, str(source.spec))
-        key = (_origin_loss(offer, weights), apart, offer.step, text)
+        key = (_origin_loss(offer, weights, model.default_loss), apart, offer.step, text)
         if offer.config not in best or key < best[offer.config][0]:
             best[offer.config] = (key, offer)
     times = {config: model.relative_us(config) for config in best}
@@ -110,11 +116,11 @@ def weigh(offers: Iterable[Offer], model: Model = NO_MODEL) -> list[Weighed]:
     return [Weighed(best[config][1], math.expm1(min(losses[config], 20.0))) for config in order]
 
 
-def _origin_loss(offer: Offer, weights: Weights) -> float:
+def _origin_loss(offer: Offer, weights: Weights, default_loss: float | None) -> float:
     """The expected loss of an offer by where it comes from."""
     source = offer.candidate
     if source is None:
-        return weights.built_in
+        return DEFAULT_FACTOR * default_loss if offer.first and default_loss is not None else weights.built_in
     loss = weights.per_distance * min(source.distance, weights.farthest)
     loss += weights.rederived * offer.rederived + weights.unmeasured * (source.provenance != MEASURED)
     return loss + math.log(max(offer.behind, 1.0))

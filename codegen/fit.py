@@ -15,7 +15,7 @@ import json
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,14 @@ def terms(names: tuple[str, ...], scaled: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Fit:
-    """The polynomials by operation and variant, and the architectures that they were measured on."""
+    """The polynomials by operation and variant, and the architectures that they were measured on.
+
+    ``default_losses`` are by operation the average logarithm of the first built-in config's time over the best's.
+    """
 
     architectures: frozenset[str]
     polynomials: Mapping[tuple[str, str], Polynomial]
+    default_losses: Mapping[str, float] = field(default_factory=dict)
 
     def covers(self, spec: KernelSpec, gpu: Gpu) -> bool:
         """Whether configs of ``spec`` can be compared: measured architecture and operation, 16 bits, plain W."""
@@ -132,4 +136,4 @@ def read_fit(data: Any) -> Fit:
         for op, variants in data["ops"].items()
         for variant, part in variants.items()
     }
-    return Fit(frozenset(data["architectures"]), polynomials)
+    return Fit(frozenset(data["architectures"]), polynomials, data["default_losses"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from ...codegen.fit import FIT_FILE, Fit, Polynomial, features, terms
 from ...codegen.gpu import find_gpu
 from ...codegen.spec import Config, KernelSpec
+from ...codegen.variants import default_config
 from .read import TABLES, Table, read_tables, recorded
 
 FARTHEST = math.log(2.5)
@@ -78,6 +80,7 @@ class Fitting:
             self.by_op.setdefault(table.op, []).append(table)
         self.gpus = tuple(dict.fromkeys(table.gpu for tables in self.by_op.values() for table in tables))
         self._rows: dict[str, _Rows] = {}
+        self._default_losses: dict[str, dict[KernelSpec, float]] = {}
 
     def fit(self, without: Collection[KernelSpec] = (), ops: Collection[str] | None = None) -> Fit:
         """The fit to all specs but those ``without``, of all operations or some."""
@@ -86,7 +89,17 @@ class Fitting:
             (op, variant): polynomial for op in wanted for variant, polynomial in self._of(op).fitted(without).items()
         }
         gpus = {table.gpu for op in wanted for table in self.by_op[op]}
-        return Fit(frozenset(find_gpu(gpu).architecture for gpu in gpus), polynomials)
+        losses = {op: [loss for spec, loss in self._defaults(op).items() if spec not in without] for op in wanted}
+        averages = {op: statistics.mean(found) for op, found in losses.items() if found}
+        return Fit(frozenset(find_gpu(gpu).architecture for gpu in gpus), polynomials, averages)
+
+    def _defaults(self, op: str) -> dict[KernelSpec, float]:
+        """The logarithm of the default config's time over the best's, of the specs where it was measured."""
+        if op not in self._default_losses:
+            parts = [part for table in self.by_op[op] for part in table]
+            regrets = {part.spec: part.regret(default_config(part.spec, find_gpu(part.spec.gpu))) for part in parts}
+            self._default_losses[op] = {spec: math.log(regret) for spec, regret in regrets.items() if regret}
+        return self._default_losses[op]
 
     def _of(self, op: str) -> _Rows:
         if op not in self._rows:
@@ -161,7 +174,13 @@ def document(fit: Fit, sources: Sequence[str]) -> dict[str, Any]:
         part = {name: list(values) for name, values in vars(polynomial).items()}
         part["coefficients"] = [_rounded(value) for value in polynomial.coefficients]
         ops.setdefault(op, {})[variant] = part
-    return {"architectures": sorted(fit.architectures), "tables": sorted(sources), "ops": ops}
+    losses = {op: _rounded(loss) for op, loss in sorted(fit.default_losses.items())}
+    return {
+        "architectures": sorted(fit.architectures),
+        "tables": sorted(sources),
+        "default_losses": losses,
+        "ops": ops,
+    }
 
 
 def _check(fitting: Fitting) -> None:
