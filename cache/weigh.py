@@ -45,9 +45,9 @@ class Weights:
     built_in: float
 
 
-FITTED = Weights(trust=1.0, per_distance=0.1, farthest=2.0, rederived=0.005, unmeasured=0.1, built_in=0.26)
-ROOFLINE = Weights(trust=0.1, per_distance=0.02, farthest=6.0, rederived=0.01, unmeasured=0.2, built_in=0.05)
-DEFAULT_FACTOR = 2.0
+FITTED = Weights(trust=1.0, per_distance=0.1, farthest=2.0, rederived=0.005, unmeasured=0.12, built_in=0.26)
+ROOFLINE = Weights(trust=0.1, per_distance=0.01, farthest=6.0, rederived=0.01, unmeasured=0.2, built_in=0.4)
+DEFAULT_FACTOR = 2.5
 """The first built-in config is expected to lose so many times what it lost on average."""
 UNKNOWN = 0.2
 """The modelled loss of a config of which the model knows nothing, while it knows others."""

@@ -29,6 +29,9 @@ FEW_TOKENS = 128
 LOW_RANK = 64
 """Up to this rank the passes over [tokens, d_out] take most of the time: B stays in registers, rows stream by."""
 
+MIDDLE_RANK = 192
+"""Up to this rank B, of a gated pair of both projections, leaves room for rows that stream by."""
+
 
 class ChunkedTile(Variant):
     """A program composes ``chunk`` rows of ``block_n`` columns, ``block_t`` at a time.

@@ -22,10 +22,16 @@ from .base import (
     tma_unavailable,
     up_to,
 )
-from .chunks import FEW_TOKENS, LOW_RANK, ChunkedSums, ChunkedTile, narrow, refuse_products, refuse_reduction
-
-MIDDLE_RANK = 192
-"""Up to this rank B of both projections leaves room for rows that stream by."""
+from .chunks import (
+    FEW_TOKENS,
+    LOW_RANK,
+    MIDDLE_RANK,
+    ChunkedSums,
+    ChunkedTile,
+    narrow,
+    refuse_products,
+    refuse_reduction,
+)
 
 
 class SwigluTile(ChunkedTile):

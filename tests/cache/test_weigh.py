@@ -67,6 +67,16 @@ def test_the_model_is_weighed_against_where_a_config_was_measured(times: dict[in
     assert best.loss >= -1e-9
 
 
+def test_the_first_built_in_config_counts_by_what_it_lost_where_that_was_measured() -> None:
+    first, second = replace(BUILT_IN, first=True), Offer(a_config(2), "default")
+    same = modelled({1: 10.0, 2: 10.0, 4: 10.0})
+    order = {loss: weigh([second, first, HERE], replace(same, default_loss=loss)) for loss in (None, 0.01, 0.5)}
+    assert [each.offer for each in order[0.01]] == [first, HERE, second]
+    assert [each.offer for each in order[0.5]] == [HERE, second, first]
+    assert order[None][0].offer == HERE
+    assert order[None][1].loss == order[None][2].loss == order[0.5][1].loss
+
+
 def test_a_model_that_is_not_fitted_is_hardly_believed() -> None:
     times = {1: 4.0, 4: 10.0, 8: 10.0}
     assert weigh([BUILT_IN, HERE], modelled(times))[0].offer == BUILT_IN
