@@ -35,6 +35,7 @@ class Weights:
         rederived: its config was changed, so nobody timed it anywhere.
         unmeasured: its config was only predicted to win.
         built_in: the config is a built-in one, and it was not measured what the first of them loses.
+        further: it is not the first of them, whose order says more than a bare roofline model.
     """
 
     trust: float
@@ -43,10 +44,15 @@ class Weights:
     rederived: float
     unmeasured: float
     built_in: float
+    further: float
 
 
-FITTED = Weights(trust=1.0, per_distance=0.1, farthest=2.0, rederived=0.005, unmeasured=0.12, built_in=0.26)
-ROOFLINE = Weights(trust=0.1, per_distance=0.01, farthest=6.0, rederived=0.01, unmeasured=0.2, built_in=0.4)
+FITTED = Weights(
+    trust=1.0, per_distance=0.1, farthest=2.0, rederived=0.005, unmeasured=0.12, built_in=0.26, further=0.0
+)
+ROOFLINE = Weights(
+    trust=0.1, per_distance=0.01, farthest=6.0, rederived=0.01, unmeasured=0.2, built_in=0.4, further=0.6
+)
 DEFAULT_FACTOR = 2.5
 """The first built-in config is expected to lose so many times what it lost on average."""
 UNKNOWN = 0.2
@@ -120,7 +126,9 @@ def _origin_loss(offer: Offer, weights: Weights, default_loss: float | None) -> 
     """The expected loss of an offer by where it comes from."""
     source = offer.candidate
     if source is None:
-        return DEFAULT_FACTOR * default_loss if offer.first and default_loss is not None else weights.built_in
+        if offer.first and default_loss is not None:
+            return DEFAULT_FACTOR * default_loss
+        return weights.built_in + weights.further * (not offer.first)
     loss = weights.per_distance * min(source.distance, weights.farthest)
     loss += weights.rederived * offer.rederived + weights.unmeasured * (source.provenance != MEASURED)
     return loss + math.log(max(offer.behind, 1.0))

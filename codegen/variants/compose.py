@@ -12,6 +12,9 @@ from .base import Variant, Work, ceil_div, dtype_bytes, fit, tiles_for, up_to
 MAX_ELEMENTS = 64
 """Elements of a tile per thread for each operand; more leaves no registers for loads in flight."""
 
+FEW_TOKENS, SOME_TOKENS = 128, 2048
+"""Up to so many tokens the backward pass begins with chunks of 4 and of 16 rows: longer ones do not fill the GPU."""
+
 REDUCE_WARPS = 4
 """Warps of the kernel that adds the chunks."""
 
@@ -93,6 +96,9 @@ class BackwardColumns(Variant):
         }
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        few, some, many = (4, 4, 128, 8, 32, 1, 3), (16, 16, 128, 64, 32, 1, 4), (64, 16, 64, 16, 32, 1, 4)
+        first = few if spec.tokens <= FEW_TOKENS else some if spec.tokens <= SOME_TOKENS else many
+        others = (few, some, many, (64, 16, 128, 64, 32, 1, 1), (64, 16, 128, 8, 32, 2, 3), (64, 4, 512, 32, 64, 4, 2))
         return tuple(
             Config.create(
                 self.name,
@@ -104,14 +110,7 @@ class BackwardColumns(Variant):
                 num_warps=warps,
                 num_stages=stages,
             )
-            for chunk, block_t, block_n, reduce_c, reduce_n, warps, stages in (
-                (64, 4, 512, 32, 64, 4, 2),
-                (16, 16, 128, 64, 32, 1, 4),
-                (4, 4, 128, 8, 32, 1, 3),
-                (64, 16, 128, 64, 32, 1, 1),
-                (64, 16, 64, 16, 32, 1, 4),
-                (64, 16, 128, 8, 32, 2, 3),
-            )
+            for chunk, block_t, block_n, reduce_c, reduce_n, warps, stages in dict.fromkeys((first, *others))
         )
 
     def rederived(

@@ -124,7 +124,9 @@ def test_the_text_of_every_other_form_is_as_it_was(request: pytest.FixtureReques
 
 
 EDGES = ("in_t", "< chunks", "mask=needed", "tiny", "counters <", "tile_row", "(group == 0)", "mask=i < ")
-"""Masks of what no size says: tokens, gains, one of several programs that have equal sums, the shorter of A and B."""
+EDGES += ("mask=(r < RANK - start)",)
+"""Masks of what no size says: tokens, gains, one of several programs that have equal sums, the shorter of A and B; and of
+ranks that one tile covers."""
 
 
 @every_variant

@@ -3,7 +3,7 @@
     dYg = g*dY; dg = sum_t dY*inner with inner = base + s*lora, or y/g (0 where g is tiny); db = sum_t dY
 
 spec    compose_backward/d_out=4304/tokens=4096/activation=bf16/bias@h200
-config  columns:block_n=512,block_t=4,chunk=64,reduce_c=32,reduce_n=64,num_warps=4,num_stages=2
+config  columns:block_n=64,block_t=16,chunk=64,reduce_c=16,reduce_n=32,num_warps=1,num_stages=4
 
 Emitted by doratune from templates/compose_backward_columns.py.j2; edit the template, not this text.
 """
@@ -29,9 +29,9 @@ def compose_backward_kernel(
     """Write dYg for CHUNK rows of BLOCK_N columns, and the sums over those rows; dyg may be the memory of dy."""
     D_OUT: tl.constexpr = 4304
     CHUNK: tl.constexpr = 64
-    BLOCK_T: tl.constexpr = 4
-    BLOCK_N: tl.constexpr = 512
-    N_TILES: tl.constexpr = 9
+    BLOCK_T: tl.constexpr = 16
+    BLOCK_N: tl.constexpr = 64
+    N_TILES: tl.constexpr = 68
 
     chunk = tl.program_id(0) // N_TILES
     tile_n = tl.program_id(0) % N_TILES
@@ -69,8 +69,8 @@ def add_chunks_kernel(
 ):
     """Add the chunks' sums in a fixed order, so that equal inputs give equal bits."""
     D_OUT: tl.constexpr = 4304
-    BLOCK_C: tl.constexpr = 32
-    BLOCK_N: tl.constexpr = 64
+    BLOCK_C: tl.constexpr = 16
+    BLOCK_N: tl.constexpr = 32
 
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
@@ -91,11 +91,11 @@ def launch(dy, inner, g, dyg, dg, dbias):
     chunks = triton.cdiv(tokens, 64)
     dg_chunks = torch.empty((chunks, 4304), dtype=torch.float32, device=dy.device)
     dbias_chunks = torch.empty_like(dg_chunks)
-    compose_backward_kernel[(chunks * 9,)](
+    compose_backward_kernel[(chunks * 68,)](
         dy, dy.stride(0), inner, inner.stride(0), g, dyg, dyg.stride(0), dg_chunks, dbias_chunks, tokens,
-        num_warps=4, num_stages=2,
+        num_warps=1, num_stages=4,
     )
-    add_chunks_kernel[(68,)](
+    add_chunks_kernel[(135,)](
         dg_chunks, dbias_chunks, dg, dbias, chunks,
         num_warps=4, num_stages=2,
     )

@@ -3,7 +3,7 @@
     y = g*(base + s*(h@B.T)) + b; delta form: (g-1)*base + g*s*(h@B.T)
 
 spec    lora_compose/d_out=4304/rank=24/tokens=4096/activation=bf16/adapter=fp32/bias/save@h200
-config  tile:block_k=32,block_n=128,block_t=64,num_warps=8,num_stages=2
+config  tile:block_k=32,block_n=64,block_t=64,num_warps=4,num_stages=2
 
 Emitted by doratune from templates/lora_compose_tile.py.j2; edit the template, not this text.
 """
@@ -34,9 +34,9 @@ def lora_compose_kernel(
     D_OUT: tl.constexpr = 4304
     RANK: tl.constexpr = 24
     BLOCK_T: tl.constexpr = 64
-    BLOCK_N: tl.constexpr = 128
+    BLOCK_N: tl.constexpr = 64
     BLOCK_K: tl.constexpr = 32
-    N_TILES: tl.constexpr = 34
+    N_TILES: tl.constexpr = 68
 
     tile_t = tl.program_id(0) // N_TILES
     tile_n = tl.program_id(0) % N_TILES
@@ -72,8 +72,8 @@ def lora_compose_kernel(
 def launch(base, h, lora_b, g, bias, y, inner, scaling):
     """Fill y and inner from base [T, 4304], h [T, 24], lora_b [4304, 24], g [4304], bias [4304]."""
     tokens = base.shape[0]
-    lora_compose_kernel[(triton.cdiv(tokens, 64) * 34,)](
+    lora_compose_kernel[(triton.cdiv(tokens, 64) * 68,)](
         base, base.stride(0), h, h.stride(0), lora_b, lora_b.stride(0), g, bias, y, y.stride(0),
         inner, inner.stride(0), tokens, scaling,
-        num_warps=8, num_stages=2,
+        num_warps=4, num_stages=2,
     )

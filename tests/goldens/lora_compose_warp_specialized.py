@@ -3,7 +3,7 @@
     y = g*(base + s*(h@B.T)) + b; delta form: (g-1)*base + g*s*(h@B.T)
 
 spec    lora_compose/d_out=4096/rank=384/tokens=4096/activation=bf16/adapter=bf16@h200
-config  warp_specialized:block_k=64,block_n=128,block_t=64,consumers=2,num_warps=4,num_stages=6
+config  warp_specialized:block_k=64,block_n=128,block_t=64,consumers=2,num_warps=4,num_stages=8
 
 Emitted by doratune from templates/lora_compose_warp_specialized.py.j2; edit the template, not this text.
 """
@@ -23,7 +23,7 @@ def load_tiles(base_desc, h_desc, lora_b_desc, b_smem, h_smem, io_smem, b_full, 
     BLOCK_N: gl.constexpr = 128
     BLOCK_K: gl.constexpr = 64
     K_STEPS: gl.constexpr = 6
-    STAGES: gl.constexpr = 6
+    STAGES: gl.constexpr = 8
     CONSUMERS: gl.constexpr = 2
 
     first_n = first // t_tiles
@@ -55,7 +55,7 @@ def compose_tiles(me: gl.constexpr, y_desc, g_ptr, b_smem, h_smem, io_smem, b_fu
     BLOCK_T: gl.constexpr = 64
     BLOCK_N: gl.constexpr = 128
     K_STEPS: gl.constexpr = 6
-    STAGES: gl.constexpr = 6
+    STAGES: gl.constexpr = 8
     CONSUMERS: gl.constexpr = 2
 
     TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -113,7 +113,7 @@ def lora_compose_kernel(
     BLOCK_N: gl.constexpr = 128
     BLOCK_K: gl.constexpr = 64
     K_STEPS: gl.constexpr = 6
-    STAGES: gl.constexpr = 6
+    STAGES: gl.constexpr = 8
     CONSUMERS: gl.constexpr = 2
 
     N_TILES: gl.constexpr = 32
@@ -167,5 +167,5 @@ def launch(base, h, lora_b, g, y, scaling):
         scaling,
         t_tiles,
         share,
-        num_warps=4, num_stages=6,
+        num_warps=4, num_stages=8,
     )

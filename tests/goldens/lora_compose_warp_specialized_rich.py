@@ -3,7 +3,7 @@
     y = g*(base + s*(h@B.T)) + b; delta form: (g-1)*base + g*s*(h@B.T)
 
 spec    lora_compose/d_out=4304/rank=24/tokens=4096/activation=bf16/adapter=fp32/bias/save/autocast@h200
-config  warp_specialized:block_k=32,block_n=128,block_t=64,consumers=2,num_warps=4,num_stages=6
+config  warp_specialized:block_k=32,block_n=128,block_t=64,consumers=2,num_warps=4,num_stages=8
 
 Emitted by doratune from templates/lora_compose_warp_specialized.py.j2; edit the template, not this text.
 """
@@ -46,7 +46,7 @@ def load_tiles(base_desc, h_desc, lora_b_desc, b_smem, h_smem, io_smem, b_full, 
     BLOCK_N: gl.constexpr = 128
     BLOCK_K: gl.constexpr = 32
     K_STEPS: gl.constexpr = 1
-    STAGES: gl.constexpr = 6
+    STAGES: gl.constexpr = 8
     CONSUMERS: gl.constexpr = 2
 
     first_n = first // t_tiles
@@ -78,7 +78,7 @@ def compose_tiles(me: gl.constexpr, inner_desc, y_desc, g_ptr, bias_ptr, b_smem,
     BLOCK_T: gl.constexpr = 64
     BLOCK_N: gl.constexpr = 128
     K_STEPS: gl.constexpr = 1
-    STAGES: gl.constexpr = 6
+    STAGES: gl.constexpr = 8
     CONSUMERS: gl.constexpr = 2
 
     D_OUT: gl.constexpr = 4304
@@ -144,7 +144,7 @@ def lora_compose_kernel(
     BLOCK_N: gl.constexpr = 128
     BLOCK_K: gl.constexpr = 32
     K_STEPS: gl.constexpr = 1
-    STAGES: gl.constexpr = 6
+    STAGES: gl.constexpr = 8
     CONSUMERS: gl.constexpr = 2
 
     N_TILES: gl.constexpr = 34
@@ -204,5 +204,5 @@ def launch(base, h, lora_b, g, bias, y, inner, scaling):
         scaling,
         t_tiles,
         share,
-        num_warps=4, num_stages=6,
+        num_warps=4, num_stages=8,
     )

@@ -23,6 +23,7 @@ from doratune.cache.store import Store
 from doratune.codegen import binary as binary_module
 from doratune.codegen.binary import BinaryError, OtherSettingsError, check, restore
 from doratune.codegen.compile import CompileError, contiguous_alignments
+from doratune.codegen.fit import fitted
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.module import declared_kernels, load_module
 from doratune.codegen.render import Source, render, template_digest
@@ -235,6 +236,8 @@ def test_a_neighbouring_token_bucket_needs_no_binary_of_its_own(
     store: Store, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("doratune.codegen.variants.default_configs", lambda spec, gpu: (source_of(SPEC).config,))
+    doubted = replace(fitted(), default_losses={})
+    monkeypatch.setattr("doratune.codegen.fit.fitted", lambda: doubted)
     resolution, source, binaries = resolve_binaries(OTHER_TOKENS, store.location)
     assert resolution.step == "nearest"
     assert source.digest != source_of(SPEC).digest

@@ -4,6 +4,7 @@ what is expected to lose the least, and never an entry that it cannot reproduce.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evalua
 from doratune.cache.errors import MissingStoreError, NotAStoreError
 from doratune.cache.store import Store
 from doratune.codegen.cost import floor_us
-from doratune.codegen.fit import fitted
+from doratune.codegen.fit import FIT_FILE, fitted, read_fit
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.render import render, template_digest
@@ -243,6 +244,13 @@ GOOD = Config.parse("tma:block_k=64,block_n=64,block_t=128,num_warps=4,num_stage
 """What searches on an H200 chose for SPEC."""
 
 
+@pytest.fixture(autouse=True)
+def nothing_known_of_built_in_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first one lost at recorded specs would put it before most entries here."""
+    unknown = replace(fitted(), default_losses={})
+    monkeypatch.setattr("doratune.codegen.fit.fitted", lambda: unknown)
+
+
 def built_in(spec: KernelSpec) -> Config:
     """The built-in config that the fitted model puts first."""
     gpu = find_gpu(spec.gpu)
@@ -329,6 +337,18 @@ def test_the_nearest_entry_of_the_same_gpu_serves_another_shape(
     assert "unknown: no measured lookups of lora_compose on h200; tune this spec" in said
     assert resolution.weighed[0].offer.config == resolution.config
     assert len(said.split("expected loss of the best:")[1].split("exact:")[0].strip().splitlines()) == 5
+
+
+def test_where_the_first_built_in_config_is_good_a_distant_entry_does_not_replace_it(
+    store: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, far = store(entry_of(config=GOOD)), replace(SPEC, tokens=16384)
+    steps = {}
+    for loss in (0.0, 1.0):
+        known = replace(read_fit(json.loads(FIT_FILE.read_text())), default_losses={SPEC.op: loss})
+        monkeypatch.setattr("doratune.codegen.fit.fitted", lambda known=known: known)
+        steps[loss] = resolve(far, path)[0].step
+    assert steps == {0.0: "default", 1.0: "nearest"}
 
 
 def test_an_entry_of_the_same_architecture_serves_another_gpu(store: Callable[..., str]) -> None:
