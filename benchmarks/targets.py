@@ -242,7 +242,7 @@ def _unit(
 
 def _norms(what: str, rank: int, peer: str, bound: float) -> Target:
     def where(row: Row) -> bool:
-        return bool(row["model"] == "llama-8b" and row["rank"] == rank)
+        return bool(row["model"] == "llama-3.1-8b" and row["rank"] == rank)
 
     return Target(_UNIT, what, "norms", "weight_norm_group", where, *times(peer), bound)
 

@@ -55,6 +55,8 @@ ROOFLINE = Weights(
 )
 DEFAULT_FACTOR = 2.5
 """The first built-in config is expected to lose so many times what it lost on average."""
+DEFAULT_MOST = 5.0
+"""And at most so many times, whatever the model says of it."""
 UNKNOWN = 0.2
 """The modelled loss of a config of which the model knows nothing, while it knows others."""
 
@@ -114,10 +116,12 @@ def weigh(offers: Iterable[Offer], model: Model = NO_MODEL) -> list[Weighed]:
     times = {config: model.relative_us(config) for config in best}
     known = [us for us in times.values() if 0 < us < math.inf]
     least = min(known, default=1.0)
-    losses = {
-        config: key[0] + (weights.trust * math.log(us / least) if 0 < (us := times[config]) < math.inf else UNKNOWN)
-        for config, (key, _) in best.items()
-    }
+    losses = {}
+    for config, (key, offer) in best.items():
+        us = times[config]
+        losses[config] = key[0] + (weights.trust * math.log(us / least) if 0 < us < math.inf else UNKNOWN)
+        if offer.first and model.default_loss is not None:  # measurements know more of it than the model
+            losses[config] = min(losses[config], DEFAULT_MOST * model.default_loss)
     order = sorted(best, key=lambda config: (losses[config], best[config][0][1:], str(config)))
     return [Weighed(best[config][1], math.expm1(min(losses[config], 20.0))) for config in order]
 

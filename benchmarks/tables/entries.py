@@ -18,6 +18,7 @@ from ...cache.entry import Entry, Environment
 from ...cache.store import Store
 from ...codegen.cost import floor_us
 from ...codegen.gpu import find_gpu
+from ...runtime.loader import resolve
 from .fit import Fitting
 from .lookup_loss import losses, winners
 from .read import TABLES, Table, read_table, read_tables, recorded, table_path
@@ -42,12 +43,34 @@ def entries_of(table: Table, fitting: Fitting) -> Iterator[Entry]:
         )
 
 
+def renew(store: Store) -> int:
+    """Renew the regrets of a store's measured entries where their finals timed what a lookup gives today.
+
+    Returns how many changed. Others keep theirs: ``doratune cache drift --lookups`` measures them on a GPU.
+    """
+    changed = []
+    for entry in store.entries():
+        given = resolve(entry.spec, store.location, exact=False)[0].config
+        timed = {one.config: one.us for one in entry.final.contenders} if entry.final else {}
+        if given == entry.config:
+            regret: float | None = 1.0
+        elif given in timed:
+            regret = timed[given] / min(timed.values())
+        else:
+            continue
+        if regret != entry.lookup_regret:
+            changed.append(replace(entry, lookup_regret=regret))
+    store.put_all(changed)
+    return len(changed)
+
+
 def main() -> None:
     """Parse the command line, write the entries."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="STORE", help="a store, made if it is not there")
-    parser.add_argument("--ops", nargs="+", required=True, help="the operations, whose tables are of present templates")
+    parser.add_argument("--ops", nargs="*", default=(), help="the operations, whose tables are of present templates")
     parser.add_argument("--gpu", default="h100-sxm")
+    parser.add_argument("--renew", action="store_true", help="also renew the store's regrets from its finals")
     parser.add_argument("--folder", type=Path, default=TABLES)
     given = parser.parse_args()
     fitting = Fitting(table for gpu in recorded(given.folder) for table in read_tables(gpu, given.folder))
@@ -56,6 +79,8 @@ def main() -> None:
             made = list(entries_of(read_table(table_path(given.gpu, op, given.folder)), fitting))
             store.put_all(made)
             print(f"{op}: {len(made)} entries, {sum(entry.lookup_regret is not None for entry in made)} with a regret")
+        if given.renew:
+            print(f"{renew(store)} regrets renewed from finals")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from .chunks import FEW_TOKENS, LOW_RANK, MIDDLE_RANK, ChunkedSums, ChunkedTile,
 SHORT_TOKENS = 1024
 """Up to this many tokens chunks of several tiles leave multiprocessors without one."""
 
+FEWEST_TOKENS, SMALL_RANK = 16, 32
+"""Up to these the seeds of one projection are the best of a group's too."""
+
 REDUCED = 16
 """Chunks that the kernel which adds them loads at a time by default."""
 
@@ -32,12 +35,20 @@ class LoraComposeGroupTile(_GroupTile):
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         found = super().seeds(spec, gpu)
-        middle = LOW_RANK < spec.rank <= MIDDLE_RANK and spec.tokens > FEW_TOKENS and narrow(spec)
-        if gpu.architecture != "sm_90" or not middle:
+        if gpu.architecture != "sm_90" or not narrow(spec) or spec.rank <= SMALL_RANK:
             return found
-        # On an H100 0.9 times as long as the others for 4096 tokens, and longer for 512.
+        # By the recorded tables of an H100.
+        if spec.tokens <= FEW_TOKENS:
+            first = self._config(spec, 16, 16, 64, 2, 4)
+            return (first, *found) if spec.rank > MIDDLE_RANK and spec.tokens <= FEWEST_TOKENS else found
+        streamed = self._config(spec, 64, 64, 64, 8, 3)
         resident = self._config(spec, 64, 64, 64, 2, 2, chunk=256, resident=1)
-        return (resident, *found) if spec.tokens > SHORT_TOKENS else (*found, resident)
+        if spec.rank <= LOW_RANK:
+            wide = self._config(spec, 64, 128, 64, 8, 3)
+            return (wide, streamed, *found) if spec.tokens <= SHORT_TOKENS else (streamed, *found)
+        if spec.rank > MIDDLE_RANK:
+            return found
+        return (resident, *found) if spec.tokens > SHORT_TOKENS else (streamed, *found, resident)
 
 
 class ComposeBackwardGroupTile(_GroupTile, ChunkedSums):

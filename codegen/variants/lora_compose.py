@@ -35,7 +35,8 @@ FEW_TOKENS = 128
 
 FEWEST_TOKENS = 16
 LOWEST_RANK, LOW_RANK = 32, 64
-"""Tokens and ranks between which Hopper's built-in configs differ, by the recorded tables of an H100."""
+WIDE = 8192
+"""Tokens, ranks and columns between which Hopper's built-in configs differ, by the recorded tables of an H100."""
 
 REGISTERS_OF_CONSUMERS = {2: 240, 3: 160}
 """Registers per thread of the warp groups that multiply, by their number; the loading warp has the rest."""
@@ -147,6 +148,12 @@ class LoraComposeTile(Variant):
         )
 
 
+def _fills_with_tall_tiles(spec: KernelSpec) -> bool:
+    """Whether tiles of up to 128 tokens and 64 columns fill Hopper at few tokens: smaller ones load B more often."""
+    sm_90 = find_gpu(spec.gpu).architecture == "sm_90"
+    return sm_90 and FEWEST_TOKENS < spec.tokens <= FEW_TOKENS and spec.rank > LOW_RANK and spec.d_out >= WIDE
+
+
 class LoraComposeTma(LoraComposeTile):
     """The same tiling with tensor descriptors: from Hopper on, no thread computes addresses.
 
@@ -163,13 +170,14 @@ class LoraComposeTma(LoraComposeTile):
     def default_order(self, spec: KernelSpec) -> int:
         if find_gpu(spec.gpu).architecture == "sm_90" and spec.rank <= LOW_RANK:
             return 2  # on an H100 tiles loaded by pointers took 0.6 to 0.9 times as long
-        return 0 if spec.tokens > FEW_TOKENS else 2
+        return 0 if spec.tokens > FEW_TOKENS or _fills_with_tall_tiles(spec) else 2
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         if spec.tokens <= FEW_TOKENS:
             few = super().seeds(spec, gpu)[0]
             wide = {"block_t": fit(128, spec.tokens), "block_n": fit(64, spec.d_out), "block_k": fit(64, spec.rank)}
-            return (few, Config.create(self.name, **wide, num_warps=4, num_stages=4))
+            tall = Config.create(self.name, **wide, num_warps=4, num_stages=4)
+            return (tall, few) if _fills_with_tall_tiles(spec) else (few, tall)
         shapes: tuple[tuple[int, int, int], ...] = ((128, 128, 4), (128, 128, 8), (128, 64, 4), (64, 128, 4))
         if gpu.architecture == "sm_90":  # where specialised warps are faster
             shapes = shapes[:2]

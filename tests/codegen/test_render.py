@@ -125,7 +125,7 @@ def test_the_text_of_every_other_form_is_as_it_was(request: pytest.FixtureReques
 
 EDGES = ("in_t", "< chunks", "mask=needed", "tiny", "counters <", "tile_row", "(group == 0)", "mask=i < ")
 EDGES += ("mask=(r < RANK - start)",)
-"""Masks of what no size says: tokens, gains, one of several programs that have equal sums, the shorter of A and B; and of
+"""Masks of what no size says: tokens, gains, one of several programs that have equal sums, the shorter of A and B, and
 ranks that one tile covers."""
 
 
