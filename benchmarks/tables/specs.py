@@ -6,6 +6,7 @@ Specs of one family (equal but for their token bucket) share their compiled code
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ...codegen.spec import KernelSpec
 
@@ -109,7 +110,7 @@ def recorded_specs(gpu: str) -> Iterator[KernelSpec]:
     for op, magnitude in (("lora_compose_group", ""), ("compose_backward_group", "bf16")):
         for (first, second, third), rank in _ATTENTION:
             for tokens in _FEW_TO_MANY:
-                sizes = {"d_out": first, "d_out_2": second, "d_out_3": third}
+                sizes: dict[str, Any] = {"d_out": first, "d_out_2": second, "d_out_3": third}
                 yield spec(op, **sizes, rank=rank, tokens=tokens, magnitude=magnitude)
     for op, magnitude in (("compose_swiglu", ""), ("compose_swiglu_backward", "bf16")):
         for d_out, rank in _GATED:

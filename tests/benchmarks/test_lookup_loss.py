@@ -48,11 +48,11 @@ def test_a_lookup_of_a_spec_that_was_never_measured_loses_little(gpu: str) -> No
     assert len(every) - len(known) <= MOST_MISSING * len(every)
     regrets = [loss.regret for loss in known]
     assert statistics.median(regrets) <= 1.01
-    assert statistics.mean(regrets) <= 1.03
-    assert quantile(regrets, 0.95) <= 1.12
+    assert statistics.mean(regrets) <= 1.025
+    assert quantile(regrets, 0.95) <= 1.09
     assert max(regrets) <= 1.41
     for op, found in lost(gpu).items():
-        assert statistics.median(loss.regret for loss in found) <= 1.037, op
+        assert statistics.median(loss.regret for loss in found) <= 1.03, op
 
 
 @pytest.mark.parametrize("gpu", TABLES)
@@ -60,13 +60,14 @@ def test_where_the_built_in_config_is_good_no_entry_replaces_it_by_a_bad_one(gpu
     """The operations of a model's step whose first built-in config loses 3 % at most on average."""
     losses_of_defaults = fitting().fit().default_losses
     good = {op: found for op, found in lost(gpu).items() if losses_of_defaults[op] < 0.03}
-    assert good.keys() >= {"compose_swiglu", "compose_swiglu_backward", "compose_backward_group", "weight_norm_group"}
+    assert good.keys() >= {"lora_compose", "compose_backward", "compose_swiglu", "compose_swiglu_backward"}
+    assert good.keys() >= {"lora_compose_group", "compose_backward_group", "weight_norm_group", "adapter_backward"}
     for op, found in good.items():
         assert statistics.mean(loss.regret for loss in found) <= 1.04, op
         assert max(loss.regret for loss in found) <= 1.25, op
 
 
-@pytest.mark.xfail(strict=True, reason="the target is not reached: 1.117 and 1.404 on the H100's tables")
+@pytest.mark.xfail(strict=True, reason="the target is not reached: 1.404 on the H100's tables")
 @pytest.mark.parametrize("gpu", TABLES)
 def test_the_target_of_a_lookup_is_reached(gpu: str) -> None:
     regrets = [loss.regret for found in lost(gpu).values() for loss in found if not loss.missing]

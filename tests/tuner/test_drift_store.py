@@ -12,6 +12,7 @@ import pytest
 
 from doratune.cache.entry import Entry
 from doratune.cache.store import Store
+from doratune.codegen.fit import fitted
 from doratune.errors import UsageError
 from doratune.tuner import drift_store as module
 from doratune.tuner.drift_report import MOVED
@@ -67,6 +68,8 @@ def test_a_named_store_is_measured_and_the_own_one_left(home: Path, machine: Mac
 def test_a_winner_without_a_final_meets_what_the_other_stores_and_entries_give(
     home: Path, machine: Machine, tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    doubted = replace(fitted(), default_losses={})  # or the first built-in config would go before a distant entry
+    monkeypatch.setattr("doratune.codegen.fit.fitted", lambda: doubted)
     path = tmp_path / "team.sqlite" if named else home / "store.sqlite"
     near = an_entry(forward_spec(2048), THIRD, environment=machine.here)
     location = put(path, an_entry(beaten=()), near)
