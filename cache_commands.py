@@ -509,8 +509,9 @@ def cache_drift(as_json: bool, check: bool, **options: Any) -> None:
     name or template differs from the present one. Without --apply nothing is written. A run with --apply that was
     stopped continues where it was.
 
-    With --lookups all are measured, each against the config that a lookup without it gives today; the bounds that
-    explain prints rest on these losses. Those of searches were measured while the store had fewer entries.
+    With --lookups each is measured against the config that a lookup without it gives today, if that is another; the
+    bounds that explain prints rest on these losses. Those of searches were measured while the store had fewer entries.
+    If it is stopped, it begins with the first again.
 
     \b
     Exit code 0: measured, whatever moved.

@@ -217,7 +217,8 @@ def lookup(
         found = search.fetch(chosen)
         if found is not None or chosen.candidate is None:
             resolution = search.resolution(chosen.step, chosen.config, found)
-            if found.distance > FAR_DISTANCE if found else not any(each.distance <= FAR_DISTANCE for each in regrets):
+            near = any(each.distance <= FAR_DISTANCE and each.gpu in bound.gpus for each in regrets)
+            if found.distance > FAR_DISTANCE if found else not near:
                 bound = without_neighbours(bound)
             return replace(resolution, weighed=tuple(weighed[:WEIGHED_KEPT]), offers=_by_step(offers), bound=bound)
         # Its entry was refused, or a writer has replaced it since. Another one may offer the same config.

@@ -8,15 +8,15 @@ with its shape-bound parameters re-derived; or one of the built-in configs. Its 
 - **where the config comes from**: it was measured at this very shape on a sister GPU, at another shape, or nowhere.
 
 :data:`FITTED` and :data:`ROOFLINE` are chosen by leaving each spec of the recorded tables out in turn
-(``benchmarks/tables/lookup_loss.py``). Measured times of different entries are not compared: they come from many
-machines, and a store may come from anybody. The config that is found depends on the offers only, not on their order; of
-entries that offer it equally, the first counts.
+(``benchmarks/tables/lookup_loss.py``); so are :data:`DEFAULT_FACTOR` and :data:`DEFAULT_MOST`. Measured times of
+different entries are not compared: they come from many machines, and a store may come from anybody. The config that is
+found depends on the offers only, not on their order; of entries that offer it equally, the first counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from ..codegen.spec import Config
@@ -66,7 +66,7 @@ class Model:
     """The performance model of one spec: relative times of configs, infinite where it cannot tell.
 
     ``fitted`` tells whether it was fitted to measurements on this architecture. ``default_loss`` is what the first
-    built-in config lost there on average, as a logarithm; None if that was not measured.
+    built-in config lost there on average, as a logarithm; None if that was not measured of such dtypes.
     """
 
     relative_us: Callable[[Config], float]
@@ -103,7 +103,7 @@ class Weighed:
     loss: float
 
 
-def weigh(offers: Iterable[Offer], model: Model = NO_MODEL) -> list[Weighed]:
+def weigh(offers: Collection[Offer], model: Model = NO_MODEL) -> list[Weighed]:
     """Return the offers with their expected losses, the least first; of offers of one config the best one."""
     weights = FITTED if model.fitted else ROOFLINE
     best: dict[Config, tuple[tuple[float, float, str, str], Offer]] = {}
@@ -116,11 +116,12 @@ def weigh(offers: Iterable[Offer], model: Model = NO_MODEL) -> list[Weighed]:
     times = {config: model.relative_us(config) for config in best}
     known = [us for us in times.values() if 0 < us < math.inf]
     least = min(known, default=1.0)
-    losses = {}
-    for config, (key, offer) in best.items():
-        us = times[config]
-        losses[config] = key[0] + (weights.trust * math.log(us / least) if 0 < us < math.inf else UNKNOWN)
-        if offer.first and model.default_loss is not None:  # measurements know more of it than the model
+    losses = {
+        config: key[0] + (weights.trust * math.log(us / least) if 0 < (us := times[config]) < math.inf else UNKNOWN)
+        for config, (key, _) in best.items()
+    }
+    for config in {offer.config for offer in offers if offer.first}:  # an entry may offer it too
+        if model.default_loss is not None:  # measurements know more of it than the model
             losses[config] = min(losses[config], DEFAULT_MOST * model.default_loss)
     order = sorted(best, key=lambda config: (losses[config], best[config][0][1:], str(config)))
     return [Weighed(best[config][1], math.expm1(min(losses[config], 20.0))) for config in order]

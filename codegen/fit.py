@@ -117,6 +117,11 @@ class Fit:
         known = gpu.architecture in self.architectures and DTYPE_BYTES[spec.wide] == 2
         return known and spec.format is None and any(op == spec.op for op, _ in self.polynomials)
 
+    def default_loss(self, spec: KernelSpec) -> float | None:
+        """What the first built-in config lost on average, None if not measured: exact fp32 adapters have others."""
+        exact = spec.adapter == "fp32" and not spec.autocast
+        return None if exact else self.default_losses.get(spec.op)
+
     def relative_us(self, spec: KernelSpec, config: Config, gpu: Gpu) -> float:
         """The time of a config up to a factor that all configs of ``spec`` have in common; infinite where unknown."""
         polynomial = self.polynomials.get((spec.op, config.variant))

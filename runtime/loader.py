@@ -307,7 +307,7 @@ def resolve_in(spec: KernelSpec, stack: Sequence[Store], *, exact: bool = True, 
         accepts=lambda wanted, config: check_config(wanted, config, gpu) or refuse_padding(wanted, config, gpu),
         template_digest=installed_digest,
         reproduces=differs,
-        model=Model(relative_us, covered, fit.default_losses.get(spec.op) if covered else None),
+        model=Model(relative_us, covered, fit.default_loss(spec) if covered else None),
         carry=carry,
         exact=exact,
     )

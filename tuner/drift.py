@@ -53,6 +53,7 @@ Without = Callable[[KernelSpec], "tuple[Config, str] | None"]
 
 _VERDICTS = (Rejected, CompileError)
 """The failures that are a property of the config."""
+SAME = "a lookup without the entry gives the same config"
 _AHEAD = 2
 """Entries for each worker whose configs are compiled ahead."""
 _DIGITS = 12
@@ -75,8 +76,9 @@ def drift(
 
     Entries that were measured under the present versions are skipped, unless ``everything``. With ``op`` only those of
     that operation are looked at. With ``lookups`` each is measured against the config that a lookup without it gives
-    today, and those of the present versions against that one alone. ``apply`` stores the results; without it nothing is
-    written. ``jobs`` is the number of compile workers. The evaluator is closed at the end.
+    today, and one of the present versions against that alone, if it is another config; if it loses, also against those
+    that it beat. ``apply`` stores the results; without it nothing is written. ``jobs`` is the number of compile
+    workers. The evaluator is closed at the end.
 
     Damaged rows, and entries that cannot be measured, are named in the result; the others go on.
 
@@ -91,8 +93,7 @@ def drift(
             raise UsageError(f"winners are measured again, and this evaluator's times are {evaluator.provenance}")
         if apply:
             store.put_all(())  # raises before anything is measured if the store cannot be written
-        run = _Run(store, evaluator, pool, without, lookups, apply, said)
-        return run.measure(op, everything)
+        return _Run(store, evaluator, pool, without, everything, lookups, apply, said).measure(op)
     finally:
         said.close()
         pool.close()
@@ -139,6 +140,7 @@ class _Run:
     evaluator: Evaluator
     pool: CompilePool
     without: Without
+    everything: bool
     lookups: bool
     apply: bool
     progress: SilentProgress
@@ -151,12 +153,12 @@ class _Run:
         self._unjudged_in_a_row = 0
         self._fault = ""
 
-    def measure(self, op: str | None, everything: bool) -> DriftResult:
+    def measure(self, op: str | None) -> DriftResult:
         entries, damaged = self.store.readable_entries(op=op)
         here = [entry for entry in entries if entry.spec.gpu == self._gpu.slug]
         measured = [entry for entry in here if entry.evaluation.provenance == MEASURED]
         found = [(entry, self._changes(entry)) for entry in measured]
-        due = [(entry, changed) for entry, changed in found if changed or everything or self.lookups]
+        due = [(entry, changed) for entry, changed in found if changed or self.everything or self.lookups]
         # A fused kernel is timed against its composition kernel, so that is settled first.
         due.sort(key=lambda one: (composition_of(one[0].spec) is not None, str(one[0].spec)))
         if due:
@@ -172,6 +174,7 @@ class _Run:
             gpu=self._gpu.slug,
             environment=self._environment,
             apply=self.apply,
+            lookups=self.lookups,
             rows=tuple(self._rows),
             current=len(found) - len(due),
             untimed=len(here) - len(measured),
@@ -221,9 +224,8 @@ class _Run:
 
     def _job(self, entry: Entry, changed: tuple[Change, ...]) -> _Job:
         """Start compiling what an entry is measured with."""
-        lookup_only = self.lookups and not changed
-        recorded = entry.final.contenders if entry.final and not lookup_only else ()
-        origins = {one.config: _origins(one) for one in recorded if one.config != entry.config}
+        lookup_only = self.lookups and not changed and not self.everything
+        origins = {} if lookup_only else _runners_up(entry)
         notes = []
         if self.lookups or not origins:
             given, note = self._given(entry)
@@ -244,7 +246,7 @@ class _Run:
         except DoratuneError as error:
             return {}, f"a lookup without the entry fails: {error}"
         if given is None or given[0] == entry.config:
-            return {}, "a lookup without the entry gives the same config"
+            return {}, SAME
         return {given[0]: (given[1],)}, f"compared with what a lookup gives ({given[1]})"
 
     def _player(self, spec: KernelSpec, config: Config, origins: tuple[str, ...]) -> _Player:
@@ -260,10 +262,21 @@ class _Run:
     def _judged(self, job: _Job) -> Drifted:
         """Measure one entry."""
         row = Drifted(job.entry, UNJUDGED, job.changes)
-        if job.lookup_only and len(job.players) == 1:
-            return replace(row, outcome=HELD, config=job.entry.config, notes=tuple(job.notes))
+        if job.lookup_only and len(job.players) == 1:  # there is nothing to measure
+            if job.notes == [SAME]:
+                return replace(row, outcome=HELD, config=job.entry.config, notes=(*job.notes, "not measured"))
+            return replace(row, notes=tuple(job.notes))
         try:
             final = self._played(job)
+            if job.lookup_only and (final is None or final.winner.config != job.entry.config) and not self._fault:
+                job.lookup_only = False
+                tried = {player.config for player in job.players}
+                job.players += [
+                    self._player(job.entry.spec, config, why)
+                    for config, why in _runners_up(job.entry).items()
+                    if config not in tried
+                ]
+                final = self._played(job)
         except DoratuneError as failure:
             self._set_aside(failure)
             return replace(row, notes=(str(failure), *job.notes))
@@ -372,15 +385,19 @@ class _Run:
     def _adopted(self, job: _Job, row: Drifted) -> Drifted:
         """Store the result of one entry, if it has one."""
         before = job.entry
-        if row.outcome != UNJUDGED and self.store.readable(before.spec) != before:
-            return replace(row, notes=(*row.notes, "another process has changed the entry since: left as it is"))
-        if job.lookup_only and row.outcome == HELD:
-            regret = self._regret(before, before.config, row.final)
-            self.store.put(replace(before, lookup_regret=regret))
-            return replace(row, adopted=True)
         best = self._best(job, row.final)
-        if row.outcome == UNJUDGED or best is None or best.source is None or best.evaluation is None:
+        only_regret = job.lookup_only and row.outcome == HELD
+        unusable = best is None or best.source is None or best.evaluation is None
+        if row.outcome == UNJUDGED or (unusable and not only_regret):
             return row
+        if self.store.readable(before.spec) != before:
+            return replace(row, notes=(*row.notes, "another process has changed the entry since: left as it is"))
+        if only_regret:
+            self.store.put(replace(before, lookup_regret=self._regret(before, before.config, row.final)))
+            return replace(row, adopted=True)
+        assert best is not None
+        assert best.source is not None
+        assert best.evaluation is not None
         # Trials of another text say nothing about this one: `doratune tune` searches again.
         trials = len(job.players) if job.text_changed else before.evaluation.trials
         entry = Entry(
@@ -411,7 +428,7 @@ class _Run:
             given = self.without(before.spec)
         except DoratuneError:
             return known
-        if given is not None and given[0] == config:
+        if self.lookups and given is not None and given[0] == config:
             return 1.0
         if given is None or final is None:
             return known
@@ -445,6 +462,12 @@ class _Run:
         broken = self._packing.store_made()
         if broken is not None:
             self._fault = f"{broken}. What was applied so far is stored; the same command continues from here"
+
+
+def _runners_up(entry: Entry) -> dict[Config, tuple[str, ...]]:
+    """The other configs of the final that the entry's config won, and why they play again."""
+    recorded = entry.final.contenders if entry.final else ()
+    return {one.config: _origins(one) for one in recorded if one.config != entry.config}
 
 
 def _origins(contender: Contender) -> tuple[str, ...]:

@@ -69,13 +69,15 @@ class DriftResult:
     ``gpu`` is the slug of the GPU here and ``environment`` the present one. ``current`` counts the entries that were
     measured under the present versions already, ``untimed`` those that were predicted or defaults, ``elsewhere`` those
     for other GPUs by slug. ``damaged`` names the rows of the store that cannot be read. ``left`` counts the entries
-    that the run did not reach. ``stopped`` is empty, ``interrupt`` or ``fault``; then ``fault`` says what is wrong.
+    that the run did not reach; with ``lookups`` the same command begins with the first again. ``stopped`` is empty,
+    ``interrupt`` or ``fault``; then ``fault`` says what is wrong.
     """
 
     store: str
     gpu: str
     environment: Environment
     apply: bool
+    lookups: bool = False
     rows: tuple[Drifted, ...] = ()
     current: int = 0
     untimed: int = 0
@@ -124,7 +126,7 @@ class DriftResult:
         parts = [f"{len(self.rows)} measured again in {self.store}{outcomes}"]
         if self.left:
             stopped = "interrupted" if self.stopped == "interrupt" else "the run broke off"
-            again = ": the same command continues with them" if self.apply else ""
+            again = ": the same command continues with them" if self.apply and not self.lookups else ""
             parts.append(f"{stopped}, {self.left} left{again}")
         if self.current:
             parts.append(f"{self.current} skipped: measured under the present versions (--all measures them too)")

@@ -23,7 +23,7 @@ class DriftRequest:
 
     ``store`` None means the user's own. ``op`` None means every operation. ``gpu`` and ``device`` are those of
     :class:`~.tune_model.Request`. ``everything`` also measures what was measured under the present versions;
-    ``lookups`` likewise, and against what lookups without any entry of the spec give.
+    ``lookups`` likewise, but only against what lookups without any entry of the spec give.
     """
 
     store: str | None = None

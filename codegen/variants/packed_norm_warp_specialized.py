@@ -120,9 +120,9 @@ class WeightNormPackedWarpSpecialized(Variant):
     def default_order(self, spec: KernelSpec) -> int:
         """First above rank 64, and from rank 33 on for one layer at a time.
 
-        On an H100 (Triton 3.6), in formats of 4 and 8 bits and with adapters in bf16 and fp32, it took at rank 384 0.34
-        to 0.72 times the ``packed`` variant's time for one layer and 0.77 to 0.97 times for groups; at rank 64 0.66 to
-        1.04 and 0.90 to 1.37 times; at ranks 16 and 32 more.
+        In a check on an H100 (Triton 3.6, no results file), in formats of 4 and 8 bits and with adapters in bf16 and
+        fp32, it took at rank 384 0.34 to 0.72 times the ``packed`` variant's time for one layer and 0.77 to 0.97 times
+        for groups; at rank 64 0.66 to 1.04 and 0.90 to 1.37 times; at ranks 16 and 32 more.
         """
         return -1 if spec.rank > (MOST_SMALL_RANKS if spec.layers else MOST_FEW_RANKS) else 2
 

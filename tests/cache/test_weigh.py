@@ -77,6 +77,16 @@ def test_the_first_built_in_config_counts_by_what_it_lost_where_that_was_measure
     assert order[None][1].loss == order[None][2].loss == order[0.5][1].loss
 
 
+def test_an_entry_that_offers_the_first_built_in_config_too_makes_it_no_worse() -> None:
+    first, rival = replace(BUILT_IN, first=True), Offer(a_config(2), "default")
+    slow = replace(modelled({1: 20.0, 2: 10.0}), default_loss=0.01)
+    alone = weigh([first, rival], slow)
+    assert alone[0].offer == first
+    too = weigh([first, rival, near(a_spec("h100"), 1, distance=0.0)], slow)
+    assert too[0].offer.config == first.config
+    assert too[0].loss <= alone[0].loss
+
+
 def test_a_model_that_is_not_fitted_is_hardly_believed() -> None:
     times = {1: 4.0, 4: 10.0, 8: 10.0}
     assert weigh([BUILT_IN, HERE], modelled(times))[0].offer == BUILT_IN

@@ -313,7 +313,8 @@ def test_lookups_measures_nothing_where_a_lookup_gives_the_winner_itself(run: Ru
     before = an_entry(environment=AFTER)
     store.put(before)
     machine = Machine(SAME)
-    assert only(run(machine, without=lambda spec: (FORWARD, "nearest"), lookups=True)).outcome == HELD
+    row = only(run(machine, without=lambda spec: (FORWARD, "nearest"), lookups=True))
+    assert (row.outcome, row.notes[-1]) == (HELD, "not measured")
     assert stored(store) == before, "nothing is written without --apply"
     run(machine, without=lambda spec: (FORWARD, "nearest"), lookups=True, apply=True)
     assert (machine.evaluated, machine.finals) == ([], [])
@@ -332,9 +333,45 @@ def test_lookups_keeps_what_was_known_where_a_lookup_fails(run: Run, store: Stor
         raise StoreError("store team.sqlite: the disk failed")
 
     store.put(an_entry(environment=AFTER))
-    row = only(run(Machine(SAME), without=broken, lookups=True, apply=True))
+    result = run(Machine(SAME), without=broken, lookups=True, apply=True)
+    row = only(result)
     assert row.notes == ("a lookup without the entry fails: store team.sqlite: the disk failed",)
+    assert (row.outcome, row.adopted, result.failed) == (UNJUDGED, False, True)
     assert stored(store).lookup_regret == 1.1
+
+
+def test_a_winner_that_loses_to_a_lookup_also_meets_those_that_it_beat(run: Run, store: Store) -> None:
+    store.put(an_entry(environment=AFTER))
+    times = {FORWARD: 110.0, SECOND: 100.0, THIRD: 105.0}
+    row = only(run(Machine(times), without=lambda spec: (THIRD, "nearest"), lookups=True, apply=True))
+    assert (row.outcome, row.config) == (MOVED, SECOND)
+    after = stored(store)
+    assert after.final is not None
+    assert {one.config for one in after.final.contenders} == set(CONFIGS)
+    assert after.lookup_regret == pytest.approx(1.05, abs=0.003)
+
+
+def test_a_winner_that_is_broken_is_replaced_by_the_fastest_whatever_a_lookup_gives(run: Run, store: Store) -> None:
+    store.put(an_entry(environment=AFTER))
+    machine = Machine(SAME)
+    machine.faults[FORWARD] = Rejected("inaccurate: y is off by 3")
+    row = only(run(machine, without=lambda spec: (THIRD, "nearest"), lookups=True, apply=True))
+    assert (row.outcome, row.config, row.adopted) == (BROKEN, SECOND, True)
+    assert stored(store).config == SECOND
+
+
+def test_all_and_lookups_meets_both(run: Run, store: Store) -> None:
+    store.put(an_entry(beaten=(SECOND,), environment=AFTER))
+    machine = Machine(SWAPPED)
+    row = only(run(machine, without=lambda spec: (THIRD, "nearest"), lookups=True, everything=True))
+    assert machine.finals == [(FORWARD, THIRD, SECOND)]
+    assert (row.outcome, row.config) == (MOVED, SECOND)
+
+
+def test_a_stopped_run_of_lookups_does_not_promise_to_continue(run: Run, store: Store) -> None:
+    stopped = DriftResult("s.sqlite", GPU.slug, AFTER, apply=True, lookups=True, left=2, stopped="interrupt")
+    assert "continues" not in stopped.summary()
+    assert "continues" in replace(stopped, lookups=False).summary()
 
 
 def test_lookups_after_an_upgrade_meets_what_it_beat_too(run: Run, store: Store) -> None:
