@@ -120,9 +120,9 @@ def weigh(offers: Collection[Offer], model: Model = NO_MODEL) -> list[Weighed]:
         config: key[0] + (weights.trust * math.log(us / least) if 0 < (us := times[config]) < math.inf else UNKNOWN)
         for config, (key, _) in best.items()
     }
-    for config in {offer.config for offer in offers if offer.first}:  # an entry may offer it too
-        if model.default_loss is not None:  # measurements know more of it than the model
-            losses[config] = min(losses[config], DEFAULT_MOST * model.default_loss)
+    first = next((offer.config for offer in offers if offer.first), None)  # an entry may offer it too
+    if first is not None and model.default_loss is not None:  # measurements know more of it than the model
+        losses[first] = min(losses[first], DEFAULT_MOST * model.default_loss)
     order = sorted(best, key=lambda config: (losses[config], best[config][0][1:], str(config)))
     return [Weighed(best[config][1], math.expm1(min(losses[config], 20.0))) for config in order]
 

@@ -54,6 +54,7 @@ Without = Callable[[KernelSpec], "tuple[Config, str] | None"]
 _VERDICTS = (Rejected, CompileError)
 """The failures that are a property of the config."""
 SAME = "a lookup without the entry gives the same config"
+"""Then there is nothing to measure a winner of the present versions against."""
 _AHEAD = 2
 """Entries for each worker whose configs are compiled ahead."""
 _DIGITS = 12

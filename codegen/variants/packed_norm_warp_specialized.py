@@ -41,7 +41,7 @@ from .packed_norm import (
 )
 from .weight_norm import SUM_BLOCK
 from .weight_norm_group import MOST_UNITS
-from .weight_norm_warp_specialized import LONG_SUM_BLOCK
+from .weight_norm_warp_specialized import LONG_SUM_BLOCK, half_gram_work
 
 MOST_FEW_RANKS = 32
 """Up to so many ranks decoding decides, and the variant's steps of 64 ranks are half empty."""
@@ -263,27 +263,9 @@ class WeightNormPackedWarpSpecialized(Variant):
         )
 
     def _gram_work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
-        blocks, shares = ceil_div(spec.rank, GRAM_BLOCK), ceil_div(spec.d_in, config["gram_share"])
-        tiles, programs, elements = blocks * (blocks + 1) // 2, config["gram_programs"], spec.rank * spec.rank
-        sum_block = LONG_SUM_BLOCK if programs * LONG_SUM_BLOCK <= elements else SUM_BLOCK
         return (
             *adapter_parts_work(spec, (spec.rank, spec.d_in)),
-            Work(
-                "gram_shares_kernel",
-                programs=tiles * shares,
-                dram_bytes=spec.rank * spec.d_in * 2,
-                l2_bytes=tiles * (2 * GRAM_BLOCK * spec.d_in * 2 + shares * GRAM_BLOCK * GRAM_BLOCK * 4),
-                steps=ceil_div(config["gram_share"], GRAM_BLOCK_K),
-                matrix_flops=2 * tiles * GRAM_BLOCK * GRAM_BLOCK * spec.d_in,
-                matrix_dtype="bf16",
-            ),
-            Work(
-                "lower_gram_kernel",
-                programs=programs,
-                dram_bytes=0,
-                l2_bytes=elements * (shares * 4 + 4),
-                steps=shares * ceil_div(elements, sum_block * programs),
-            ),
+            *half_gram_work(spec, config, GRAM_BLOCK, GRAM_BLOCK_K, spec.rank * spec.rank),
         )
 
 

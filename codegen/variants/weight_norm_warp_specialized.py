@@ -192,35 +192,14 @@ class WeightNormWarpSpecialized(Variant):
         rank_block, split_k = config["rank_block"], config["split_k"]
         ranks = rank_block * config["rank_tiles"]
         rows, groups = ceil_div(spec.d_out, ROWS), ceil_div(spec.rank, ranks)
-        gram = config["gram_block"]
-        gram_rows = ceil_div(spec.rank, gram)
-        gram_tiles = gram_rows * (gram_rows + 1) // 2
-        shares = ceil_div(spec.d_in, config["gram_share"])
         blocks = ceil_div(spec.rank, rank_block)
         lower = blocks * (blocks + 1) // 2 * rank_block * rank_block
-        sum_programs, elements = config["gram_programs"], spec.rank * spec.rank
-        sum_block = LONG_SUM_BLOCK if sum_programs * LONG_SUM_BLOCK <= elements else SUM_BLOCK
         partials = (groups + spec.save) * split_k * spec.d_out * 4
         vectors = 2 * spec.d_out * 4
         weight_bytes = spec.d_out * spec.d_in * 2
         return (
             *adapter_parts_work(spec, (spec.rank, spec.d_in), (spec.d_out, spec.rank)),
-            Work(
-                "gram_shares_kernel",
-                programs=gram_tiles * shares,
-                dram_bytes=spec.rank * spec.d_in * 2,
-                l2_bytes=gram_tiles * (2 * gram * spec.d_in * 2 + shares * gram * gram * 4),
-                steps=ceil_div(config["gram_share"], config["gram_block_k"]),
-                matrix_flops=2 * gram_tiles * gram * gram * spec.d_in,
-                matrix_dtype=spec.weight,
-            ),
-            Work(
-                "lower_gram_kernel",
-                programs=sum_programs,
-                dram_bytes=0,
-                l2_bytes=lower * (shares * 4 + 4),
-                steps=shares * ceil_div(elements, sum_block * sum_programs),
-            ),
+            *half_gram_work(spec, config, config["gram_block"], config["gram_block_k"], lower),
             Work(
                 "row_dots_kernel",
                 programs=rows * groups * split_k,
@@ -231,3 +210,31 @@ class WeightNormWarpSpecialized(Variant):
                 matrix_dtype=spec.weight,
             ),
         )
+
+
+def half_gram_work(spec: KernelSpec, config: Config, block: int, block_k: int, added: int) -> tuple[Work, ...]:
+    """The launches that make the lower half of G = A @ A.T in tiles of ``block``, and add up ``added`` of its elements.
+
+    ``config`` has ``gram_share``, the columns of A in one partial sum, and ``gram_programs``, those that add these.
+    """
+    rows, shares = ceil_div(spec.rank, block), ceil_div(spec.d_in, config["gram_share"])
+    tiles, programs, elements = rows * (rows + 1) // 2, config["gram_programs"], spec.rank * spec.rank
+    sum_block = LONG_SUM_BLOCK if programs * LONG_SUM_BLOCK <= elements else SUM_BLOCK
+    return (
+        Work(
+            "gram_shares_kernel",
+            programs=tiles * shares,
+            dram_bytes=spec.rank * spec.d_in * 2,
+            l2_bytes=tiles * (2 * block * spec.d_in * 2 + shares * block * block * 4),
+            steps=ceil_div(config["gram_share"], block_k),
+            matrix_flops=2 * tiles * block * block * spec.d_in,
+            matrix_dtype=spec.wide,
+        ),
+        Work(
+            "lower_gram_kernel",
+            programs=programs,
+            dram_bytes=0,
+            l2_bytes=added * (shares * 4 + 4),
+            steps=shares * ceil_div(elements, sum_block * programs),
+        ),
+    )

@@ -173,6 +173,7 @@ def test_the_shipped_fit_is_that_of_the_committed_tables() -> None:
     made = read_fit(document(fitting().fit(), []))
     shipped = read_fit(json.loads(FIT_FILE.read_text(encoding="utf-8")))
     assert made.polynomials.keys() == shipped.polynomials.keys()
+    assert shipped.default_losses == pytest.approx(dict(made.default_losses)), "also after a change of built-in configs"
     for table in ALL:
         part = next(iter(table))
         gpu = find_gpu(table.gpu)

@@ -131,6 +131,23 @@ def test_the_order(
     assert (found.distance is None) == (step == "default")
 
 
+@pytest.mark.parametrize(
+    ("around", "known"),
+    [(a_spec(rank=256), True), (a_spec(d_out=64, rank=8, tokens=1), False), (a_spec("h100", rank=256), False)],
+    ids=["near", "far", "near, but on another GPU than what the bound rests on"],
+)
+def test_a_built_in_config_has_a_bound_where_lookups_near_were_measured(
+    make_stores: Stores, around: KernelSpec, known: bool
+) -> None:
+    """None of the entries suits, so the default is taken."""
+    far = [an_entry(a_spec(d_out=32 << index, rank=8, tokens=1), warps=16) for index in range(5)]
+    entries = [replace(entry, lookup_regret=1.02) for entry in (an_entry(around, warps=16), *far)]
+    found = _find(make_stores(entries), accepts=lambda spec, config: "too many" if config.num_warps == 16 else None)
+    assert found.step == "default"
+    assert found.bound is not None
+    assert (found.bound.loss is not None) == known
+
+
 def test_no_stores_at_all_give_the_default() -> None:
     found = _find([])
     assert (found.step, found.config) == ("default", DEFAULT_CONFIG)

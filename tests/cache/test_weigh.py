@@ -87,6 +87,13 @@ def test_an_entry_that_offers_the_first_built_in_config_too_makes_it_no_worse() 
     assert too[0].loss <= alone[0].loss
 
 
+def test_without_a_fit_the_built_in_configs_go_in_their_order() -> None:
+    first, second = replace(BUILT_IN, first=True), Offer(a_config(2), "default")
+    times = {1: 20.0, 2: 10.0}
+    assert weigh([second, first], modelled(times, fitted=False))[0].offer == first
+    assert weigh([second, first], modelled(times))[0].offer == second
+
+
 def test_a_model_that_is_not_fitted_is_hardly_believed() -> None:
     times = {1: 4.0, 4: 10.0, 8: 10.0}
     assert weigh([BUILT_IN, HERE], modelled(times))[0].offer == BUILT_IN

@@ -24,6 +24,14 @@ def spec_of(op: str, gpu: str = "h200", **changes: object) -> KernelSpec:
     return KernelSpec.create(op, **{**shape, "gpu": gpu, **changes})
 
 
+def test_what_the_first_built_in_config_loses_is_not_known_of_exact_fp32_adapters() -> None:
+    fit = fitted()
+    assert fit.default_loss(spec_of("lora_compose")) == fit.default_losses["lora_compose"]
+    assert fit.default_loss(spec_of("lora_compose", adapter="fp32", autocast=True)) is not None
+    assert fit.default_loss(spec_of("lora_compose", adapter="fp32")) is None
+    assert replace(fit, default_losses={}).default_loss(spec_of("lora_compose")) is None
+
+
 @pytest.mark.parametrize("op", MEASURED_OPS)
 def test_every_config_of_a_covered_spec_gets_a_finite_time(op: str) -> None:
     for d_out, rank in ((48, 8), (4096, 384), (1 << 17, 4096)):
