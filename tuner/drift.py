@@ -270,7 +270,6 @@ class _Run:
         try:
             final = self._played(job)
             if job.lookup_only and (final is None or final.winner.config != job.entry.config) and not self._fault:
-                job.lookup_only = False
                 tried = {player.config for player in job.players}
                 job.players += [
                     self._player(job.entry.spec, config, why)

@@ -47,8 +47,12 @@ def test_regrets_are_renewed_from_finals_and_others_are_left(tmp_path: Path) -> 
     entry = next(one for one in made() if one.config != default_configs(one.spec, find_gpu("h100-sxm"))[0])
     default = default_configs(entry.spec, find_gpu("h100-sxm"))[0]
     won, lost = Contender(entry.config, ("search",), (20.0,)), Contender(default, ("default",), (23.0,))
+    tied = Contender(replace(entry.config, num_stages=1), ("search",), (19.9,))
     cases = {
-        "timed": (replace(entry, final=Final((won, lost), 1.0, 0.005, True), lookup_regret=None), pytest.approx(1.15)),
+        "timed, a third is as fast as the winner within the noise": (
+            replace(entry, final=Final((won, tied, lost), 1.0, 0.005, True), lookup_regret=None),
+            pytest.approx(1.15),
+        ),
         "a tie": (
             replace(entry, final=Final((won, replace(lost, samples_us=(19.9,))), 1.0, 0.005, True)),
             1.0,
@@ -62,7 +66,12 @@ def test_regrets_are_renewed_from_finals_and_others_are_left(tmp_path: Path) -> 
             renew(store)
             assert store.entries()[0].lookup_regret == wanted, name
             assert renew(store) == 0
-    predicted = replace(entry, evaluation=replace(entry.evaluation, provenance=PREDICTED), lookup_regret=None)
+    predicted = replace(
+        entry,
+        evaluation=replace(entry.evaluation, provenance=PREDICTED),
+        final=Final((won, lost), 1.0, 0.005, True),
+        lookup_regret=None,
+    )
     with Store.open(tmp_path / "predicted.sqlite", create=True) as store:
         store.put(predicted)
         assert renew(store) == 0

@@ -82,6 +82,9 @@ def test_a_winner_without_a_final_meets_what_the_other_stores_and_entries_give(
         monkeypatch.setenv("DORATUNE_CACHE_PATH", elsewhere)
         drift_store(request)
         assert machine.finals == [(an_entry().config, SECOND)], "the exact entry of another store"
+        machine.finals.clear()
+        drift_store(replace(request, op="compose_forward", lookups=True))
+        assert machine.finals[0] == (an_entry().config, THIRD), "a lookup without any entry of the spec"
 
 
 def test_the_gpu_and_the_device_are_those_that_are_asked_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
