@@ -49,6 +49,8 @@ ASKED = (
     "lora_compose_group",
     "compose_swiglu",
     "compose_swiglu_backward",
+    "swiglu_forward",
+    "swiglu_backward",
     "compose_backward",
     "compose_backward_group",
     "adapter_backward",

@@ -47,7 +47,7 @@ for part; do
     1b) bench 200 model-1b "${small[@]}" "${fused[@]}" "${peers[@]}" --shape 1b --op step --op inference --op decode ;;
     0.5b) bench 200 model-0.5b "${small[@]}" "${fused[@]}" "${peers[@]}" --shape 0.5b --op step --op inference --op decode ;;
     first) bench 200 first-step "${first[@]}" ;;
-    no-jit) without_compiler no-jit "${first[@]}" ;;
+    no-jit) without_compiler no-jit "${first[@]}" --impl peft_lora --impl doratune ;;
     compiled)
         bench 300 model-compiled model --layers 4 --no-checkpointing --compile --rank 16 --rank 384 --modes bf16 --rounds 10 \
             --impl peft_lora --impl peft_lora_compiled --impl doratune --impl doratune_compiled --op step

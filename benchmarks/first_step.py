@@ -21,6 +21,7 @@ import torch
 
 from ..cache.stack import HOME_VARIABLE, PATH_VARIABLE
 from ..errors import DoratuneError, UsageError
+from ..runtime.no_jit import no_jit
 from .adapted import MODES, Peers, activate, bench_device, with_dora
 from .results import OURS, Outcome, Row, case_of
 from .shapes import TARGETS, random_model, read_model_config
@@ -59,6 +60,8 @@ def bench_first_step(
 ) -> Outcome:
     """Run each request cold, warm, and cold with a ``store`` (whose kernels may have binaries), in a process each.
 
+    Where ``DORATUNE_NO_JIT`` is set, with the store alone.
+
     ``us`` of a row is the time from the end of ``accelerate`` to the end of the first step, ``accelerate_us`` that of
     ``accelerate``, ``second_us`` that of the second step.
     """
@@ -67,6 +70,8 @@ def bench_first_step(
         with tempfile.TemporaryDirectory(prefix="doratune-first-step-") as folder:
             first = Path(folder, "a")
             states: list[tuple[str, Path, Path | None]] = [(COLD, first, None), (WARM, first, None)]
+            if store is not None and no_jit():
+                states = []  # without the store nothing could run
             if store is not None:
                 states.append((STORE, Path(folder, "b"), store.absolute()))
             for state, home, stores in states:

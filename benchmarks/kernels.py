@@ -82,6 +82,8 @@ def kernel_cases(gpu: str, ops: Collection[str] = ()) -> Iterator[Case]:
         elif op in ("compose_swiglu", "compose_swiglu_backward"):
             for tokens, d_out in GATED_SHAPES:
                 yield from (case(op, tokens=tokens, d_out=d_out, rank=rank) for rank in (LOW_RANK, RANK))
+        elif op in ("swiglu_forward", "swiglu_backward"):
+            yield from (case(op, tokens=tokens, d_out=d_out) for tokens, d_out in GATED_SHAPES[1:])
         elif op in ("lora_compose_group", "compose_backward_group"):
             for tokens, *widths in GROUP_SHAPES:
                 dims: dict[str, Any] = dict(zip(WIDTHS, widths, strict=False))

@@ -172,11 +172,12 @@ def _pytorch_peers(spec: KernelSpec, scaling: float, formula: GatedFormula, name
 def _projected(
     spec: KernelSpec, inputs: Inputs, name: str, index: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """base + s*h@B.T of a projection, and y; ``index`` counts its columns of h."""
-    h = inputs["h"][:, index * spec.rank : (index + 1) * spec.rank]
-    base = inputs[name if name in inputs else f"base_{name}"]
-    inner = base + (_linear(h, inputs[f"lora_B_{name}"]) * scaling).to(base.dtype)
-    y = inputs[f"g_{name}"].to(base.dtype) * inner
+    """base + s*h@B.T of a projection, in base already where there is no h, and y; ``index`` counts its columns of h."""
+    inner = inputs[name if name in inputs else f"base_{name}"]
+    if spec.rank:
+        h = inputs["h"][:, index * spec.rank : (index + 1) * spec.rank]
+        inner = inner + (_linear(h, inputs[f"lora_B_{name}"]) * scaling).to(inner.dtype)
+    y = inputs[f"g_{name}"].to(inner.dtype) * inner
     return inner, y + inputs[f"bias_{name}"] if spec.bias else y
 
 
@@ -226,6 +227,8 @@ def grouped_backward(spec: KernelSpec, inputs: Inputs, scaling: float) -> list[t
 _GATED_AND_GROUPED: dict[str, tuple[GatedFormula, tuple[str, ...]]] = {
     "compose_swiglu": (gated, ("out",)),
     "compose_swiglu_backward": (gated_backward, ("dyg", "dg")),
+    "swiglu_forward": (gated, ("out",)),
+    "swiglu_backward": (gated_backward, ("dyg", "dg")),
     "lora_compose_group": (grouped, ("y",)),
     "compose_backward_group": (grouped_backward, ("dyg", "dg")),
 }

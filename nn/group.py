@@ -1,7 +1,8 @@
 """DoRA on several projections of one x as one differentiable function, on a gated activation, and on a whole MLP.
 
     forward    h = x@[A_1; A_2; …].T, base_i = x@W_i.T, y_i = g_i*(base_i + s*h_i@B_i.T) + b_i
-    gated      act(y_gate)*y_up in the same pass: neither y_gate nor y_up is ever in memory
+    gated      act(y_gate)*y_up in the same pass: neither y_gate nor y_up is ever in memory; at high ranks a call that
+               trains adds s*h_i@B_i.T to base_i, which the backward pass then reads (:mod:`.gated`)
     MLP        down(act(y_gate)*y_up): act(y_gate)*y_up is not kept for the backward pass, which computes it again
     backward   dYg_i = g_i*dY_i, t_i = s*dYg_i@B_i, dX = sum_i dYg_i@W_i + [t_1, t_2, …]@[A_1; A_2; …],
                [dA_1; dA_2; …] = [t_1, t_2, …].T@x, dB_i = s*dYg_i.T@h_i,
@@ -24,9 +25,10 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from ..internals.torch import current_backward, saving_is_hooked
+from ..internals.torch import current_backward, saved_is_dropped, saving_is_hooked
 from . import operators
 from .autograd import _as, _rows, note_recompute
+from .gated import activate, add_low_rank
 from .group_backward import Call, differentiate, gated_backward, mlp_backward, project_backward
 from .group_plan import At, Needs, Plan
 from .norm_cache import norms_taken, slice_settings, take_gains
@@ -159,22 +161,23 @@ def _project(
 
 def _gated(x: torch.Tensor, plan: Plan, at: At) -> tuple[torch.Tensor, _Factors, Sequence[torch.Tensor]]:
     """act(gate)*up, the factors and both base products, of which gate's is overwritten unless the call trains."""
-    dtype, lead, kernel, trains = x.dtype, x.shape[:-1], at.compose, at.trains
+    lead, kernel, trains = x.shape[:-1], at.compose, at.trains
     rows = x if not trains and kernel is not None and x.is_contiguous() else _rows(x)  # as in _project
     factors = _factors(rows, plan, trains=trains)
     _, h, b, _, g = factors
     bases = [*map(linear, repeat(rows), plan.weights)]
-    biases = plan.biases and plan.biases_in(dtype)
-    if kernel is not None:
-        y = gate = bases[0]
-        if trains:
-            y = gate.new_empty((*lead, gate.shape[1]))
-        kernel.launch((*bases, h, *b, *g, *biases), (y,), plan.scaling)
-        if trains or rows is x:
-            return y, factors, bases
-    else:
-        compose: Any = operators.compose_swiglu
-        y = compose(*bases, h, *b, *g, *(biases or (None, None)), plan.scaling, plan.activation)
+    if at.in_place:
+        if saved_is_dropped():  # so the sums would not be read
+            at = plan.at(x, trains=False)
+            kernel = at.compose
+        else:
+            add_low_rank(plan, bases, h, b)
+    if kernel is None:
+        return activate(plan, at, bases, h, b, g, None).view(*lead, bases[0].shape[-1]).detach(), factors, bases
+    y = bases[0].new_empty((*lead, bases[0].shape[-1])) if trains else bases[0]
+    activate(plan, at, bases, h, b, g, y)
+    if trains or rows is x:
+        return y, factors, bases
     return y.view(*lead, y.shape[1]).detach(), factors, bases
 
 

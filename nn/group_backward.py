@@ -17,15 +17,14 @@ from typing import Any
 import torch
 
 from ..internals.torch import keeps_graph, some_autocast_is_on
-from . import operators
 from .autocast import without_autocast
 from .autograd import _as, _check_unwritten, _product, _rows
 from .differentiation import once_only
+from .gated import activate, differentiate_activation
 from .group_gradients import (
     differentiate_group,
     differentiate_one,
     low_gradients,
-    overwritten,
     scaled,
 )
 from .group_plan import At, Needs, Plan
@@ -166,24 +165,12 @@ def _output_gradients(
 
 def _activation_gradients(saved: _Saved, dy: torch.Tensor, *, release: bool) -> tuple[_Gradients, _Gradients]:
     """dYg and dm of gate and up from the gradient [..., d_out] of act(gate)*up."""
-    plan, kernel, bases, norm = saved.plan, saved.at.differentiate, saved.bases, saved.norm
-    biases = plan.biases and plan.biases_in(saved.h.dtype)
-    factors = (saved.h, *saved.lora_B, *saved.g)
-    dbases: Any
-    dm: Any
-    if kernel is None:
-        compose: Any = operators.compose_swiglu_backward_ if release else operators.compose_swiglu_backward
-        settings = plan.scaling, plan.activation, plan.magnitude_dtype
-        made = compose(_rows(dy), *bases, *factors, *norm, *(biases or (None, None)), *settings)
-        dbases, dm = made[:2], made[2:4]
-    else:
-        dbases = overwritten(bases, release=release)
-        dm = [torch.empty_like(one, dtype=plan.magnitude_dtype) for one in norm]
-        unread = [torch.empty_like(one) for one in norm] if biases else []  # the kernel's gradients of the biases
-        kernel.launch((dy, *bases, *factors, *biases, *norm), (*dbases, *dm, *unread), plan.scaling)
+    plan, bases = saved.plan, saved.bases
+    factors = (bases, saved.h, saved.lora_B, saved.g, saved.norm)
+    dbases, dm = differentiate_activation(plan, saved.at, dy, *factors, release=release)
     if release:
         bases.clear()
-    return dbases, dm
+    return [*dbases], [*dm]
 
 
 def project_backward(ctx: Any, dys: Sequence[torch.Tensor | None], release: bool) -> tuple[torch.Tensor | None, ...]:
@@ -232,16 +219,7 @@ def mlp_backward(ctx: Any, dys: Sequence[Any], release: bool) -> tuple[torch.Ten
 
 def _activation(saved: _Saved) -> torch.Tensor:
     """act(gate)*up [T, d_out] again, as the forward pass computed it."""
-    plan, kernel = saved.plan, saved.at.compose
-    biases = plan.biases and plan.biases_in(saved.h.dtype)
-    factors = (*saved.bases, saved.h, *saved.lora_B, *saved.g)
-    if kernel is None:
-        compose: Any = operators.compose_swiglu
-        made: torch.Tensor = compose(*factors, *(biases or (None, None)), plan.scaling, plan.activation)
-        return made
-    activation = torch.empty_like(saved.bases[0])
-    kernel.launch((*factors, *biases), (activation,), plan.scaling)
-    return activation
+    return activate(saved.plan, saved.at, saved.bases, saved.h, saved.lora_B, saved.g, None)
 
 
 def _by_projection(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..codegen.ops import adds_in_place
 from ..runtime.kernel import Kernel
 from . import kernels, operators
 from .autograd import _parameters, _rows
@@ -124,9 +125,11 @@ class At:
         differentiate: of the backward pass of a group or a gated pair; for a single projection ``compose_backward``.
         adapter: ``adapter_backward``, for a single projection.
         trains: whether the calls save what a backward pass needs.
+        in_place: whether s*h@B.T is added to the base products of a gated pair in memory; ``compose`` and
+            ``differentiate`` read the sums then.
     """
 
-    __slots__ = ("adapter", "compose", "differentiate", "trains")
+    __slots__ = ("adapter", "compose", "differentiate", "in_place", "trains")
 
     def __init__(self, plan: Plan, bucket: int, dtype: torch.dtype, trains: bool) -> None:
         one, widths = plan.count == 1, tuple([weight.shape[0] for weight in plan.weights])
@@ -137,15 +140,19 @@ class At:
             return kernels.kernel_for(op, width, 1, rank, bucket, dtype, *how, device)
 
         self.trains = trains
+        gated = plan.activation is not None
+        self.in_place = gated and trains and adds_in_place(plan.rank, bucket, kernels.SPEC_DTYPES.get(dtype, ""))
         self.compose: Kernel | None = None
         self.differentiate: Kernel | None = None
         self.adapter: Kernel | None = None
         if not bucket:  # no tokens: nothing to launch
             return
         flags: tuple[str, ...] = ("bias",) if plan.biases else ()
-        if plan.activation is not None:
-            flags += () if plan.activation == "silu" else (plan.activation,)
-        op = "lora_compose" if one else "compose_swiglu" if plan.activation else "lora_compose_group"
+        if plan.activation is not None and plan.activation != "silu":
+            flags += (plan.activation,)
+        op = "lora_compose" if one else "lora_compose_group"
+        if gated:
+            op = "swiglu_forward" if self.in_place else "compose_swiglu"
         # A and B are rounded to the dtype of the products.
         self.compose = find(op, plan.rank, bucket, dtype, flags, None)
         if not trains or magnitude is torch.float64:  # which no kernel writes
@@ -154,8 +161,9 @@ class At:
             self.differentiate = find("compose_backward", 1, bucket, dtype, (), None)
             if plan.adapter_dtype in (dtype, torch.float32):  # others are converted
                 self.adapter = find("adapter_backward", plan.rank, 1, plan.adapter_dtype, (), magnitude)
-        elif plan.activation is not None:
-            self.differentiate = find("compose_swiglu_backward", plan.rank, bucket, dtype, flags, magnitude)
+        elif gated:
+            op = "swiglu_backward" if self.in_place else "compose_swiglu_backward"
+            self.differentiate = find(op, plan.rank, bucket, dtype, flags, magnitude)
         else:
             self.differentiate = find("compose_backward_group", plan.rank, bucket, dtype, (), magnitude)
 

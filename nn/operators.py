@@ -365,37 +365,25 @@ def _gated_inputs(
     bias_up: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """The tensors in the order of the contract."""
-    inputs = (gate, up, h, lora_B_gate, lora_B_up, g_gate, g_up)
+    return _with_biases((gate, up, h, lora_B_gate, lora_B_up, g_gate, g_up), bias_gate, bias_up)
+
+
+def _with_biases(
+    inputs: tuple[torch.Tensor, ...], bias_gate: torch.Tensor | None, bias_up: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
     if bias_gate is None or bias_up is None:
         return inputs
     return (*inputs, bias_gate, bias_up)
 
 
-def _gated_gradients(
-    dout: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    h: torch.Tensor,
-    lora_B_gate: torch.Tensor,
-    lora_B_up: torch.Tensor,
-    g_gate: torch.Tensor,
-    g_up: torch.Tensor,
-    norm_gate: torch.Tensor,
-    norm_up: torch.Tensor,
-    bias_gate: torch.Tensor | None,
-    bias_up: torch.Tensor | None,
-    scaling: float,
-    activation: str,
-    magnitude: torch.dtype,
-) -> list[torch.Tensor]:
-    """The results of :func:`compose_swiglu_backward` without their values."""
+def _gated_gradients(gate: torch.Tensor, bias: bool, magnitude: torch.dtype) -> list[torch.Tensor]:
+    """The results of a gated MLP's backward pass without their values."""
     matrices = [gate.new_empty(gate.shape) for _ in range(2)]
     dm = [gate.new_empty(gate.shape[1], dtype=magnitude) for _ in range(2)]
-    biases = 0 if bias_gate is None else 2
-    return [*matrices, *dm, *[gate.new_empty(gate.shape[1], dtype=wide_dtype(gate)) for _ in range(biases)]]
+    return [*matrices, *dm, *[gate.new_empty(gate.shape[1], dtype=wide_dtype(gate)) for _ in range(2 * bias)]]
 
 
-@_operator(_gated_gradients)
+@_operator(lambda _, gate, *rest: _gated_gradients(gate, rest[8] is not None, rest[-1]))
 def compose_swiglu_backward(
     dout: torch.Tensor,
     gate: torch.Tensor,
@@ -456,24 +444,115 @@ def _compose_swiglu_backward(
 ) -> list[torch.Tensor]:
     tokens, d_out = gate.shape
     flags = _gated_flags(bias_gate is not None, activation)
-    rank = lora_B_gate.shape[1]
-    bucket = token_bucket(tokens)
+    rank, adapter = lora_B_gate.shape[1], lora_B_gate.dtype
     stored = wide_dtype(gate) if magnitude is torch.float64 else magnitude
-    key = ("compose_swiglu_backward", d_out, 1, rank, bucket, gate.dtype, lora_B_gate.dtype, flags, stored)
-    kernel = kernels.kernel_for(*key, gate.device) if tokens else None
+    key = ("compose_swiglu_backward", d_out, 1, rank, token_bucket(tokens), gate.dtype, adapter, flags, stored)
     inputs = (dout, *_gated_inputs(gate, up, h, lora_B_gate, lora_B_up, g_gate, g_up, bias_gate, bias_up))
-    inputs = (*inputs, norm_gate, norm_up)
+    return _gated_backward(key, (*inputs, norm_gate, norm_up), gate, up, scaling, magnitude, overwrite=overwrite)
+
+
+def _gated_backward(
+    key: tuple[Any, ...],
+    inputs: tuple[torch.Tensor, ...],
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float | None,
+    magnitude: torch.dtype,
+    *,
+    overwrite: bool,
+) -> list[torch.Tensor]:
+    """The outputs of the kernel of ``key``, of a gated MLP's backward pass; dyg over gate and up if ``overwrite``."""
+    tokens, d_out = gate.shape
+    kernel = kernels.kernel_for(*key, gate.device) if tokens else None
     if kernel is None:
-        outputs = [*run_reference_on(spec_for(*key), inputs, scaling).values()]
+        outputs = [*run_reference_on(spec_for(*key), inputs, 1.0 if scaling is None else scaling).values()]
     else:
         outputs = [_written(base, overwrite) for base in (gate, up)]
-        outputs += [torch.empty(d_out, dtype=stored, device=gate.device) for _ in range(2)]
-        if bias_gate is not None:
+        outputs += [torch.empty(d_out, dtype=key[-1], device=gate.device) for _ in range(2)]
+        if "bias" in key[-2]:
             outputs += [torch.empty(d_out, dtype=torch.float32, device=gate.device) for _ in range(2)]
         kernel.launch(inputs, outputs, scaling)
     if outputs[2].dtype is not magnitude:
         outputs[2:4] = [dm.to(magnitude) for dm in outputs[2:4]]
     return outputs
+
+
+@_operator(lambda gate, *_: gate.new_empty(gate.shape))
+def swiglu_forward(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    g_gate: torch.Tensor,
+    g_up: torch.Tensor,
+    bias_gate: torch.Tensor | None,
+    bias_up: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """Return act(yg)*yu [T, N] with yg = g_gate*gate + bg and yu = g_up*up + bu; gate, up [T, N] are base + s*h@B.T.
+
+    The biases (both or neither) have their dtype, g [N] is fp32. ``activation`` as for :func:`compose_swiglu`.
+
+    Raises:
+        UsageError: an unknown activation.
+    """
+    tokens, d_out = gate.shape
+    flags = _gated_flags(bias_gate is not None, activation)
+    key = ("swiglu_forward", d_out, 1, 1, token_bucket(tokens), gate.dtype, gate.dtype, flags, None)
+    kernel = kernels.kernel_for(*key, gate.device) if tokens else None
+    inputs = _with_biases((gate, up, g_gate, g_up), bias_gate, bias_up)
+    if kernel is None:
+        return run_reference_on(spec_for(*key), inputs, 1.0)["out"]
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    kernel.launch(inputs, (out,))
+    return out
+
+
+@_operator(lambda _, gate, *rest: _gated_gradients(gate, rest[5] is not None, rest[-1]))
+def swiglu_backward(
+    dout: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    g_gate: torch.Tensor,
+    g_up: torch.Tensor,
+    norm_gate: torch.Tensor,
+    norm_up: torch.Tensor,
+    bias_gate: torch.Tensor | None,
+    bias_up: torch.Tensor | None,
+    activation: str,
+    magnitude: torch.dtype,
+) -> list[torch.Tensor]:
+    """As :func:`compose_swiglu_backward`, from dout [T, N] and the inputs of :func:`swiglu_forward`."""
+    given = (dout, gate, up, g_gate, g_up, norm_gate, norm_up, bias_gate, bias_up, activation, magnitude)
+    return _swiglu_backward(*given, overwrite=False)
+
+
+def swiglu_backward_(*arguments: Any) -> list[torch.Tensor]:
+    """As :func:`swiglu_backward`, but both dyg may overwrite ``gate`` and ``up``, except under a compiler."""
+    if torch.compiler.is_compiling():
+        return swiglu_backward(*arguments)
+    return _swiglu_backward(*arguments, overwrite=True)
+
+
+def _swiglu_backward(
+    dout: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    g_gate: torch.Tensor,
+    g_up: torch.Tensor,
+    norm_gate: torch.Tensor,
+    norm_up: torch.Tensor,
+    bias_gate: torch.Tensor | None,
+    bias_up: torch.Tensor | None,
+    activation: str,
+    magnitude: torch.dtype,
+    *,
+    overwrite: bool,
+) -> list[torch.Tensor]:
+    tokens, d_out = gate.shape
+    flags = _gated_flags(bias_gate is not None, activation)
+    stored = wide_dtype(gate) if magnitude is torch.float64 else magnitude
+    key = ("swiglu_backward", d_out, 1, 1, token_bucket(tokens), gate.dtype, gate.dtype, flags, stored)
+    inputs = (*_with_biases((dout, gate, up, g_gate, g_up), bias_gate, bias_up), norm_gate, norm_up)
+    return _gated_backward(key, inputs, gate, up, None, magnitude, overwrite=overwrite)
 
 
 @_operator(lambda bases, *_: [base.new_empty(base.shape) for base in bases])

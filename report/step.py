@@ -16,7 +16,7 @@ from ..benchmarks.results import OURS
 from ..cache.entry import MEASURED, PREDICTED
 from ..codegen.cost import floor_us
 from ..codegen.gpu import Gpu, find_gpu, gpu_of_device, known_gpus
-from ..codegen.ops import DTYPE_BYTES
+from ..codegen.ops import DTYPE_BYTES, adds_in_place
 from ..codegen.spec import TOKEN_BUCKETS, KernelSpec, bucket_tokens
 from ..errors import UsageError
 from ..runtime.loader import resolve, stores_open
@@ -213,11 +213,17 @@ def _kernels(case: Case) -> Iterable[tuple[KernelSpec, int, bool]]:
         yield from _specs(case, group, "compose_backward_group", group[0].count)
     for gate in gates:
         pair = (gate, *ups[:1])
-        if any(each.name == "down_proj" for each in model.projections):
+        kept = not any(each.name == "down_proj" for each in model.projections)
+        if adds_in_place(case.rank, bucket_tokens(case.tokens), _DTYPE):
+            if case.checkpointing:  # its first pass keeps nothing
+                yield from _specs(case, pair, "compose_swiglu", gate.count)
+            yield from _specs(case, pair, "swiglu_forward", gate.count * (1 if kept or case.checkpointing else 2))
+            yield from _specs(case, pair, "swiglu_backward", gate.count)
+        elif kept:
+            yield from _specs(case, pair, "compose_swiglu", gate.count, again=True)
+        else:
             # Again for dA of down, which does not keep it, or in the recompute of a checkpoint, which does.
             yield from _specs(case, pair, "compose_swiglu", 2 * gate.count)
-        else:
-            yield from _specs(case, pair, "compose_swiglu", gate.count, again=True)
         yield from _specs(case, pair, "compose_swiglu_backward", gate.count)
     for each in model.projections:
         if id(each) not in together:
@@ -256,7 +262,7 @@ def _time(spec: KernelSpec, gpu: Gpu, store: str | None) -> tuple[float, str]:
 
 def _products(case: Case, gpu: Gpu) -> Iterable[tuple[str, tuple[int, int], float, int]]:
     """Each product of a layer of a shape: its name, the microseconds of one, and how many a step without checkpointing
-    runs. W is frozen and has no gradient."""
+    runs. W is frozen and has no gradient. ``Y += h Bᵀ`` is of a gate and an up that are not composed in one kernel."""
     shapes: dict[tuple[int, int], int] = {}
     for each in case.model.projections:
         shapes[each.shape] = shapes.get(each.shape, 0) + each.count
@@ -274,6 +280,11 @@ def _products(case: Case, gpu: Gpu) -> Iterable[tuple[str, tuple[int, int], floa
         for name, (m, k, n) in sizes.items():
             moved = DTYPE_BYTES[_DTYPE] * (m * k + k * n + m * n)
             yield name, (d_out, d_in), gpu.floor_us(moved, 2.0 * m * k * n, _DTYPE), count
+    if adds_in_place(rank, bucket_tokens(tokens), _DTYPE):
+        for gate in case.model.gated():
+            moved = DTYPE_BYTES[_DTYPE] * (tokens * rank + rank * gate.d_out + 2 * tokens * gate.d_out)
+            us = gpu.floor_us(moved, 2.0 * tokens * rank * gate.d_out, _DTYPE)
+            yield "Y += h Bᵀ", gate.shape, us, 2 * gate.count
 
 
 def _known_model(name: str | None) -> Model | None:

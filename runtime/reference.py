@@ -226,15 +226,17 @@ def _adapter_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict
 
 
 def _gated(spec: KernelSpec, inputs: Tensors, name: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """inner = base + s*h@B.T and y = g*inner + b of a gated MLP's projection ``gate`` or ``up``."""
-    first = 0 if name == "gate" else spec.rank
-    h = inputs["h"][..., first : first + spec.rank]
-    inner = inputs[name] + scaling * (h @ inputs[f"lora_B_{name}"].T)
+    """inner = base + s*h@B.T, which the operand itself is where there is no h, and y = g*inner + b of ``gate`` or
+    ``up``."""
+    inner = inputs[name]
+    if spec.rank:
+        first = 0 if name == "gate" else spec.rank
+        inner = inner + scaling * (inputs["h"][..., first : first + spec.rank] @ inputs[f"lora_B_{name}"].T)
     y = inputs[f"g_{name}"] * inner
     return inner, y + inputs[f"bias_{name}"] if spec.bias else y
 
 
-def _compose_swiglu(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+def _swiglu(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
     (_, gate), (_, up) = (_gated(spec, inputs, name, scaling) for name in ("gate", "up"))
     return {"out": _activation(spec, gate) * up}
 
@@ -251,7 +253,7 @@ def _activation_backward(spec: KernelSpec, x: torch.Tensor, gradient: torch.Tens
     return torch.ops.aten.silu_backward(gradient, x)  # type: ignore[no-any-return]
 
 
-def _compose_swiglu_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+def _swiglu_backward(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
     dout = inputs["dout"]
     (inner_gate, gate), (inner_up, up) = (_gated(spec, inputs, name, scaling) for name in ("gate", "up"))
     gradients = {
@@ -302,6 +304,8 @@ _FORMULAS = {
     "adapter_backward": _adapter_backward,
     "lora_compose_group": _lora_compose_group,
     "compose_backward_group": _compose_backward_group,
-    "compose_swiglu": _compose_swiglu,
-    "compose_swiglu_backward": _compose_swiglu_backward,
+    "compose_swiglu": _swiglu,
+    "compose_swiglu_backward": _swiglu_backward,
+    "swiglu_forward": _swiglu,
+    "swiglu_backward": _swiglu_backward,
 }

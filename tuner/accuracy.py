@@ -125,7 +125,7 @@ def _bounds(spec: KernelSpec, exact: torch.Tensor, dtype: torch.dtype) -> _Bound
     norms = _band_norms(exact)
     rounding = _band_norms(exact.to(dtype).double() - exact) / norms.clamp_min(_TINY)
     unit, factor = torch.finfo(dtype).eps, ELEMENT_FACTOR
-    sloped = spec.op == "compose_swiglu_backward" and dtype is torch.float32
+    sloped = spec.op in ("compose_swiglu_backward", "swiglu_backward") and dtype is torch.float32
     if exact.ndim == 1:
         sum_error = SUM_ERROR[spec.activation]
         relative = sum_error + (rounding if dtype is not torch.float32 else torch.zeros_like(rounding))

@@ -239,22 +239,30 @@ def _gated_inputs(
     Large activations are of gate in the first half of the columns and of up in the others, so that products of the two
     fit fp16. Those of gate reach both ends of the activation, where exp(-y) is 0 or infinite.
     """
-    values = {"h": normal(tokens, 2 * spec.rank).clamp(-1.0, 1.0), "dout": normal(tokens, spec.d_out)}
+    values = {"dout": normal(tokens, spec.d_out)}
+    if spec.rank:
+        values["h"] = normal(tokens, 2 * spec.rank).clamp(-1.0, 1.0)
     bands = _bands(case, spec.d_out, ("large_lora", "zero_gain", "zero_weight"))
     half = spec.d_out // 2
     for name, parity in (("gate", 0), ("up", 1)):
         g = 1.0 + 0.1 * normal(spec.d_out).clamp(-1.0, 1.0)
         base = normal(tokens, spec.d_out).clamp(-1.0, 1.0)
-        lora_b = normal(spec.d_out, spec.rank) * 0.5 * spec.rank**-0.5
-        lora_b[bands["large_lora"]] *= 100.0 if name == "gate" else 10.0
+        times = 100.0 if name == "gate" else 10.0
         g[bands["zero_gain"]][parity::3] = 0.0
         g[bands["zero_gain"]][2::3] *= 1e-6
         base[:, bands["zero_weight"]] = 0.0
+        large = slice(0, 0)
         if case == "large_activations":
             large = slice(0, half) if name == "gate" else slice(half, spec.d_out)
             base[:, large] *= 1e4
+        if spec.rank:
+            lora_b = normal(spec.d_out, spec.rank) * 0.5 * spec.rank**-0.5
+            lora_b[bands["large_lora"]] *= times
             lora_b[large] *= 1e4
-        values |= {name: base, f"lora_B_{name}": lora_b, f"g_{name}": g, f"bias_{name}": normal(spec.d_out)}
+            values[f"lora_B_{name}"] = lora_b
+        else:  # the rank-r product is in it
+            base[:, bands["large_lora"]] *= times
+        values |= {name: base, f"g_{name}": g, f"bias_{name}": normal(spec.d_out)}
         values[f"norm_{name}"] = 0.5 + normal(spec.d_out).abs()
     if tokens * spec.d_out < FEW_VALUES:
         values = {name: value.abs() for name, value in values.items()}
@@ -282,4 +290,6 @@ _MAKERS = {
     "compose_backward_group": _group_inputs,
     "compose_swiglu": _gated_inputs,
     "compose_swiglu_backward": _gated_inputs,
+    "swiglu_forward": _gated_inputs,
+    "swiglu_backward": _gated_inputs,
 }

@@ -112,6 +112,10 @@ def recorded_specs(gpu: str) -> Iterator[KernelSpec]:
             for tokens in _FEW_TO_MANY:
                 sizes: dict[str, Any] = {"d_out": first, "d_out_2": second, "d_out_3": third}
                 yield spec(op, **sizes, rank=rank, tokens=tokens, magnitude=magnitude)
+    for op, magnitude in (("swiglu_forward", ""), ("swiglu_backward", "bf16")):
+        for d_out in (4864, 14336, 28672):
+            for tokens in (512, 4096):
+                yield spec(op, d_out=d_out, tokens=tokens, magnitude=magnitude)
     for op, magnitude in (("compose_swiglu", ""), ("compose_swiglu_backward", "bf16")):
         for d_out, rank in _GATED:
             for tokens in _FEW_TO_MANY:

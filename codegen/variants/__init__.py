@@ -18,7 +18,7 @@ from .compose_backward_exact import BackwardExactTiles
 from .compose_library import DoraLinearLibrary, LoraComposeLibrary
 from .dora_linear import DoraLinearSplitK, DoraLinearTile, DoraLinearTmaPersistent
 from .dora_linear_packed import DoraLinearPacked
-from .gated import SwigluBackwardTile, SwigluTile, SwigluTma
+from .gated import SwigluBackwardColumns, SwigluBackwardTile, SwigluForwardTile, SwigluTile, SwigluTma
 from .group import ComposeBackwardGroupTile, LoraComposeGroupTile
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
 from .packed_norm import WeightNormGroupPacked, WeightNormPacked
@@ -71,6 +71,8 @@ VARIANTS: tuple[Variant, ...] = (
     SwigluTile(),
     SwigluTma(),
     SwigluBackwardTile(),
+    SwigluForwardTile(),
+    SwigluBackwardColumns(),
     LoraComposeGroupTile(),
     ComposeBackwardGroupTile(),
 )

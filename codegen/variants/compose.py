@@ -1,4 +1,4 @@
-"""The variants of ``compose_forward`` and ``compose_backward``: elementwise passes over [tokens, d_out]."""
+"""Elementwise passes over [tokens, d_out], and the variants of ``compose_forward`` and ``compose_backward``."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ REDUCE_WARPS = 4
 """Warps of the kernel that adds the chunks."""
 
 
-def refuse_tile(rows: int, cols: int, warps: int) -> str | None:
-    """Why an elementwise [rows, cols] tile on ``warps`` warps cannot work, or None."""
+def refuse_tile(rows: int, cols: int, warps: int, most: int = MAX_ELEMENTS) -> str | None:
+    """Why an elementwise [rows, cols] tile on ``warps`` warps cannot work, or None; ``most`` elements a thread can."""
     per_thread = rows * cols // (warps * 32)
-    if per_thread > MAX_ELEMENTS:
+    if per_thread > most:
         return f"{per_thread} elements per thread ({rows}x{cols} on {warps} warps) do not fit the registers"
     if per_thread < 1:
         return f"a {rows}x{cols} tile leaves threads of {warps} warps idle"
     return None
 
 
-class ForwardTile(Variant):
+class ElementwiseTile(Variant):
     """One [block_t, block_n] tile per program."""
 
-    op = "compose_forward"
     name = "tile"
+    passes: ClassVar[int] = 3
+    """Matrices [tokens, d_out] that are read and written."""
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
         return {
@@ -66,10 +67,10 @@ class ForwardTile(Variant):
         return refuse_tile(config["block_t"], config["block_n"], config.num_warps)
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
-        moved = spec.tokens * spec.d_out * dtype_bytes(spec.activation) * (4 if spec.save else 3)
+        moved = spec.tokens * spec.d_out * dtype_bytes(spec.activation) * (self.passes + spec.save)
         return (
             Work(
-                "compose_forward_kernel",
+                f"{self.op}_kernel",
                 programs=ceil_div(spec.tokens, config["block_t"]) * ceil_div(spec.d_out, config["block_n"]),
                 dram_bytes=moved,
                 l2_bytes=moved,
@@ -78,11 +79,21 @@ class ForwardTile(Variant):
         )
 
 
-class BackwardColumns(Variant):
+class ForwardTile(ElementwiseTile):
+    """The composition from base and lora."""
+
+    op = "compose_forward"
+
+
+class ElementwiseColumns(Variant):
     """Each program sums ``chunk`` rows of a column tile; a second kernel adds the chunks."""
 
-    op = "compose_backward"
     name = "columns"
+    passes: ClassVar[int] = 3
+    """Matrices [tokens, d_out] that are read and written."""
+    projections: ClassVar[int] = 1
+    """Projections that have sums of their own."""
+    most_elements: ClassVar[int] = MAX_ELEMENTS
     constants: ClassVar[Mapping[str, object]] = {"reduce_warps": REDUCE_WARPS}
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
@@ -97,9 +108,6 @@ class BackwardColumns(Variant):
         }
 
     def seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
-        few, some, many = (4, 4, 128, 8, 32, 1, 3), (16, 16, 128, 64, 32, 1, 4), (64, 16, 64, 16, 32, 1, 4)
-        first = few if spec.tokens <= FEW_TOKENS else some if spec.tokens <= SOME_TOKENS else many
-        others = (few, some, many, (64, 16, 128, 64, 32, 1, 1), (64, 16, 128, 8, 32, 2, 3), (64, 4, 512, 32, 64, 4, 2))
         return tuple(
             Config.create(
                 self.name,
@@ -111,7 +119,16 @@ class BackwardColumns(Variant):
                 num_warps=warps,
                 num_stages=stages,
             )
-            for chunk, block_t, block_n, reduce_c, reduce_n, warps, stages in dict.fromkeys((first, *others))
+            for chunk, block_t, block_n, reduce_c, reduce_n, warps, stages in dict.fromkeys(self.shapes(spec))
+        )
+
+    def shapes(self, spec: KernelSpec) -> tuple[tuple[int, int, int, int, int, int, int], ...]:
+        """chunk, block_t, block_n, reduce_c, reduce_n, num_warps and num_stages of the seeds."""
+        few, some, many = (4, 4, 128, 8, 32, 1, 3), (16, 16, 128, 64, 32, 1, 4), (64, 16, 64, 16, 32, 1, 4)
+        first = few if spec.tokens <= FEW_TOKENS else some if spec.tokens <= SOME_TOKENS else many
+        return (
+            first,
+            *(few, some, many, (64, 16, 128, 64, 32, 1, 1), (64, 16, 128, 8, 32, 2, 3), (64, 4, 512, 32, 64, 4, 2)),
         )
 
     def rederived(
@@ -124,17 +141,17 @@ class BackwardColumns(Variant):
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
         if config["block_t"] > config["chunk"]:
             return f"block_t must be at most chunk={config['chunk']}, got {config['block_t']}"
-        return refuse_tile(config["block_t"], config["block_n"], config.num_warps) or refuse_tile(
+        return refuse_tile(config["block_t"], config["block_n"], config.num_warps, self.most_elements) or refuse_tile(
             config["reduce_c"], config["reduce_n"], REDUCE_WARPS
         )
 
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
         chunks, tiles_n = ceil_div(spec.tokens, config["chunk"]), ceil_div(spec.d_out, config["block_n"])
-        moved = spec.tokens * spec.d_out * dtype_bytes(spec.activation) * 3
-        sums = chunks * spec.d_out * 4 * (2 if spec.bias else 1)
+        moved = spec.tokens * spec.d_out * dtype_bytes(spec.activation) * self.passes
+        sums = chunks * spec.d_out * 4 * (2 if spec.bias else 1) * self.projections
         return (
             Work(
-                "compose_backward_kernel",
+                f"{self.op}_kernel",
                 programs=chunks * tiles_n,
                 dram_bytes=moved + sums,
                 l2_bytes=moved + sums,
@@ -143,8 +160,14 @@ class BackwardColumns(Variant):
             Work(
                 "add_chunks_kernel",
                 programs=ceil_div(spec.d_out, config["reduce_n"]),
-                dram_bytes=spec.d_out * 4,
+                dram_bytes=spec.d_out * 4 * self.projections,
                 l2_bytes=sums,
                 steps=ceil_div(chunks, config["reduce_c"]),
             ),
         )
+
+
+class BackwardColumns(ElementwiseColumns):
+    """dYg and the sums of one projection."""
+
+    op = "compose_backward"

@@ -1,4 +1,5 @@
-"""The variants of ``compose_swiglu`` and ``compose_swiglu_backward``: gate and up are composed in one tile."""
+"""The variants for a gated MLP: ``compose_swiglu`` and its backward compose gate and up in one tile, ``swiglu_forward``
+and its backward are elementwise passes over a gate and an up that are composed already."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ from .chunks import (
     refuse_products,
     refuse_reduction,
 )
+from .compose import SOME_TOKENS, ElementwiseColumns, ElementwiseTile
 
 LONG_CHUNK_RANK, LONG_CHUNK_COLUMNS = 32, 16384
 """Above this rank, from so many columns on, a program takes 512 rows: by an H100's recorded table 2 to 14 % faster."""
@@ -168,3 +170,31 @@ class SwigluBackwardTile(ChunkedSums):
     def work(self, spec: KernelSpec, config: Config) -> tuple[Work, ...]:
         added = self.added(spec, config, ceil_div(spec.d_out, config["reduce_n"]))
         return (*super().work(spec, config), added)
+
+
+class SwigluForwardTile(ElementwiseTile):
+    """act(gate)*up from gate and up with their rank-r products."""
+
+    op = "swiglu_forward"
+
+
+class SwigluBackwardColumns(ElementwiseColumns):
+    """dYg and the sums of gate and of up."""
+
+    op = "swiglu_backward"
+    passes = 5
+    projections = 2
+    most_elements = 32
+
+    def shapes(self, spec: KernelSpec) -> tuple[tuple[int, int, int, int, int, int, int], ...]:
+        few, some, many = (4, 4, 128, 8, 32, 2, 3), (16, 8, 128, 32, 32, 4, 3), (64, 8, 128, 16, 32, 4, 3)
+        first = few if spec.tokens <= FEW_TOKENS else some if spec.tokens <= SOME_TOKENS else many
+        return (
+            first,
+            few,
+            some,
+            many,
+            (64, 16, 64, 16, 32, 4, 3),
+            (64, 4, 256, 16, 32, 4, 2),
+            (128, 8, 128, 16, 32, 2, 2),
+        )

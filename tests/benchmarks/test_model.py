@@ -239,6 +239,24 @@ def test_first_steps_start_with_empty_caches_and_then_with_the_same(
 
 
 @pytest.mark.slow
+def test_where_nothing_may_be_compiled_a_first_step_runs_with_its_store_alone(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DORATUNE_NO_JIT", "1")
+    asked = []
+
+    def child(request: FirstStep, home: Path, store: Path | None) -> dict[str, float]:
+        asked.append(store)
+        return {"us": 1.0, "accelerate_us": 1.0, "second_us": 1.0}
+
+    monkeypatch.setattr(first_step, "_in_child", child)
+    outcome = bench_first_step([first(tiny)], store=tmp_path / "s.sqlite")
+    assert asked == [tmp_path / "s.sqlite"]
+    assert [row["flags"][-1] for row in outcome.rows] == [STORE]
+    bench_first_step([first(tiny)])
+    assert asked[1:] == [None, None], "without a store it is tried all the same, and says why it cannot"
+
+
 def test_a_first_step_that_fails_is_left_out_with_its_last_words(tiny: Path) -> None:
     outcome = bench_first_step([FirstStep(**{**vars(first(tiny)), "device": "banana"})])
     assert outcome.rows == []

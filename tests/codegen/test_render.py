@@ -36,6 +36,8 @@ RICH = {
     "adapter_backward": {"magnitude": "fp32"},
     "compose_swiglu": {"bias": True, "gelu_tanh": True},
     "compose_swiglu_backward": {"bias": True, "magnitude": "fp32", "gelu": True},
+    "swiglu_forward": {"bias": True, "gelu_tanh": True},
+    "swiglu_backward": {"bias": True, "magnitude": "fp32", "gelu": True},
     "lora_compose_group": {"bias": True, "d_out_2": 1024, "d_out_3": 520},
     "compose_backward_group": {"magnitude": "fp32", "d_out_2": 1024, "d_out_3": 520},
     "dora_linear_forward": {"bias": True, "save": True},

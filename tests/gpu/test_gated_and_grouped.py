@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from doratune.codegen.gpu import Gpu
+from doratune.codegen.ops import IN_PLACE_RANK
 from doratune.codegen.render import render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
-from doratune.nn import operators
+from doratune.nn import group_plan, operators
+from doratune.nn.group import project_mlp
+from doratune.nn.group_plan import Plan, Projection
+from doratune.nn.norm_cache import NormCache
 from doratune.runtime.binding import bind
 from doratune.runtime.device import find_device, gpu_of
 from doratune.runtime.reference import definition
@@ -74,6 +79,80 @@ def test_the_operators_of_a_gated_mlp_are_right(
     again = operators.compose_swiglu_backward_(t["dout"], gate, up, *common, *rest)
     assert all(map(torch.equal, again, results))
     assert (again[0].data_ptr(), again[1].data_ptr()) == (gate.data_ptr(), up.data_ptr())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tokens", [1, 500, 3000])
+@pytest.mark.parametrize("case", ["mixed", "large_activations"])
+def test_the_operators_of_a_gated_mlp_that_is_composed_already_are_right(
+    activation: str, biased: bool, tokens: int, case: str
+) -> None:
+    flags = {"bias": biased, **({} if activation == "silu" else {activation: True})}
+    spec, t, _, exact = drawn("swiglu_forward", tokens, case, **flags)
+    given = (t["gate"], t["up"], t["g_gate"], t["g_up"], t.get("bias_gate"), t.get("bias_up"), activation)
+    out = operators.swiglu_forward(*given)
+    assert complaint(spec, [out], exact) is None
+    assert torch.equal(operators.swiglu_forward(*given), out)
+
+    spec, t, _, exact = drawn("swiglu_backward", tokens, case, magnitude="bf16", **flags)
+    common = [t[name] for name in ("g_gate", "g_up", "norm_gate", "norm_up")]
+    rest = (t.get("bias_gate"), t.get("bias_up"), activation, torch.bfloat16)
+    results = operators.swiglu_backward(t["dout"], t["gate"], t["up"], *common, *rest)
+    assert complaint(spec, results, exact) is None
+    gate, up = t["gate"].clone(), t["up"].clone()
+    again = operators.swiglu_backward_(t["dout"], gate, up, *common, *rest)
+    assert all(map(torch.equal, again, results))
+    assert (again[0].data_ptr(), again[1].data_ptr()) == (gate.data_ptr(), up.data_ptr())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_mlp_of_many_ranks_is_about_as_right_as_one_that_computes_its_products_twice(
+    checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients against those of fp64, with products added to gate and up in memory and with kernels that do all."""
+
+    def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator, device="cuda") * std).bfloat16()
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    d_in, d_ff, rank = 264, 1032, IN_PLACE_RANK + 8
+    x, dy = normal(500, d_in), normal(500, d_in)
+    parts = []
+    for d_out, columns in ((d_ff, d_in), (d_ff, d_in), (d_in, d_ff)):
+        w, a, b = normal(d_out, columns, std=0.06), normal(rank, columns, std=0.06), normal(d_out, rank, std=0.06)
+        m = torch.linalg.vector_norm(w.double() + b.double() @ a.double(), dim=1) * 1.1
+        parts.append(Projection(w, a, b, m.bfloat16(), None, 1.0, NormCache()))
+
+    def gradients(dtype: torch.dtype, run: Any) -> list[torch.Tensor]:
+        own = [one._replace(**{n: getattr(one, n).to(dtype) for n in one._fields[:4]}) for one in parts]
+        leaves = [x.to(dtype), *[tensor for one in own for tensor in one[1:4]]]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        y = run(leaves[0], own)
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+    def formula(x: torch.Tensor, own: list[Projection]) -> torch.Tensor:
+        def one(x: torch.Tensor, p: Projection) -> torch.Tensor:
+            adapted = p.weight + p.lora_B @ p.lora_A
+            return x @ (p.magnitude / adapted.norm(dim=1).detach())[:, None].mul(adapted).T
+
+        return one(torch.nn.functional.silu(one(x, own[0])) * one(x, own[1]), own[2])
+
+    def mlp(x: torch.Tensor, own: list[Projection]) -> torch.Tensor:
+        plans = Plan(own[:2], "silu"), Plan(own[2:])
+        if checkpointed:
+            return checkpoint(lambda x: project_mlp(x * 1.0, *plans, x.dtype), x, use_reentrant=False)  # type: ignore[no-any-return]
+        return project_mlp(x, *plans, x.dtype)
+
+    exact, errors = gradients(torch.float64, formula), []
+    for in_place in (False, True):
+        monkeypatch.setattr(group_plan, "adds_in_place", lambda *_, in_place=in_place: in_place)
+        found = gradients(torch.bfloat16, mlp)
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+    once, twice = errors
+    assert all(two < 1.5 * one + 1e-3 for one, two in zip(once, twice, strict=True)), errors
+    assert max(twice) < 0.02
 
 
 @pytest.mark.parametrize("widths", [(1032, 264), (1032, 264, 520), (64, 64, 64), (37, 5, 90)])

@@ -1,0 +1,80 @@
+"""act(gate)*up and its gradients from both base products, for the functions of :mod:`.group`.
+
+Where :attr:`At.in_place <.group_plan.At>` holds, s*h@B.T is added to each base product in memory, in the forward pass,
+and both passes read the sums. Elsewhere the kernels of both passes compute it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import operators
+from .autograd import _rows
+from .group_gradients import overwritten
+from .group_plan import At, Plan
+
+Tensors = Sequence[torch.Tensor]
+
+
+def add_low_rank(plan: Plan, bases: Tensors, h: torch.Tensor, lora_B: Tensors) -> None:
+    """base += s*h@B.T for the base product [T, d_out] of each projection; h [T, n*r] is that of all."""
+    for base, part, b in zip(bases, h.chunk(plan.count, 1), lora_B, strict=True):
+        base.addmm_(part, b.t(), alpha=plan.scaling)
+
+
+def activate(
+    plan: Plan, at: At, bases: Tensors, h: torch.Tensor, lora_B: Tensors, g: Tensors, out: torch.Tensor | None
+) -> torch.Tensor:
+    """act(gate)*up [T, d_out] in ``out``, or in new memory, from both base products [T, d_out]."""
+    kernel = at.compose
+    biases = plan.biases and plan.biases_in(h.dtype)
+    factors = (*bases, *g) if at.in_place else (*bases, h, *lora_B, *g)
+    if kernel is None:
+        given = (*factors, *(biases or (None, None)))
+        compose: Any = operators.swiglu_forward if at.in_place else operators.compose_swiglu
+        made: torch.Tensor = compose(*given, *(() if at.in_place else (plan.scaling,)), plan.activation)
+        return made
+    if out is None:
+        out = torch.empty_like(bases[0])
+    kernel.launch((*factors, *biases), (out,), None if at.in_place else plan.scaling)
+    return out
+
+
+def differentiate_activation(
+    plan: Plan,
+    at: At,
+    dy: torch.Tensor,
+    bases: Tensors,
+    h: torch.Tensor,
+    lora_B: Tensors,
+    g: Tensors,
+    norms: Tensors,
+    *,
+    release: bool,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """dYg [T, d_out] and dm of gate and up from the gradient [..., d_out] of act(gate)*up.
+
+    dYg may overwrite the base products if ``release``.
+    """
+    kernel = at.differentiate
+    biases = plan.biases and plan.biases_in(h.dtype)
+    factors = (*bases, *g) if at.in_place else (*bases, h, *lora_B, *g)
+    if kernel is None:
+        given = (_rows(dy), *factors, *norms, *(biases or (None, None)))
+        compose: Any
+        if at.in_place:
+            compose = operators.swiglu_backward_ if release else operators.swiglu_backward
+            made = compose(*given, plan.activation, plan.magnitude_dtype)
+        else:
+            compose = operators.compose_swiglu_backward_ if release else operators.compose_swiglu_backward
+            made = compose(*given, plan.scaling, plan.activation, plan.magnitude_dtype)
+        return made[:2], made[2:4]
+    dbases = overwritten(bases, release=release)
+    dm = [torch.empty_like(one, dtype=plan.magnitude_dtype) for one in norms]
+    unread = [torch.empty_like(one) for one in norms] if biases else []  # the kernel's gradients of the biases
+    scaling = None if at.in_place else plan.scaling
+    kernel.launch((dy, *factors, *biases, *norms), (*dbases, *dm, *unread), scaling)
+    return dbases, dm

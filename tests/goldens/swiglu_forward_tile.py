@@ -1,0 +1,54 @@
+"""Gated MLP in one pass over gate and up, to which their rank-r products are added.
+
+    out = act(yg)*yu; yg = g_gate*gate + bg, yu = g_up*up + bu, of gate and up = base + s*(h@B.T)
+
+spec    swiglu_forward/d_out=4096/tokens=4096/activation=bf16@h200
+config  tile:block_n=1024,block_t=4,num_warps=4,num_stages=2
+
+Emitted by doratune from templates/swiglu_forward_tile.py.j2; edit the template, not this text.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swiglu_forward_kernel(
+    gate_ptr: "*bf16",
+    gate_stride: "i64",
+    up_ptr: "*bf16",
+    up_stride: "i64",
+    g_gate_ptr: "*fp32",
+    g_up_ptr: "*fp32",
+    out_ptr: "*bf16",
+    out_stride: "i64",
+    tokens: "i32",
+):
+    """Write one [BLOCK_T, BLOCK_N] tile of out, which may be the memory of gate or up."""
+    BLOCK_T: tl.constexpr = 4
+    BLOCK_N: tl.constexpr = 1024
+    N_TILES: tl.constexpr = 4
+
+    tile_t = tl.program_id(0) // N_TILES
+    tile_n = tl.program_id(0) % N_TILES
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = t.to(tl.int64)[:, None]  # times a row stride it may pass 2**31
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_t = (t < tokens)[:, None]
+
+    inner_gate = tl.load(gate_ptr + row * gate_stride + n[None, :], mask=in_t, other=0.0).to(tl.float32)
+    inner_up = tl.load(up_ptr + row * up_stride + n[None, :], mask=in_t, other=0.0).to(tl.float32)
+    y_gate = tl.load(g_gate_ptr + n)[None, :] * inner_gate
+    y_up = tl.load(g_up_ptr + n)[None, :] * inner_up
+    act = y_gate / (1.0 + tl.exp(-y_gate))
+    tl.store(out_ptr + row * out_stride + n[None, :], (act * y_up).to(tl.bfloat16), mask=in_t)
+
+
+def launch(gate, up, g_gate, g_up, out):
+    """Fill out from gate and up [T, 4096], g [4096]."""
+    tokens = gate.shape[0]
+    swiglu_forward_kernel[(triton.cdiv(tokens, 4) * 4,)](
+        gate, gate.stride(0), up, up.stride(0), g_gate, g_up, out, out.stride(0), tokens,
+        num_warps=4, num_stages=2,
+    )
