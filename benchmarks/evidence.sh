@@ -27,16 +27,16 @@ bench() {  # SECONDS FILE ARGUMENTS...: the rows go to OUT/FILE.json, the tables
 }
 
 # The first step with nothing but stored binaries: nothing is compiled, and there is no C compiler.
-without_compiler() {  # FILE ARGUMENTS...
+without_compiler() {  # FILE MODEL TOKENS ARGUMENTS...
     local file=$1 store=$out/$1.sqlite
-    timeout 120 "$python" -m doratune.cli cache build --model qwen2.5-0.5b --rank 16 --tokens 2048 --replace -o "$store" \
+    timeout 120 "$python" -m doratune.cli cache build --model "$2" --rank 16 --tokens "$3" --replace -o "$store" \
         || { echo "$file: no store"; failed=1; return; }
-    DORATUNE_NO_JIT=1 CC=/no/compiler bench 200 "$@" --store "$store"
+    DORATUNE_NO_JIT=1 CC=/no/compiler bench 200 "$file" "${@:4}" --impl peft_lora --impl doratune --store "$store"
 }
 
 large=(model --checkpointing --impl peft_lora --impl doratune --op step --op inference --rounds 6)
 small=(model --rank 16 --seq 2048 --no-checkpointing --modes bf16 --rounds 20 --impl peft_lora --impl peft_dora --impl doratune)
-first=(model --shape 0.5b --rank 16 --seq 2048 --op first-step --modes bf16)
+first=(model --rank 16 --op first-step --modes bf16)
 fused=(${AXOLOTL:+--impl axolotl_lora})
 
 for part; do
@@ -46,8 +46,9 @@ for part; do
     large-autocast) bench 300 model-8b-autocast "${large[@]}" "${fused[@]}" "${peers[@]}" --modes autocast --rank 16 --rank 384 ;;
     1b) bench 200 model-1b "${small[@]}" "${fused[@]}" "${peers[@]}" --shape 1b --op step --op inference --op decode ;;
     0.5b) bench 200 model-0.5b "${small[@]}" "${fused[@]}" "${peers[@]}" --shape 0.5b --op step --op inference --op decode ;;
-    first) bench 200 first-step "${first[@]}" ;;
-    no-jit) without_compiler no-jit "${first[@]}" --impl peft_lora --impl doratune ;;
+    first) bench 250 first-step "${first[@]}" --shape 0.5b --seq 2048 ;;
+    no-jit) without_compiler no-jit qwen2.5-0.5b 2048 "${first[@]}" --shape 0.5b --seq 2048 ;;
+    no-jit-8b) without_compiler no-jit-8b llama-8b 4096 "${first[@]}" --shape 8b --seq 4096 ;;
     compiled)
         bench 300 model-compiled model --layers 4 --no-checkpointing --compile --rank 16 --rank 384 --modes bf16 --rounds 10 \
             --impl peft_lora --impl peft_lora_compiled --impl doratune --impl doratune_compiled --op step
@@ -58,7 +59,7 @@ for part; do
         bench 200 "model-$part" model --layers 4 --rank 16 --rank 64 --seq 2048 --checkpointing --modes bf16 --quant "$part" \
             --impl peft_lora --impl doratune "${fused[@]}" "${peers[@]}" --op step --op inference --op decode
         ;;
-    ddp | fsdp2) bench 250 "$part" model --layers 6 --rank 16 --modes bf16 --parallel "$part" --processes 2 --rounds 10 ;;
+    ddp | fsdp2) bench 200 "$part" model --layers 6 --rank 16 --modes bf16 --parallel "$part" --processes 2 --rounds 10 ;;
     host) bench 120 host host ;;
     *) echo "unknown part $part" >&2; exit 2 ;;
     esac

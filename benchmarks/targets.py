@@ -336,7 +336,7 @@ TARGETS: tuple[Target, ...] = (
     _norms("all norms, r = 16", 16, "read", 1.15),
     _norms("all norms, r = 384", 384, "products", 1.15),
     _unit("first step, nothing compiled", _flagged("cold"), field("us"), 6e6, op="first-step"),
-    _unit("first step, with binaries", _flagged("store"), times("peft_dora"), 1.5, op="first-step"),
+    _unit("first step, with binaries", _flagged("store"), times("peft_lora"), 1.5, op="first-step"),
     _unit("two GPUs, DDP", _flagged("ddp"), times("peft_lora"), 1.00),
     _unit("two GPUs, FSDP2", _flagged("fsdp2"), times("peft_lora"), 1.00),
     _quant("quantised 8B, checkpointing", "step", _quantised_step, "peft_lora", 1.05),

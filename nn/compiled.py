@@ -4,7 +4,8 @@
     backward   dYg of both and dm by ``compose_swiglu_backward``, t = s*dYg@B, dX = sum dYg@W + [t_gate, t_up]@A,
                [dA_gate; dA_up] = [t_gate, t_up].T@x, dB = s*dYg.T@h
 
-As :mod:`.group`, without a plan: a compiler refuses what is kept between calls.
+Where gradients are recorded at high ranks, ``low_rank_linear`` makes the sums that ``swiglu_forward`` and
+``swiglu_backward`` read. As :mod:`.group`, without a plan: a compiler refuses what is kept between calls.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..codegen.ops import adds_in_place
 from . import operators
 from .autocast import without_autocast
 
@@ -38,6 +40,10 @@ def composed_gated(
             )
             rounded += [None if a is one.lora_A else a, None if b is one.lora_B else b]
             factors += [norm.to(wide), g.to(wide)]
+    trained = (x, *gate[1:4], *up[1:4])
+    in_place = False
+    if dtype is torch.bfloat16 and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained):
+        in_place = adds_in_place(gate.lora_A.shape[0], x.shape[:-1].numel(), "bf16")
     y: torch.Tensor = _ComposedGated.apply(  # type: ignore[no-untyped-call]
         x.to(dtype),
         gate.weight,
@@ -55,6 +61,7 @@ def composed_gated(
         gate.scaling,
         activation,
         dtype,
+        in_place,
     )
     return y
 
@@ -87,6 +94,7 @@ class _ComposedGated(torch.autograd.Function):
         scaling: float,
         activation: str,
         dtype: torch.dtype,
+        in_place: bool,
     ) -> torch.Tensor:
         ctx.adapter_dtype, ctx.magnitude_dtype = a_gate.dtype, m_gate.dtype
         b_gate = b_gate if rounded_b_gate is None else rounded_b_gate
@@ -100,11 +108,18 @@ class _ComposedGated(torch.autograd.Function):
             )
             rows = x.reshape(-1, x.shape[-1])
             h = rows @ a.T
-            gate, up = rows @ weight_gate.to(dtype).T, rows @ weight_up.to(dtype).T
             bias_gate, bias_up = (None if bias is None else bias.to(dtype) for bias in (bias_gate, bias_up))
-            y = operators.compose_swiglu(
-                gate, up, h, b_gate, b_up, g_gate, g_up, bias_gate, bias_up, scaling, activation
-            )
+            weight_of_gate, weight_of_up = weight_gate.to(dtype), weight_up.to(dtype)
+            if in_place:
+                rank = b_gate.shape[1]
+                gate = operators.low_rank_linear(rows, weight_of_gate, h[:, :rank], b_gate, scaling)
+                up = operators.low_rank_linear(rows, weight_of_up, h[:, rank:], b_up, scaling)
+                y = operators.swiglu_forward(gate, up, g_gate, g_up, bias_gate, bias_up, activation)
+            else:
+                gate, up = rows @ weight_of_gate.T, rows @ weight_of_up.T
+                y = operators.compose_swiglu(
+                    gate, up, h, b_gate, b_up, g_gate, g_up, bias_gate, bias_up, scaling, activation
+                )
         ctx.save_for_backward(
             x,
             weight_gate,
@@ -122,7 +137,7 @@ class _ComposedGated(torch.autograd.Function):
             gate,
             up,
         )
-        ctx.scaling, ctx.activation, ctx.dtype = scaling, activation, dtype
+        ctx.scaling, ctx.activation, ctx.dtype, ctx.in_place = scaling, activation, dtype, in_place
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -131,23 +146,15 @@ class _ComposedGated(torch.autograd.Function):
         norm_gate, norm_up, g_gate, g_up = factors
         scaling, dtype = ctx.scaling, ctx.dtype
         with without_autocast(dy.device):
-            dgate, dup, dm_gate, dm_up, *_ = operators.compose_swiglu_backward(
-                dy.reshape(-1, dy.shape[-1]),
-                gate,
-                up,
-                h,
-                b_gate,
-                b_up,
-                g_gate,
-                g_up,
-                norm_gate,
-                norm_up,
-                bias_gate,
-                bias_up,
-                scaling,
-                ctx.activation,
-                ctx.magnitude_dtype,
-            )
+            matrices = (dy.reshape(-1, dy.shape[-1]), gate, up)
+            vectors = (g_gate, g_up, norm_gate, norm_up, bias_gate, bias_up)
+            settings = (ctx.activation, ctx.magnitude_dtype)
+            if ctx.in_place:
+                made = operators.swiglu_backward(*matrices, *vectors, *settings)
+            else:
+                low = (h, b_gate, b_up)
+                made = operators.compose_swiglu_backward(*matrices, *low, *vectors, scaling, *settings)
+            dgate, dup, dm_gate, dm_up, *_ = made
             rank = b_gate.shape[1]
             t = torch.cat((_scaled(dgate, b_gate, scaling, dtype), _scaled(dup, b_up, scaling, dtype)), dim=1)
             db_gate = _scaled(dgate.T, h[:, :rank], scaling, ctx.adapter_dtype)
@@ -160,7 +167,7 @@ class _ComposedGated(torch.autograd.Function):
                 dx = (parts[0].to(wide) + parts[1].to(wide) + parts[2].to(wide)).to(dtype)
                 dx = dx.view(*dy.shape[:-1], dx.shape[-1])
         grads = (da[:rank], db_gate, dm_gate, da[rank:], db_up, dm_up)
-        return dx, None, None, *grads, *[None] * 13
+        return dx, None, None, *grads, *[None] * 14
 
 
 def _scaled(left: torch.Tensor, right: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:

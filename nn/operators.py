@@ -477,6 +477,18 @@ def _gated_backward(
     return outputs
 
 
+@_operator(lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
+def low_rank_linear(
+    x: torch.Tensor, weight: torch.Tensor, h: torch.Tensor, lora_B: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Return x@W.T + s*h@B.T [T, d_out] of x [T, d_in], W [d_out, d_in], h [T, r] and B [d_out, r] in one dtype.
+
+    The first product is rounded before the second is added, in its memory. (As plain products a compiler would copy the
+    first one for it.)
+    """
+    return torch.nn.functional.linear(x, weight).addmm_(h, lora_B.t(), alpha=scaling)
+
+
 @_operator(lambda gate, *_: gate.new_empty(gate.shape))
 def swiglu_forward(
     gate: torch.Tensor,

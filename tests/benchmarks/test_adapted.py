@@ -403,6 +403,6 @@ def test_first_steps_and_several_gpus_have_targets() -> None:
 
     assert outcomes("cold", "first-step", 5.9e6) == [MET]
     assert outcomes("cold", "first-step", 6.1e6) == [MISSED]
-    assert outcomes("store", "first-step", 1.4e6, "peft_dora") == [MET]
+    assert outcomes("store", "first-step", 1.4e6, "peft_lora") == [MET]
     assert outcomes("ddp", "step", 1.1e6, "peft_lora") == [MISSED]
     assert outcomes("fsdp2", "step", 0.9e6, "peft_lora") == [MET]

@@ -5,6 +5,7 @@ same as without.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 import doratune
 from doratune.nn import operators  # noqa: F401  registers them
+from doratune.nn.compiled import composed_gated
 from doratune.nn.functional import dora_compose, dora_linear, weight_norm
+from doratune.nn.group import project_gated
+from doratune.nn.group_plan import Plan, Projection
+from doratune.nn.norm_cache import NormCache
 
 from .layers import Layer, gradients, make_layer
 
@@ -246,6 +251,12 @@ def samples(name: str) -> list[tuple[Any, ...]]:
             (tensor(5, 24), *gated, g.abs(), g.abs(), bias, bias, 0.5, activation, magnitude)
             for bias, activation, magnitude in ((None, "silu", torch.float32), (g, "gelu", torch.float64))
         ],
+        "low_rank_linear": [(tensor(5, 16), weight, tensor(5, 8)[:, 4:], lora_b, 0.5)],
+        "swiglu_forward": [(*gated[:2], *gated[5:], *[bias] * 2, "silu") for bias in (None, g)],
+        "swiglu_backward": [
+            (tensor(5, 24), *gated[:2], *gated[5:], g.abs(), g.abs(), bias, bias, activation, magnitude)
+            for bias, activation, magnitude in ((None, "silu", torch.float32), (g, "gelu", torch.float64))
+        ],
         "lora_compose_group": [
             (list(group), tensor(5, 4 * len(group)), [tensor(t.shape[1], 4) for t in group], gains, biases, 0.5)
             for group, gains in (
@@ -271,6 +282,39 @@ def samples(name: str) -> list[tuple[Any, ...]]:
     }[name]
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_traced_mlp_of_many_ranks_adds_its_products_in_place_where_it_trains(trains: bool) -> None:
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape) * 0.1).bfloat16()
+
+    parts = [
+        Projection(normal(48, 40), normal(200, 40), normal(48, 200), 1.0 + normal(48), normal(48), 0.5, NormCache())
+        for _ in range(2)
+    ]
+    x = normal(3, 50, 40)
+    trained = [x, *[each for one in parts for each in one[1:4]]]
+    for each in trained:
+        each.requires_grad_(trains)
+    graphs, results = Graphs(), []
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        return composed_gated(x, *parts, "silu", torch.bfloat16)
+
+    for run in (
+        torch.compile(traced, fullgraph=True, backend=graphs),
+        lambda x: project_gated(x, Plan(parts, "silu"), torch.bfloat16),
+    ):
+        y = run(x)
+        grads = torch.autograd.grad(y.float().square().sum(), trained) if trains else ()
+        results.append((y.detach(), *grads))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other) or float((one - other).norm() / other.norm()) < 2e-2
+    counts = Counter(graphs.operators())
+    assert counts["low_rank_linear"] == 2 * trains
+    assert counts["swiglu_forward"] == counts["swiglu_backward"] == trains
+    assert counts["compose_swiglu"] == (not trains)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -282,6 +326,9 @@ def samples(name: str) -> list[tuple[Any, ...]]:
         "adapter_backward",
         "compose_swiglu",
         "compose_swiglu_backward",
+        "low_rank_linear",
+        "swiglu_forward",
+        "swiglu_backward",
         "lora_compose_group",
         "compose_backward_group",
         "sum_of_products",
