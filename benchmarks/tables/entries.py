@@ -19,6 +19,7 @@ from ...cache.entry import MEASURED, Entry, Environment
 from ...cache.store import Store
 from ...codegen.cost import floor_us
 from ...codegen.gpu import find_gpu
+from ...codegen.render import render, template_digest
 from ...runtime.loader import resolve
 from .fit import Fitting
 from .lookup_loss import losses, winners
@@ -67,13 +68,27 @@ def renew(store: Store) -> int:
     return len(changed)
 
 
+def renew_digests(store: Store) -> int:
+    """Renew the template digests of the entries whose templates changed and still render the text that was tuned.
+
+    Returns how many changed. Others are stale: ``doratune cache drift`` measures them again on a GPU.
+    """
+    changed = []
+    for entry in store.entries():
+        digest = template_digest(entry.spec.op, entry.config.variant)
+        if digest != entry.template_digest and render(entry.spec, entry.config).digest == entry.source_digest:
+            changed.append(replace(entry, template_digest=digest))
+    store.put_all(changed)
+    return len(changed)
+
+
 def main() -> None:
     """Parse the command line, write the entries."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="STORE", help="a store, made if it is not there")
     parser.add_argument("--ops", nargs="*", default=(), help="the operations, whose tables are of present templates")
     parser.add_argument("--gpu", default="h100-sxm")
-    parser.add_argument("--renew", action="store_true", help="also renew the store's regrets from its finals")
+    parser.add_argument("--renew", action="store_true", help="also renew the digests, and the regrets from finals")
     parser.add_argument("--folder", type=Path, default=TABLES)
     given = parser.parse_args()
     fitting = Fitting(table for gpu in recorded(given.folder) for table in read_tables(gpu, given.folder))
@@ -83,6 +98,7 @@ def main() -> None:
             store.put_all(made)
             print(f"{op}: {len(made)} entries, {sum(entry.lookup_regret is not None for entry in made)} with a regret")
         if given.renew:
+            print(f"{renew_digests(store)} digests of templates that render the same renewed")
             print(f"{renew(store)} regrets renewed from finals")
 
 

@@ -54,8 +54,12 @@ class ElementwiseTile(Variant):
                 num_warps=warps,
                 num_stages=2,
             )
-            for block_t, block_n, warps in ((4, 1024, 4), (2, 512, 8), (16, 128, 2), (32, 64, 8), (4, 256, 8))
+            for block_t, block_n, warps in self.shapes(spec)
         )
+
+    def shapes(self, spec: KernelSpec) -> tuple[tuple[int, int, int], ...]:
+        """block_t, block_n and num_warps of the seeds."""
+        return ((4, 1024, 4), (2, 512, 8), (16, 128, 2), (32, 64, 8), (4, 256, 8))
 
     def rederived(
         self, config: Config, source: KernelSpec, spec: KernelSpec, gpu: Gpu

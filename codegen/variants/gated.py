@@ -33,10 +33,13 @@ from .chunks import (
     refuse_products,
     refuse_reduction,
 )
-from .compose import SOME_TOKENS, ElementwiseColumns, ElementwiseTile
+from .compose import ElementwiseColumns, ElementwiseTile
 
 LONG_CHUNK_RANK, LONG_CHUNK_COLUMNS = 32, 16384
 """Above this rank, from so many columns on, a program takes 512 rows: by an H100's recorded table 2 to 14 % faster."""
+
+SHORT_TOKENS = 1024
+"""Up to this many tokens long chunks of rows do not fill the GPU."""
 
 NARROW_RANK = 256
 """Up to this rank tiles of 64 columns on one group of warps are 5 to 7 % faster on an H100 than tiles of 128 on two."""
@@ -177,6 +180,9 @@ class SwigluForwardTile(ElementwiseTile):
 
     op = "swiglu_forward"
 
+    def shapes(self, spec: KernelSpec) -> tuple[tuple[int, int, int], ...]:
+        return ((8, 128, 8), (1, 1024, 8), *super().shapes(spec))
+
 
 class SwigluBackwardColumns(ElementwiseColumns):
     """dYg and the sums of gate and of up."""
@@ -187,14 +193,14 @@ class SwigluBackwardColumns(ElementwiseColumns):
     most_elements = 32
 
     def shapes(self, spec: KernelSpec) -> tuple[tuple[int, int, int, int, int, int, int], ...]:
-        few, some, many = (4, 4, 128, 8, 32, 2, 3), (16, 8, 128, 32, 32, 4, 3), (64, 8, 128, 16, 32, 4, 3)
-        first = few if spec.tokens <= FEW_TOKENS else some if spec.tokens <= SOME_TOKENS else many
+        few, some, many = (4, 4, 128, 8, 32, 2, 3), (64, 16, 64, 16, 32, 2, 3), (256, 8, 64, 16, 32, 4, 3)
+        first = few if spec.tokens <= FEW_TOKENS else some if spec.tokens <= SHORT_TOKENS else many
         return (
             first,
             few,
             some,
             many,
             (64, 16, 64, 16, 32, 4, 3),
-            (64, 4, 256, 16, 32, 4, 2),
-            (128, 8, 128, 16, 32, 2, 2),
+            (16, 2, 256, 8, 32, 1, 3),
+            (64, 8, 128, 16, 32, 4, 3),
         )

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from doratune.benchmarks.tables.entries import entries_of, renew
+from doratune.benchmarks.tables.entries import entries_of, renew, renew_digests
 from doratune.benchmarks.tables.fit import Fitting
 from doratune.benchmarks.tables.lookup_loss import losses, winners
 from doratune.benchmarks.tables.read import read_table, table_path
 from doratune.cache.entry import MEASURED, PREDICTED, Contender, Entry, Final
 from doratune.cache.store import Store
 from doratune.codegen.gpu import find_gpu
+from doratune.codegen.render import template_digest
 from doratune.codegen.variants import default_configs
 
 TABLE = read_table(table_path("h100-sxm", "compose_swiglu"))
@@ -75,3 +76,17 @@ def test_regrets_are_renewed_from_finals_and_others_are_left(tmp_path: Path) -> 
     with Store.open(tmp_path / "predicted.sqlite", create=True) as store:
         store.put(predicted)
         assert renew(store) == 0
+
+
+def test_a_digest_is_renewed_where_the_template_still_renders_what_was_tuned(tmp_path: Path) -> None:
+    entry = made()[0]
+    assert entry.template_digest == template_digest(entry.spec.op, entry.config.variant)
+    older = replace(entry, template_digest="0" * 64)
+    wider = replace(entry.spec, d_out=2 * entry.spec.d_out)
+    other = replace(older, spec=wider, source="another text", source_digest="1" * 64)
+    with Store.open(tmp_path / "s.sqlite", create=True) as store:
+        store.put_all([older, other])
+        assert renew_digests(store) == 1
+        assert store.get(entry.spec) == entry
+        assert store.get(other.spec) == other, "that one is to be measured again"
+        assert renew_digests(store) == 0

@@ -3,7 +3,7 @@
     dYg = dout*yu*act'(yg), dYu = dout*act(yg); dyg = g*dY, dg = sum_t dY*(gate or up), db = sum_t dY
 
 spec    swiglu_backward/d_out=4096/tokens=4096/activation=bf16@h200
-config  columns:block_n=128,block_t=8,chunk=64,reduce_c=16,reduce_n=32,num_warps=4,num_stages=3
+config  columns:block_n=64,block_t=8,chunk=256,reduce_c=16,reduce_n=32,num_warps=4,num_stages=3
 
 Emitted by doratune from templates/swiglu_backward_columns.py.j2; edit the template, not this text.
 """
@@ -33,10 +33,10 @@ def swiglu_backward_kernel(
     """Write CHUNK rows of BLOCK_N columns of both dyg, which may be the memory of gate and up, and the sums over those rows."""
     D_OUT: tl.constexpr = 4096
     SUMS: tl.constexpr = 2
-    CHUNK: tl.constexpr = 64
+    CHUNK: tl.constexpr = 256
     BLOCK_T: tl.constexpr = 8
-    BLOCK_N: tl.constexpr = 128
-    N_TILES: tl.constexpr = 32
+    BLOCK_N: tl.constexpr = 64
+    N_TILES: tl.constexpr = 64
 
     chunk = tl.program_id(0) // N_TILES
     tile_n = tl.program_id(0) % N_TILES
@@ -103,9 +103,9 @@ def add_chunks_kernel(
 def launch(dout, gate, up, g_gate, g_up, dyg_gate, dyg_up, dg_gate, dg_up):
     """Fill dyg [T, 4096] and dg [4096] of both from dout, gate and up [T, 4096], g [4096]."""
     tokens = gate.shape[0]
-    chunks = triton.cdiv(tokens, 64)
+    chunks = triton.cdiv(tokens, 256)
     sums = torch.empty((chunks, 2, 4096), dtype=torch.float32, device=gate.device)
-    swiglu_backward_kernel[(chunks * 32,)](
+    swiglu_backward_kernel[(chunks * 64,)](
         dout, dout.stride(0), gate, gate.stride(0), up, up.stride(0), g_gate, g_up, dyg_gate, dyg_gate.stride(0), dyg_up, dyg_up.stride(0),
         sums, tokens, num_warps=4, num_stages=3,
     )

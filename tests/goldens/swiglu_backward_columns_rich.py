@@ -3,7 +3,7 @@
     dYg = dout*yu*act'(yg), dYu = dout*act(yg); dyg = g*dY, dg = sum_t dY*(gate or up), db = sum_t dY
 
 spec    swiglu_backward/d_out=4304/tokens=4096/activation=bf16/magnitude=fp32/bias/gelu@h200
-config  columns:block_n=128,block_t=8,chunk=64,reduce_c=16,reduce_n=32,num_warps=4,num_stages=3
+config  columns:block_n=64,block_t=8,chunk=256,reduce_c=16,reduce_n=32,num_warps=4,num_stages=3
 
 Emitted by doratune from templates/swiglu_backward_columns.py.j2; edit the template, not this text.
 """
@@ -35,10 +35,10 @@ def swiglu_backward_kernel(
     """Write CHUNK rows of BLOCK_N columns of both dyg, which may be the memory of gate and up, and the sums over those rows."""
     D_OUT: tl.constexpr = 4304
     SUMS: tl.constexpr = 4
-    CHUNK: tl.constexpr = 64
+    CHUNK: tl.constexpr = 256
     BLOCK_T: tl.constexpr = 8
-    BLOCK_N: tl.constexpr = 128
-    N_TILES: tl.constexpr = 34
+    BLOCK_N: tl.constexpr = 64
+    N_TILES: tl.constexpr = 68
     SQRT_HALF: tl.constexpr = 0.7071067811865476
     DENSITY: tl.constexpr = 0.3989422804014327  # of the normal distribution at 0
 
@@ -132,9 +132,9 @@ def add_chunks_kernel(
 def launch(dout, gate, up, g_gate, g_up, bias_gate, bias_up, norm_gate, norm_up, dyg_gate, dyg_up, dmagnitude_gate, dmagnitude_up, dbias_gate, dbias_up):
     """Fill dyg [T, 4304] and dmagnitude, dbias [4304] of both from dout, gate and up [T, 4304], g, bias, norm [4304]."""
     tokens = gate.shape[0]
-    chunks = triton.cdiv(tokens, 64)
+    chunks = triton.cdiv(tokens, 256)
     sums = torch.empty((chunks, 4, 4304), dtype=torch.float32, device=gate.device)
-    swiglu_backward_kernel[(chunks * 34,)](
+    swiglu_backward_kernel[(chunks * 68,)](
         dout, dout.stride(0), gate, gate.stride(0), up, up.stride(0), g_gate, g_up, bias_gate, bias_up, dyg_gate, dyg_gate.stride(0), dyg_up, dyg_up.stride(0),
         sums, tokens, num_warps=4, num_stages=3,
     )

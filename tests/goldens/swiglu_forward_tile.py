@@ -3,7 +3,7 @@
     out = act(yg)*yu; yg = g_gate*gate + bg, yu = g_up*up + bu, of gate and up = base + s*(h@B.T)
 
 spec    swiglu_forward/d_out=4096/tokens=4096/activation=bf16@h200
-config  tile:block_n=1024,block_t=4,num_warps=4,num_stages=2
+config  tile:block_n=128,block_t=8,num_warps=8,num_stages=2
 
 Emitted by doratune from templates/swiglu_forward_tile.py.j2; edit the template, not this text.
 """
@@ -26,9 +26,9 @@ def swiglu_forward_kernel(
     tokens: "i32",
 ):
     """Write one [BLOCK_T, BLOCK_N] tile of out, which may be the memory of gate or up."""
-    BLOCK_T: tl.constexpr = 4
-    BLOCK_N: tl.constexpr = 1024
-    N_TILES: tl.constexpr = 4
+    BLOCK_T: tl.constexpr = 8
+    BLOCK_N: tl.constexpr = 128
+    N_TILES: tl.constexpr = 32
 
     tile_t = tl.program_id(0) // N_TILES
     tile_n = tl.program_id(0) % N_TILES
@@ -48,7 +48,7 @@ def swiglu_forward_kernel(
 def launch(gate, up, g_gate, g_up, out):
     """Fill out from gate and up [T, 4096], g [4096]."""
     tokens = gate.shape[0]
-    swiglu_forward_kernel[(triton.cdiv(tokens, 4) * 4,)](
+    swiglu_forward_kernel[(triton.cdiv(tokens, 8) * 32,)](
         gate, gate.stride(0), up, up.stride(0), g_gate, g_up, out, out.stride(0), tokens,
-        num_warps=4, num_stages=2,
+        num_warps=8, num_stages=2,
     )

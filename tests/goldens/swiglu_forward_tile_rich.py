@@ -3,7 +3,7 @@
     out = act(yg)*yu; yg = g_gate*gate + bg, yu = g_up*up + bu, of gate and up = base + s*(h@B.T)
 
 spec    swiglu_forward/d_out=4304/tokens=4096/activation=bf16/bias/gelu_tanh@h200
-config  tile:block_n=1024,block_t=4,num_warps=4,num_stages=2
+config  tile:block_n=128,block_t=8,num_warps=8,num_stages=2
 
 Emitted by doratune from templates/swiglu_forward_tile.py.j2; edit the template, not this text.
 """
@@ -29,9 +29,9 @@ def swiglu_forward_kernel(
 ):
     """Write one [BLOCK_T, BLOCK_N] tile of out, which may be the memory of gate or up."""
     D_OUT: tl.constexpr = 4304
-    BLOCK_T: tl.constexpr = 4
-    BLOCK_N: tl.constexpr = 1024
-    N_TILES: tl.constexpr = 5
+    BLOCK_T: tl.constexpr = 8
+    BLOCK_N: tl.constexpr = 128
+    N_TILES: tl.constexpr = 34
     LINEAR: tl.constexpr = 1.5957691216057308  # 2*sqrt(2/pi)
     CUBIC: tl.constexpr = 0.07135481627260025  # times 0.044715
 
@@ -56,7 +56,7 @@ def swiglu_forward_kernel(
 def launch(gate, up, g_gate, g_up, bias_gate, bias_up, out):
     """Fill out from gate and up [T, 4304], g and bias [4304]."""
     tokens = gate.shape[0]
-    swiglu_forward_kernel[(triton.cdiv(tokens, 4) * 5,)](
+    swiglu_forward_kernel[(triton.cdiv(tokens, 8) * 34,)](
         gate, gate.stride(0), up, up.stride(0), g_gate, g_up, bias_gate, bias_up, out, out.stride(0), tokens,
-        num_warps=4, num_stages=2,
+        num_warps=8, num_stages=2,
     )

@@ -50,7 +50,7 @@ def test_every_kernel_of_llama_8b_is_found_exact_and_measured() -> None:
 @pytest.mark.parametrize(("model", "rank", "tokens"), [("llama-8b", 16, 4096), ("qwen2.5-0.5b", 16, 2048)])
 def test_the_kernels_of_a_step_on_an_h100_are_found_exact_and_measured(model: str, rank: int, tokens: int) -> None:
     specs = plan_jobs(find_model(model), ranks=[rank], gpu="h100-sxm", tokens=[tokens], ops=ASKED)
-    assert {spec.op for spec in specs} == set(ASKED)
+    assert {spec.op for spec in specs} == {*ASKED} - {"swiglu_forward", "swiglu_backward"}, "these are of many ranks"
     for spec in specs:
         resolution, _ = resolve(spec)
         assert resolution.entry is not None, spec
