@@ -113,6 +113,11 @@ def bench_model(
     if parallel is not None:
         from .parallel import PARALLEL_IMPLEMENTATIONS, Parallel, bench_parallel
 
+        if device is not None and torch.device(device).index is not None:
+            raise UsageError(
+                f"--parallel {parallel} takes a GPU for each process, from the first on: leave out --device"
+            )
+        sizes["device"] = where.type  # each process takes the GPU of its own number
         parts = _only(names, PARALLEL_IMPLEMENTATIONS, f"--parallel {parallel}")
         runs = [
             Parallel(parallel, processes, parts, rank=rank, mode=mode, rounds=rounds, **sizes)

@@ -56,7 +56,7 @@ class Parallel:
     loss_tokens: int
     checkpointing: bool
     rounds: int
-    device: str
+    device: str  # cuda or cpu, without a number
 
 
 def bench_parallel(requests: Collection[Parallel], *, progress: Callable[[str], None] = lambda line: None) -> Outcome:
@@ -104,7 +104,8 @@ def _process(index: int, request: Parallel, port: int, found: str) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_LIMIT)
+    own = device if device.type == "cuda" else None
+    distributed.init_process_group("nccl" if own else "gloo", timeout=_LIMIT, device_id=own)
     try:
         rows, notes = _measure(index, request, device)
         if index == 0:

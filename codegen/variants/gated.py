@@ -193,14 +193,7 @@ class SwigluBackwardColumns(ElementwiseColumns):
     most_elements = 32
 
     def shapes(self, spec: KernelSpec) -> tuple[tuple[int, int, int, int, int, int, int], ...]:
-        few, some, many = (4, 4, 128, 8, 32, 2, 3), (64, 16, 64, 16, 32, 2, 3), (256, 8, 64, 16, 32, 4, 3)
+        few, some, many = (4, 4, 128, 8, 32, 2, 3), (64, 8, 64, 16, 64, 4, 3), (256, 8, 64, 64, 64, 4, 2)
         first = few if spec.tokens <= FEW_TOKENS else some if spec.tokens <= SHORT_TOKENS else many
-        return (
-            first,
-            few,
-            some,
-            many,
-            (64, 16, 64, 16, 32, 4, 3),
-            (16, 2, 256, 8, 32, 1, 3),
-            (64, 8, 128, 16, 32, 4, 3),
-        )
+        others = ((64, 16, 64, 16, 32, 4, 3), (16, 2, 256, 8, 32, 1, 3), (64, 16, 64, 16, 32, 2, 3))
+        return (first, few, some, many, *others)

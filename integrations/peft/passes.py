@@ -64,11 +64,12 @@ def remove(root: nn.Module) -> None:
 def _places(root: nn.Module, layers: set[int]) -> Iterator[tuple[nn.Module, bool]]:
     """The modules to hook, and whether each is a block; ``layers`` are the ids of the DoRA layers."""
     module = root
+    holding = _holding(root, layers)
     called = None
     while not isinstance(module, nn.ModuleList | LoraLayer):
         if not isinstance(module, _CONTAINERS):
             called = module
-        inner = [child for child in module.children() if _contains(child, layers)]
+        inner = [child for child in module.children() if id(child) in holding]
         if len(inner) != 1:
             break
         module = inner[0]
@@ -77,15 +78,26 @@ def _places(root: nn.Module, layers: set[int]) -> Iterator[tuple[nn.Module, bool
     pending = [module]
     while pending:
         module = pending.pop()
-        inner = [child for child in module.children() if _contains(child, layers)]
+        inner = [child for child in module.children() if id(child) in holding]
         if isinstance(module, nn.ModuleList):
             yield from ((child, True) for child in inner if not isinstance(child, (*_CONTAINERS, LoraLayer)))
         elif not isinstance(module, LoraLayer):
             pending += inner
 
 
-def _contains(module: nn.Module, layers: set[int]) -> bool:
-    return any(id(each) in layers for each in module.modules())
+def _holding(root: nn.Module, layers: set[int]) -> set[int]:
+    """The ids of the modules from ``root`` on that are one of ``layers`` or have one below them, in one walk."""
+    known: dict[int, bool] = {}
+
+    def visit(module: nn.Module) -> bool:
+        key = id(module)
+        if key not in known:
+            known[key] = key in layers
+            known[key] |= True in [visit(child) for child in module.children()]
+        return known[key]
+
+    visit(root)
+    return {key for key, holds in known.items() if holds}
 
 
 def _caches_of(layer: LoraLayer) -> list[NormCache]:
@@ -194,8 +206,8 @@ class _Layers:
         self._module = weakref.ref(module)
         found = [(_place_of(each), each) for each in module.modules() if isinstance(each, LoraLayer)]
         self.layers = [(place, each) for place, each in found if place is not None]
-        held = {id(each) for _, each in self.layers}
-        self._between = [each for each in module.modules() if each is not module and _contains(each, held)]
+        holding = _holding(module, {id(each) for _, each in self.layers})
+        self._between = [each for each in module.modules() if each is not module and id(each) in holding]
         self._passes: dict[tuple[int, ...], _Last] = {}
         self._last: _Last | None = None
 

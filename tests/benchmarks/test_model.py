@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from doratune.benchmarks import agreement, first_step
+from doratune.benchmarks import model as model_benchmark
 from doratune.benchmarks.adapted import MODES, NO_PEERS, Contender, contender, with_dora
 from doratune.benchmarks.agreement import compare, judge
 from doratune.benchmarks.counts import covered, device_work
@@ -279,6 +280,19 @@ def test_steps_of_several_processes_agree_with_pefts(how: str, tiny: Path) -> No
     ours = outcome.rows[-1]
     assert ours["loss_err"] < 5e-3
     assert ours["loss"] != outcome.rows[0]["loss"]
+
+
+def test_each_process_takes_a_gpu_of_its_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number in the device's name would put all of them on one GPU."""
+    asked: list[Parallel] = []
+    monkeypatch.setattr(model_benchmark, "bench_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr("doratune.benchmarks.parallel.bench_parallel", lambda runs, progress: asked.extend(runs))
+    given: dict[str, Any] = {"config": tiny, "ranks": (4,), "modes": "bf16", "parallel": "ddp", "processes": 2}
+    for device in (None, "cuda"):
+        bench_model(**given, device=device)
+    assert [run.device for run in asked] == ["cuda", "cuda"]
+    with pytest.raises(UsageError, match="leave out --device"):
+        bench_model(**given, device="cuda:1")
 
 
 def test_more_processes_than_gpus_are_refused(tiny: Path) -> None:

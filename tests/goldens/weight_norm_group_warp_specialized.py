@@ -3,7 +3,7 @@
     for each layer: w = ||W + s*B@A||_row by nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T))); g = m / max(w, eps)
 
 spec    weight_norm_group/d_out=4096/d_in=4096/rank=384/layers=32/weight=bf16/adapter=bf16/magnitude=bf16@h200
-config  warp_specialized:gram_block=128,gram_block_k=64,rank_block=128,rank_tiles=3,split_k=1,num_warps=8,num_stages=3
+config  warp_specialized:gram_block=128,gram_block_k=128,rank_block=128,rank_tiles=3,split_k=1,num_warps=8,num_stages=3
 
 Emitted by doratune from templates/weight_norm_group_warp_specialized.py.j2; edit the template, not this text.
 """
@@ -29,7 +29,7 @@ def gram_kernel(
     D_IN: tl.constexpr = 4096
     RANK: tl.constexpr = 384
     BLOCK: tl.constexpr = 128
-    BLOCK_K: tl.constexpr = 64
+    BLOCK_K: tl.constexpr = 128
     TILES: tl.constexpr = 3
 
     tl.extra.cuda.gdc_launch_dependents()

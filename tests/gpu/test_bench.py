@@ -202,3 +202,17 @@ def test_prebound_kernels_give_the_bits_that_the_kernel_gives() -> None:
         Kernel(spec, device, source=source).launch(inputs, expected, 0.75)
         prebound(compiled_module(source), (*inputs, *found, 0.75))()
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_take_a_gpu_each(how: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    found, small = tmp_path / "rows.json", ("--layers", "2", "--seq", "256", "--rounds", "2", "--modes", "bf16")
+    told = CliRunner().invoke(
+        main, ["bench", "model", "--parallel", how, "--processes", "2", "--rank", "16", *small, "--output", str(found)]
+    )
+    assert told.exit_code == 0, told.output
+    rows = json.loads(found.read_text())["rows"]
+    assert [row["impl"] for row in rows] == ["peft_lora", "peft_dora", OURS]
+    assert rows[-1]["loss_err"] < 5e-2
