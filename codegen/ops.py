@@ -54,11 +54,12 @@ def adds_in_place(rank: int, tokens: int, activation: str) -> bool:
     """Whether a gated MLP that trains adds s*(h@B.T) to gate and up in memory, by cuBLAS, with ``tokens`` in a bucket.
 
     Then ``swiglu_forward`` and ``swiglu_backward`` run, each one pass. ``compose_swiglu`` and its backward save two
-    passes and compute the products again in the backward pass (and once more for dA of down): that takes less up to some
-    rank. Timed in turn on an H100 with 4096 tokens and 14336 columns, a forward and a backward pass take 489 us in that
-    way and 585 with the products in memory at r = 128, 620 and 589 at 192, 704 and 608 at 256, 869 and 606 at 384; with
-    512 tokens 96 and 93, 108 and 95, 124 and 95, 150 and 101. The sums are rounded once more than in one kernel, to
-    bf16, as in PEFT. In fp16 they could be out of range where g*(base + s*(h@B.T)) is not.
+    passes and compute the products again in the backward pass (and once more for dA of down), which takes less up to
+    some rank. Timed in turn on an H100 at 4096 tokens and 14336 columns, a forward and a backward pass took 489 us that
+    way and 609 with the products in memory at r = 128, 620 and 614 at 192, 704 and 632 at 256, 869 and 631 at 384; at
+    512 tokens 96 and 119, 108 and 120, 124 and 121, 150 and 126. Since then the built-in configs of the two passes are
+    faster, at 512 tokens by a third. The sums are rounded once more than in one kernel, to bf16, as in PEFT. In fp16
+    they could be out of range where g*(base + s*(h@B.T)) is not.
     """
     return activation == "bf16" and rank > IN_PLACE_RANK and tokens > IN_PLACE_TOKENS
 
