@@ -15,7 +15,7 @@ from .pages import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-CONTENDERS = ("peft_lora", "peft_dora", "doratune")
+CONTENDERS = ("peft_lora", "axolotl_lora", "peft_dora", "doratune")
 
 
 def test_it_fits_in_150_lines() -> None:
@@ -28,16 +28,20 @@ def test_it_names_the_test_command_that_ci_runs() -> None:
 
 
 def test_its_table_is_what_was_measured() -> None:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "h200" / "model.json").read_text(encoding="utf-8"))["rows"]
-    ms = {(row["op"], row["adapter"], row["impl"]): round(row["us"] / 1000) for row in rows}
-    lines = re.findall(r"^\| (\w.*?) \| (\S+) \| (\S+) \| (\S+) \|$", README, re.MULTILINE)
+    lines = re.findall(
+        r"^\| \[.*?, (\d+), (\d+)\]\((\S+)\) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", README, re.MULTILINE
+    )
     assert len(lines) == 4
-    adapter = ""
-    for label, *cells in lines:
-        op = "step" if label.startswith("training step") else "inference"
-        adapter = adapter if label.endswith("the same") else re.search(r"(fp32|bf16) adapters", label)[1]  # type: ignore[index]
-        times = [ms[op, adapter, name] for name in CONTENDERS]
-        assert cells == [f"**{time}**" if time == min(times) else str(time) for time in times], label
+    for rank, tokens, file, *cells in lines:
+        rows = json.loads((ROOT / file).read_text(encoding="utf-8"))["rows"]
+        steps = [row for row in rows if row["op"] == "step"]
+        assert {(row["rank"], row["shape"][-1], row["adapter"]) for row in steps} == {(int(rank), int(tokens), "bf16")}
+        us = {row["impl"]: row["us"] for row in steps}
+        assert us.keys() <= {*CONTENDERS}
+        shown = [f"{us[name] / 1000:.0f}" if name in us else "–" for name in CONTENDERS]
+        best = CONTENDERS.index(min(us, key=us.__getitem__))
+        shown[best] = f"**{shown[best]}**"
+        assert cells == shown, file
 
 
 def test_its_versions_are_those_that_are_tested() -> None:
