@@ -50,6 +50,8 @@ def _names(adapter: Adapter, places: Places) -> None:
         for name in keys.foreign:
             places.add(fault.FOREIGN_KEYS, name, adapter.format)
     config = adapter.config
+    if config is not None and config.unlike_dora and not config.lora_bias:  # biases are in the tensors
+        places.add(fault.BEYOND_DORA, config.unlike_dora)
     wanted = set() if config is None else {*(config.raw.get("modules_to_save") or [])}
     for name in keys.others:
         known = wanted & set(name.split(".")) or (config is not None and config.raw.get("bias", "none") != "none")

@@ -136,6 +136,14 @@ UNKNOWN_KEYS = Kind(
     "PEFT loads them only as modules_to_save or biases that the config names",
     "compare them with modules_to_save and bias in adapter_config.json",
 )
+BEYOND_DORA = Kind(
+    "beyond_dora",
+    NOTE,
+    "the config asks for more than A, B and m on the checkpoint's W",
+    "PEFT changes W, the layers or their calls by it; what ignores the field gives something else, without an error",
+    "serve the adapter with PEFT; of one that began with PiSSA or the like, let PEFT save its form for the original W: "
+    "save_pretrained(…, path_initial_model_for_weight_conversion=…)",
+)
 INCOMPLETE = Kind("incomplete", WRONG, "layers without A or without B", _LOAD, _AGAIN)
 EMPTY = Kind(
     "empty",
