@@ -22,7 +22,7 @@ Tensors = Sequence[torch.Tensor]
 def add_low_rank(plan: Plan, bases: Tensors, h: torch.Tensor, lora_B: Tensors) -> None:
     """base += s*h@B.T for the base product [T, d_out] of each projection; h [T, n*r] is that of all."""
     for base, part, b in zip(bases, h.chunk(plan.count, 1), lora_B, strict=True):
-        base.addmm_(part, b.t(), alpha=plan.scaling)
+        operators.add_low_rank_(base, part, b, plan.scaling)
 
 
 def activate(

@@ -147,7 +147,12 @@ def _project(
             if needs_dg:
                 made = [base.new_empty((*lead, base.shape[1])) for base in bases]
             # The order of both contracts: bases, h, B, g, biases.
-            kernel.launch((*bases, h, *b, *g, *biases), made, plan.scaling)
+            if at.apart:
+                for each, base, *own, y in zip(at.apart, bases, h.chunk(plan.count, -1), b, g, made, strict=True):
+                    each.launch((base, *own, *biases[:1]), (y,), plan.scaling)
+                    biases = biases[1:]
+            else:
+                kernel.launch((*bases, h, *b, *g, *biases), made, plan.scaling)
             if needs_dg or rows is x:
                 return (*made,), factors, bases
         elif plan.count == 1:

@@ -147,7 +147,7 @@ def _output_gradients(
         dm = [None] * plan.count
         dbases = [None if dy is None else _as(_rows(dy) * g, dy.dtype) for dy, g in zip(dys, saved.g, strict=True)]
         db = _lora_b_gradients(saved, dbases)
-    elif 1 < plan.count == len(given := [dy for dy in dys if dy is not None]):
+    elif 1 < plan.count == len(given := [dy for dy in dys if dy is not None]) and not at.apart:
         dbases, dm = differentiate_group(plan, at, given, bases, h, saved.lora_B, saved.g, saved.norm, release=release)
         db = _lora_b_gradients(saved, dbases)
     else:

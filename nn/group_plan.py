@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..codegen.ops import adds_in_place
+from ..codegen.ops import adds_in_place, composes_apart
 from ..runtime.kernel import Kernel
 from . import kernels, operators
 from .autograd import _parameters, _rows
@@ -125,23 +125,26 @@ class At:
         differentiate: of the backward pass of a group or a gated pair; for a single projection ``compose_backward``.
         adapter: ``adapter_backward``, for a single projection.
         trains: whether the calls save what a backward pass needs.
+        apart: of the composition of each projection of a group that is not composed in one launch; then
+            ``differentiate`` is None, as each projection's backward pass is its own, too.
         in_place: whether s*h@B.T is added to the base products of a gated pair in memory; ``compose`` and
             ``differentiate`` read the sums then.
     """
 
-    __slots__ = ("adapter", "compose", "differentiate", "in_place", "trains")
+    __slots__ = ("adapter", "apart", "compose", "differentiate", "in_place", "trains")
 
     def __init__(self, plan: Plan, bucket: int, dtype: torch.dtype, trains: bool) -> None:
         one, widths = plan.count == 1, tuple([weight.shape[0] for weight in plan.weights])
         width: Any = widths[0] if one or plan.activation else widths
         magnitude, device = plan.magnitude_dtype, plan.weights[0].device
 
-        def find(op: str, rank: int, bucket: int, *how: Any) -> Kernel | None:
+        def find(op: str, rank: int, bucket: int, *how: Any, width: Any = width) -> Kernel | None:
             return kernels.kernel_for(op, width, 1, rank, bucket, dtype, *how, device)
 
         self.trains = trains
         gated = plan.activation is not None
         self.in_place = gated and trains and adds_in_place(plan.rank, bucket, kernels.SPEC_DTYPES.get(dtype, ""))
+        self.apart: tuple[Kernel, ...] = ()
         self.compose: Kernel | None = None
         self.differentiate: Kernel | None = None
         self.adapter: Kernel | None = None
@@ -155,6 +158,11 @@ class At:
             op = "swiglu_forward" if self.in_place else "compose_swiglu"
         # A and B are rounded to the dtype of the products.
         self.compose = find(op, plan.rank, bucket, dtype, flags, None)
+        apart = not one and not gated and composes_apart(plan.rank, bucket, widths, kernels.SPEC_DTYPES.get(dtype, ""))
+        if apart and kernels.specialises_warps(self.compose):
+            each = [find("lora_compose", plan.rank, bucket, dtype, flags, None, width=one) for one in widths]
+            self.apart = tuple([kernel for kernel in each if kernel is not None])
+            return
         if not trains or magnitude is torch.float64:  # which no kernel writes
             return
         if one:

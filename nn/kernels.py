@@ -67,6 +67,11 @@ def kernel_for(
         return None
 
 
+def specialises_warps(kernel: Kernel | None) -> bool:
+    """Whether there is a kernel, on a GPU that has variants with specialised warps."""
+    return kernel is not None and kernel.specialises_warps
+
+
 def _widths(d_out: int | tuple[int, ...]) -> dict[str, int]:
     return {"d_out": d_out} if isinstance(d_out, int) else dict(zip(WIDTHS, d_out, strict=False))
 

@@ -91,6 +91,12 @@ class StandIn:
         kernel = self._kernel()
         return kernel is not None and kernel.fusion_pays
 
+    @property
+    def specialises_warps(self) -> bool:
+        """As :attr:`~doratune.runtime.kernel.Kernel.specialises_warps`."""
+        kernel = self._kernel()
+        return kernel is not None and kernel.specialises_warps
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernel(), name)
 

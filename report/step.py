@@ -16,7 +16,7 @@ from ..benchmarks.results import OURS
 from ..cache.entry import MEASURED, PREDICTED
 from ..codegen.cost import floor_us
 from ..codegen.gpu import Gpu, find_gpu, gpu_of_device, known_gpus
-from ..codegen.ops import DTYPE_BYTES, adds_in_place
+from ..codegen.ops import DTYPE_BYTES, adds_in_place, composes_apart
 from ..codegen.spec import TOKEN_BUCKETS, KernelSpec, bucket_tokens
 from ..errors import UsageError
 from ..runtime.loader import resolve, stores_open
@@ -209,6 +209,11 @@ def _kernels(case: Case) -> Iterable[tuple[KernelSpec, int, bool]]:
     ups = [each for each in model.projections if each.name == "up_proj" and gates]
     together = {id(each) for each in (*(one for group in groups for one in group), *gates, *ups)}
     for group in groups:
+        if find_gpu(case.gpu).architecture == "sm_90" and composes_apart(
+            case.rank, bucket_tokens(case.tokens), [each.d_out for each in group], _DTYPE
+        ):
+            together -= {*map(id, group)}
+            continue
         yield from _specs(case, group, "lora_compose_group", group[0].count, again=True)
         yield from _specs(case, group, "compose_backward_group", group[0].count)
     for gate in gates:

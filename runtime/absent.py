@@ -1,8 +1,8 @@
 """Kernels for a GPU that is not here: each has its spec, and nothing behind it.
 
 Rehearsing a model on one of these devices (:mod:`doratune.nn.rehearsal`) finds out on any machine which kernels it asks
-for, without a store or a GPU. The two devices differ in whether every fusion pays. A kernel that only a fusion needs is
-asked for on the second alone.
+for, without a store or a GPU. The two devices differ in whether every fusion pays, and in whether variants have
+specialised warps. A kernel that is needed with them alone is asked for on the second alone.
 """
 
 from __future__ import annotations
@@ -29,4 +29,8 @@ class AbsentKernel(Kernel):
 
     @property
     def fusion_pays(self) -> bool:
+        return self.device == EVERY_FUSION_PAYS
+
+    @property
+    def specialises_warps(self) -> bool:
         return self.device == EVERY_FUSION_PAYS

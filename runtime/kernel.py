@@ -94,6 +94,13 @@ class Kernel:
         """Whether a store says that this kernel is faster than the unfused sequence of its operations."""
         return self._resolution is not None and self._resolution.fusion_pays
 
+    @functools.cached_property
+    def specialises_warps(self) -> bool:
+        """Whether variants of this GPU have warps with roles of their own."""
+        from ..codegen.gpu import find_gpu
+
+        return self.device.type == "cuda" and find_gpu(self.spec.gpu).architecture == "sm_90"
+
     @property
     def source(self) -> str:
         return (

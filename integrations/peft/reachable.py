@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from ...codegen.ops import APART_TOKENS, IN_PLACE_RANK, IN_PLACE_TOKENS
 from ...codegen.spec import KernelSpec
 from ...codegen.weight_formats import parse_format
 from ...nn import kernels
@@ -63,7 +65,7 @@ def reachable_specs(
         model: a PEFT model on the meta device, after :func:`doratune.accelerate` with ``precompile=False``.
         tokens: the buckets of the numbers of tokens of a call.
         counts: the numbers of tokens with which the layers run. What they ask for is the same for all other numbers,
-            except for the bucket in its spec.
+            except for the bucket in its spec, and for layers of many ranks: these also run with more tokens.
         weight: the weight format in which the base layers store W, with the dtype of its values, such as
             ``nf4.nested``. Then the list is that of layers stored so and of dense ones: some may be left dense. It is
             also that of magnitudes in fp32: PEFT makes them so from a W that it dequantises, also beside 16-bit
@@ -85,11 +87,12 @@ def _specs(
             _call(model)
     together = [*_distinct_parts(_parts(model)), *map(_part_of, _distinct_groups(_groups(model)))]
     alone = [[_part_of_layer(layer) for layer in change(layers)] for change in _CHANGES]
+    alike = [*_alike(layers, tokens, counts)]
     found: dict[KernelSpec, None] = {}
     for device in ABSENT:
         kernels.paying_kernel_for.cache_clear()  # on the meta device it keeps what the first rehearsal was told
         how: dict[str, Any] = {"device": device, "stand_ins": _dense_bases}
-        for rounded, train, count in itertools.product(autocasts, (True, False), counts):
+        for rounded, train, (count, buckets) in itertools.product(autocasts, (True, False), alike):
             with _autocast(rounded):
                 requests = [*requests_of(together, count, train=train, around=_in_a_pass, **how)]
                 for parts in alone:
@@ -97,7 +100,7 @@ def _specs(
             found |= dict.fromkeys(
                 replace(kernel.spec, tokens=bucket)
                 for kernel, _ in requests
-                for bucket in (tokens if kernel.spec.tokens else [0])
+                for bucket in (buckets if kernel.spec.tokens else [0])
             )
     kernels.paying_kernel_for.cache_clear()
     for rounded in autocasts:
@@ -109,6 +112,18 @@ def _specs(
     if weight is not None:
         found |= dict.fromkeys(stored_product_specs(accelerated_layers(model), parse_format(weight), tokens))
     return found
+
+
+def _alike(
+    layers: Iterable[LoraLayer], tokens: Sequence[int], counts: Sequence[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Numbers of tokens to run the layers with, and the buckets for which they ask for the same kernels."""
+    ranks = [rank for layer in layers for rank in layer.r.values()]
+    bounds = (0, IN_PLACE_TOKENS, APART_TOKENS) if max(ranks, default=0) > IN_PLACE_RANK else (0,)
+    for least, most in zip(bounds, (*bounds[1:], math.inf), strict=True):
+        buckets = [bucket for bucket in tokens if least < bucket <= most]
+        if buckets:
+            yield from ((count, buckets) for count in (buckets[:1] if least else counts))
 
 
 def _widen_magnitudes(model: nn.Module) -> bool:

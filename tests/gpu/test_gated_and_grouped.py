@@ -10,12 +10,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from doratune.codegen.gpu import Gpu
-from doratune.codegen.ops import IN_PLACE_RANK
+from doratune.codegen.ops import APART_COLUMNS, APART_TOKENS, IN_PLACE_RANK
 from doratune.codegen.render import render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import VARIANTS, Variant, check_config
-from doratune.nn import group_plan, operators
-from doratune.nn.group import project_mlp
+from doratune.nn import group_plan, kernels, operators
+from doratune.nn.group import project, project_mlp
 from doratune.nn.group_plan import Plan, Projection
 from doratune.nn.norm_cache import NormCache
 from doratune.runtime.binding import bind
@@ -104,6 +104,47 @@ def test_the_operators_of_a_gated_mlp_that_is_composed_already_are_right(
     again = operators.swiglu_backward_(t["dout"], gate, up, *common, *rest)
     assert all(map(torch.equal, again, results))
     assert (again[0].data_ptr(), again[1].data_ptr()) == (gate.data_ptr(), up.data_ptr())
+
+
+def test_projections_of_many_ranks_are_composed_apart_and_as_right_as_in_one_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Outputs and gradients against those of fp64, by a launch for each projection and by one for all."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator, device="cuda") * std).bfloat16()
+
+    d_in, rank, widths = 264, IN_PLACE_RANK + 8, (APART_COLUMNS, 264, 136)
+    x, dys = normal(APART_TOKENS + 80, d_in), [normal(APART_TOKENS + 80, width) for width in widths]
+    parts = []
+    for width in widths:
+        w, a, b = normal(width, d_in, std=0.06), normal(rank, d_in, std=0.06), normal(width, rank, std=0.06)
+        m = torch.linalg.vector_norm(w.double() + b.double() @ a.double(), dim=1) * 1.1
+        parts.append(Projection(w, a, b, m.bfloat16(), normal(width), 1.0, NormCache()))
+    wide = [one._replace(**{name: getattr(one, name).double() for name in one._fields[:5]}) for one in parts]
+
+    def gradients(own: list[Projection], x: torch.Tensor, run: Any) -> list[torch.Tensor]:
+        leaves = [x.requires_grad_(), *[tensor.requires_grad_() for one in own for tensor in one[1:4]]]
+        ys = run(x, own)
+        return [*ys, *torch.autograd.grad(ys, leaves, [dy.to(x.dtype) for dy in dys])]
+
+    def formula(x: torch.Tensor, own: list[Projection]) -> list[torch.Tensor]:
+        dense = [one.weight + one.lora_B @ one.lora_A for one in own]
+        gains = [one.magnitude / each.norm(dim=1).detach() for one, each in zip(own, dense, strict=True)]
+        return [x @ (g[:, None] * w).T + one.bias for g, w, one in zip(gains, dense, own, strict=True)]
+
+    exact = gradients(wide, x.double(), formula)
+    errors, counts = [], []
+    for apart in (False, True):
+        plan = Plan(parts)
+        monkeypatch.setattr(group_plan, "composes_apart", lambda *_, apart=apart: apart)
+        found = gradients(parts, x, lambda x, own, plan=plan: project(x, plan, torch.bfloat16))
+        counts.append(len(plan.at(x, trains=True).apart))
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+    assert counts == [0, len(widths) if kernels.specialises_warps(plan.at(x, trains=True).compose) else 0]
+    assert all(two < 1.5 * one + 1e-3 for one, two in zip(*errors, strict=True)), errors
+    assert max(errors[1]) < 0.02
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -9,12 +9,16 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from doratune.codegen.ops import EPS
+from doratune.codegen.ops import APART_COLUMNS, APART_TOKENS, EPS, IN_PLACE_RANK
+from doratune.codegen.spec import KernelSpec
+from doratune.nn import group_plan, kernels
 from doratune.nn.differentiation import DifferentiationError
 from doratune.nn.group import project as project_plan
 from doratune.nn.group import project_gated as project_gated_plan
 from doratune.nn.group_plan import ACTIVATIONS, Plan, Projection, are_alike
 from doratune.nn.norm_cache import NormCache
+from doratune.runtime.absent import ABSENT, AbsentKernel
+from doratune.runtime.kernel import Kernel
 
 from .layers import CASES, kernels_on_paper, make_layer
 
@@ -352,3 +356,75 @@ def test_gradients_have_the_dtypes_of_their_parameters(adapter: torch.dtype) -> 
     exact = [one._replace(**{n: getattr(one, n).detach().double() for n in one._fields[:4]}) for one in projections]
     wanted = functional.silu(plain(x.detach().double(), exact[0])) * plain(x.detach().double(), exact[1])
     assert float((y.detach().double() - wanted).norm() / wanted.norm()) <= 0.01
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_projections_that_are_composed_apart_give_the_same(
+    count: int, bias: bool, keep: bool, kernels_on_paper: Callable[[], dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kernels, each of which takes its own columns of h; also where some outputs have no gradient."""
+    monkeypatch.setattr(group_plan, "composes_apart", lambda *_: True)
+    monkeypatch.setattr(kernels, "specialises_warps", lambda kernel: kernel is not None)
+    x, projections = make_group("random", WIDTHS[:count], bias=bias, dtype=torch.float32, rank=8)
+    outputs, wanted = project(x, projections, torch.float32), [plain(x, one) for one in projections]
+    dys = [torch.randn_like(one) for one in wanted]
+    exact = torch.autograd.grad(wanted, leaves(x, projections), dys, retain_graph=True)
+    for _ in range(1 + keep):
+        got = torch.autograd.grad(outputs, leaves(x, projections), dys, retain_graph=keep)
+        for one, other in zip((*outputs, *got), (*wanted, *exact), strict=True):
+            assert_close(one.detach(), other.detach(), 2e-5)
+    with torch.no_grad():
+        for one, other in zip(project(x, projections, torch.float32), wanted, strict=True):
+            assert_close(one, other.detach(), 2e-5)
+    counts = kernels_on_paper()
+    assert counts["lora_compose"] == 2 * count
+    assert counts["compose_backward"] == counts["adapter_backward"] == (1 + keep) * count
+    assert counts.get("lora_compose_group", 0) == counts.get("compose_backward_group", 0) == 0
+
+    outputs = project(x, projections, torch.float32)
+    got = torch.autograd.grad(outputs[1:], leaves(x, projections), dys[1:], allow_unused=True)
+    exact = torch.autograd.grad(wanted[1:], leaves(x, projections), dys[1:], allow_unused=True)
+    for one, other in zip(got, exact, strict=True):
+        assert_close(one, other, 2e-5)
+
+
+def test_projections_are_composed_apart_where_each_is_a_good_part_of_the_gpu(
+    kernels_on_paper: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 with many ranks and tokens, on a GPU whose composition has specialised warps."""
+    monkeypatch.setattr(kernels, "specialises_warps", lambda kernel: kernel is not None)
+
+    def apart(
+        tokens: int, rank: int = IN_PLACE_RANK + 8, dtype: torch.dtype = torch.bfloat16, width: int = 2048
+    ) -> bool:
+        one = Projection(*map(torch.empty, ((width, 8), (rank, 8), (width, rank), width)), None, 1.0, NormCache())
+        plan = Plan([one, one._replace(weight=torch.empty(256, 8))])
+        return bool(plan.at(torch.empty(tokens, 8, dtype=dtype), trains=False).apart)
+
+    many = APART_TOKENS + 1
+    assert apart(many)
+    assert not apart(APART_TOKENS)
+    assert not apart(many, IN_PLACE_RANK)
+    assert not apart(many, IN_PLACE_RANK + 9), "columns of h would begin between 16 bytes"
+    assert not apart(many, dtype=torch.float16)
+    assert not apart(many, width=APART_COLUMNS - 8)
+    monkeypatch.setattr(kernels, "specialises_warps", lambda kernel: False)
+    assert not apart(many)
+
+
+def test_a_gpu_of_hopper_specialises_warps() -> None:
+    """Other GPUs, the CPU and no kernel do not; of absent GPUs one does."""
+
+    def specialises(gpu: str, device: torch.device) -> bool:
+        spec = KernelSpec.create("compose_backward", d_out=8, tokens=1, dtype="bf16", gpu=gpu)
+        kind = AbsentKernel if device in ABSENT else Kernel
+        return kernels.specialises_warps(kind(spec, device))
+
+    first = torch.device("cuda", 0)
+    gpus = ("h100-sxm", "h200", "sm_90", "a100", "b200")
+    assert [gpu for gpu in gpus if specialises(gpu, first)] == ["h100-sxm", "h200", "sm_90"]
+    assert not specialises("cpu", torch.device("cpu"))
+    assert [specialises("h200", device) for device in ABSENT] == [False, True]
+    assert not kernels.specialises_warps(None)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from doratune.codegen.ops import IN_PLACE_RANK, IN_PLACE_TOKENS, adds_in_place
-from doratune.nn import group_backward, group_plan
+from doratune.nn import group_backward, group_plan, kernels, operators
 from doratune.nn.differentiation import DifferentiationError
 from doratune.nn.group import project, project_gated, project_mlp
 from doratune.nn.group_plan import ACTIVATIONS, Plan, Projection, are_alike
@@ -410,3 +410,20 @@ def test_sums_in_bf16_are_about_as_right_as_those_that_are_never_rounded(
     never, once = (sum(error**2 for error in of_way) ** 0.5 for of_way in errors)
     assert once < 1.5 * never
     assert max(errors[1]) < 2e-2
+
+
+@pytest.mark.parametrize("rank", [8, 9])
+def test_products_are_added_by_the_kernel_of_the_composition_where_its_warps_are_specialised(
+    rank: int, kernels_on_paper: Callable[[], dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "specialises_warps", lambda kernel: kernel is not None)
+    base, h, b = torch.randn(T, D_FF), torch.randn(T, 2 * rank)[:, rank:], torch.randn(D_FF, rank)
+    wanted = base + 0.5 * h @ b.T
+    assert operators.add_low_rank_(base, h, b, 0.5) is base
+    assert_close(base, wanted, 1e-6)
+    assert kernels_on_paper().get("lora_compose", 0) == (rank == 8), "another rank's columns of h would be copied"
+    monkeypatch.setattr(kernels, "specialises_warps", lambda kernel: False)
+    operators.add_low_rank_(base, h, b, -0.5)
+    assert_close(base, wanted - 0.5 * h @ b.T, 1e-6)
+    assert kernels_on_paper().get("lora_compose", 0) == (rank == 8)
+    assert operators.add_low_rank_(base[:0], h[:0], b, 0.5).shape == (0, D_FF)

@@ -366,6 +366,32 @@ def test_a_checkpointed_block_runs_its_forward_pass_twice(tmp_path: Path) -> Non
             assert two.count == one.count * (2 if again else 1), one
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_of_many_ranks_runs_other_kernels(checkpointing: bool) -> None:
+    """On Hopper; an A100 composes q, k and v in one launch."""
+
+    def counts(gpu: str, rank: int = 384) -> dict[str, float]:
+        (step,) = steps_of([Case(find_model("llama-8b"), gpu, rank, 4096, checkpointing=checkpointing)], None)
+        found: dict[str, float] = {}
+        for call in step.calls:
+            found[call.op if "Y +=" not in call.spec else "added"] = found.get(call.op, 0) + call.count
+        return found
+
+    many = counts("h100-sxm")
+    assert many["swiglu_backward"] == 32
+    assert many["swiglu_forward"] == (32 if checkpointing else 64)
+    assert many.get("compose_swiglu", 0) == (32 if checkpointing else 0), "in the first pass of a checkpoint"
+    assert "compose_swiglu_backward" not in many
+    assert many["added"] > 0
+    assert "lora_compose_group" not in many
+    assert many["compose_backward"] == 32 * 5
+    assert counts("a100")["lora_compose_group"] == 32 * (2 if checkpointing else 1)
+    few = counts("h100-sxm", 64)
+    assert "swiglu_backward" not in few
+    assert "added" not in few
+    assert few["lora_compose_group"] > 0
+
+
 def test_the_rest_is_what_remains_of_a_measured_step(tmp_path: Path) -> None:
     rows = [world.step_row(5e5), world.step_row(1.0), world.step_row(5e5, shape=[16, 4096])]
     results = read_results(world.write_results(tmp_path / "model.json", rows))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import doratune
+from doratune.codegen.ops import APART_TOKENS, IN_PLACE_RANK, IN_PLACE_TOKENS
 from doratune.codegen.spec import TOKEN_BUCKETS, KernelSpec
 from doratune.codegen.weight_formats import parse_format
 from doratune.integrations.peft.base_layers import BNB_4BIT, BNB_8BIT, HQQ, TORCHAO
@@ -192,6 +193,49 @@ def test_a_run_launches_nothing_that_is_not_on_the_list(
     found = {replace(spec, gpu=ABSENT_GPU) for spec in {kernel.spec for kernel, _ in launches} | passes}
     assert found, "something is launched"
     assert sorted(map(str, found - allowed)) == [], how
+
+
+MANY_RANKS = IN_PLACE_RANK + 8
+
+
+@functools.cache
+def _reachable_of_many_ranks() -> frozenset[KernelSpec]:
+    return frozenset(reachable_specs(_on_meta(bf16_llama(r=MANY_RANKS)), TOKEN_BUCKETS, (16,)))
+
+
+@pytest.fixture
+def of_many_ranks(monkeypatch: pytest.MonkeyPatch) -> frozenset[KernelSpec]:
+    """The list of a model of many ranks, whose few columns may be composed apart, too."""
+    monkeypatch.setattr("doratune.codegen.ops.APART_COLUMNS", 16)
+    return _reachable_of_many_ranks()
+
+
+@pytest.mark.parametrize("tokens", [12, IN_PLACE_TOKENS + 1, APART_TOKENS + 1])
+@pytest.mark.parametrize("specialises", [False, True])
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_layers_of_many_ranks_launch_other_kernels_with_more_tokens_and_all_are_on_the_list(
+    tokens: int,
+    specialises: bool,
+    checkpoints: bool,
+    of_many_ranks: frozenset[KernelSpec],
+    launches: Any,
+    passes: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "specialises_warps", lambda kernel: kernel is not None and specialises)
+    model = bf16_llama(r=MANY_RANKS)
+    doratune.accelerate(model, quiet=True, precompile=False)
+    if checkpoints:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for train in (True, True, True, False):
+        step(model.train(train), tokens, train=train)
+    found = {replace(spec, gpu=ABSENT_GPU) for spec in {kernel.spec for kernel, _ in launches} | passes}
+    assert sorted(map(str, found - of_many_ranks)) == []
+    ops = {spec.op for spec in found}
+    assert ("swiglu_forward" in ops) == ("swiglu_backward" in ops) == (tokens > IN_PLACE_TOKENS)
+    assert ("compose_swiglu_backward" in ops) == (tokens <= IN_PLACE_TOKENS)
+    assert ("compose_backward_group" in ops) == (tokens <= APART_TOKENS or not specialises)
 
 
 def _quantised(kind: str, **settings: Any) -> nn.Module:
