@@ -179,16 +179,6 @@ def saving_is_hooked() -> bool:
     return _saving_hooks is not None and _saving_hooks(True) is not None
 
 
-def saved_is_dropped() -> bool:
-    """Whether what is saved now is made again before it is read: in the first pass of a checkpoint that is not
-    reentrant. False if this PyTorch lacks the name, or has another one for a checkpoint's hook."""
-    hooks: Any = None if _saving_hooks is None else _saving_hooks(True)
-    pack = None if hooks is None else hooks[0]
-    return getattr(pack, "__module__", "") == _CHECKPOINT[0] and getattr(pack, "__qualname__", "") == _CHECKPOINT[1]
-
-
-_CHECKPOINT = ("torch.utils.checkpoint", "_checkpoint_hook.__init__.<locals>.pack_hook")
-
 # Autocast.
 
 

@@ -4,7 +4,7 @@
     backward   dYg of both and dm by ``compose_swiglu_backward``, t = s*dYg@B, dX = sum dYg@W + [t_gate, t_up]@A,
                [dA_gate; dA_up] = [t_gate, t_up].T@x, dB = s*dYg.T@h
 
-Where gradients are recorded at high ranks, ``low_rank_linear`` makes the sums that ``swiglu_forward`` and
+At high ranks ``low_rank_linear`` makes the sums that ``swiglu_forward`` and
 ``swiglu_backward`` read. As :mod:`.group`, without a plan: a compiler refuses what is kept between calls.
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..codegen.ops import adds_in_place
+from ..codegen.spec import TOKEN_BUCKETS
 from . import operators
 from .autocast import without_autocast
 
@@ -40,10 +41,8 @@ def composed_gated(
             )
             rounded += [None if a is one.lora_A else a, None if b is one.lora_B else b]
             factors += [norm.to(wide), g.to(wide)]
-    trained = (x, *gate[1:4], *up[1:4])
-    in_place = False
-    if dtype is torch.bfloat16 and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained):
-        in_place = adds_in_place(gate.lora_A.shape[0], x.shape[:-1].numel(), "bf16")
+    # With any number of tokens: a graph that asked for it would hold for these alone.
+    in_place = dtype is torch.bfloat16 and adds_in_place(gate.lora_A.shape[0], TOKEN_BUCKETS[-1], "bf16")
     y: torch.Tensor = _ComposedGated.apply(  # type: ignore[no-untyped-call]
         x.to(dtype),
         gate.weight,

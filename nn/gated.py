@@ -20,8 +20,8 @@ Tensors = Sequence[torch.Tensor]
 
 
 def add_low_rank(plan: Plan, bases: Tensors, h: torch.Tensor, lora_B: Tensors) -> None:
-    """base += s*h@B.T for the base product [T, d_out] of each projection; h [T, n*r] is that of all."""
-    for base, part, b in zip(bases, h.chunk(plan.count, 1), lora_B, strict=True):
+    """base += s*h@B.T for the base product [..., d_out] of each projection; h [..., n*r] is that of all."""
+    for base, part, b in zip(bases, h.chunk(plan.count, -1), lora_B, strict=True):
         operators.add_low_rank_(base, part, b, plan.scaling)
 
 
@@ -30,16 +30,15 @@ def activate(
 ) -> torch.Tensor:
     """act(gate)*up [T, d_out] in ``out``, or in new memory, from both base products [T, d_out]."""
     kernel = at.compose
-    biases = plan.biases and plan.biases_in(h.dtype)
-    factors = (*bases, *g) if at.in_place else (*bases, h, *lora_B, *g)
+    factors, scaling = _factors(plan, at, bases, h, lora_B, g)
+    biases = plan.biases and plan.biases_in(bases[0].dtype)
     if kernel is None:
-        given = (*factors, *(biases or (None, None)))
         compose: Any = operators.swiglu_forward if at.in_place else operators.compose_swiglu
-        made: torch.Tensor = compose(*given, *(() if at.in_place else (plan.scaling,)), plan.activation)
+        made: torch.Tensor = compose(*factors, *(biases or (None, None)), *scaling, plan.activation)
         return made
     if out is None:
         out = torch.empty_like(bases[0])
-    kernel.launch((*factors, *biases), (out,), None if at.in_place else plan.scaling)
+    kernel.launch((*factors, *biases), (out,), *scaling)
     return out
 
 
@@ -60,21 +59,26 @@ def differentiate_activation(
     dYg may overwrite the base products if ``release``.
     """
     kernel = at.differentiate
-    biases = plan.biases and plan.biases_in(h.dtype)
-    factors = (*bases, *g) if at.in_place else (*bases, h, *lora_B, *g)
+    factors, scaling = _factors(plan, at, bases, h, lora_B, g)
+    biases = plan.biases and plan.biases_in(bases[0].dtype)
     if kernel is None:
-        given = (_rows(dy), *factors, *norms, *(biases or (None, None)))
         compose: Any
         if at.in_place:
             compose = operators.swiglu_backward_ if release else operators.swiglu_backward
-            made = compose(*given, plan.activation, plan.magnitude_dtype)
         else:
             compose = operators.compose_swiglu_backward_ if release else operators.compose_swiglu_backward
-            made = compose(*given, plan.scaling, plan.activation, plan.magnitude_dtype)
+        given = (_rows(dy), *factors, *norms, *(biases or (None, None)), *scaling)
+        made = compose(*given, plan.activation, plan.magnitude_dtype)
         return made[:2], made[2:4]
     dbases = overwritten(bases, release=release)
     dm = [torch.empty_like(one, dtype=plan.magnitude_dtype) for one in norms]
     unread = [torch.empty_like(one) for one in norms] if biases else []  # the kernel's gradients of the biases
-    scaling = None if at.in_place else plan.scaling
-    kernel.launch((dy, *factors, *biases, *norms), (*dbases, *dm, *unread), scaling)
+    kernel.launch((dy, *factors, *biases, *norms), (*dbases, *dm, *unread), *scaling)
     return dbases, dm
+
+
+def _factors(
+    plan: Plan, at: At, bases: Tensors, h: torch.Tensor, lora_B: Tensors, g: Tensors
+) -> tuple[tuple[torch.Tensor, ...], tuple[float, ...]]:
+    """What the operation composes from, in its order, and s if it takes it."""
+    return ((*bases, *g), ()) if at.in_place else ((*bases, h, *lora_B, *g), (plan.scaling,))

@@ -1,8 +1,8 @@
 """DoRA on several projections of one x as one differentiable function, on a gated activation, and on a whole MLP.
 
     forward    h = x@[A_1; A_2; …].T, base_i = x@W_i.T, y_i = g_i*(base_i + s*h_i@B_i.T) + b_i
-    gated      act(y_gate)*y_up in the same pass: neither y_gate nor y_up is ever in memory; at high ranks a call that
-               trains adds s*h_i@B_i.T to base_i, which the backward pass then reads (:mod:`.gated`)
+    gated      act(y_gate)*y_up in the same pass: neither y_gate nor y_up is ever in memory; at high ranks
+               s*h_i@B_i.T is added to base_i first, which the backward pass then reads (:mod:`.gated`)
     MLP        down(act(y_gate)*y_up): act(y_gate)*y_up is not kept for the backward pass, which computes it again
     backward   dYg_i = g_i*dY_i, t_i = s*dYg_i@B_i, dX = sum_i dYg_i@W_i + [t_1, t_2, …]@[A_1; A_2; …],
                [dA_1; dA_2; …] = [t_1, t_2, …].T@x, dB_i = s*dYg_i.T@h_i,
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from ..internals.torch import current_backward, saved_is_dropped, saving_is_hooked
+from ..internals.torch import current_backward, saving_is_hooked
 from . import operators
 from .autograd import _as, _rows, note_recompute
 from .gated import activate, add_low_rank
@@ -172,11 +172,7 @@ def _gated(x: torch.Tensor, plan: Plan, at: At) -> tuple[torch.Tensor, _Factors,
     _, h, b, _, g = factors
     bases = [*map(linear, repeat(rows), plan.weights)]
     if at.in_place:
-        if saved_is_dropped():  # so the sums would not be read
-            at = plan.at(x, trains=False)
-            kernel = at.compose
-        else:
-            add_low_rank(plan, bases, h, b)
+        add_low_rank(plan, bases, h, b)
     if kernel is None:
         return activate(plan, at, bases, h, b, g, None).view(*lead, bases[0].shape[-1]).detach(), factors, bases
     y = bases[0].new_empty((*lead, bases[0].shape[-1])) if trains else bases[0]

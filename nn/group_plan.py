@@ -143,7 +143,7 @@ class At:
 
         self.trains = trains
         gated = plan.activation is not None
-        self.in_place = gated and trains and adds_in_place(plan.rank, bucket, kernels.SPEC_DTYPES.get(dtype, ""))
+        self.in_place = gated and adds_in_place(plan.rank, bucket, kernels.SPEC_DTYPES.get(dtype, ""))
         self.apart: tuple[Kernel, ...] = ()
         self.compose: Kernel | None = None
         self.differentiate: Kernel | None = None

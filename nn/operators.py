@@ -478,18 +478,19 @@ def _gated_backward(
 
 
 def add_low_rank_(base: torch.Tensor, h: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Add s*h@B.T to ``base`` [T, d_out], with h [T, r] and B [d_out, r] in its dtype, and return it.
+    """Add s*h@B.T to ``base`` [..., d_out], with h [..., r] and B [d_out, r] in its dtype, and return it.
 
     By ``lora_compose`` with gains of one where that has specialised warps: on an H100 it takes 103 us for 4096 tokens,
     14336 columns and r = 384, cuBLAS 137.
     """
-    (tokens, d_out), rank = base.shape, lora_B.shape[1]
+    tokens, (d_out, rank) = base.shape[:-1].numel(), lora_B.shape
     kernel = None
     if tokens and rank % 8 == 0:  # or its launch would copy h
         key = ("lora_compose", d_out, 1, rank, token_bucket(tokens), base.dtype, lora_B.dtype, (), None)
         kernel = kernels.kernel_for(*key, base.device)
     if kernel is None or not kernels.specialises_warps(kernel):
-        return base.addmm_(h, lora_B.t(), alpha=scaling)
+        base.view(-1, d_out).addmm_(h.reshape(-1, rank), lora_B.t(), alpha=scaling)
+        return base
     kernel.launch((base, h, lora_B, base.new_ones(d_out, dtype=torch.float32)), (base,), scaling)
     return base
 

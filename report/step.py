@@ -197,7 +197,9 @@ def _calls(case: Case, store: str | None) -> list[Call]:
     return [Call(part, op, text, number, *times[text]) for (part, op, text), number in counts.items()]
 
 
-_OF_FORWARD = {"x Wᵀ", "x Aᵀ"}
+_IN_ONE_KERNEL, _IN_PLACE = ("compose_swiglu", "compose_swiglu_backward"), ("swiglu_forward", "swiglu_backward")
+
+_OF_FORWARD = {"x Wᵀ", "x Aᵀ", "Y += h Bᵀ"}
 """The products that a checkpointed block runs a second time."""
 
 
@@ -218,18 +220,14 @@ def _kernels(case: Case) -> Iterable[tuple[KernelSpec, int, bool]]:
         yield from _specs(case, group, "compose_backward_group", group[0].count)
     for gate in gates:
         pair = (gate, *ups[:1])
-        kept = not any(each.name == "down_proj" for each in model.projections)
-        if adds_in_place(case.rank, bucket_tokens(case.tokens), _DTYPE):
-            if case.checkpointing:  # its first pass keeps nothing
-                yield from _specs(case, pair, "compose_swiglu", gate.count)
-            yield from _specs(case, pair, "swiglu_forward", gate.count * (1 if kept or case.checkpointing else 2))
-            yield from _specs(case, pair, "swiglu_backward", gate.count)
-        elif kept:
-            yield from _specs(case, pair, "compose_swiglu", gate.count, again=True)
-        else:
+        in_place = adds_in_place(case.rank, bucket_tokens(case.tokens), _DTYPE)
+        forward, backward = _IN_PLACE if in_place else _IN_ONE_KERNEL
+        if any(each.name == "down_proj" for each in model.projections):
             # Again for dA of down, which does not keep it, or in the recompute of a checkpoint, which does.
-            yield from _specs(case, pair, "compose_swiglu", 2 * gate.count)
-        yield from _specs(case, pair, "compose_swiglu_backward", gate.count)
+            yield from _specs(case, pair, forward, 2 * gate.count)
+        else:
+            yield from _specs(case, pair, forward, gate.count, again=True)
+        yield from _specs(case, pair, backward, gate.count)
     for each in model.projections:
         if id(each) not in together:
             yield from _specs(case, (each,), "lora_compose", each.count, again=True)

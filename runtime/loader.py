@@ -81,12 +81,12 @@ def load_kernel(
         dtype: of W and of the activations, or the text of a weight format (``"nf4.nested"``) for the norms.
             adapter_dtype: of A and B; ``dtype`` when None, or that of the format's values.
         magnitude_dtype: the norms also take m of this dtype and return g; ``compose_backward_exact``,
-            ``adapter_backward`` and ``compose_swiglu_backward`` also take w and return the gradient of an m of this
-            dtype instead of dg.
+            ``adapter_backward`` and the backward operations of groups and gated MLPs also take w and return the
+            gradient of an m of this dtype instead of dg.
         bias: add a bias (in the backward pass: also return its gradient). delta: the delta form. save: also return nW
             or inner. output: ``compose_backward`` takes y instead of inner. autocast: round fp32 A and B to ``dtype``,
             as torch.autocast does, instead of keeping them exact. gelu, gelu_tanh: the activation of
-            ``compose_swiglu`` and its backward, which is SiLU without them.
+            the operations of a gated MLP, which is SiLU without them.
         device: None means the current GPU, or the CPU if there is no GPU.
         store: path or URL of the store to search first, instead of those in ``DORATUNE_CACHE_PATH``.
 

@@ -13,10 +13,11 @@ from ..errors import UsageError, near_names
 from ..printable import brief
 from .models import Model, Projection
 
+_IN_ONE_KERNEL = ("compose_swiglu", "compose_swiglu_backward")
 _IN_PLACE = ("swiglu_forward", "swiglu_backward")
-"""The operations of a gated MLP that trains where rank-r products are added to gate and up in memory."""
+"""The operations of a gated MLP where rank-r products are added to gate and up in memory."""
 
-_GATED = ("compose_swiglu", "compose_swiglu_backward", *_IN_PLACE)
+_GATED = (*_IN_ONE_KERNEL, *_IN_PLACE)
 """The operations of a gated MLP."""
 
 _GROUPED = ("lora_compose_group", "compose_backward_group")
@@ -47,8 +48,8 @@ def plan_jobs(
     on (d_out, tokens, bias), ``compose_backward`` on (d_out, tokens), ``adapter_backward`` on (d_out, rank), the others
     on (d_out, d_in, rank, tokens), and ``weight_norm_group`` on (d_out, d_in, rank) and the number of layers of that
     shape in the model; projections that agree in these share a job. ``compose_swiglu`` and its backward run where the
-    model's MLP is gated by an activation that they know, once for gate and up, and in a backward pass with a high rank
-    and many tokens ``swiglu_forward`` and ``swiglu_backward`` (on (d_out, tokens, bias)); ``lora_compose_group`` and
+    model's MLP is gated by an activation that they know, once for gate and up, or with a high rank and many
+    tokens ``swiglu_forward`` and ``swiglu_backward`` (on (d_out, tokens, bias)); ``lora_compose_group`` and
     ``compose_backward_group`` once for q, k and v. ``compose_backward_exact`` serves
     layers that keep their output instead of the base product, which is not the default: it is planned where ``ops``
     names it, for the most tokens only, since it seldom finds a column to compute.
@@ -103,7 +104,7 @@ def plan_jobs(
         for projection, added in _calls(op, model)
         for rank in checked_ranks
         for bucket in _buckets_of(op, buckets, stored)
-        if _trains_with(op, rank, bucket, dtype)
+        if _runs_with(op, rank, bucket, dtype)
     }
     order = list(OPS)
     return sorted(
@@ -119,11 +120,10 @@ def _buckets_of(op: str, buckets: tuple[int, ...], stored: str | None) -> tuple[
     return tuple(bucket for bucket in buckets if stored is None or bucket <= most_tokens(op, stored))
 
 
-def _trains_with(op: str, rank: int, bucket: int, dtype: str) -> bool:
-    """Whether ``op`` runs at this rank and token bucket: of the ways in which a gated MLP trains, one does."""
-    if op in _IN_PLACE:
-        return adds_in_place(rank, bucket, dtype)
-    return op != "compose_swiglu_backward" or not adds_in_place(rank, bucket, dtype)
+def _runs_with(op: str, rank: int, bucket: int, dtype: str) -> bool:
+    """Whether ``op`` runs at this rank and token bucket: of the two ways of a gated MLP one does."""
+    in_place = op in _GATED and adds_in_place(rank, bucket, dtype)
+    return op not in (_IN_ONE_KERNEL if in_place else _IN_PLACE)
 
 
 def _calls(op: str, model: Model) -> list[tuple[Projection, dict[str, int | bool]]]:

@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import jinja2
+
 from ... import __version__
 from ...cache.entry import MEASURED, Entry, Environment
 from ...cache.store import Store
 from ...codegen.cost import floor_us
 from ...codegen.gpu import find_gpu
 from ...codegen.render import render, template_digest
+from ...codegen.spec import SpecError
 from ...runtime.loader import resolve
 from .fit import Fitting
 from .lookup_loss import losses, winners
@@ -75,8 +78,11 @@ def renew_digests(store: Store) -> int:
     """
     changed = []
     for entry in store.entries():
-        digest = template_digest(entry.spec.op, entry.config.variant)
-        if digest != entry.template_digest and render(entry.spec, entry.config).digest == entry.source_digest:
+        try:
+            digest, source = template_digest(entry.spec.op, entry.config.variant), render(entry.spec, entry.config)
+        except (SpecError, jinja2.UndefinedError):  # a variant or a parameter that there is no more
+            continue
+        if digest != entry.template_digest and source.digest == entry.source_digest:
             changed.append(replace(entry, template_digest=digest))
     store.put_all(changed)
     return len(changed)

@@ -15,6 +15,7 @@ from doratune.cache.entry import MEASURED, PREDICTED, Contender, Entry, Final
 from doratune.cache.store import Store
 from doratune.codegen.gpu import find_gpu
 from doratune.codegen.render import template_digest
+from doratune.codegen.spec import Config
 from doratune.codegen.variants import default_configs
 
 TABLE = read_table(table_path("h100-sxm", "compose_swiglu"))
@@ -84,8 +85,13 @@ def test_a_digest_is_renewed_where_the_template_still_renders_what_was_tuned(tmp
     older = replace(entry, template_digest="0" * 64)
     wider = replace(entry.spec, d_out=2 * entry.spec.d_out)
     other = replace(older, spec=wider, source="another text", source_digest="1" * 64)
+    gone = replace(
+        older, spec=replace(wider, d_out=3 * wider.d_out), config=Config.create("gone", num_warps=4, num_stages=2)
+    )
+    fewer = Config.create(entry.config.variant, num_warps=4, num_stages=2)
+    renamed = replace(older, spec=replace(wider, d_out=5 * wider.d_out), config=fewer)
     with Store.open(tmp_path / "s.sqlite", create=True) as store:
-        store.put_all([older, other])
+        store.put_all([gone, renamed, older, other])
         assert renew_digests(store) == 1
         assert store.get(entry.spec) == entry
         assert store.get(other.spec) == other, "that one is to be measured again"

@@ -239,7 +239,6 @@ def test_first_steps_start_with_empty_caches_and_then_with_the_same(
     assert ratios_table(outcome.rows).row_count == 3
 
 
-@pytest.mark.slow
 def test_where_nothing_may_be_compiled_a_first_step_runs_with_its_store_alone(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +257,7 @@ def test_where_nothing_may_be_compiled_a_first_step_runs_with_its_store_alone(
     assert asked[1:] == [None, None], "without a store it is tried all the same, and says why it cannot"
 
 
+@pytest.mark.slow
 def test_a_first_step_that_fails_is_left_out_with_its_last_words(tiny: Path) -> None:
     outcome = bench_first_step([FirstStep(**{**vars(first(tiny)), "device": "banana"})])
     assert outcome.rows == []
