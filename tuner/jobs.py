@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from ..codegen.gpu import find_gpu
-from ..codegen.ops import DTYPE_BYTES, OPS, WIDTHS, adds_in_place
+from ..codegen.ops import DTYPE_BYTES, OPS, WIDTHS, adds_in_place, composes_apart
 from ..codegen.spec import MOST_RANK, TOKEN_BUCKETS, KernelSpec, bucket_tokens, most_tokens
 from ..codegen.weight_formats import parse_format, stored_as
 from ..errors import UsageError, near_names
@@ -50,8 +50,8 @@ def plan_jobs(
     shape in the model; projections that agree in these share a job. ``compose_swiglu`` and its backward run where the
     model's MLP is gated by an activation that they know, once for gate and up, or with a high rank and many
     tokens ``swiglu_forward`` and ``swiglu_backward`` (on (d_out, tokens, bias)); ``lora_compose_group`` and
-    ``compose_backward_group`` once for q, k and v. ``compose_backward_exact`` serves
-    layers that keep their output instead of the base product, which is not the default: it is planned where ``ops``
+    ``compose_backward_group`` once for q, k and v, but where Hopper composes them apart. ``compose_backward_exact``
+    serves layers that keep their output instead of the base product, which is not the default: it is planned where ``ops``
     names it, for the most tokens only, since it seldom finds a column to compute.
 
     Args:
@@ -82,8 +82,10 @@ def plan_jobs(
     _check_dtypes(dtype, adapter, autocast)
     names = _check_ops(ops, weight)
     stored = None if weight is None else stored_as(weight, dtype)
-    slug = find_gpu(gpu).slug
+    target = find_gpu(gpu)
+    slug, hopper = target.slug, target.architecture == "sm_90"
     buckets = _check_tokens(tokens)
+    narrow = dtype if adapter == dtype or autocast else ""  # of products whose factors all have it
     kept = {*_OF_PARAMETERS, *(("weight_norm",) if stored else ())}  # a stored W has no rounded adapters beside it
     specs = {
         KernelSpec.create(
@@ -104,7 +106,8 @@ def plan_jobs(
         for projection, added in _calls(op, model)
         for rank in checked_ranks
         for bucket in _buckets_of(op, buckets, stored)
-        if _runs_with(op, rank, bucket, dtype)
+        if _runs_with(op, rank, bucket, narrow)
+        and not (op in _GROUPED and hopper and composes_apart(rank, bucket, [*added.values()], narrow))
     }
     order = list(OPS)
     return sorted(
