@@ -51,8 +51,8 @@ def plan_jobs(
     model's MLP is gated by an activation that they know, once for gate and up, or with a high rank and many
     tokens ``swiglu_forward`` and ``swiglu_backward`` (on (d_out, tokens, bias)); ``lora_compose_group`` and
     ``compose_backward_group`` once for q, k and v, but where Hopper composes them apart. ``compose_backward_exact``
-    serves layers that keep their output instead of the base product, which is not the default: it is planned where ``ops``
-    names it, for the most tokens only, since it seldom finds a column to compute.
+    serves layers that keep their output instead of the base product, which is not the default: it is planned where
+    ``ops`` names it, for the most tokens only, since it seldom finds a column to compute.
 
     Args:
         ranks: the adapter ranks, each an integer of at least 1, without repeats.
