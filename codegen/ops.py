@@ -69,6 +69,8 @@ def adds_in_place(rank: int, tokens: int, activation: str) -> bool:
 
 
 APART_TOKENS, APART_COLUMNS = 1024, 2048
+"""Up to this token bucket, and below so many columns of the widest, a group is composed in one launch; see
+:func:`composes_apart`."""
 
 
 def composes_apart(rank: int, tokens: int, widths: Sequence[int], activation: str) -> bool:
