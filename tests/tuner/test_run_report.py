@@ -128,8 +128,11 @@ def test_a_run_that_is_cut_short_counts_what_it_tried(tune: Tune) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
             return super().evaluate(source, compiled)
 
-    result = tune(ONE, Interrupted({0: Rejected("inaccurate: y")}))
-    assert (result.stopped, result.trials, dict(result.rejected)) == ("interrupt", 3, {"inaccurate": 1})
+    evaluator = Interrupted({0: Rejected("inaccurate: y")})
+    result = tune(ONE, evaluator)
+    assert (result.stopped, dict(result.rejected)) == ("interrupt", {"inaccurate": 1})
+    # The signal reaches the main thread a little later: another trial may have begun.
+    assert 3 <= result.trials == len(evaluator.evaluated) < TRIALS
 
 
 # Gains.
