@@ -50,6 +50,12 @@ W again, and the product of a W that is decoded once takes less."""
 IN_PLACE_RANK, IN_PLACE_TOKENS = 176, 128
 """Up to this rank and this token bucket a gated MLP is composed in one kernel; see :func:`adds_in_place`."""
 
+IN_ONE_KERNEL = ("compose_swiglu", "compose_swiglu_backward")
+"""The operations of a gated MLP that is composed in one kernel, forward and backward."""
+
+IN_PLACE = ("swiglu_forward", "swiglu_backward")
+"""The same where rank-r products are added to gate and up in memory."""
+
 
 def adds_in_place(rank: int, tokens: int, activation: str) -> bool:
     """Whether a gated MLP adds s*(h@B.T) to gate and up in memory, with ``tokens`` in a bucket.

@@ -16,7 +16,7 @@ from ..benchmarks.results import OURS
 from ..cache.entry import MEASURED, PREDICTED
 from ..codegen.cost import floor_us
 from ..codegen.gpu import Gpu, find_gpu, gpu_of_device, known_gpus
-from ..codegen.ops import DTYPE_BYTES, adds_in_place, composes_apart
+from ..codegen.ops import DTYPE_BYTES, IN_ONE_KERNEL, IN_PLACE, adds_in_place, composes_apart
 from ..codegen.spec import TOKEN_BUCKETS, KernelSpec, bucket_tokens
 from ..errors import UsageError
 from ..runtime.loader import resolve, stores_open
@@ -197,8 +197,6 @@ def _calls(case: Case, store: str | None) -> list[Call]:
     return [Call(part, op, text, number, *times[text]) for (part, op, text), number in counts.items()]
 
 
-_IN_ONE_KERNEL, _IN_PLACE = ("compose_swiglu", "compose_swiglu_backward"), ("swiglu_forward", "swiglu_backward")
-
 _OF_FORWARD = {"x Wᵀ", "x Aᵀ", "Y += h Bᵀ"}
 """The products that a checkpointed block runs a second time."""
 
@@ -221,7 +219,7 @@ def _kernels(case: Case) -> Iterable[tuple[KernelSpec, int, bool]]:
     for gate in gates:
         pair = (gate, *ups[:1])
         in_place = adds_in_place(case.rank, bucket_tokens(case.tokens), _DTYPE)
-        forward, backward = _IN_PLACE if in_place else _IN_ONE_KERNEL
+        forward, backward = IN_PLACE if in_place else IN_ONE_KERNEL
         if any(each.name == "down_proj" for each in model.projections):
             # Again for dA of down, which does not keep it, or in the recompute of a checkpoint, which does.
             yield from _specs(case, pair, forward, 2 * gate.count)

@@ -6,18 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from ..codegen.gpu import find_gpu
-from ..codegen.ops import DTYPE_BYTES, OPS, WIDTHS, adds_in_place, composes_apart
+from ..codegen.ops import DTYPE_BYTES, IN_ONE_KERNEL, IN_PLACE, OPS, WIDTHS, adds_in_place, composes_apart
 from ..codegen.spec import MOST_RANK, TOKEN_BUCKETS, KernelSpec, bucket_tokens, most_tokens
 from ..codegen.weight_formats import parse_format, stored_as
 from ..errors import UsageError, near_names
 from ..printable import brief
 from .models import Model, Projection
 
-_IN_ONE_KERNEL = ("compose_swiglu", "compose_swiglu_backward")
-_IN_PLACE = ("swiglu_forward", "swiglu_backward")
-"""The operations of a gated MLP where rank-r products are added to gate and up in memory."""
-
-_GATED = (*_IN_ONE_KERNEL, *_IN_PLACE)
+_GATED = (*IN_ONE_KERNEL, *IN_PLACE)
 """The operations of a gated MLP."""
 
 _GROUPED = ("lora_compose_group", "compose_backward_group")
@@ -126,7 +122,7 @@ def _buckets_of(op: str, buckets: tuple[int, ...], stored: str | None) -> tuple[
 def _runs_with(op: str, rank: int, bucket: int, dtype: str) -> bool:
     """Whether ``op`` runs at this rank and token bucket: of the two ways of a gated MLP one does."""
     in_place = op in _GATED and adds_in_place(rank, bucket, dtype)
-    return op not in (_IN_ONE_KERNEL if in_place else _IN_PLACE)
+    return op not in (IN_ONE_KERNEL if in_place else IN_PLACE)
 
 
 def _calls(op: str, model: Model) -> list[tuple[Projection, dict[str, int | bool]]]:
