@@ -519,6 +519,20 @@ def packed_linear(
 
 
 @bench.command()
+@click.option("--shape", "shapes", multiple=True, metavar="D_OUTxD_IN", help="Of W, such as 4096x4096; repeatable.")
+@click.option("--quant", "quants", multiple=True, metavar="KIND", help="nf4, int8, fp8 or hqq; repeatable.")
+@_with_results(rounds=9)
+def dequantise(shapes: tuple[str, ...], quants: tuple[str, ...], **request: Any) -> Measured:
+    """W of quantised layers decoded on a GPU, beside the decoding of the layer's own package."""
+    from .dequantise import SHAPES, bench_dequantise
+    from .packed import weight_shape
+    from .quantised import QUANTS
+
+    sizes = [weight_shape(shape) for shape in shapes or SHAPES]
+    return bench_dequantise(sizes, quants or QUANTS, progress=message, **request), {}
+
+
+@bench.command()
 @_with_results(rounds=30)
 def host(rounds: int) -> Measured:
     """What a call costs the host: a load_kernel hit and a launch, beside Triton's own ways to launch."""

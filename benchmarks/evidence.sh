@@ -60,6 +60,7 @@ for part; do
             --impl peft_lora --impl doratune "${fused[@]}" "${peers[@]}" --op step --op inference --op decode
         ;;
     ddp | fsdp2) bench 200 "$part" model --layers 6 --rank 16 --modes bf16 --parallel "$part" --processes 2 --rounds 10 ;;
+    dequantise) bench 120 dequantise dequantise ;;
     host) bench 120 host host ;;
     *) echo "unknown part $part" >&2; exit 2 ;;
     esac

@@ -193,6 +193,7 @@ class Op:
         scaling: whether the operation takes the scalar s.
         formats: whether W may be in a weight format (:mod:`~doratune.codegen.weight_formats`); then a norm also redoes
             the rows whose terms nearly cancel.
+        only_formats: whether it must be.
         format_tokens: the largest token bucket for a W in a weight format, where there is a limit.
         matrix_dims: the three sizes of its matrix product (``d_in+rank`` is their sum, ``2*rank`` stands for two
             products); empty for an elementwise one.
@@ -210,6 +211,7 @@ class Op:
     optional_dtypes: tuple[str, ...] = ()
     optional_dims: tuple[str, ...] = ()
     formats: bool = False
+    only_formats: bool = False
     format_tokens: int = 0
 
     def inputs_of(self, spec: Spec) -> tuple[Operand, ...]:
@@ -582,6 +584,19 @@ ADAPTER_BACKWARD = Op(
     scaling=True,
 )
 
+WEIGHT_DEQUANTISE = Op(
+    name="weight_dequantise",
+    maths="dense = round(round(code - zero) * scale) for each element of W, as the format has it",
+    dims=("d_out", "d_in"),
+    dtypes=("weight", "activation"),
+    flags=(),
+    inputs=(Operand("weight", ("d_out", "d_in"), "weight"),),
+    outputs=(Operand("dense", ("d_out", "d_in"), "activation"),),
+    scaling=False,
+    formats=True,
+    only_formats=True,
+)
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
@@ -600,5 +615,6 @@ OPS: dict[str, Op] = {
         LORA_COMPOSE_GROUP,
         COMPOSE_BACKWARD_GROUP,
         DORA_LINEAR_FORWARD,
+        WEIGHT_DEQUANTISE,
     )
 }

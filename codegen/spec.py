@@ -208,6 +208,8 @@ class KernelSpec:
             raise SpecError(f"{op.name} does not depend on the {role} dtype: leave it out")
         if role == "weight" and is_format(value):
             self._check_format(op, value)
+        elif role == "weight" and op.only_formats:
+            raise SpecError(f"weight={value!r}: {op.name} reads a W in a weight format ({', '.join(KINDS)})")
         elif value not in DTYPE_BYTES:
             also = f" or a weight format ({', '.join(KINDS)})" if role == "weight" and op.formats else ""
             raise SpecError(f"{role}={value!r}: unsupported dtype; use one of {', '.join(DTYPE_BYTES)}{also}")

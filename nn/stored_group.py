@@ -30,7 +30,7 @@ from .group_gradients import differentiate_group, differentiate_one, low_gradien
 from .norm import NormAndGain, safe_norm
 from .norm_cache import norms_taken, slice_settings, take_gains
 from .stored_norm import How
-from .stored_plan import StoredPlan
+from .stored_plan import At, StoredPlan
 
 _needs_gradient = attrgetter("requires_grad")
 _version = attrgetter("_version")
@@ -79,14 +79,15 @@ class _Forward:
         if at.fused is not None and not bases:
             self.outputs = self._from_stored(rows, plan, at.fused, lead)
             return
-        if bases:
-            self.bases = [base.view(-1, base.shape[-1]) for base in bases]
+        biases = [_as(bias, dtype) for bias in plan.biases]
+        if at.multiplies:
+            self.bases = [linear(rows, at.matrix(plan, index, dtype)) for index in range(plan.count)]
         else:
-            self.bases = [product(rows) for product in plan.products]
-        biases = plan.biases
-        if biases:
-            biases = [_as(bias, dtype) for bias in biases]
-            for base, bias in zip(self.bases, biases, strict=True):
+            if bases:
+                self.bases = [base.view(-1, base.shape[-1]) for base in bases]
+            else:
+                self.bases = [product(rows) for product in plan.products]
+            for base, bias in zip(self.bases, biases, strict=bool(biases)):
                 base.sub_(bias)  # a pass of its own: as (1-g)*b it would cancel where g is large
         if at.compose is None:
             made = self._by_reference(plan, biases)
@@ -243,7 +244,7 @@ def _backward(ctx: Any, dys: Sequence[torch.Tensor | None], *, release: bool) ->
             for index in given:
                 grads[3 + 3 * index] = parts[index]
         if ctx.need_x:
-            dx = _input_gradient(plan, dbases, t, plan.lora_A[0] if a is None else a)
+            dx = _input_gradient(plan, ctx.at, dbases, t, plan.lora_A[0] if a is None else a)
             grads[2] = dx.view(*dys[given[0]].shape[:-1], dx.shape[1])  # type: ignore[union-attr]
     if not plan.sources:
         grads += [None if dy is None else dbase.view(dy.shape) for dbase, dy in zip(dbases, dys, strict=True)]
@@ -264,15 +265,15 @@ class _Saved:
         self.lora_B = plan.lora_B if ctx.at.exact else rest[-count:]
 
 
-def _input_gradient(plan: StoredPlan, dbases: list[Any], t: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
+def _input_gradient(plan: StoredPlan, at: At, dbases: list[Any], t: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
     """dX [T, d_in]; with sources it empties ``dbases``."""
     if not plan.sources:
         return torch.mm(t, lora_A)
     dx: Any = None
-    for index, source in enumerate(plan.sources):
+    for index in range(plan.count):
         dbase, dbases[index] = dbases[index], None  # frees memory for the products that follow
         if dbase is not None:
-            weight = source.matrix(t.dtype)
+            weight = at.matrix(plan, index, t.dtype)
             dx = torch.mm(dbase, weight) if dx is None else dx.addmm_(dbase, weight)
             del weight
     made: torch.Tensor = dx.addmm_(t, lora_A)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..codegen.ops import DECODE_TOKENS
+from ..codegen.weight_formats import WeightFormat
 from ..internals.torch import knows_backward
 from ..runtime.kernel import Kernel, Request
 from . import kernels
@@ -28,6 +29,19 @@ class Source(Protocol):
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether it computes products in this dtype, of an x that has it."""
+        ...
+
+    @property
+    def multiplies_from(self) -> int | None:
+        """The least number of tokens with which x@W.T may be made of ``matrix`` instead; None if it never may.
+
+        Then ``product`` multiplies by the same W.
+        """
+        ...
+
+    @property
+    def keeps_dtype(self) -> bool:
+        """Whether the layer returns the dtype of its input, whatever its products have."""
         ...
 
     @property
@@ -141,6 +155,9 @@ class StoredPlan:
         dm = [made(width, of=self.magnitude_dtype) for width in self.widths]
         biases = [made(width, of=dtype) for width in self.widths] if self.biases else []
         uses: list[tuple[Kernel | None, list[torch.Tensor]]] = []
+        if at.dequantise is not None:
+            for index, decoder in enumerate(at.dequantise):
+                uses.append((decoder, [*self.stored[index], made(*self.layers[index].weight.shape, of=dtype)]))
         if at.fused is None:
             uses.append((at.compose, [*rows, h, *b, *vectors, *biases, *rows]))
         else:
@@ -171,6 +188,8 @@ class At:
 
     Attributes:
         compose: of the composition.
+        dequantise: of ``weight_dequantise``, one for each projection with a source.
+        multiplies: whether base products are those by what ``dequantise`` gives; else the sources compute them.
         differentiate: of the backward pass of a group; for a single projection that of ``compose_backward``.
         adapter: of ``adapter_backward``, for a single projection.
         exact: whether A and B are not rounded.
@@ -180,7 +199,7 @@ class At:
         how: how the norms are computed; None where that depends on autocast (:meth:`StoredPlan.hows`).
     """
 
-    __slots__ = ("adapter", "compose", "differentiate", "exact", "fused", "how", "kept")
+    __slots__ = ("adapter", "compose", "dequantise", "differentiate", "exact", "fused", "how", "kept", "multiplies")
 
     def __init__(self, plan: StoredPlan, bucket: int, dtype: torch.dtype, trains: bool, device: torch.device) -> None:
         one = plan.count == 1
@@ -192,6 +211,10 @@ class At:
         flags = ("bias",) if plan.biases else ()
         self.compose = find("lora_compose" if one else "lora_compose_group", plan.rank, bucket, dtype, flags, None)
         self.fused = None if trains else _fused(plan, bucket, dtype, flags, device)
+        least = [source.multiplies_from for source in plan.sources]
+        multiplies = self.fused is None and all(tokens is not None and bucket >= tokens for tokens in least)
+        self.dequantise = _dequantise(plan, dtype, device) if multiplies or trains else None
+        self.multiplies = multiplies and self.dequantise is not None
         self.differentiate: Kernel | None = None
         self.adapter: Kernel | None = None
         if trains and not one:
@@ -208,6 +231,14 @@ class At:
         alone, rounded = plan.hows(dtype)
         self.how: How | None = alone if alone == rounded else None
 
+    def matrix(self, plan: StoredPlan, index: int, dtype: torch.dtype) -> torch.Tensor:
+        """W [d_out, d_in] of a projection of ``plan`` with a source, in new memory."""
+        if self.dequantise is None:
+            return plan.sources[index].matrix(dtype)
+        dense = torch.empty(plan.layers[index].weight.shape, dtype=dtype, device=plan.device)
+        self.dequantise[index].launch(plan.stored[index], (dense,))
+        return dense
+
 
 def _fused(
     plan: StoredPlan, bucket: int, dtype: torch.dtype, flags: tuple[str, ...], device: torch.device
@@ -216,12 +247,8 @@ def _fused(
 
     None, too, if the layers multiply by other values than the format's in ``dtype``, or by a rounded x.
     """
-    form = plan.layers[0].weight.form
-    if bucket > DECODE_TOKENS or form.of.rounds_inputs:
-        return None
-    if form.exact and form.of.scales:  # it rounds no value, and its scales are of no layer's dtype
-        form = form.with_dtype(SPEC_DTYPES[dtype])
-    if form.dtype != SPEC_DTYPES[dtype]:
+    form = _form_in(plan, dtype)
+    if bucket > DECODE_TOKENS or form is None or form.of.rounds_inputs:
         return None
     found = []
     for layer in plan.layers:
@@ -231,3 +258,21 @@ def _fused(
             return None
         found.append(kernel)
     return found
+
+
+def _dequantise(plan: StoredPlan, dtype: torch.dtype, device: torch.device) -> list[Kernel] | None:
+    """The kernels that decode W of each projection into ``dtype``; None where its source does."""
+    form = _form_in(plan, dtype) if plan.sources else None
+    if form is None:
+        return None
+    sizes = [layer.weight.shape for layer in plan.layers]
+    found = [kernels.kernel_for("weight_dequantise", *size, 1, 1, str(form), dtype, (), None, device) for size in sizes]
+    return [kernel for kernel in found if kernel is not None] or None
+
+
+def _form_in(plan: StoredPlan, dtype: torch.dtype) -> WeightFormat | None:
+    """The format of the projections with values in ``dtype``, the products' own; None if its values have another."""
+    form = plan.layers[0].weight.form
+    if form.exact and form.of.scales:  # it rounds no value, and its scales are of no layer's dtype
+        form = form.with_dtype(SPEC_DTYPES[dtype])
+    return form if form.dtype == SPEC_DTYPES[dtype] else None

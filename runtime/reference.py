@@ -295,6 +295,11 @@ def _compose_backward_group(spec: KernelSpec, inputs: Tensors, scaling: float) -
     return results
 
 
+def _weight_dequantise(spec: KernelSpec, inputs: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    rows = max(1, _WIDENED_ELEMENTS // spec.d_in)
+    return {"dense": torch.cat([*inputs["weight"].split(rows)])}
+
+
 _FORMULAS = {
     "lora_compose": _lora_compose,
     "compose_forward": _compose_forward,
@@ -308,4 +313,5 @@ _FORMULAS = {
     "compose_swiglu_backward": _swiglu_backward,
     "swiglu_forward": _swiglu,
     "swiglu_backward": _swiglu_backward,
+    "weight_dequantise": _weight_dequantise,
 }

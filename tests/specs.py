@@ -18,6 +18,11 @@ RAGGED = {**EVEN, "d_out": 4304, "d_in": 1152, "rank": 24}
 """Sizes that hardly a tile divides, with rows of a multiple of 16 bytes as tensor descriptors need."""
 
 
+def dtype_for(op: str, dtype: str) -> str:
+    """The ``dtype`` of a spec of ``op``: a weight format of such values where W can be nothing else."""
+    return stored_as("nf4", dtype) if OPS[op].only_formats else dtype
+
+
 def read_by(variant: Variant, values: dict[str, Any]) -> dict[str, Any]:
     """The fields of a spec, with W in a weight format if the variant reads only such, for as many tokens as it may."""
     if not variant.packed:

@@ -4,7 +4,8 @@ Which of the two is faster depends on shape, tokens and GPU. So it is measured a
 runtime runs ``dora_linear_forward`` only where its entry says that fusion pays.
 
 The product of a dense W is cuBLAS's. Of a W in a format of bitsandbytes' 4-bit layers it is bitsandbytes' own, where
-the package is installed: that is what such a layer runs. Of other formats it is cuBLAS's with W decoded before, and the
+the package is installed: that is what such a layer runs. Of formats whose packages multiply by W decoded it is
+``weight_dequantise`` and cuBLAS's product, as a layer runs it. Of others it is cuBLAS's with W decoded before, and the
 decoding is not timed. What a package does takes longer than that, so a fusion that pays here pays there, too.
 """
 
@@ -20,6 +21,7 @@ from ..cache.entry import MEASURED, Entry
 from ..codegen.spec import KernelSpec
 from ..codegen.weight_formats import NESTED_BLOCK, WeightFormat
 from ..runtime.dequantise import StoredWeight
+from ..runtime.loader import load_kernel
 from ..runtime.reference import TORCH_DTYPES
 
 
@@ -54,8 +56,10 @@ def product_of(spec: KernelSpec, inputs: Mapping[str, torch.Tensor]) -> Product:
         return _dense_product(inputs["weight"])
     if _is_of_bitsandbytes(form) and find_spec("bitsandbytes") is not None:
         return _bitsandbytes_product(spec, form, inputs)
-    stored = StoredWeight(form, inputs, spec.d_out, spec.d_in, torch.float32)
     dtype = TORCH_DTYPES[spec.activation]
+    if not form.exact and inputs["weight"].is_cuda:
+        return _decoded_product(spec, inputs, dtype)
+    stored = StoredWeight(form, inputs, spec.d_out, spec.d_in, torch.float32)
     return _dense_product(torch.cat([part.to(dtype) for part in stored.split(max(1, _DECODED // spec.d_in))]))
 
 
@@ -70,6 +74,27 @@ _DECODED = 1 << 22
 
 def _dense_product(weight: torch.Tensor) -> Product:
     return lambda x, y: torch.mm(x, weight.T, out=y)
+
+
+def _decoded_product(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Product:
+    device = inputs["weight"].device
+    kernel = load_kernel(
+        "weight_dequantise",
+        d_out=spec.d_out,
+        d_in=spec.d_in,
+        rank=spec.rank,
+        tokens=spec.tokens,
+        dtype=spec.weight,
+        device=device,
+    )
+    stored = [inputs[operand.name] for operand in kernel.spec.contract.inputs_of(kernel.spec)]
+    dense = torch.empty(spec.d_out, spec.d_in, dtype=dtype, device=device)
+
+    def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        kernel.launch(stored, (dense,))
+        return torch.mm(x, dense.T, out=y)
+
+    return product
 
 
 def _bitsandbytes_product(spec: KernelSpec, form: WeightFormat, inputs: Mapping[str, torch.Tensor]) -> Product:

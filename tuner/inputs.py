@@ -171,6 +171,19 @@ def _norm_inputs(
     return {"weight": weight, "lora_A": lora_a, "lora_B": lora_b, **vectors}
 
 
+def _weight_inputs(
+    spec: KernelSpec, tokens: int, case: str, normal: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """W alone, with bands of rows that are zero, large, or the smaller the further right."""
+    weight = normal(spec.d_out, spec.d_in) * 0.02
+    bands = _bands(case, spec.d_out, ("zero_weight", "large_activations", "cross_term", "zero_rows"))
+    weight[bands["zero_weight"]] = 0.0
+    weight[bands["large_activations"]] *= 1e3
+    weight[bands["cross_term"]] *= torch.logspace(0, -4, spec.d_in, device=weight.device)
+    weight[bands["zero_rows"]][::2] = 0.0
+    return {"weight": weight}
+
+
 def _cancel_rows(values: dict[str, torch.Tensor], scaling: float) -> None:
     """Make W + sBA nearly cancel in a third of the rows, and BA itself in another one, by rows of A that are alike."""
     weight, lora_a, lora_b = values["weight"], values["lora_A"], values["lora_B"]
@@ -292,4 +305,5 @@ _MAKERS = {
     "compose_swiglu_backward": _gated_inputs,
     "swiglu_forward": _gated_inputs,
     "swiglu_backward": _gated_inputs,
+    "weight_dequantise": _weight_inputs,
 }

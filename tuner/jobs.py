@@ -40,15 +40,16 @@ def plan_jobs(
 ) -> list[KernelSpec]:
     """Return the distinct specs of DoRA on every projection of ``model``.
 
-    ``weight_norm`` depends on (d_out, d_in, rank), ``lora_compose`` on (d_out, rank, tokens, bias), ``compose_forward``
-    on (d_out, tokens, bias), ``compose_backward`` on (d_out, tokens), ``adapter_backward`` on (d_out, rank), the others
-    on (d_out, d_in, rank, tokens), and ``weight_norm_group`` on (d_out, d_in, rank) and the number of layers of that
-    shape in the model; projections that agree in these share a job. ``compose_swiglu`` and its backward run where the
-    model's MLP is gated by an activation that they know, once for gate and up, or with a high rank and many
-    tokens ``swiglu_forward`` and ``swiglu_backward`` (on (d_out, tokens, bias)); ``lora_compose_group`` and
-    ``compose_backward_group`` once for q, k and v, but where Hopper composes them apart. ``compose_backward_exact``
-    serves layers that keep their output instead of the base product, which is not the default: it is planned where
-    ``ops`` names it, for the most tokens only, since it seldom finds a column to compute.
+    ``weight_norm`` depends on (d_out, d_in, rank), ``lora_compose`` on (d_out, rank, tokens, bias),
+    ``compose_forward`` on (d_out, tokens, bias), ``compose_backward`` on (d_out, tokens), ``adapter_backward`` on
+    (d_out, rank), the others on (d_out, d_in, rank, tokens), ``weight_dequantise`` on (d_out, d_in), and
+    ``weight_norm_group`` on (d_out, d_in, rank) and the number of layers of that shape in the model; projections
+    that agree in these share a job. ``compose_swiglu`` and its backward run where the model's MLP is gated by an
+    activation that they know, once for gate and up, or with a high rank and many tokens ``swiglu_forward`` and
+    ``swiglu_backward`` (on (d_out, tokens, bias)); ``lora_compose_group`` and ``compose_backward_group`` once for
+    q, k and v, but where Hopper composes them apart. ``compose_backward_exact`` serves layers that keep their
+    output instead of the base product, which is not the default: it is planned where ``ops`` names it, for the most
+    tokens only, since it seldom finds a column to compute.
 
     Args:
         ranks: the adapter ranks, each an integer of at least 1, without repeats.
@@ -187,12 +188,16 @@ def _runs(op: str, weight: str) -> bool:
 def _check_ops(ops: Sequence[str] | None, weight: str | None) -> tuple[str, ...]:
     if ops is None:
         usual = (op for op in OPS if op != "compose_backward_exact")
-        return tuple(op for op in usual if weight is None or (_reads_packed(op) and _runs(op, weight)))
+        if weight is None:
+            return tuple(op for op in usual if not OPS[op].only_formats)
+        return tuple(op for op in usual if _reads_packed(op) and _runs(op, weight))
     if isinstance(ops, str) or not ops:
         raise UsageError(f"ops={ops!r}: give a list of operations out of {', '.join(OPS)}, or None for all")
     for op in ops:
         if op not in OPS:
             raise UsageError(f"unknown operation {op!r}{near_names(str(op), OPS)} (known: {', '.join(OPS)})")
+        if weight is None and OPS[op].only_formats:
+            raise UsageError(f"{op} reads packed weights only: name their format, such as nf4, or leave it out")
         if weight is not None and not _reads_packed(op):
             raise UsageError(
                 f"{op} reads plain weights only, not {weight}: leave it out, or leave out the weight format"

@@ -23,6 +23,7 @@ from .group import ComposeBackwardGroupTile, LoraComposeGroupTile
 from .lora_compose import LoraComposeTile, LoraComposeTma, LoraComposeWarpSpecialized
 from .packed_norm import WeightNormGroupPacked, WeightNormPacked
 from .packed_norm_warp_specialized import WeightNormGroupPackedWarpSpecialized, WeightNormPackedWarpSpecialized
+from .weight_dequantise import WeightDequantiseTile
 from .weight_norm import WeightNormFused, WeightNormTma
 from .weight_norm_exact import WeightNormExactRows
 from .weight_norm_group import WeightNormGroupTiles, WeightNormGroupWarpSpecialized
@@ -75,6 +76,7 @@ VARIANTS: tuple[Variant, ...] = (
     SwigluBackwardColumns(),
     LoraComposeGroupTile(),
     ComposeBackwardGroupTile(),
+    WeightDequantiseTile(),
 )
 
 MOST_CARRIED = 6

@@ -15,6 +15,10 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
+_MANY = 2048
+"""The token bucket from which bitsandbytes' product is that of a decoded W, too: it is from 1,537 tokens on (0.50; in
+older versions from 2 on), and its kernels that multiply by the codes take longer than to decode once here."""
+
 _NESTED = 256
 """The blocks of nested scales that the operator takes."""
 
@@ -27,6 +31,8 @@ class FourBits:
     """
 
     __slots__ = ("_dtype", "_layer", "_packed", "_state", "product")
+    keeps_dtype = True
+    multiplies_from = _MANY
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._state = layer, layer.weight.quant_state

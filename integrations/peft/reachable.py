@@ -4,7 +4,7 @@ The layers run as in a first step's preparation (:mod:`.first_step`), but in eve
 in groups, as gated MLPs and alone; in training, in inference, and in the passes of checkpoints; with autocast and
 without; with dropout, with trained biases, with hooks; with norms from a pass over all layers, over some of them, or of
 their own. So the list holds more than any one run launches. A quantised model's is that of the dense one, and what
-reads its weight format: norms, and fused kernels for few tokens (:mod:`.reachable_norms`).
+reads its weight format: norms, the decoding of W, and fused kernels for few tokens (:mod:`.reachable_norms`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What quantised base layers may launch that dense ones do not, found from the layers' shapes and a weight format.
 
 A quantised layer cannot run without values, and need not: it runs the compositions of a dense one whose output others
-may see (:mod:`.reachable`), but its norm reads W as it is stored (:mod:`~doratune.nn.stored_norm`). So does a fused
-kernel for few tokens (:mod:`~doratune.nn.stored_plan`).
+may see (:mod:`.reachable`), but its norm reads W as it is stored (:mod:`~doratune.nn.stored_norm`). So do a fused
+kernel for few tokens and the one that decodes W for a product (:mod:`~doratune.nn.stored_plan`).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def stored_norm_requests(layers: Iterable[LoraLayer], form: WeightFormat) -> Ite
 def stored_product_specs(
     layers: Iterable[LoraLayer], form: WeightFormat, buckets: Iterable[int]
 ) -> Iterator[KernelSpec]:
-    """The specs of ``dora_linear_forward`` that ``layers`` may ask for if their W were stored in ``form``.
+    """The specs of ``weight_dequantise`` and ``dora_linear_forward`` that ``layers`` may ask for with W in ``form``.
 
-    For those of the token buckets that have one. The products have the dtype of W's values.
+    Of the latter those of the token buckets that have one. The products have the dtype of W's values.
     """
     few = [bucket for bucket in buckets if bucket <= DECODE_TOKENS and not form.of.rounds_inputs]
     for layer in layers:
@@ -50,6 +50,7 @@ def stored_product_specs(
         for member in _members([layer], form):
             d_out, d_in = member.weight.shape
             sizes = {"d_out": d_out, "d_in": d_in, "rank": member.lora_A.shape[0]}
+            yield KernelSpec.create("weight_dequantise", **sizes, dtype=str(form), gpu=GPU)
             for bucket in few:
                 how = {"dtype": str(form), "adapter": form.dtype, "bias": bias, "gpu": GPU}
                 yield KernelSpec.create("dora_linear_forward", **sizes, **how, tokens=bucket)

@@ -16,9 +16,10 @@ from ...codegen.weight_formats import INT8_UNIT
 from ...nn.stored_plan import Source
 from .base_layers import BNB_4BIT, BNB_8BIT, HQQ, TORCHAO
 
-_HQQ_FORWARDS = frozenset(
-    ("forward_pytorch", "forward_pytorch_compile", "forward_pytorch_backprop", "forward_pytorch_backprop_compile")
-)
+_HQQ_EAGER = frozenset(("forward_pytorch", "forward_pytorch_backprop"))
+"""Those of HQQ's ways to compute a product that decode W, rounding as its ``dequantize`` does, and multiply by it."""
+
+_HQQ_FORWARDS = _HQQ_EAGER | {"forward_pytorch_compile", "forward_pytorch_backprop_compile"}
 """HQQ's ways to compute a product that take any x [T, d_in] and differentiate by W decoded."""
 
 
@@ -35,9 +36,11 @@ def source_of(layer: Any, kind: str) -> Source | None:
         return EightBits(layer)
     if kind == TORCHAO:
         weight = layer.weight.detach()
-        return Decoded(layer, weight.dtype, weight.device.type, _torchao_decoder(weight))
-    if kind == HQQ and type(layer).forward.__name__ in _HQQ_FORWARDS:
-        return Decoded(layer, layer.meta.get("compute_dtype", torch.float16), layer.W_q.device.type, layer.dequantize)
+        dtype, decoder = weight.dtype, _torchao_decoder(weight)
+        return Decoded(layer, dtype, weight.device.type, decoder, dequantises=_dequantises(weight))
+    if kind == HQQ and (forward := type(layer).forward.__name__) in _HQQ_FORWARDS:
+        dtype, eager = layer.meta.get("compute_dtype", torch.float16), forward in _HQQ_EAGER
+        return Decoded(layer, dtype, layer.W_q.device.type, layer.dequantize, dequantises=eager)
     return None
 
 
@@ -48,6 +51,8 @@ class EightBits:
     """
 
     __slots__ = ("_state", "product")
+    keeps_dtype = True
+    multiplies_from = None
 
     def __init__(self, layer: Any) -> None:
         self._state = layer.state
@@ -64,17 +69,31 @@ class EightBits:
 
 
 class Decoded:
-    """The products of ``layer`` in ``dtype`` by its own forward pass; ``decode`` returns its W [d_out, d_in]."""
+    """The products of ``layer`` in ``dtype`` by its own forward pass; ``decode`` returns its W [d_out, d_in].
 
-    __slots__ = ("_decode", "_device", "_dtype", "product")
+    ``dequantises``: the forward pass multiplies by what ``decode`` returns.
+    """
 
-    def __init__(self, layer: Any, dtype: torch.dtype, device: str, decode: Callable[[], torch.Tensor]) -> None:
+    __slots__ = ("_decode", "_device", "_dtype", "multiplies_from", "product")
+    keeps_dtype = False
+
+    def __init__(
+        self,
+        layer: Any,
+        dtype: torch.dtype,
+        device: str,
+        decode: Callable[[], torch.Tensor],
+        *,
+        dequantises: bool,
+    ) -> None:
         self._dtype, self._decode, self._device = dtype, decode, device
+        self.multiplies_from = 1 if dequantises else None
         self.product: Callable[[torch.Tensor], torch.Tensor] = functools.partial(type(layer).forward, layer)
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """The layer's dtype, but not under autocast, where some layers return the dtype of x and others do not."""
-        return dtype is self._dtype and not torch.is_autocast_enabled(self._device)
+        """The layer's dtype; under autocast only where the product is by W, so that it has autocast's dtype."""
+        plain = self.multiplies_from is not None or not torch.is_autocast_enabled(self._device)
+        return dtype is self._dtype and plain
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         matrix = self._decode()
@@ -88,6 +107,14 @@ def _torchao_decoder(weight: Any) -> Callable[[], torch.Tensor]:
         return functools.partial(_by_row, weight.qdata, scales, weight.dtype)
     decode: Callable[[], torch.Tensor] = weight.dequantize
     return decode
+
+
+def _dequantises(weight: Any) -> bool:
+    """Whether torchao multiplies by its tensor decoded: not by codes whose row has a scale, which it applies after."""
+    kind = type(weight).__name__
+    by_row = kind == "Int8Tensor" and weight.block_size[-1] == weight.shape[-1]
+    plain = all(getattr(weight, name, None) is None for name in ("act_quant_kwargs", "act_pre_scale"))
+    return kind in ("Float8Tensor", "Int8Tensor") and plain and not by_row
 
 
 def _by_row(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -163,7 +163,7 @@ class StoredPlace:
     ) -> Sequence[torch.Tensor] | None:
         """The output of each layer of ``plan``, from products in ``dtype``; None if they cannot run in a plan now."""
         bases: list[torch.Tensor] = []
-        returned = x.dtype
+        returned = x.dtype if not plan.sources or plan.sources[0].keeps_dtype else dtype
         if not plan.sources:
             bases = [one.base(x) for one in plan.projections]
             if not all(type(base) in PLAIN_TENSORS and base.is_contiguous() for base in bases):

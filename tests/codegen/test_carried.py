@@ -12,13 +12,22 @@ from doratune.codegen.spec import Config, KernelSpec, SpecError
 from doratune.codegen.variants import MOST_CARRIED, carried, check_config, default_configs, variants_of
 from doratune.codegen.weight_formats import stored_as
 
+from ..specs import dtype_for
+
 H200, A100 = find_gpu("h200"), find_gpu("a100")
 SHAPES = ((4096, 4096, 384, 4096), (1024, 4096, 16, 16), (14336, 4096, 64, 128), (896, 896, 16, 1024), (48, 40, 8, 1))
 
 
 def spec_of(op: str, shape: tuple[int, int, int, int], gpu: str = "h200", **changes: object) -> KernelSpec:
     d_out, d_in, rank, tokens = shape
-    values = {"d_out": d_out, "d_in": d_in, "rank": rank, "tokens": tokens, "dtype": "bf16", "adapter": "bf16"}
+    values = {
+        "d_out": d_out,
+        "d_in": d_in,
+        "rank": rank,
+        "tokens": tokens,
+        "dtype": dtype_for(op, "bf16"),
+        "adapter": "bf16",
+    }
     return KernelSpec.create(op, **{**values, "gpu": gpu, **changes})
 
 

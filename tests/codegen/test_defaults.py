@@ -9,6 +9,8 @@ from doratune.codegen.ops import OPS
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import check_config, default_configs
 
+from ..specs import dtype_for
+
 SHAPES = [(1, 1, 1), (1, 4096, 1), (4096, 1, 1), (3, 5, 2), (16, 16, 16), (8, 24, 4), (28672, 8192, 768)]
 
 
@@ -20,7 +22,14 @@ def test_an_operation_has_a_config_that_fits(op: str, gpu: str) -> None:
         for tokens in (1, 128, 32768):
             for dtype, adapter in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
                 spec = KernelSpec.create(
-                    op, d_out=d_out, d_in=d_in, rank=rank, tokens=tokens, dtype=dtype, adapter=adapter, gpu=target.slug
+                    op,
+                    d_out=d_out,
+                    d_in=d_in,
+                    rank=rank,
+                    tokens=tokens,
+                    dtype=dtype_for(op, dtype),
+                    adapter=adapter,
+                    gpu=target.slug,
                 )
                 found = default_configs(spec, target)
                 assert found, spec

@@ -41,6 +41,7 @@ RICH = {
     "lora_compose_group": {"bias": True, "d_out_2": 1024, "d_out_3": 520},
     "compose_backward_group": {"magnitude": "fp32", "d_out_2": 1024, "d_out_3": 520},
     "dora_linear_forward": {"bias": True, "save": True},
+    "weight_dequantise": {},
 }
 """The flags that show most of an operation's code together."""
 

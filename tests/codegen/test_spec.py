@@ -13,6 +13,7 @@ import doratune.codegen.spec as spec_module
 from doratune.codegen.ops import DTYPE_BYTES, OPS
 from doratune.codegen.spec import FLAGS, TOKEN_BUCKETS, Config, KernelSpec, SpecError, bucket_tokens
 
+from ..specs import dtype_for
 from ..strategies import flags_of
 
 
@@ -28,7 +29,7 @@ def specs(draw: st.DrawFn) -> KernelSpec:
         d_in=draw(st.integers(1, 1 << 20)),
         rank=draw(st.integers(1, 4096)),
         tokens=draw(st.integers(1, 1 << 20)),
-        dtype=dtype,
+        dtype=dtype_for(op, dtype),
         adapter=adapter,
         magnitude=draw(st.sampled_from([None, "fp32", "bf16"])),
         gpu=draw(st.sampled_from(["h200", "rtx4090", "sm_90", "gfx942", "cpu"])),

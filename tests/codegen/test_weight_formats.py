@@ -108,7 +108,8 @@ def test_a_format_in_a_spec_is_written_in_its_own_form_and_its_dtype_decides_the
         (SPEC.format("ao8.block.64", "bf16"), "d_in must be a multiple of 64"),
         (
             "weight_norm_exact/d_out=4/d_in=4/rank=4/weight=nf4/adapter=bf16@h100",
-            "reads plain weights only (weight formats: weight_norm, weight_norm_group, dora_linear_forward)",
+            "reads plain weights only (weight formats: weight_norm, weight_norm_group, dora_linear_forward, "
+            "weight_dequantise)",
         ),
     ],
 )

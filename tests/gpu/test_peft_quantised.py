@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ pytest.importorskip("transformers")
 from peft.utils.integrations import dequantize_module_weight
 
 from doratune.integrations.peft import base_layers
+from doratune.integrations.peft.sources import source_of
 from doratune.integrations.peft.stored import StorageReader
+from doratune.nn import kernels
 from doratune.nn.stored_norm import StoredMatrix, norm_of_stored
 
 from ..integrations.peft.peft_models import Pair, by_torchao, dense, gradients, relative, shake, with_dora
@@ -210,3 +214,68 @@ def test_the_norm_needs_no_memory_of_the_size_of_w(storage: str) -> None:
     before = torch.cuda.memory_allocated()
     norm_of_stored(matrix, a, b, 1.0)
     assert torch.cuda.max_memory_allocated() - before <= 8 * (2048 * 16 + 16 * 16) + (1 << 20)
+
+
+class Format(NamedTuple):
+    """A quantised layer by the package's own code, and the format that it is read as."""
+
+    layer: Any
+    form: str
+
+
+def stored_layers(sizes: tuple[int, int]) -> Iterator[Format]:
+    """Layers of every package that is installed: W [d_out, d_in] for sizes (d_in, d_out), in bf16."""
+    for storage, form in FORMATS.items():
+        if importlib.util.find_spec({"torchao": "torchao", "HQQ": "hqq"}.get(storage, "bitsandbytes")):
+            yield Format(quantised(storage, (*sizes, 128)).first, form)
+    if importlib.util.find_spec("torchao"):
+        model = Pair(*sizes, 128).to("cuda", torch.bfloat16)
+        by_torchao(model, "Float8WeightOnlyConfig")
+        yield Format(model.first, "fp8")
+    if importlib.util.find_spec("hqq"):
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        for bits, axis, form in ((4, 0, "hqq4.strided"), (8, 1, "hqq8"), (8, 0, "hqq8.strided")):
+            linear = nn.Linear(*sizes, device="cuda", dtype=torch.bfloat16)
+            config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
+            yield Format(HQQLinear(linear, config, compute_dtype=torch.bfloat16, device="cuda"), form)
+
+
+@pytest.mark.parametrize("sizes", [(256, 256), (4096, 1024), (1024, 4096), (896, 128), (200, 64)], ids=str)
+def test_a_kernel_decodes_w_to_the_bits_of_its_package(sizes: tuple[int, int]) -> None:
+    seen = []
+    for layer, form in stored_layers(sizes):
+        d_in, d_out = sizes
+        x = torch.randn(2048, d_in, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            layer(x)  # in its first call a layer of bitsandbytes decides in which dtype it computes
+        matrix = matrix_of(layer)
+        assert str(matrix.form).removesuffix(".scales_fp32") == form
+        kind = base_layers.read_base(layer, d_out, d_in, transposed=False).kind  # type: ignore[union-attr]
+        source = source_of(layer, kind)
+        assert source is not None
+        how = (
+            d_out,
+            d_in,
+            1,
+            1,
+            str(matrix.form),
+            torch.bfloat16,
+            (),
+            None,
+            torch.device("cuda", torch.cuda.current_device()),
+        )
+        kernel = kernels.kernel_for("weight_dequantise", *how)
+        assert kernel is not None
+        dense = torch.full((d_out, d_in), float("nan"), device="cuda", dtype=torch.bfloat16)
+        kernel.launch(matrix.tensors, (dense,))
+        assert torch.equal(dense, source.matrix(torch.bfloat16)), form
+        seen.append(form)
+        if source.multiplies_from is not None:
+            product = nn.functional.linear(x, dense)
+            if getattr(layer, "bias", None) is not None:
+                product = product + layer.bias
+            with torch.no_grad():
+                assert torch.equal(source.product(x), product), form
+    if not seen:
+        pytest.skip("no package that quantises is installed")

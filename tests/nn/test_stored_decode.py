@@ -31,20 +31,27 @@ OP = "dora_linear_forward"
 
 
 class Products:
-    """A source of products by a decoded W, which counts them."""
+    """A source of products by a decoded W, which counts them, and the times that it decodes."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias, self.dtype, self.calls = weight, bias, weight.dtype, 0
+    keeps_dtype = False
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, multiplies_from: int | None) -> None:
+        self.weight, self.bias, self.dtype = weight, bias, weight.dtype
+        self.calls = self.decoded = 0
+        self.multiplies_from = multiplies_from
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         return nn.functional.linear(x, self.weight, self.bias)
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        self.decoded += 1
         return self.weight.to(dtype, copy=True)
 
 
-def made(form: str, widths: Sequence[int] = WIDTHS[:1], *, bias: bool = False) -> list[StoredProjection]:
+def made(
+    form: str, widths: Sequence[int] = WIDTHS[:1], *, bias: bool = False, multiplies_from: int | None = None
+) -> list[StoredProjection]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -65,7 +72,7 @@ def made(form: str, widths: Sequence[int] = WIDTHS[:1], *, bias: bool = False) -
         def ask(own: StoredLayer = layer, weight: torch.Tensor = weight) -> torch.Tensor:
             return (weight.double() + own.scaling * own.lora_B.double() @ own.lora_A.double()).norm(dim=1).float()
 
-        source = Products(weight.to(dtype), held)
+        source = Products(weight.to(dtype), held, multiplies_from)
         projections.append(StoredProjection(layer, layer.tensors, held, source, source.product, ask))
     return projections
 
@@ -232,4 +239,87 @@ def test_the_kernels_that_are_compiled_ahead_are_those_that_start(paying: Any, m
     many = [*plan.requests(40, torch.float32, train=False)]
     assert "lora_compose_group" in {kernel.spec.op for kernel, _ in many}  # type: ignore[attr-defined]
     trained = {kernel.spec.op for kernel, _ in plan.requests(3, torch.float32, train=True)}  # type: ignore[attr-defined]
-    assert trained == {"lora_compose_group", "compose_backward_group"}
+    assert trained == {"lora_compose_group", "compose_backward_group", "weight_dequantise"}
+
+
+def gradients(projections: Sequence[StoredProjection], x: torch.Tensor) -> list[torch.Tensor]:
+    """y of each projection, and the gradients of x, A, B and m where every y has ones."""
+    leaves = [x, *[tensor for one in projections for tensor in one.layer[1:4]]]
+    outputs = compose_stored(x, StoredPlan(projections))
+    return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])]
+
+
+@pytest.mark.parametrize(
+    "form", ["hqq4.fp32", "hqq8.strided.fp32", "fp8.tile.fp32", "ao8.block.fp32", "nf4.nested.fp32"]
+)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_kernel_decodes_w_for_the_products_and_for_the_gradient_of_x(
+    form: str, count: int, bias: bool, kernels_on_paper: Callable[[], dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = (48, 32, 16)[:count]
+    x = torch.randn(40, D_IN, requires_grad=True)
+    projections = made(form, widths, bias=bias, multiplies_from=1)
+    found = gradients(projections, x)
+    sources: list[Any] = [one.source for one in projections]
+    assert [(source.calls, source.decoded) for source in sources] == [(0, 0)] * count
+    assert kernels_on_paper()["weight_dequantise"] == 2 * count
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "kernel_for", lambda *key: None)
+        others = made(form, widths, bias=bias, multiplies_from=1)
+        wanted = gradients(others, x)
+    assert [(one.source.calls, one.source.decoded) for one in others] == [(1, 1)] * count  # type: ignore[union-attr]
+    for got, other in zip(found, wanted, strict=True):
+        assert torch.allclose(got, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_whose_product_is_another_keeps_it_and_a_kernel_decodes_w_for_its_gradient(
+    kernels_on_paper: Callable[[], dict[str, int]],
+) -> None:
+    projections = made("int8.fp32", (48, 32))
+    gradients(projections, torch.randn(40, D_IN, requires_grad=True))
+    assert [(one.source.calls, one.source.decoded) for one in projections] == [(1, 0)] * 2  # type: ignore[union-attr]
+    assert kernels_on_paper()["weight_dequantise"] == 2
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_values_of_another_dtype_than_the_products_are_decoded_by_their_source(trains: bool, paying: Any) -> None:
+    projections = made("hqq8.fp16", (48, 32), multiplies_from=1)
+    for one in projections:
+        source: Any = one.source
+        source.weight = source.weight.float()
+    x = torch.randn(40, D_IN, requires_grad=trains)
+    if trains:
+        gradients(
+            [
+                one._replace(
+                    layer=one.layer._replace(
+                        lora_A=nn.Parameter(one.layer.lora_A.detach().float()),
+                        lora_B=nn.Parameter(one.layer.lora_B.detach().float()),
+                    )
+                )
+                for one in projections
+            ],
+            x,
+        )
+    else:
+        run(projections, x)
+    assert [one.source.calls for one in projections] == [1, 1]  # type: ignore[union-attr]
+    assert "weight_dequantise" not in paying[1]()
+
+
+def test_inference_decodes_nothing_twice_and_nothing_for_products_of_its_own(kernels_on_paper: Any) -> None:
+    projections = made("hqq4.fp32", (48, 32, 16), multiplies_from=1)
+    assert run(projections, torch.randn(1, D_IN))[1] == 0
+    assert kernels_on_paper()["weight_dequantise"] == 3
+    own = made("nf4.fp32")
+    assert run(own, torch.randn(1, D_IN))[1] == 1
+    assert kernels_on_paper()["weight_dequantise"] == 3
+
+
+def test_a_product_is_made_of_the_decoded_w_from_the_tokens_on_that_its_source_names(kernels_on_paper: Any) -> None:
+    projections = made("nf4.fp32", multiplies_from=512)
+    for tokens, decoded in ((128, 0), (129, 1), (600, 2)):
+        run(projections, torch.randn(tokens, D_IN))
+        assert kernels_on_paper().get("weight_dequantise", 0) == decoded
+    assert projections[0].source.calls == 1  # type: ignore[union-attr]

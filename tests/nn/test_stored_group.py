@@ -34,6 +34,8 @@ class Decoded:
     """A source of products by W [d_out, d_in]; each W that it has decoded must be gone before another one is."""
 
     alive: weakref.ref[torch.Tensor] | None = None
+    multiplies_from = None
+    keeps_dtype = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias, self.dtype = weight, bias, weight.dtype
@@ -69,7 +71,8 @@ def made(
         layer = make_layer(case, d_out=width, d_in=D_IN, rank=RANK, dtype=dtype, adapter=adapter, seed=seed)
         a, b, m = (nn.Parameter(tensor.detach()) for tensor in (layer.lora_A, layer.lora_B, layer.magnitude))
         codes = layer.weight.detach().view(torch.uint8).view(-1)  # any tensors: only their versions are looked at
-        matrix = StoredMatrix(WeightFormat("int8"), (codes,), width, D_IN)
+        # Of values that no product here takes, so that the source decodes W.
+        matrix = StoredMatrix(WeightFormat("hqq8", dtype="fp16"), (codes,), width, D_IN)
         stored = StoredLayer(matrix, a, b, m, layer.scaling, NormCache())
         held = layer.bias.detach() if bias else None
         weight = layer.weight.detach()

@@ -16,13 +16,16 @@ from doratune.errors import UsageError
 from doratune.runtime.arguments import ArgumentError
 from doratune.tuner.inputs import make_inputs
 
+from ..specs import dtype_for
+
 D_OUT, D_IN, RANK, TOKENS = 24, 24, 8, 5
 
 Inputs = dict[str, Any]
 
 
 def kernel_of(op: str, dtype: torch.dtype = torch.float32, **flags: Any) -> Kernel:
-    return load_kernel(op, d_out=D_OUT, d_in=D_IN, rank=RANK, tokens=TOKENS, dtype=dtype, device="cpu", **flags)
+    given = dtype_for(op, "fp32") if OPS[op].only_formats else dtype
+    return load_kernel(op, d_out=D_OUT, d_in=D_IN, rank=RANK, tokens=TOKENS, dtype=given, device="cpu", **flags)
 
 
 def call(kernel: Kernel, inputs: Inputs, **more: Any) -> Any:

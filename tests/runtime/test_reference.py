@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from doratune.codegen.ops import OPS, SMALLEST_GAIN
 from doratune.codegen.spec import KernelSpec
+from doratune.codegen.weight_formats import NF4_TABLE
 from doratune.runtime.reference import TORCH_DTYPES, definition, reference
 from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import CASES, make_inputs
+
+from ..specs import dtype_for
 
 TOKENS = 37
 
@@ -23,7 +26,7 @@ TOKENS = 37
 def spec_of(op: str, dtype: str, **values: object) -> KernelSpec:
     dims = {"d_out": 80, "d_in": 144, "rank": 24, "tokens": TOKENS}
     adapter = "fp32" if values.get("autocast") else dtype  # only fp32 adapters are rounded
-    return KernelSpec.create(op, **{**dims, "dtype": dtype, "adapter": adapter, "gpu": "cpu", **values})
+    return KernelSpec.create(op, **{**dims, "dtype": dtype_for(op, dtype), "adapter": adapter, "gpu": "cpu", **values})
 
 
 def forms(op: str) -> list[dict[str, object]]:
@@ -73,6 +76,10 @@ def test_the_reference_returns_the_outputs_of_the_contract_in_order(op: str, for
 def dora_by_the_book(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
     """The contracts written again, element by element where that is short, without code of the package."""
     t = {name: tensor.double() for name, tensor in inputs.items()}
+    if spec.op == "weight_dequantise":
+        codes = [code for byte in inputs["weight"].tolist() for code in (byte >> 4, byte & 15)]
+        values = torch.tensor([NF4_TABLE[code] for code in codes], dtype=torch.float32)
+        return {"dense": (values * inputs["scales"].repeat_interleave(64)).view(spec.d_out, spec.d_in).double()}
     if spec.op == "weight_norm":
         adapted = t["weight"] + scaling * t["lora_B"] @ t["lora_A"]
         norm = torch.stack([row.dot(row).sqrt() for row in adapted])

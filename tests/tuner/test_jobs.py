@@ -274,7 +274,8 @@ def test_an_unknown_gpu_is_refused() -> None:
 def test_a_quantised_model_runs_what_reads_its_weights_packed_or_not_at_all() -> None:
     model = find_model("llama-8b")
     specs = plan_jobs(model, ranks=[16], weight="nf4.nested", adapter_dtype="fp32", autocast=True, gpu="h200")
-    assert {spec.op for spec in specs if spec.weight} == {"weight_norm", "weight_norm_group", "dora_linear_forward"}
+    readers = {"weight_norm", "weight_norm_group", "dora_linear_forward", "weight_dequantise"}
+    assert {spec.op for spec in specs if spec.weight} == readers
     assert {spec.tokens for spec in specs if spec.op == "dora_linear_forward"} == {1, 16}
     assert {(spec.activation, spec.adapter) for spec in specs if spec.op == "dora_linear_forward"} == {("bf16", "bf16")}
     assert {spec.weight for spec in specs if spec.weight} == {"nf4.nested"}
@@ -283,5 +284,7 @@ def test_a_quantised_model_runs_what_reads_its_weights_packed_or_not_at_all() ->
     assert {spec.op for spec in rounded} == {spec.op for spec in specs} - {"dora_linear_forward"}
     with pytest.raises(UsageError, match="compose_backward_exact reads plain weights only"):
         plan_jobs(model, ranks=[16], weight="nf4", gpu="h200", ops=["compose_backward_exact"])
+    with pytest.raises(UsageError, match="weight_dequantise reads packed weights only: name their format"):
+        plan_jobs(model, ranks=[16], gpu="h200", ops=["weight_dequantise"])
     with pytest.raises(UsageError, match="unknown weight format 'nf5'"):
         plan_jobs(model, ranks=[16], weight="nf5", gpu="h200")
