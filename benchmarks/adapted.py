@@ -216,6 +216,23 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
+def fp32_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose parameters and buffers are its own, in fp32.
+
+    Raises:
+        DoratuneError: it has quantised layers, whose parameters are codes.
+    """
+    if not all(type(one) is nn.Parameter and one.is_floating_point() for one in model.parameters()):
+        raise DoratuneError("the base is quantised")
+    made: dict[int, Any] = {}
+    for parameter in model.parameters():
+        values = parameter.detach().to(torch.float32, copy=True)
+        made[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        made[id(buffer)] = buffer.to(torch.float32, copy=True) if buffer.is_floating_point() else buffer.clone()
+    return copy.deepcopy(model, made)
+
+
 def contenders(names: Collection[str], adapted: nn.Module, peers: Peers, notes: list[str]) -> list[Contender]:
     """The implementations ``names`` over the parameters of ``adapted``; a note says which are not available."""
     found = []

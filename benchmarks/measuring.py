@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -83,6 +84,13 @@ def allocated_bytes(device: str) -> int:
 
 def _is_gpu(device: str) -> bool:
     return device == "cuda" and torch.cuda.is_available()
+
+
+def release_memory(device: torch.device) -> None:
+    """Collect modules in reference cycles, and release the blocks of GPU memory that no tensor uses."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def left_out(name: str, failure: Exception) -> str:

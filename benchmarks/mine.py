@@ -7,7 +7,6 @@ and as many rounds as the time allows.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -24,7 +23,7 @@ from .adapted import STOCK, STOCK_LORA, Mode, Peers, bench_device, chosen_modes,
 from .deadline import Budget
 from .fit import Cost, Costs, Fit, fit
 from .liger import liger_version
-from .measuring import allocated_bytes, check_names, left_out
+from .measuring import allocated_bytes, check_names, left_out, release_memory
 from .memory import within_free_memory
 from .model import ModelBench, with_liger
 from .quantised import quantise
@@ -183,7 +182,7 @@ class _Measuring:
                 self._measure(run, time.monotonic() + max(least, self.budget.share(weights)))
             except Exception as failure:  # the other runs continue
                 self.notes.append(left_out(run.title, failure))
-            self._release()
+            release_memory(self.device)
 
     def _with_liger(self) -> bool:
         """Whether Liger's kernels take part; a note says why not."""
@@ -295,7 +294,7 @@ class _Measuring:
                     raise _NotMeasuredError(notes[-1])
                 peak, us = max(peak, 1e6 * (sample.peak_mb or 0.0)), us + sample.us[0]
         del base, bench
-        self._release()
+        release_memory(self.device)
         return Cost(layers, built, held, peak, us)
 
     def _model(self, layers: int, peers: Peers, rounds: int) -> tuple[nn.Module, ModelBench, int]:
@@ -310,11 +309,6 @@ class _Measuring:
         request = replace(mine.request, liger=peers.liger)
         ops = [op for op in MINE_OPS if op in asked.ops]
         return base, ModelBench(base, config, request, ops, rounds, self.device, peers, mine.outcome, targets), built
-
-    def _release(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from .adapted import (
 from .agreement import compare
 from .counts import COUNTS, device_work, host_calls
 from .intervals import disturbance
-from .measuring import check_names
+from .measuring import check_names, release_memory
 from .quantised import quantise
 from .results import COMPILED, Outcome, Row, counterpart
 from .shapes import SHAPES, TARGETS, random_model, read_model_config
@@ -239,9 +238,7 @@ class ModelBench:
         running.clear()
         del adapted
         torch.compiler.reset()
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        release_memory(self.device)
 
     def _measure(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,14 +51,16 @@ class Request:
 class Task:
     """One operation on the model: ``call`` is what is timed, ``before`` runs ahead of it, outside the time.
 
-    ``results`` makes the call and says what it computed. ``facts`` are the fields of its rows. ``brief`` is the same
-    with few tokens, for the host's time; None where the task is brief.
+    ``results`` makes the call and says what it computed. ``anew`` makes the same task, on the same tokens, for another
+    mode and model. ``facts`` are the fields of its rows. ``brief`` is the same with few tokens, for the host's time;
+    None where the task is brief.
     """
 
     facts: Row
     adapted: nn.Module
     call: Callable[[nn.Module], object]
     results: Callable[[nn.Module], Results]
+    anew: Callable[[Mode, nn.Module], Task]
     before: Callable[[], None] = field(default=lambda: None)
     brief: Task | None = None
 
@@ -122,10 +125,11 @@ def whole_sequences(
     if request.batch > 1:
         flags.append(f"batch={request.batch}")
     facts: Row = {"op": op, "shape": [config.num_hidden_layers, request.seq], "flags": flags}
+    anew = functools.partial(whole_sequences, op, request, config, device=device, seed=seed)
     if op == INFERENCE:
-        return Task(facts, adapted, inference, lambda model: {"logits": inference(model)})
+        return Task(facts, adapted, inference, lambda model: {"logits": inference(model)}, anew)
     before = touch(adapted.parameters())
-    return Task(facts, adapted, step, lambda model: {"loss": step(model), **_gradients(adapted)}, before)
+    return Task(facts, adapted, step, lambda model: {"loss": step(model), **_gradients(adapted)}, anew, before)
 
 
 def _decode(count: int, request: Request, config: Any, mode: Mode, adapted: nn.Module, device: torch.device) -> Task:
@@ -157,7 +161,8 @@ def _decode(count: int, request: Request, config: Any, mode: Mode, adapted: nn.M
 
     flags = [*_flags(request, mode), f"cache={request.context}"]
     facts: Row = {"op": DECODE, "shape": [config.num_hidden_layers, count], "flags": flags}
-    return Task(facts, adapted, decode, lambda model: {"logits": decode(model)}, before)
+    anew = functools.partial(_decode, count, request, config, device=device)
+    return Task(facts, adapted, decode, lambda model: {"logits": decode(model)}, anew, before)
 
 
 def _flags(request: Request, mode: Mode) -> list[str]:

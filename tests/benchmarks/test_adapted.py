@@ -23,6 +23,7 @@ from doratune.benchmarks.adapted import (
     Contender,
     Peers,
     contender,
+    fp32_copy,
     measure,
     relative_errors,
     shared_copy,
@@ -87,6 +88,24 @@ def test_contenders_share_every_tensor_and_no_module(model: nn.Module) -> None:
     copied = shared_copy(model)
     assert [id(p) for p in copied.parameters()] == [id(p) for p in model.parameters()]
     assert not {id(m) for m in copied.modules()} & {id(m) for m in model.modules()}
+
+
+def test_a_copy_in_fp32_has_the_same_values_in_tensors_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.bfloat16), nn.Linear(3, 3))
+    model[1].weight = model[0].weight  # tied, as a head to its embeddings
+    model[0].bias.requires_grad_(False)
+    model.register_buffer("scales", torch.randn(2).bfloat16())
+    model.register_buffer("places", torch.arange(2))
+    copied = fp32_copy(model)
+    assert copied[1].weight is copied[0].weight  # type: ignore[index]
+    tensors = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
+    originals = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert tensors.keys() == originals.keys() == {"0.weight", "0.bias", "1.bias", "scales", "places"}
+    for name, tensor in tensors.items():
+        assert tensor.dtype == (torch.int64 if name == "places" else torch.float32)
+        assert tensor.requires_grad == originals[name].requires_grad
+        assert torch.equal(tensor, originals[name].to(tensor.dtype))
+        assert tensor.data_ptr() != originals[name].data_ptr()
 
 
 def test_the_modes_keep_adapters_in_their_dtypes() -> None:
