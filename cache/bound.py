@@ -26,7 +26,7 @@ ENOUGH_MEASURED = 19
 MARGIN = 2.0
 """The factor for fewer than :data:`ENOUGH_MEASURED`, whose bound rests on the tail that :func:`stretch` assumes. With
 more the rule assumes nothing of the losses, but that the wanted shape is drawn as the measured ones are. Where it is
-not, it held of the shipped H100 losses for 94 to 97 %: those of a shape, a rank or a token bucket by the others'."""
+not, it held of the shipped H100 losses for 96 %: those of a shape, a rank or a token bucket by the others'."""
 MOST_LOSS = 10.0
 """A lookup that lost more counts as this much: a store may come from anybody."""
 LEAST_LOSS = 0.01

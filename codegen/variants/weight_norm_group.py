@@ -58,8 +58,9 @@ variant with specialised warps hides more of that."""
 
 FEW_ROWS = 1024
 """Up to so many rows W is read fast, and G, which one program makes for each of its blocks, takes a good part: smaller
-blocks of it, and shorter sums, are 5 to 21 % faster on an H100 (ranks 72 to 288, 1024 rows). At ranks up to 16 short
-steps are, by 4 to 11 %."""
+blocks of it, and shorter sums, are 6 to 21 % faster on an H100 (ranks 72 and 128, 1024 rows). At ranks up to 16 short
+steps are, by 4 to 11 %. Beyond 128 ranks there are blocks enough: smaller ones are 7 to 14 % slower at ranks 248, 256
+and 384, and 1 % faster at 288."""
 
 LONGEST_SUM = 8192
 """Columns of W in one sum of W @ A.T by default, as in the variants of ``weight_norm``."""
@@ -262,8 +263,8 @@ class WeightNormGroupWarpSpecialized(Variant):
         split_k = max([least, *splits])
         wide, stages = (64 if spec.rank <= 64 else 128), (4 if spec.rank <= 128 else 3)
         shapes = [(wide, wide, 128 if spec.rank > 128 else 64, stages, split_k), (wide, 64, 128, 3, split_k)]
-        if spec.d_out <= FEW_ROWS and spec.rank > 64:  # G, by one program for each of its blocks, is what takes long
-            shapes.insert(0, (wide, 64, 128, stages, max(split_k, 2 if spec.rank <= 128 else 1)))
+        if spec.d_out <= FEW_ROWS and 64 < spec.rank <= 128:  # G, by one program for each of its blocks, takes long
+            shapes.insert(0, (wide, 64, 128, stages, max(split_k, 2)))
         return tuple(
             dict.fromkeys(
                 Config.create(

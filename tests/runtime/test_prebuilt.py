@@ -18,7 +18,7 @@ from doratune.codegen.gpu import find_gpu
 from doratune.codegen.ops import OPS
 from doratune.codegen.render import render, template_digest
 from doratune.codegen.spec import KernelSpec
-from doratune.codegen.variants import check_config
+from doratune.codegen.variants import check_config, default_configs
 from doratune.runtime.loader import resolve
 from doratune.tuner.jobs import plan_jobs
 from doratune.tuner.models import find_model
@@ -87,6 +87,25 @@ def test_no_entry_is_stale() -> None:
                     table = read_table(table_path(entry.spec.gpu, entry.spec.op))
                     assert (entry.config, evaluation.us) == table[entry.spec].best
                 assert entry.environment.gpu_name
+
+
+def test_built_in_configs_for_few_tokens_or_few_rows_came_close_in_the_finals_that_they_played() -> None:
+    """Tall tiles for groups of 17 to 128 tokens, and blocks of G by the rank for norms of 1,024 rows."""
+    behind = []
+    (path,) = (path for path in prebuilt_paths() if path.stem == "h100-sxm")
+    with Store.open(path, readonly=True) as store:
+        for entry in store.entries():
+            spec, final = entry.spec, entry.final
+            grouped = spec.op in ("lora_compose_group", "compose_backward_group") and 16 < spec.tokens <= 128
+            few_rows = spec.op == "weight_norm_group" and spec.d_out == 1024
+            if final is None or spec.rank <= 64 or not (grouped or few_rows):
+                continue
+            timed = {contender.config: contender.us for contender in final.contenders}
+            built_in = default_configs(spec, find_gpu(spec.gpu))[0]
+            if built_in in timed:
+                behind.append(timed[built_in] / final.winner.us)
+    assert len(behind) >= 9
+    assert max(behind) <= 1.015
 
 
 def test_the_norm_that_also_gives_g_takes_the_config_of_the_plain_one() -> None:
