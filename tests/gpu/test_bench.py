@@ -29,6 +29,8 @@ from doratune.runtime.kernel import Kernel
 from doratune.runtime.loader import resolve
 from doratune.tuner.inputs import make_inputs, make_outputs
 
+from ..specs import dtype_for
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
@@ -54,8 +56,9 @@ def test_layers_that_are_on_the_gpu_are_quantised_there(quant: str, package: str
 @pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("_exact")])
 def test_a_kernel_is_timed_beside_every_peer(op: str) -> None:
     gpu = gpu_of(find_device("cuda"))
-    sizes: dict[str, Any] = {"d_out": 512, "d_in": 1024, "rank": 64, "tokens": 128, "dtype": "bf16", "adapter": "bf16"}
-    case = Case(KernelSpec.create(op, **sizes, gpu=gpu.slug), 0 if op == "weight_norm" else 100)
+    sizes: dict[str, Any] = {"d_out": 512, "d_in": 1024, "rank": 64, "tokens": 128, "adapter": "bf16"}
+    spec = KernelSpec.create(op, **sizes, dtype=dtype_for(op, "bf16"), gpu=gpu.slug)
+    case = Case(spec, 0 if op.startswith("weight_") else 100)
     peers = peers_of(case.spec, SCALING)
     outcome = Outcome()
     run_case(case, peers, gpu, 2, outcome)
