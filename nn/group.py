@@ -103,6 +103,8 @@ def _factors(rows: torch.Tensor, plan: Plan, *, trains: bool) -> _Factors:
     if not trains or current_backward() == -1:
         settings = slice_settings(plan.weights[0], plan.scaling, dtype)
         gains = take_gains(plan.caches, plan.tensors, plan.addresses, settings)
+        if gains is None and plan.follow():
+            gains = take_gains(plan.caches, plan.tensors, plan.addresses, settings)
     if gains is None:
         down = packed.split(plan.rank) if rounds else plan.lora_A
         norms, gains = _norms_and_gains(plan, down, up, dtype, trains=trains)

@@ -57,7 +57,7 @@ def are_alike(projections: Sequence[Projection]) -> bool:
 class Plan:
     """Projections that are :func:`alike <are_alike>`, and what their calls have in common.
 
-    It serves while W, A, B and m of each are where they are now, in their sizes and dtypes.
+    It serves while W, A, B and m of each are the same tensors in their sizes and dtypes.
 
     ``activation``: the projections are the gate and up of act(gate)*up with this activation, of :data:`ACTIVATIONS`.
     """
@@ -80,6 +80,11 @@ class Plan:
         self._known: dict[tuple[int, torch.dtype, bool], At] = {}
         self._needs: dict[tuple[bool, tuple[bool, ...]], Needs] = {}
         self._fuses: dict[tuple[int, torch.dtype, torch.dtype], bool] = {}
+
+    def follow(self) -> bool:
+        """Note where W, A, B and m are now; say whether that is elsewhere than it was."""
+        before, self.addresses = self.addresses, [(*map(_data_ptr, one[:4]),) for one in self.projections]
+        return self.addresses != before
 
     def at(self, x: torch.Tensor, *, trains: bool) -> At:
         """What calls with as many tokens as x [..., d_in] have in common whose products are in its dtype."""

@@ -29,6 +29,8 @@ from .watching import seen
 T = TypeVar("T")
 
 _data_ptr = torch.Tensor.data_ptr
+_storage = torch.Tensor.untyped_storage
+_referent = weakref.ref.__call__
 _version = operator.attrgetter("_version")
 
 REUSE = ("auto", "tracked", "off")
@@ -317,6 +319,13 @@ class NormCache:
         """Drop the slice of the norm pass, because the layer's tensors lie elsewhere or otherwise than it has read."""
         self._given = None
 
+    def _is_of_storages(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the slice was computed from these storages, which may have moved, as FSDP2's do between gathers."""
+        given, count = self._given, len(tensors)
+        assert given is not None
+        storages = given.storages[count * self._index : count * (self._index + 1)]
+        return all(map(operator.is_, map(_referent, storages), map(_storage, tensors)))
+
     @property
     def is_given(self) -> bool:
         """Whether a slice of the open norm pass waits for the layer."""
@@ -326,7 +335,11 @@ class NormCache:
     def has_own(self, weight: torch.Tensor) -> bool:
         """Whether a recompute of the layer, if it comes next, can reproduce the slice of its forward pass."""
         given = self._given
-        if given is None or not self._taken or given.addresses[self._index][0] != weight.data_ptr():
+        if given is None or not self._taken:
+            return False
+        addresses = given.addresses[self._index]
+        storage = given.storages[len(addresses) * self._index]
+        if addresses[0] != weight.data_ptr() and storage() is not weight.untyped_storage():
             return False
         return self._forwards == 1 or self.reuse == "tracked"
 
@@ -353,7 +366,10 @@ class NormCache:
         try:
             same = (
                 expected
-                and (*map(_data_ptr, tensors),) == given.addresses[index]
+                and (
+                    (*map(_data_ptr, tensors),) == given.addresses[index]
+                    or (recomputing and self._is_of_storages(tensors))
+                )
                 and (*map(_version, tensors),) == given.versions[index]
                 and shapes == given.shapes[index]
                 and slice_settings(tensors[0], scaling, rounded) == given.settings
@@ -427,7 +443,7 @@ def norms_taken(caches: Sequence[NormCache]) -> list[torch.Tensor]:
 
 
 def _alive(storages: Sequence[weakref.ref[torch.UntypedStorage]]) -> bool:
-    return None not in map(weakref.ref.__call__, storages)
+    return None not in map(_referent, storages)
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:

@@ -33,6 +33,9 @@ from .watching import seen
 _IDLE = 2
 """Passes after which a layer that never asks for its norm is left out, and asks in a row that bring it back."""
 
+_MOST_EARLIER = 3
+"""Earlier tables that a group keeps: the memory into which FSDP2 gathers the weights of a block takes turns."""
+
 _version = operator.attrgetter("_version")
 _asked = operator.attrgetter("asked")
 
@@ -132,6 +135,7 @@ class _Group:
         self._members = [layer for layer, takes in zip(self.layers, included, strict=True) if takes]
         self._tensors = [tensor for layer in self._members for tensor in layer.tensors]
         self._found: Found | None = None
+        self._earlier: list[Found] = []
         self._last: _Last | None = None
 
     def served(self, device: torch.device | None) -> Sequence[NormCache]:
@@ -193,9 +197,14 @@ class _Group:
         capturing = is_capturing(self._tensors[0])
         if found is not None and (stands or found.holds(self._tensors)):
             return found if found.members and found.await_table(capturing) else None
+        self._last = None
+        if found is not None:
+            self._earlier = [found, *self._earlier[: _MOST_EARLIER - 1]]
+        self._found = found = next((one for one in self._earlier if one.holds(self._tensors)), None)
+        if found is not None:
+            return found if found.members and found.await_table(capturing) else None
         if capturing:  # making a table copies from the host
             return None
-        self._last = None
         self._found = found = Found.of(self._members, self._tensors)
         return found if found.members else None
 

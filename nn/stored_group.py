@@ -79,7 +79,7 @@ class _Forward:
         if at.fused is not None and not bases:
             self.outputs = self._from_stored(rows, plan, at.fused, lead)
             return
-        biases = [_as(bias, dtype) for bias in plan.biases]
+        biases = plan.biases and [_as(bias, dtype) for bias in plan.biases]
         if at.multiplies:
             self.bases = [linear(rows, at.matrix(plan, index, dtype)) for index in range(plan.count)]
         else:
@@ -87,7 +87,7 @@ class _Forward:
                 self.bases = [base.view(-1, base.shape[-1]) for base in bases]
             else:
                 self.bases = [product(rows) for product in plan.products]
-            for base, bias in zip(self.bases, biases, strict=bool(biases)):
+            for base, bias in zip(self.bases, biases, strict=False):  # there may be none
                 base.sub_(bias)  # a pass of its own: as (1-g)*b it would cancel where g is large
         if at.compose is None:
             made = self._by_reference(plan, biases)

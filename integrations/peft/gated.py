@@ -207,7 +207,10 @@ def _match(expression: ast.expr, own: str, x: str, known: dict[str, ast.expr]) -
     return None
 
 
-_INTERNAL = frozenset(nn.Module().__dict__)
+_OF_FSDP2 = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+"""What ``fully_shard`` sets on every module below the one that it shards."""
+
+_INTERNAL = frozenset((*nn.Module().__dict__, *_OF_FSDP2))
 _SIMPLE = (str, int, float, bool)
 
 

@@ -226,6 +226,8 @@ class _Layers:
         if block and self.have_norms():
             return None
         last = self._last
+        if last is not None and last.hooks != hooks_made() and not last.hooked and not self._are_hooked():
+            last = self._last = last._replace(hooks=hooks_made())  # of tensors, or elsewhere
         known = last is not None and last.holds(self.layers)
         if last is None or not known:
             last = self._last = self._look()
@@ -286,6 +288,11 @@ class _Layers:
         return False
 
 
+def _is_sharded(layer: LoraLayer) -> bool:
+    """Whether an adapter of the layer is no tensor of its own memory now."""
+    return any(type(each._parameters.get("weight")) not in PLAIN_TENSORS for each in layer.lora_A.values())
+
+
 def _changes() -> int:
     """How often layers were found to be other than they were."""
     return Place.changes + StorageReader.changes
@@ -311,13 +318,19 @@ class _Last(NamedTuple):
         """Whether a check would probably find the same.
 
         Adapters are mostly switched in all layers at once, so only the first is asked. A change of another one is found
-        in its own call, which checks the layer and what its norm was computed from, and then by the next pass.
+        in its own call, which checks the layer and what its norm was computed from, and then by the next pass. Nor are
+        all asked again while they are shards, as outside of the blocks that FSDP2 gathers.
         """
+        if self.first is None and _is_sharded(layers[0][1]):
+            return True
         return (
             not self.hooked  # until those hooks are gone
             and len(self.owns) + self.left_out == len(layers)
             and self.hooks == hooks_made()
             and self.changes == _changes()
             and not getattr(peft_dora, "ENABLE_DORA_CACHING", False)
-            and (self.first is None or self.first[0].is_as_it_was(self.first[1]))
+            and (self.first is None or self._first_is_as_it_was(*self.first))
         )
+
+    def _first_is_as_it_was(self, place: Place | StoredPlace, layer: LoraLayer) -> bool:
+        return place.is_as_it_was(layer) or (type(place) is Place and place.own(layer) is self.owns[0])

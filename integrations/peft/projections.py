@@ -136,8 +136,11 @@ class Place:
         """Examine the layer, unless it is as it was: its tensors if doratune may run it by itself now."""
         state = self._state
         if state is not None:
-            if self.is_as_it_was(module) and not getattr(peft_dora, "ENABLE_DORA_CACHING", False):
-                return self._own
+            if state.attributes is module.__dict__ and not getattr(peft_dora, "ENABLE_DORA_CACHING", False):
+                if state.holds():
+                    return self._own
+                if self._own is not None and state.follow():
+                    return self._own
             Place.changes += 1
             self._state = None
             if self._own is not None and not state.stands():

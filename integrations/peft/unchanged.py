@@ -7,6 +7,7 @@ again by a few calls into C, and compared there.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -17,12 +18,15 @@ from torch import nn
 from ...internals.torch import hooks_made
 
 _data_ptr = torch.Tensor.data_ptr
+_storage = torch.Tensor.untyped_storage
+_referent = weakref.ref.__call__
 _numel = torch.Tensor.numel
 _is_contiguous = torch.Tensor.is_contiguous
 _dtype = attrgetter("dtype")
 _needs_gradient = attrgetter("requires_grad")
 
 _SWITCHES = itemgetter("_active_adapter", "_disable_adapters", "merged_adapters", "training", "scaling")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_ADAPTERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout")
 
 
@@ -31,7 +35,8 @@ class Unchanged:
 
     Without W, the storage of a quantised one is the caller's business.
 
-    It counts as changed once a hook is registered on any module. Hooks from before are the caller's business.
+    It counts as changed once a hook is registered on W's module or an adapter's. Hooks from before are the caller's
+    business; with such it counts as changed once any is registered anywhere.
 
     All layers of a model do not fit into a processor's caches, and what is compared takes longer to fetch than to
     compare. So what layers have in common is kept once for all of them, and the rest in few objects, without copies of
@@ -48,12 +53,15 @@ class Unchanged:
         "_are_needed",
         "_bases",
         "_dicts",
+        "_hook_tables",
+        "_hookless",
         "_hooks",
         "_keys",
         "_kinds",
         "_layout",
         "_of_magnitude",
         "_parts",
+        "_storages",
         "_switches",
         "_tensors",
         "_values",
@@ -92,14 +100,19 @@ class Unchanged:
         self._bases = (*tensors[:dense], *([] if bias is None else [bias]))
         self._are_needed = _shared((*map(_needs_gradient, self._bases),))
         self._tensors = tuple(tensors)
+        self._storages = tuple([weakref.ref(tensor.untyped_storage()) for tensor in tensors])
         self._addresses = (*map(_data_ptr, tensors),)
         self._layout = _shared(self._read_layout())
-        self._hooks = hooks_made()
+        self._hook_tables = tuple([part.__dict__[kind] for part in self._parts for kind in _HOOKS])
+        self._hooks, self._hookless = hooks_made(), not any(self._hook_tables)
         self.dtype, self.adapter_dtype, self.device = tensors[0].dtype, tensors[-2].dtype, tensors[0].device
         self.frozen = bias is None or not bias.requires_grad
 
-    def holds(self) -> bool:
-        """Whether nothing has changed that decides what the layer computes, but for the values of its tensors."""
+    def holds(self, *, moved: bool = False) -> bool:
+        """Whether nothing has changed that decides what the layer computes, but for the values of its tensors.
+
+        ``moved``: nor does it count where these are, and in which dtypes and sizes.
+        """
         try:
             return (
                 _SWITCHES(self.attributes) == self._switches
@@ -107,11 +120,29 @@ class Unchanged:
                 and (*map(type, self._parts),) == self._kinds
                 and not (self._of_magnitude.get("_dora_cache"))
                 and (*map(_needs_gradient, self._bases),) == self._are_needed
-                and self._hooks == hooks_made()
-                and self.stands()
+                and (self._hooks == hooks_made() or self._is_as_free_of_hooks())
+                and (moved or self.stands())
             )
         except KeyError:
             return False
+
+    def follow(self) -> bool:
+        """Whether the storages of W, A, B and m have moved, and nothing else is other than it was; then that is noted.
+
+        So FSDP2 gathers the same parameters, of the same storages, into other memory before every call of a block.
+        """
+        same = self.holds(moved=True) and self._read_layout() == self._layout
+        if not same or not all(map(is_, map(_referent, self._storages), map(_storage, self._tensors))):
+            return False
+        self._addresses = (*map(_data_ptr, self._tensors),)
+        return True
+
+    def _is_as_free_of_hooks(self) -> bool:
+        """Whether these modules have no hooks, as before. FSDP2, for one, makes hooks of tensors in every call."""
+        if not self._hookless or any(self._hook_tables):
+            return False
+        self._hooks = hooks_made()
+        return True
 
     def stands(self) -> bool:
         """Whether W, A, B and m are where they were, in their dtypes and sizes."""

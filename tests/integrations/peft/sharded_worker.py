@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import doratune
-from doratune.integrations.peft import stored, stored_place
+from doratune.integrations.peft import examine, gated, stored, stored_place
 
 WORLD = 2
 
@@ -88,7 +88,11 @@ def train(case: str, rank: int) -> None:
     ids = torch.randint(0, VOCABULARY, (2 * WORLD, 8), generator=torch.Generator().manual_seed(1))
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.3) for m in (stock, fast)]
     recognised, planned = _count(stored.StorageReader, "_recognise"), _count(stored_place, "compose_stored")
-    for step in range(2):
+    examined, together = _count(examine, "examine"), _count(gated, "project_mlp")
+    for step in range(3):
+        if step == 2:
+            examined.clear()
+            together.clear()
         for optimizer in optimizers:
             optimizer.zero_grad()
         stock(ids, labels=ids).loss.backward()
@@ -109,6 +113,9 @@ def train(case: str, rank: int) -> None:
                 assert relative(gradient, wanted[name]) < 1e-4, (step, name)
         for optimizer in optimizers:
             optimizer.step()
+    if case in ("fsdp2", "fsdp2-checkpoint"):  # the parameters that FSDP2 gathers are those that were examined
+        assert not examined
+        assert len(together) == len(blocks(stock)) * (2 if case.endswith("checkpoint") else 1)
     if "nf4" in case:  # in the second step, too, and what is gathered anew is not compared with bitsandbytes again
         assert len(recognised) <= 14 < len(planned)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from doratune.integrations.peft import examine
 
 from .peft_models import relative
 from .test_projections import assert_step, attention_of, calls, pair, x_of
@@ -221,3 +225,79 @@ def test_a_shallow_copy_of_a_layer_is_another_layer() -> None:
     for one, exact in zip(results[4:], results[:4], strict=True):
         assert relative(one, exact) <= 1e-10
     assert_step(stock, fast, 3)
+
+
+def gather_again(model: nn.Module) -> list[torch.Tensor]:
+    """Put all parameters into other memory, as FSDP2 does before each call of a block; what holds the memory before."""
+    kept = []
+    for parameter in model.parameters():
+        values, storage = parameter.detach().clone(), parameter.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        storage.resize_(0)
+        kept.append(torch.empty(size, dtype=torch.uint8))
+        storage.resize_(size)
+        while storage.data_ptr() == address:
+            storage.resize_(0)
+            kept.append(torch.empty(size, dtype=torch.uint8))
+            storage.resize_(size)
+        with torch.autograd._unsafe_preserve_version_counter(parameter):  # type: ignore[attr-defined]
+            parameter.data.copy_(values)
+    return kept
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The adapters of all examinations."""
+    seen: list[str] = []
+    own = examine.examine
+    monkeypatch.setattr(examine, "examine", lambda module, adapter: (seen.append(adapter), own(module, adapter))[1])
+    return seen
+
+
+def test_parameters_that_are_gathered_into_other_memory_are_not_examined_again(examined: list[str]) -> None:
+    stock, fast = pair()
+    for seed in range(3):
+        assert_step(stock, fast, seed)
+    examined.clear()
+    for seed in range(3, 6):
+        kept = gather_again(fast)
+        x_of(0).requires_grad_().register_hook(lambda gradient: None)  # as FSDP2 makes such in every call
+        assert_step(stock, fast, seed)
+        del kept
+    assert examined == []
+    for model in (stock, fast):
+        new_data(layer_of(model, "middle"))
+        replace_adapter(layer_of(model, "attention.k"))
+    gather_again(fast)
+    assert_step(stock, fast, 6)
+    assert len(examined) > 0, "another parameter is examined"
+
+
+def test_a_recompute_takes_its_forwards_norm_wherever_its_parameters_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm pass computes each norm once, and the recompute finds the same storages with other addresses."""
+    stock, fast = pair()
+    for model in (stock, fast):
+        model.float()
+    for seed in range(3):
+        checkpoint(fast, x_of(seed).float().requires_grad_(), use_reentrant=False).sum().backward()
+    computed: list[None] = []
+    for place in ("nn.norm_pass", "nn.norm_cache"):
+        module = importlib.import_module(f"doratune.{place}")
+        own = module.norm_and_gain_of
+        counted = lambda *args, own=own: (computed.append(None), own(*args))[1]  # noqa: E731
+        monkeypatch.setattr(module, "norm_and_gain_of", counted)
+    for moved in (False, True):
+        stock.zero_grad()
+        fast.zero_grad()
+        x = [x_of(5).float().requires_grad_() for _ in range(2)]
+        wanted = stock(x[0])
+        wanted.square().sum().backward()
+        computed.clear()
+        y = checkpoint(fast, x[1], use_reentrant=False)
+        once = len(computed)
+        assert once == 7
+        kept = gather_again(fast) if moved else []
+        y.square().sum().backward()
+        del kept
+        assert len(computed) == once, moved
+        assert relative(x[1].grad, x[0].grad) <= 1e-4
