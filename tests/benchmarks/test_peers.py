@@ -22,6 +22,8 @@ from doratune.runtime.reference import definition
 from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import make_inputs, make_outputs
 
+from ..specs import dtype_for
+
 TOKENS = 16
 WHOLE = {"peft_eager", "peft_compiled", "dense_ba", "eager", "compiled", "cublas_compose", "dorafactors"}
 """The peers that compute a whole operation."""
@@ -29,7 +31,7 @@ WHOLE = {"peft_eager", "peft_compiled", "dense_ba", "eager", "compiled", "cublas
 
 def spec_of(op: str, dtype: str = "fp32", **values: Any) -> KernelSpec:
     sizes = {"d_out": 80, "d_in": 144, "rank": 24, "tokens": TOKENS}
-    return KernelSpec.create(op, **{**sizes, "dtype": dtype, "adapter": dtype, "gpu": "cpu", **values})
+    return KernelSpec.create(op, **{**sizes, "dtype": dtype_for(op, dtype), "adapter": dtype, "gpu": "cpu", **values})
 
 
 def forms() -> list[Any]:
