@@ -107,7 +107,7 @@ def _input_gradient(saved: _Saved, dbases: _Gradients, t: torch.Tensor) -> torch
         if dbase is not None:
             dx = torch.mm(dbase, weight) if dx is None else dx.addmm_(dbase, weight)
     assert dx is not None
-    return dx.addmm_(t, saved.lora_A)
+    return dx.addmm_(t, torch.cat(saved.plan.lora_A) if saved.lora_A is None else saved.lora_A)
 
 
 def _x_and_lora_a_gradients(

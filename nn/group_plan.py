@@ -187,8 +187,9 @@ class Needs(NamedTuple):
     Attributes:
         x, lora_A, lora_B, magnitude: whether the gradient of x is wanted, and of A, B and m of any projection.
         tensors: W of each projection, A of all in one matrix, and B of each. None for those that no gradient needs, and
-            for those that autograd saves because no parameter holds them, which are at the indices ``saved``.
-        parameters: those of ``tensors`` that are not None.
+            for those that autograd saves because no parameter holds them, which are at the indices ``saved``. Also None
+            for the A of several parameters, which the backward pass puts together again.
+        parameters: what the backward pass reads without saving it: those of ``tensors`` that are not None, and that A.
     """
 
     x: bool
@@ -209,5 +210,8 @@ class Needs(NamedTuple):
         tensors = _parameters([tensor if needs else None for tensor, needs in zip(held, needed, strict=True)])
         saved = [index for index, needs in enumerate(needed) if needs and tensors[index] is None]
         parameters = [tensor for tensor in tensors if tensor is not None]
+        if need_x and exact and count > 1 and None not in _parameters(plan.lora_A):
+            saved.remove(count)
+            parameters += plan.lora_A
         need_a, need_b, need_m = [True in wanted[each::3] for each in (1, 2, 3)]
         return cls(need_x, need_a, need_b, need_m, tensors, parameters, saved)

@@ -169,7 +169,7 @@ class _Compose(torch.autograd.Function):
         ctx.save_for_backward(
             x if ctx.need_a else None,
             made.h,
-            made.lora_A if need_x and (plan.count > 1 or not at.exact) else None,
+            made.lora_A if need_x and not at.exact else None,
             *made.g,
             *([*made.norm, *made.bases] if need_m else ()),
             *(() if at.exact else made.lora_B),
@@ -244,7 +244,9 @@ def _backward(ctx: Any, dys: Sequence[torch.Tensor | None], *, release: bool) ->
             for index in given:
                 grads[3 + 3 * index] = parts[index]
         if ctx.need_x:
-            dx = _input_gradient(plan, ctx.at, dbases, t, plan.lora_A[0] if a is None else a)
+            if a is None:
+                a = plan.lora_A[0] if count == 1 else torch.cat(plan.lora_A)
+            dx = _input_gradient(plan, ctx.at, dbases, t, a)
             grads[2] = dx.view(*dys[given[0]].shape[:-1], dx.shape[1])  # type: ignore[union-attr]
     if not plan.sources:
         grads += [None if dy is None else dbase.view(dy.shape) for dbase, dy in zip(dbases, dys, strict=True)]

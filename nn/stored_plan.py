@@ -225,7 +225,7 @@ class At:
                 self.adapter = find("adapter_backward", plan.rank, 1, plan.adapter_dtype, (), plan.magnitude_dtype)
         self.exact = plan.adapter_dtype is dtype
         held = [*plan.lora_B] if self.exact else []
-        packed = plan.lora_A if self.exact and one else []
+        packed = plan.lora_A if self.exact else []
         stored = [tensor for layer in plan.layers for tensor in layer.weight.tensors] if plan.sources else []
         self.kept = held, [*held, *packed, *stored]
         alone, rounded = plan.hows(dtype)

@@ -212,6 +212,37 @@ def test_a_parameter_written_before_the_backward_pass_is_an_error(name: str) -> 
 
 
 @pytest.mark.parametrize("gated", [False, True])
+def test_a_of_several_parameters_is_put_together_again_and_not_saved(gated: bool) -> None:
+    x, given = make_group("random", (48, 48))
+    projections = [one._replace(lora_A=torch.nn.Parameter(one.lora_A.detach().clone())) for one in given]
+
+    def run(projections: list[Projection]) -> torch.Tensor:
+        if gated:
+            return project_gated(x, *projections, "silu", torch.float64)
+        return torch.stack(project(x, projections, torch.float64))
+
+    packed = 2 * projections[0].lora_A.numel()
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        run(given)
+        assert packed in saved
+        saved.clear()
+        run(projections)
+        assert packed not in saved
+    y, wanted = run(projections), run(given)
+    dy = torch.randn_like(y)
+    others = [x, *[each for one in given for each in (one.lora_B, one.magnitude)]]
+    found = torch.autograd.grad(y, others, dy)
+    for one, other in zip(found, torch.autograd.grad(wanted, others, dy), strict=True):
+        assert torch.equal(one, other)
+    y = run(projections)
+    with torch.no_grad():
+        projections[0].lora_A.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("gated", [False, True])
 def test_a_recompute_reads_a_parameter_as_it_is_then(gated: bool) -> None:
     """The graph is that of the recompute, as it is for a checkpoint around PyTorch's own operations."""
     x, projections = make_group("random", (48, 48))

@@ -301,7 +301,7 @@ def test_gradients_cannot_be_differentiated_again() -> None:
     [(0, "weight"), (1, "weight"), (2, "weight"), (0, "lora_B"), (1, "lora_B"), (2, "lora_B"), (2, "lora_A")],
 )
 def test_a_parameter_written_before_the_backward_pass_is_an_error(index: int, name: str) -> None:
-    """All but A of gate and up, which is copied into one matrix."""
+    """All but an A of gate or up alone: where not both are parameters, the copy of both in one matrix is saved."""
     x, parts = make_mlp()
     written = torch.nn.Parameter(getattr(parts[index], name).detach().clone(), requires_grad=name != "weight")
     parts[index] = parts[index]._replace(**{name: written})
