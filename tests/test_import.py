@@ -48,6 +48,9 @@ MAY_IMPORT = {
         "__version__",
     },
     "benchmarks": {
+        "integrations.peft.base_layers",
+        "integrations.peft.sources",
+        "integrations.peft.stored",
         "nn",
         "accelerate",
         "terminal",

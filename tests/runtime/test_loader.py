@@ -36,6 +36,8 @@ from doratune.runtime.reference import definition
 from doratune.tuner.accuracy import worst_error
 from doratune.tuner.inputs import make_inputs
 
+from ..specs import dtype_for
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPE: dict[str, Any] = {"d_out": 48, "d_in": 40, "rank": 8, "tokens": 20}
 
@@ -101,7 +103,7 @@ def test_flags_bring_their_outputs(op: str, flags: dict[str, Any], names: list[s
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_cpu_kernel_says_that_it_is_the_eager_reference(op: str) -> None:
-    kernel = load_kernel(op, **SHAPE, device="cpu")
+    kernel = load_kernel(op, **SHAPE, device="cpu", **({"dtype": "nf4"} if OPS[op].only_formats else {}))
     assert kernel.spec.op == op
     assert kernel.spec.gpu == "cpu"
     assert kernel.config is None
@@ -371,7 +373,7 @@ def test_without_entries_the_built_in_default_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("gpu", ["a100", "h200", "rtx5090", "mi300x"])
 def test_every_operation_has_a_default_on_every_kind_of_gpu(op: str, gpu: str) -> None:
-    spec = KernelSpec.create(op, **SHAPE, dtype="bf16", adapter="fp32", gpu=gpu)
+    spec = KernelSpec.create(op, **SHAPE, dtype=dtype_for(op, "bf16"), adapter="fp32", gpu=gpu)
     assert resolve(spec)[0].step == "default"
 
 

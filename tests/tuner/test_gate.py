@@ -15,12 +15,14 @@ from doratune.runtime.reference import reference
 from doratune.tuner.evaluation import Rejected
 from doratune.tuner.gate import GUARD_BYTES, Gate, Guarded, gate_tokens
 
+from ..specs import dtype_for
+
 CPU = torch.device("cpu")
 
 
 def spec_of(op: str, dtype: str = "bf16", **values: int) -> KernelSpec:
     sizes = {"d_out": 320, "d_in": 96, "rank": 8, "tokens": 128, **values}
-    return KernelSpec.create(op, dtype=dtype, adapter=dtype, gpu="h200", **sizes)
+    return KernelSpec.create(op, dtype=dtype_for(op, dtype), adapter=dtype, gpu="h200", **sizes)
 
 
 def candidate(spec: KernelSpec, after: Callable[..., None] = lambda *operands: None) -> Callable[..., None]:
@@ -50,7 +52,8 @@ def test_a_right_candidate_passes_again_and_again(op: str, dtype: str) -> None:
     gate = Gate(spec_of(op, dtype), CPU)
     errors = [gate.check(candidate(spec_of(op, dtype))) for _ in range(2)]
     assert errors[0] == errors[1]
-    assert 0.0 < errors[0] < 0.05
+    assert (errors[0] == 0.0) == (op == "weight_dequantise")  # whose values are rounded by definition
+    assert errors[0] < 0.05
 
 
 @pytest.mark.parametrize("elements", [1, 200, -1, -200])

@@ -18,6 +18,8 @@ from doratune.tuner.evaluation import Rejected, Resources
 from doratune.tuner.predict import PredictEvaluator, predict_us, shortlist
 from doratune.tuner.space import Space
 
+from ..specs import dtype_for
+
 GPUS = ("h200", "a100", "rtx4090", "b200", "mi300x")
 H200 = find_gpu("h200")
 BACKWARD = Config.create(
@@ -26,8 +28,15 @@ BACKWARD = Config.create(
 
 
 def spec_of(op: str, gpu: Gpu = H200, **changes: object) -> KernelSpec:
-    shape = {"d_out": 4096, "d_in": 4096, "rank": 384, "tokens": 4096, "dtype": "bf16", "adapter": "bf16"}
-    return KernelSpec.create(op, **{**shape, "gpu": gpu.slug, **changes})
+    shape = {
+        "d_out": 4096,
+        "d_in": 4096,
+        "rank": 384,
+        "tokens": 4096,
+        "dtype": dtype_for(op, "bf16"),
+        "adapter": "bf16",
+    }
+    return KernelSpec.create(op, **{**shape, "dtype": dtype_for(op, "bf16"), "gpu": gpu.slug, **changes})
 
 
 def resources(spec: KernelSpec, config: Config, **changes: int) -> tuple[Resources, ...]:
