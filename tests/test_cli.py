@@ -198,6 +198,7 @@ RUNS = {
     ("bench", "mine"): None,
     ("bench", "host"): None,
     ("bench", "norms"): None,
+    ("bench", "dequantise"): None,
     ("bench", "packed"): None,
     ("bench", "packed-linear"): None,
     ("bench", "quality"): None,

@@ -13,7 +13,7 @@ from doratune.codegen.render import render
 from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import Variant, check_config, default_config, find_variant
 
-from ..specs import EVEN, every_variant, read_by
+from ..specs import EVEN, dtype_for, every_variant, read_by
 from .interpreter import GPU, IDS, INTERPRETED, complaint_of, interpretable, spec_of
 
 SHAPES = [(151, 89, 1), (1, 1, 1), (271, 115, 100), (40, 96, 384), (48, 72, 1024), (136, 1160, 24)]
@@ -53,9 +53,16 @@ def test_every_gpu_has_a_config_for_every_shape_and_dtype(architecture: str) -> 
                     for flag in (None, *contract.flags):
                         if flag == "autocast" and (dtype, adapter) != ("bf16", "fp32"):
                             continue
-                        dims = {"d_out": d_out, "d_in": d_in, "rank": rank, "tokens": tokens, "layers": 8}
+                        dims: dict[str, Any] = {
+                            "d_out": d_out,
+                            "d_in": d_in,
+                            "rank": rank,
+                            "tokens": tokens,
+                            "layers": 8,
+                        }
                         flags = {flag: True} if flag else {}
-                        spec = KernelSpec.create(op, **dims, dtype=dtype, adapter=adapter, gpu=architecture, **flags)
+                        dims |= {"dtype": dtype_for(op, dtype), "adapter": adapter, "gpu": architecture}
+                        spec = KernelSpec.create(op, **dims, **flags)
                         assert check_config(spec, default_config(spec, gpu), gpu) is None
 
 
