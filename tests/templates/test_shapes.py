@@ -53,16 +53,10 @@ def test_every_gpu_has_a_config_for_every_shape_and_dtype(architecture: str) -> 
                     for flag in (None, *contract.flags):
                         if flag == "autocast" and (dtype, adapter) != ("bf16", "fp32"):
                             continue
-                        dims: dict[str, Any] = {
-                            "d_out": d_out,
-                            "d_in": d_in,
-                            "rank": rank,
-                            "tokens": tokens,
-                            "layers": 8,
-                        }
+                        dims = {"d_out": d_out, "d_in": d_in, "rank": rank, "tokens": tokens, "layers": 8}
                         flags = {flag: True} if flag else {}
-                        dims |= {"dtype": dtype_for(op, dtype), "adapter": adapter, "gpu": architecture}
-                        spec = KernelSpec.create(op, **dims, **flags)
+                        dtypes = {"dtype": dtype_for(op, dtype), "adapter": adapter}
+                        spec = KernelSpec.create(op, **dims, **dtypes, gpu=architecture, **flags)
                         assert check_config(spec, default_config(spec, gpu), gpu) is None
 
 
