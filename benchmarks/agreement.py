@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -100,7 +101,7 @@ def judge(
         wrong = {
             kind: f"{text} ({own[kind]:.3g} from fp32, PEFT's is {pefts[kind]:.3g})"
             for kind, text in wrong.items()
-            if not own[kind] <= FP32_FACTOR * pefts[kind]
+            if not (math.isfinite(own[kind]) and own[kind] <= FP32_FACTOR * pefts[kind])
         }
     return row, "; ".join([*wrong.values(), *(f"gradients of {kind} are missing" for kind in missing)]) or None
 

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _data_ptr = torch.Tensor.data_ptr
 _storage = torch.Tensor.untyped_storage
+_offset = torch.Tensor.storage_offset
 _referent = weakref.ref.__call__
 _version = operator.attrgetter("_version")
 
@@ -96,8 +97,8 @@ class Slices:
 
     ``norms`` and ``gains`` hold a row [d_out] for each layer. ``settings`` are those of :func:`slice_settings`.
     ``addresses`` and ``versions`` are those of the tensors of each: W (or those that it is stored in), A, B and m.
-    ``shapes`` are those of W and A. ``storages`` is the memory of the tensors, one layer's after another. Dtypes and
-    strides follow, since a pass takes contiguous tensors only.
+    ``shapes`` are those of W and A. ``storages`` is the memory of the tensors, one layer's after another, and
+    ``offsets`` where they begin in it. Dtypes and strides follow, since a pass takes contiguous tensors only.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Slices:
         versions: Sequence[tuple[int, ...]],
         shapes: Sequence[tuple[torch.Size, torch.Size]],
         storages: Sequence[weakref.ref[torch.UntypedStorage]],
+        offsets: Sequence[int],
         norms: torch.Tensor | Sequence[torch.Tensor],
         gains: Sequence[torch.Tensor],
     ) -> None:
@@ -117,6 +119,7 @@ class Slices:
         self.versions = versions
         self.shapes = shapes
         self.storages = storages
+        self.offsets = offsets
         self.gains = gains
         self._norms = norms
 
@@ -319,12 +322,23 @@ class NormCache:
         """Drop the slice of the norm pass, because the layer's tensors lie elsewhere or otherwise than it has read."""
         self._given = None
 
+    def follow(self, addresses: tuple[int, ...]) -> None:
+        """Drop a slice that waits for the layer unless it was computed from tensors at these ``addresses``.
+
+        For the recompute of a forward pass that has taken it the slice stays.
+        """
+        given = self._given
+        if given is not None and not self._taken and given.addresses[self._index] != addresses:
+            self._given = None
+
     def _is_of_storages(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the slice was computed from these storages, which may have moved, as FSDP2's do between gathers."""
+        """Whether the slice was computed from these places in storages, which FSDP2 moves between gathers."""
         given, count = self._given, len(tensors)
         assert given is not None
-        storages = given.storages[count * self._index : count * (self._index + 1)]
-        return all(map(operator.is_, map(_referent, storages), map(_storage, tensors)))
+        own = slice(count * self._index, count * self._index + count)
+        return [*map(_offset, tensors)] == given.offsets[own] and all(
+            map(operator.is_, map(_referent, given.storages[own]), map(_storage, tensors))
+        )
 
     @property
     def is_given(self) -> bool:
@@ -338,9 +352,10 @@ class NormCache:
         if given is None or not self._taken:
             return False
         addresses = given.addresses[self._index]
-        storage = given.storages[len(addresses) * self._index]
-        if addresses[0] != weight.data_ptr() and storage() is not weight.untyped_storage():
-            return False
+        if addresses[0] != weight.data_ptr():
+            first = len(addresses) * self._index
+            if given.storages[first]() is not weight.untyped_storage() or given.offsets[first] != _offset(weight):
+                return False
         return self._forwards == 1 or self.reuse == "tracked"
 
     def _hand_out(

@@ -165,7 +165,8 @@ class _Group:
             with without_autocast(first.weight.device):
                 values = self._values(found, how)
             self._last = (settings, versions, values) if first.norms.reuse == "tracked" else None
-        slices = Slices(by, settings, found.addresses, versions, found.shapes, found.storages, *values)
+        where = (found.addresses, versions, found.shapes, found.storages, found.offsets)
+        slices = Slices(by, settings, *where, *values)
         for index, cache in enumerate(found.caches):
             cache.give(slices, index)
 

@@ -23,7 +23,8 @@ class Found:
     """The addresses of layers, and the table that tells a kernel: places in elements from the lowest of each tensor.
 
     ``members`` are the layers that can be in one launch, and ``tensors`` all their tensors, whose ``addresses``,
-    ``shapes`` and ``storages`` are as in :class:`~.norm_cache.Slices`. ``columns`` is the number of tensors of a layer.
+    ``shapes``, ``storages`` and ``offsets`` are as in :class:`~.norm_cache.Slices`. ``columns`` is the number of
+    tensors of a layer.
     ``table`` is [layers, columns] int64 on their GPU; None on a CPU.
     """
 
@@ -49,6 +50,7 @@ class Found:
         self.addresses = self.by_layer(map(_data_ptr, self.tensors))
         self.shapes = [(layer.weight.shape, layer.lora_A.shape) for layer in members]
         self.storages = [weakref.ref(tensor.untyped_storage()) for tensor in self.tensors]
+        self.offsets = [int(tensor.storage_offset()) for tensor in self.tensors]
 
     @classmethod
     def of(cls, layers: Sequence[AnyLayer], tensors: Sequence[torch.Tensor]) -> Found:

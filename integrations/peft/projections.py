@@ -20,7 +20,7 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
-from ...internals.torch import current_backward, some_autocast_is_on, undisturbed
+from ...internals.torch import current_backward, saving_is_hooked, some_autocast_is_on, undisturbed
 from ...nn.autocast import autocast_dtype, autocast_is_on
 from ...nn.group import project
 from ...nn.group_plan import MOST_PROJECTIONS, Plan, Projection, are_alike
@@ -74,6 +74,7 @@ class Place:
         self._own: Projection | None = None
         self._plan: Plan | None = None
         self._state: Unchanged | None = None
+        self.addresses: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[type[Place], tuple[Siblings]]:
         return Place, (self.siblings,)  # a copied layer learns its group anew
@@ -130,7 +131,7 @@ class Place:
     def known(self) -> Projection | None:
         """The layer's tensors if it could run by itself when it was examined last, and they are where they were."""
         state = self._state
-        return self._own if state is not None and state.stands() else None
+        return self._own if state is not None and state.frozen and state.stands() else None
 
     def own(self, module: LoraLayer) -> Projection | None:
         """Examine the layer, unless it is as it was: its tensors if doratune may run it by itself now."""
@@ -140,6 +141,8 @@ class Place:
                 if state.holds():
                     return self._own
                 if self._own is not None and state.follow():
+                    self.addresses = state.addresses
+                    self._own.norms.follow(state.addresses)
                     return self._own
             Place.changes += 1
             self._state = None
@@ -162,7 +165,8 @@ class Place:
             return None
         if modules["lora_magnitude_vector"]._modules[active].__dict__.get("_dora_cache"):
             return None
-        self._state = Unchanged(module, active, own[:4])  # type: ignore[arg-type]
+        self._state = state = Unchanged(module, active, own[:4])  # type: ignore[arg-type]
+        self.addresses = state.addresses
         return own
 
     changes = 0
@@ -282,7 +286,7 @@ class _Outputs(NamedTuple):
     version: int
     dtype: torch.dtype
     grad: bool
-    outputs: dict[Place, tuple[torch.Tensor, Projection, list[int]]]
+    outputs: dict[Place, tuple[torch.Tensor, Projection, tuple[int, ...], list[int]]]
 
 
 class _Group:
@@ -316,7 +320,7 @@ class _Group:
             serves = is_rehearsing()  # where x stands for any tensor
         if recomputes == -1 and (grad or serves):
             self._serves = serves  # for the recompute; a pass without gradients in between has none
-        return self._compute(x, own, dtype, scope) if serves and (recomputes == -1 or self._serves) else None
+        return self._compute(x, own, dtype, scope, grad) if serves and (recomputes == -1 or self._serves) else None
 
     def drop(self) -> None:
         """Forget the outputs that nobody has asked for."""
@@ -326,21 +330,26 @@ class _Group:
         """Release the weights of the layers, which one of them holds no more."""
         self._call = self._plan = None
 
-    def _compute(self, x: torch.Tensor, first: Projection, dtype: torch.dtype, scope: object) -> torch.Tensor | None:
+    def _compute(
+        self, x: torch.Tensor, first: Projection, dtype: torch.dtype, scope: object, grad: bool
+    ) -> torch.Tensor | None:
         """Compute all outputs and return that of the ``first``; None if the layers cannot run together now.
 
-        The others are taken as they were known last. If one has changed since, it does not take its output.
+        The others are taken as they were known last. If one has changed since, it does not take its output. Where what
+        is saved may be recomputed, they are asked before: a recompute would find the change, and save other tensors.
         """
         plan = self._plan
-        known = [first, *[place.known() for place in self.places[1:]]]
-        if plan is None or not all(map(is_, plan.projections, known)):
+        stands = plan is not None and not (grad and saving_is_hooked())
+        known = [first, *[place.known() for place in self.places[1:]]] if stands else []
+        if plan is None or not stands or not all(map(is_, plan.projections, known)):
             found = [first]
             for place, module in zip(self.places[1:], self.modules[1:], strict=True):
                 own = place.projection(module, dtype, x.device)
                 if own is None:
                     return None
                 found.append(own)
-            self._plan = plan = self.places[0].plan_together(found)
+            if plan is None or not all(map(is_, plan.projections, found)):
+                self._plan = plan = self.places[0].plan_together(found)
             if plan is None:
                 return None
         made = self.places[0].run_together(x, plan, dtype)
@@ -348,10 +357,10 @@ class _Group:
             return None
         y, *others = made
         waiting = {
-            place: (other, own, _versions(own))
+            place: (other, own, place.addresses, _versions(own))
             for place, other, own in zip(self.places[1:], others, plan.projections[1:], strict=True)
         }
-        self._call = _Outputs(scope, weakref.ref(x), x._version, dtype, torch.is_grad_enabled(), waiting)
+        self._call = _Outputs(scope, weakref.ref(x), x._version, dtype, grad, waiting)
         if type(scope) is Opened:
             scope.at_end.append(self.drop)
         return y
@@ -366,7 +375,7 @@ class _Group:
         call = self._call
         if call is None:
             return None
-        y, projection, versions = call.outputs.pop(place, _NOTHING)
+        y, projection, addresses, versions = call.outputs.pop(place, _NOTHING)
         if not call.outputs:
             self._call = None
         if (
@@ -377,6 +386,7 @@ class _Group:
             or call.dtype is not dtype
             or call.grad is not torch.is_grad_enabled()
             or projection is not own
+            or addresses != place.addresses
             or versions != _versions(own)
         ):
             self._call = None
@@ -384,7 +394,7 @@ class _Group:
         return y
 
 
-_NOTHING = (None, None, None)
+_NOTHING = (None, None, (), None)
 
 
 def _versions(own: Any) -> list[int]:

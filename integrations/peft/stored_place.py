@@ -104,6 +104,7 @@ class StoredPlace:
         self._call: _Call | None = None
         self._last: StoredProjection | None = None
         self._plan: StoredPlan | None = None
+        self.addresses: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[type[StoredPlace], tuple[Siblings]]:
         return StoredPlace, (self.siblings,)  # a copied layer is examined anew
@@ -139,6 +140,7 @@ class StoredPlace:
             self._call = call = self._examine_call(module)
             if call is None:
                 return None
+            self.addresses = call.unchanged.addresses
         unchanged, bias = call.unchanged, call.bias
         if (unchanged.adapter_dtype is not dtype or unchanged.device != device) and not call.rounds(dtype, device):
             return None

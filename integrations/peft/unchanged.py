@@ -19,6 +19,7 @@ from ...internals.torch import hooks_made
 
 _data_ptr = torch.Tensor.data_ptr
 _storage = torch.Tensor.untyped_storage
+_offset = torch.Tensor.storage_offset
 _referent = weakref.ref.__call__
 _numel = torch.Tensor.numel
 _is_contiguous = torch.Tensor.is_contiguous
@@ -43,13 +44,13 @@ class Unchanged:
     what a layer holds.
 
     Attributes:
+        addresses: of the tensors.
         attributes: the layer's own dictionary, which a copy of the layer does not share.
         dtype, adapter_dtype, device: of W and of A.
         frozen: whether no gradient of the bias is wanted.
     """
 
     __slots__ = (
-        "_addresses",
         "_are_needed",
         "_bases",
         "_dicts",
@@ -60,12 +61,14 @@ class Unchanged:
         "_kinds",
         "_layout",
         "_of_magnitude",
+        "_offsets",
         "_parts",
         "_storages",
         "_switches",
         "_tensors",
         "_values",
         "adapter_dtype",
+        "addresses",
         "attributes",
         "device",
         "dtype",
@@ -101,7 +104,8 @@ class Unchanged:
         self._are_needed = _shared((*map(_needs_gradient, self._bases),))
         self._tensors = tuple(tensors)
         self._storages = tuple([weakref.ref(tensor.untyped_storage()) for tensor in tensors])
-        self._addresses = (*map(_data_ptr, tensors),)
+        self._offsets = _shared((*map(_offset, tensors),))
+        self.addresses = (*map(_data_ptr, tensors),)
         self._layout = _shared(self._read_layout())
         self._hook_tables = tuple([part.__dict__[kind] for part in self._parts for kind in _HOOKS])
         self._hooks, self._hookless = hooks_made(), not any(self._hook_tables)
@@ -132,9 +136,11 @@ class Unchanged:
         So FSDP2 gathers the same parameters, of the same storages, into other memory before every call of a block.
         """
         same = self.holds(moved=True) and self._read_layout() == self._layout
-        if not same or not all(map(is_, map(_referent, self._storages), map(_storage, self._tensors))):
+        if not same or (*map(_offset, self._tensors),) != self._offsets:
             return False
-        self._addresses = (*map(_data_ptr, self._tensors),)
+        if not all(map(is_, map(_referent, self._storages), map(_storage, self._tensors))):
+            return False
+        self.addresses = (*map(_data_ptr, self._tensors),)
         return True
 
     def _is_as_free_of_hooks(self) -> bool:
@@ -146,7 +152,7 @@ class Unchanged:
 
     def stands(self) -> bool:
         """Whether W, A, B and m are where they were, in their dtypes and sizes."""
-        return (*map(_data_ptr, self._tensors),) == self._addresses and self._read_layout() == self._layout
+        return (*map(_data_ptr, self._tensors),) == self.addresses and self._read_layout() == self._layout
 
     def _read_layout(self) -> tuple[object, ...]:
         # Conversions may end at an old address, and a square W may be transposed where it is.

@@ -178,6 +178,9 @@ def test_the_distances_from_fp32_decide_for_each_kind_that_is_beyond() -> None:
     _, complaint = judge({**found, "lora_A": torch.full((2,), torch.nan)}, stock, lambda: exact, lora=False)
     assert complaint is not None
     assert "lora_A nan" in complaint
+    infinite = {"logits": torch.tensor([4.0, torch.inf])}
+    _, complaint = judge(infinite, infinite, lambda: {"logits": torch.ones(2)}, lora=False)
+    assert complaint is not None, "as wrong as PEFT's is wrong where no distance can be told"
 
 
 @pytest.mark.usefixtures("no_room")

@@ -89,6 +89,17 @@ def test_the_output_may_be_rows_of_a_larger_matrix() -> None:
     assert wide[:, -8:].isnan().all()
 
 
+def test_codes_that_are_no_numbers_stay_so() -> None:
+    spec = spec_of("fp8", (16, 64, 0))
+    inputs, _ = make_inputs(spec, 1, case="random")
+    inputs["weight"][:256] = torch.arange(256, dtype=torch.uint8)
+    dense = make_outputs(spec, 1)["dense"].zero_()
+    load_module(render(spec, config_of())).launch(*inputs.values(), dense)
+    wanted = reference(spec, inputs)["dense"]
+    assert int(wanted.isnan().sum()) == 2
+    assert torch.equal(dense.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("form", ["nf4.nested", "fp4", "int8", "hqq4", "fp8"])
 def test_what_other_gpus_decode_without_ptx_is_the_same(form: str) -> None:
     source = render(spec_of(form, EVEN, gpu="gfx942"), config_of())

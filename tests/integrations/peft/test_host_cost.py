@@ -263,14 +263,17 @@ BASES: dict[str, Callable[[nn.Module], None]] = {
     [
         ("int8", 1.28, 1.12, 1.05),
         ("int8, outliers", 1.28, 1.12, 1.05),
-        ("torchao", 1.43, 1.0, 1.14),
+        ("torchao", 1.44, 1.0, 1.14),
         ("HQQ", 0.62, 0.74, 0.5),
     ],
 )
 def test_a_pass_of_other_quantised_models_costs_the_host_little_more_than_peft_lora(
     base: str, step: float, checkpointed: float, inference: float, started: Started, request: pytest.FixtureRequest
 ) -> None:
-    """Launches as of 4-bit models; their packages take the host fewer calls, of which ours are a larger part."""
+    """Launches as of 4-bit models; their packages take the host fewer calls, of which ours are a larger part.
+
+    A step puts A of the layers of a group together in its backward pass, too: 16 MB less a layer at r=384.
+    """
     forward = COMPOSE + (DECODE if base == "HQQ" else 0)
     ways = [
         (train, forward + DIFFERENTIATE + DECODE, ALONE + NO_DX, step),

@@ -227,11 +227,14 @@ def test_a_shallow_copy_of_a_layer_is_another_layer() -> None:
     assert_step(stock, fast, 3)
 
 
-def gather_again(model: nn.Module) -> list[torch.Tensor]:
-    """Put all parameters into other memory, as FSDP2 does before each call of a block; what holds the memory before."""
+def gather_again(model: nn.Module, factor: float = 1.0) -> list[torch.Tensor]:
+    """Put all parameters, scaled by ``factor``, into other memory, as FSDP2 does before each call of a block.
+
+    What is returned holds the memory where they were.
+    """
     kept = []
     for parameter in model.parameters():
-        values, storage = parameter.detach().clone(), parameter.untyped_storage()
+        values, storage = parameter.detach() * factor, parameter.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
         storage.resize_(0)
         kept.append(torch.empty(size, dtype=torch.uint8))
@@ -271,6 +274,72 @@ def test_parameters_that_are_gathered_into_other_memory_are_not_examined_again(e
     gather_again(fast)
     assert_step(stock, fast, 6)
     assert len(examined) > 0, "another parameter is examined"
+
+
+@pytest.mark.parametrize("place", ["attention.k", "attention.v", "middle", "mlp.one", "mlp.out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_that_are_gathered_within_a_call_are_read_anew(place: str, dtype: torch.dtype) -> None:
+    """Neither an output of a group that waits for its layer nor a norm that does was computed from them."""
+    stock, fast = pair()
+    kept: list[list[torch.Tensor]] = []
+    bound = 1e-5 if dtype is torch.float32 else 1e-10
+    for model in (stock, fast):
+        model.to(dtype)
+    for seed in range(7):
+        for training in (True,) if seed < 3 else (False, True):
+            with torch.set_grad_enabled(training):
+                x = x_of(seed).to(dtype)
+                wanted, found = stock(x), fast(x)
+            assert relative(found, wanted) <= bound, (seed, training)
+            if training:
+                found.square().sum().backward()
+        if seed == 2:
+            for model in (stock, fast):
+                base = layer_of(model, place).base_layer
+                attention_of(model).between = lambda _, x, base=base: (kept.append(gather_again(base, 1.3)), x)[1]
+
+
+@pytest.mark.parametrize("place", ["attention.q", "attention.k", "middle", "mlp.two", "mlp.out"])
+@pytest.mark.parametrize("of", ["base_layer", "lora_A.default", "lora_B.default", "lora_magnitude_vector.default"])
+def test_a_recompute_reads_other_parameters_of_the_same_storage(place: str, of: str) -> None:
+    """The storage tells nothing then: where each begins in it does."""
+    stock, fast = pair()
+    held = []
+    for model in (stock, fast):
+        model.float()
+        parameter = layer_of(model, place).get_submodule(of).weight
+        held.append((parameter, torch.stack([parameter.detach(), 0.3 * parameter.detach() + 0.2])))
+    for seed in range(4):
+        gradients = []
+        for model, (parameter, rows) in zip((stock, fast), held, strict=True):
+            parameter.data = rows[0]
+            x = x_of(seed).float().requires_grad_()
+            y = checkpoint(model, x, use_reentrant=False)
+            parameter.data = rows[1]
+            y.square().sum().backward()
+            gradients.append(x.grad)
+        assert relative(gradients[1], gradients[0]) <= 1e-4, seed
+
+
+def hook_base(layer: Any) -> None:
+    layer.base_layer.register_forward_hook(lambda *args: 1.1 * args[-1])
+
+
+def hook_adapter(layer: Any) -> None:
+    layer.lora_A["default"].register_forward_hook(lambda *args: 1.1 * args[-1])
+
+
+@pytest.mark.parametrize("change", [*CHANGES, hook_base, hook_adapter])
+@pytest.mark.parametrize("place", ["attention.k", "mlp.two"])
+def test_a_checkpoint_saves_the_same_after_a_later_layer_of_a_group_has_changed(change: Any, place: str) -> None:
+    stock, fast = pair()
+    run = lambda model, x: checkpoint(model, x, use_reentrant=False)  # noqa: E731
+    for seed in range(3):
+        assert_step(stock, fast, seed, run)
+    for model in (stock, fast):
+        change(layer_of(model, place))
+    for seed in range(3, 6):
+        assert_step(stock, fast, seed, run)
 
 
 def test_a_recompute_takes_its_forwards_norm_wherever_its_parameters_are(monkeypatch: pytest.MonkeyPatch) -> None:
