@@ -172,12 +172,15 @@ def test_a_pass_costs_the_host_no_more_than_peft_lora(
     started: Started,
     request: pytest.FixtureRequest,
 ) -> None:
-    """The bounds: kernels and calls as a part of PEFT LoRA's, launches of doratune for each block of the model."""
+    """The bounds: kernels and calls as a part of PEFT LoRA's, launches of doratune for each block of the model.
+
+    Of other versions LoRA itself takes fewer; the backward pass puts A of q, k, v and of gate, up together again.
+    """
     lora, ours = cost(model_of(False), run, started), cost(model_of(True), run, started)
     assert lora.launches == 0
     assert ours.launches <= launches * LAYERS
-    assert ours.operations + ours.launches <= operations * lora.operations
-    others = 1.1 if request.config.getoption("--versions") else 1.0  # of other versions LoRA itself takes fewer
+    others, again = (1.1, 2 * LAYERS) if request.config.getoption("--versions") else (1.0, 0)
+    assert ours.operations + ours.launches <= operations * lora.operations + again
     assert ours.calls <= others * calls * lora.calls
 
 
