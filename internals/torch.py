@@ -168,7 +168,12 @@ def has_tangents(tensors: Sequence[torch.Tensor | None]) -> bool:
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-_saving_hooks = _found["torch._C._autograd._top_saved_tensors_default_hooks"]
+def _no_hooks(ignores_unset: bool) -> None:
+    return None
+
+
+top_saving_hooks: Callable[[bool], object] = _found["torch._C._autograd._top_saved_tensors_default_hooks"] or _no_hooks
+"""For code that every call runs: with True, not None if :func:`saving_is_hooked`."""
 
 
 def saving_is_hooked() -> bool:
@@ -176,7 +181,7 @@ def saving_is_hooked() -> bool:
 
     A checkpoint's do, in its forward pass and in its recompute.
     """
-    return _saving_hooks is not None and _saving_hooks(True) is not None
+    return top_saving_hooks(True) is not None
 
 
 # Autocast.

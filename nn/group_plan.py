@@ -181,6 +181,15 @@ class At:
             self.differentiate = find("compose_backward_group", plan.rank, bucket, dtype, (), magnitude)
 
 
+WORTH_A_LAUNCH = 1 << 20
+"""The bytes from which to make a tensor again costs less than to hold it: small models wait for the host."""
+
+
+def is_put_together_again(lora_A: Sequence[torch.Tensor]) -> bool:
+    """Whether the backward pass makes A of several dense projections again, instead of holding it in between."""
+    return len(lora_A) > 1 and sum(a.nbytes for a in lora_A) >= WORTH_A_LAUNCH
+
+
 class Needs(NamedTuple):
     """Which gradients a backward pass returns, and what of W, A and B it reads for them.
 
@@ -188,7 +197,7 @@ class Needs(NamedTuple):
         x, lora_A, lora_B, magnitude: whether the gradient of x is wanted, and of A, B and m of any projection.
         tensors: W of each projection, A of all in one matrix, and B of each. None for those that no gradient needs, and
             for those that autograd saves because no parameter holds them, which are at the indices ``saved``. Also None
-            for the A of several parameters, which the backward pass puts together again.
+            for the A of several parameters that :func:`is_put_together_again`.
         parameters: what the backward pass reads without saving it: those of ``tensors`` that are not None, and that A.
     """
 
@@ -210,7 +219,7 @@ class Needs(NamedTuple):
         tensors = _parameters([tensor if needs else None for tensor, needs in zip(held, needed, strict=True)])
         saved = [index for index, needs in enumerate(needed) if needs and tensors[index] is None]
         parameters = [tensor for tensor in tensors if tensor is not None]
-        if need_x and exact and count > 1 and None not in _parameters(plan.lora_A):
+        if need_x and exact and is_put_together_again(plan.lora_A) and None not in _parameters(plan.lora_A):
             saved.remove(count)
             parameters += plan.lora_A
         need_a, need_b, need_m = [True in wanted[each::3] for each in (1, 2, 3)]

@@ -20,7 +20,7 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
-from ...internals.torch import current_backward, saving_is_hooked, some_autocast_is_on, undisturbed
+from ...internals.torch import current_backward, some_autocast_is_on, top_saving_hooks, undisturbed
 from ...nn.autocast import autocast_dtype, autocast_is_on
 from ...nn.group import project
 from ...nn.group_plan import MOST_PROJECTIONS, Plan, Projection, are_alike
@@ -320,7 +320,10 @@ class _Group:
             serves = is_rehearsing()  # where x stands for any tensor
         if recomputes == -1 and (grad or serves):
             self._serves = serves  # for the recompute; a pass without gradients in between has none
-        return self._compute(x, own, dtype, scope, grad) if serves and (recomputes == -1 or self._serves) else None
+        if not serves or not (recomputes == -1 or self._serves):
+            return None
+        asks = grad and recomputes == -1 and top_saving_hooks(True) is not None
+        return self._compute(x, own, dtype, scope, grad, asks)
 
     def drop(self) -> None:
         """Forget the outputs that nobody has asked for."""
@@ -331,15 +334,16 @@ class _Group:
         self._call = self._plan = None
 
     def _compute(
-        self, x: torch.Tensor, first: Projection, dtype: torch.dtype, scope: object, grad: bool
+        self, x: torch.Tensor, first: Projection, dtype: torch.dtype, scope: object, grad: bool, asks: bool
     ) -> torch.Tensor | None:
         """Compute all outputs and return that of the ``first``; None if the layers cannot run together now.
 
-        The others are taken as they were known last. If one has changed since, it does not take its output. Where what
-        is saved may be recomputed, they are asked before: a recompute would find the change, and save other tensors.
+        The others are taken as they were known last. If one has changed since, it does not take its output. With
+        ``asks`` each is examined before: what is saved may be recomputed, and a recompute would find the change, and
+        save other tensors.
         """
         plan = self._plan
-        stands = plan is not None and not (grad and saving_is_hooked())
+        stands = plan is not None and not asks
         known = [first, *[place.known() for place in self.places[1:]]] if stands else []
         if plan is None or not stands or not all(map(is_, plan.projections, known)):
             found = [first]
@@ -356,10 +360,9 @@ class _Group:
         if made is None:
             return None
         y, *others = made
-        waiting = {
-            place: (other, own, place.addresses, _versions(own))
-            for place, other, own in zip(self.places[1:], others, plan.projections[1:], strict=True)
-        }
+        waiting = {}
+        for place, other, own in zip(self.places[1:], others, plan.projections[1:], strict=True):
+            waiting[place] = other, own, place.addresses, _versions(own)
         self._call = _Outputs(scope, weakref.ref(x), x._version, dtype, grad, waiting)
         if type(scope) is Opened:
             scope.at_end.append(self.drop)

@@ -212,7 +212,9 @@ def test_a_parameter_written_before_the_backward_pass_is_an_error(name: str) -> 
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_of_several_parameters_is_put_together_again_and_not_saved(gated: bool) -> None:
+def test_a_of_several_parameters_is_put_together_again_and_not_saved(
+    gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, given = make_group("random", (48, 48))
     projections = [one._replace(lora_A=torch.nn.Parameter(one.lora_A.detach().clone())) for one in given]
 
@@ -227,6 +229,10 @@ def test_a_of_several_parameters_is_put_together_again_and_not_saved(gated: bool
         run(given)
         assert packed in saved
         saved.clear()
+        run(projections)
+        assert packed in saved, "a small one costs less to hold than a launch"
+        saved.clear()
+        monkeypatch.setattr(group_plan, "WORTH_A_LAUNCH", 0)
         run(projections)
         assert packed not in saved
     y, wanted = run(projections), run(given)

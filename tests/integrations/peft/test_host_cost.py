@@ -172,15 +172,12 @@ def test_a_pass_costs_the_host_no_more_than_peft_lora(
     started: Started,
     request: pytest.FixtureRequest,
 ) -> None:
-    """The bounds: kernels and calls as a part of PEFT LoRA's, launches of doratune for each block of the model.
-
-    Of other versions LoRA itself takes fewer; the backward pass puts A of q, k, v and of gate, up together again.
-    """
+    """The bounds: kernels and calls as a part of PEFT LoRA's, launches of doratune for each block of the model."""
     lora, ours = cost(model_of(False), run, started), cost(model_of(True), run, started)
     assert lora.launches == 0
     assert ours.launches <= launches * LAYERS
-    others, again = (1.1, 2 * LAYERS) if request.config.getoption("--versions") else (1.0, 0)
-    assert ours.operations + ours.launches <= operations * lora.operations + again
+    assert ours.operations + ours.launches <= operations * lora.operations
+    others = 1.1 if request.config.getoption("--versions") else 1.0  # of other versions LoRA itself takes fewer
     assert ours.calls <= others * calls * lora.calls
 
 
@@ -266,17 +263,14 @@ BASES: dict[str, Callable[[nn.Module], None]] = {
     [
         ("int8", 1.28, 1.12, 1.05),
         ("int8, outliers", 1.28, 1.12, 1.05),
-        ("torchao", 1.44, 1.0, 1.14),
+        ("torchao", 1.43, 1.0, 1.14),
         ("HQQ", 0.62, 0.74, 0.5),
     ],
 )
 def test_a_pass_of_other_quantised_models_costs_the_host_little_more_than_peft_lora(
     base: str, step: float, checkpointed: float, inference: float, started: Started, request: pytest.FixtureRequest
 ) -> None:
-    """Launches as of 4-bit models; their packages take the host fewer calls, of which ours are a larger part.
-
-    A step puts A of the layers of a group together in its backward pass, too: 16 MB less a layer at r=384.
-    """
+    """Launches as of 4-bit models; their packages take the host fewer calls, of which ours are a larger part."""
     forward = COMPOSE + (DECODE if base == "HQQ" else 0)
     ways = [
         (train, forward + DIFFERENTIATE + DECODE, ALONE + NO_DX, step),
