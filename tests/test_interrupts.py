@@ -224,6 +224,7 @@ def test_a_worker_that_starts_gets_no_ctrl_c_the_first_one_neither() -> None:
 IN_A_CALLBACK = """
 import os, signal, time, weakref
 from doratune.terminal import interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins with SIGINT ignored
 interrupts.watch()
 class Thing: pass
 def ends(reference):
