@@ -6,6 +6,9 @@ once and timed for all of them. The configs of a family are those that the perfo
 the time allows. Half of each batch are neighbours of the best so far, since a search ends among these. At the end the
 winners of every other family are timed, as a lookup would carry them over, and the best of each spec are timed in turn.
 
+The specs are those of :mod:`.specs`, or of a list (``--specs``); with ``--entries STORE`` the winners of that store's
+entries of the operation come right after the built-in configs.
+
 Kinds of times: 0 one short measurement; 1 timed in turn with the other best, and then the short measurement is kept as
 a fourth value; 2 the first replay only, of a config that is far behind.
 """
@@ -27,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...cache.entry import MEASURED
+from ...cache.store import Store
 from ...codegen.compile import CompileError
 from ...codegen.cost import estimate_us
 from ...codegen.gpu import Gpu
@@ -40,6 +45,7 @@ from ...tuner.isolation import IsolatedEvaluator
 from ...tuner.measure import MeasureEvaluator
 from ...tuner.predict import shortlist
 from ...tuner.space import Space
+from ...tuner.spec_list import read_spec_list
 from ...tuner.workers import Compiled, CompilePool
 from ..results import environment
 from .specs import recorded_specs
@@ -163,6 +169,10 @@ class _Family:
         for spec in self.specs:
             recorded = document["specs"].get(str(spec), {"us": ()})
             self.first += [configs[row[0]] for row in recorded["us"] if row[2] != CENSORED]
+
+    def begin_with_winners(self, configs: Iterable[Config]) -> None:
+        """Try configs that won at other specs early."""
+        self.first += configs
 
     def knows(self, config: Config) -> bool:
         """Whether a config was timed or rejected."""
@@ -321,6 +331,16 @@ def _rounded(us: float) -> float:
     return float(f"{us:.5g}")
 
 
+@functools.cache
+def _winners_of(store: str | None, op: str) -> tuple[Config, ...]:
+    """The configs of a store's measured entries of an operation, without repetition."""
+    if store is None:
+        return ()
+    with Store.open(store, readonly=True) as opened:
+        entries = [entry for entry in opened.entries() if entry.spec.op == op]
+    return tuple(dict.fromkeys(entry.config for entry in entries if entry.evaluation.provenance == MEASURED))
+
+
 def _read(folder: Path | None, op: str) -> dict[str, Any]:
     path = None if folder is None else folder / f"{op}.json.gz"
     if path is None or not path.exists():
@@ -329,13 +349,36 @@ def _read(folder: Path | None, op: str) -> dict[str, Any]:
 
 
 def _write(folder: Path, families: Sequence[_Family], gpu: Gpu, commit: str | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for op in OPS:
-        document = _document(op, families, gpu, commit)
-        if document["specs"]:
-            text = json.dumps(document, separators=(",", ":"), sort_keys=True)
-            with gzip.GzipFile(folder / f"{op}.json.gz", "wb", mtime=0) as file:
-                file.write(text.encode())
+        _write_document(folder, op, _document(op, families, gpu, commit))
+
+
+def _write_document(folder: Path, op: str, document: dict[str, Any]) -> None:
+    if document["specs"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(document, separators=(",", ":"), sort_keys=True)
+        with gzip.GzipFile(folder / f"{op}.json.gz", "wb", mtime=0) as file:
+            file.write(text.encode())
+
+
+def join(folders: Iterable[Path], output: Path) -> None:
+    """Write the tables of several parts of one run as one; of a spec in several the first counts."""
+    for op in OPS:
+        documents = [document for folder in folders if (document := _read(folder, op))["specs"]]
+        numbers: dict[str, int] = {}
+        specs: dict[str, Any] = {}
+        for document in documents:
+            for spec, recorded in document["specs"].items():
+                rows = {
+                    key: [
+                        [numbers.setdefault(document["configs"][row[0]], len(numbers)), *row[1:]]
+                        for row in recorded[key]
+                    ]
+                    for key in ("us", "rejected")
+                }
+                specs.setdefault(spec, rows)
+        if documents:
+            _write_document(output, op, {**documents[0], "configs": list(numbers), "specs": specs})
 
 
 def main() -> None:
@@ -346,21 +389,28 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=0, help="which part of the families, from 0")
     parser.add_argument("--parts", type=int, default=1, help="processes that share the families, each with its own GPU")
     parser.add_argument("--shared", type=Path, metavar="FOLDER", help="where these processes exchange their winners")
+    parser.add_argument("--join", type=Path, nargs="*", metavar="FOLDER", help="only join the tables of these parts")
     parser.add_argument("--begin-with", type=Path, metavar="FOLDER", help="older tables whose configs are tried first")
+    parser.add_argument("--specs", type=Path, metavar="FILE", help="these specs, one a line, instead of the usual ones")
+    parser.add_argument("--entries", metavar="STORE", help="a store whose winners are tried early")
     parser.add_argument("--seconds", type=float, default=400.0)
     parser.add_argument("--jobs", type=int, default=15)
     parser.add_argument("--commit", help="the commit measured; read from git by default")
     given = parser.parse_args()
+    if given.join:
+        return join(given.join, given.output)
     end = time.monotonic() + given.seconds
     device = find_device("cuda")
     gpu = gpu_of(device)
-    specs = [spec for spec in recorded_specs(gpu.slug) if not given.ops or spec.op in given.ops]
+    known = read_spec_list(file=given.specs, gpu=gpu.slug).specs if given.specs else recorded_specs(gpu.slug)
+    specs = [spec for spec in known if not given.ops or spec.op in given.ops]
     groups = families_of(specs)[given.part :: given.parts]
     evaluator = IsolatedEvaluator(functools.partial(MeasureEvaluator, gpu, str(device)), gpu)
     evaluator.start()
     families = [_Family(group, gpu, evaluator) for group in groups]
     for family in families:
         family.begin_with(_read(given.begin_with, family.specs[0].op))
+        family.begin_with_winners(_winners_of(given.entries, family.specs[0].op))
     winners = _Winners(given.shared or given.output / "winners", given.part, given.parts)
     try:
         record(families, end=end, jobs=given.jobs, gpu=gpu, winners=winners)

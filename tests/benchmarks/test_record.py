@@ -5,13 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 
 from doratune.benchmarks.tables.read import CENSORED, FINAL, SHORT, read_table, table_path
-from doratune.benchmarks.tables.record import _Family, _write, families_of
+from doratune.benchmarks.tables.record import _Family, _winners_of, _write, families_of, join
 from doratune.benchmarks.tables.specs import recorded_specs
+from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
+from doratune.cache.store import Store
+from doratune.codegen.cost import floor_us
 from doratune.codegen.gpu import find_gpu
+from doratune.codegen.render import render, template_digest
+from doratune.codegen.spec import Config, KernelSpec
+from doratune.codegen.variants import default_configs
 
 from ..tuner.fakes import FakeEvaluator
 
 GPU = find_gpu("h100-sxm")
+
+
+def _entry(spec: KernelSpec, config: Config, provenance: str) -> Entry:
+    source, least = render(spec, config), floor_us(spec, GPU)
+    return Entry(
+        spec=spec,
+        config=config,
+        template_digest=template_digest(spec.op, config.variant),
+        source_digest=source.digest,
+        source=source.text,
+        evaluation=Evaluation(provenance, us=2.0 * least, floor_us=least, trials=24),
+        environment=Environment(gpu=GPU.slug, architecture=GPU.architecture, triton="3.7.1"),
+    )
 
 
 def test_a_run_writes_what_it_timed_in_turn_shortly_and_not_at_all(tmp_path: Path) -> None:
@@ -29,6 +48,40 @@ def test_a_run_writes_what_it_timed_in_turn_shortly_and_not_at_all(tmp_path: Pat
     timings = {config: (timing.us, timing.kind, timing.short_us) for config, timing in read[spec].times.items()}
     assert timings == {first: (10.0, FINAL, 10.5), second: (12.0, SHORT, None), third: (50.0, CENSORED, None)}
     assert read[spec].rejected == {fourth: "inaccurate: out is off by 3"}
+
+
+def test_the_winners_of_a_store_are_tried_after_the_built_in_configs(tmp_path: Path) -> None:
+    first, second, third = (
+        KernelSpec.create(
+            "compose_swiglu", d_out=4864, rank=rank, tokens=4096, dtype="bf16", adapter="bf16", gpu=GPU.slug
+        )
+        for rank in (16, 32, 64)
+    )
+    won, predicted = default_configs(first, GPU)[0], default_configs(second, GPU)[-1]
+    with Store.open(tmp_path / "store.sqlite", create=True) as store:
+        store.put_all([_entry(first, won, MEASURED), _entry(second, predicted, PREDICTED)])
+    assert _winners_of(str(tmp_path / "store.sqlite"), "compose_swiglu") == (won,)
+    assert _winners_of(str(tmp_path / "store.sqlite"), "swiglu_forward") == ()
+    family = _Family([third], GPU, FakeEvaluator(lambda spec, config: 10.0))
+    seeds = len(family.first)
+    family.begin_with_winners([won])
+    assert family.first[seeds:] == [won]
+
+
+def test_parts_of_a_run_are_joined(tmp_path: Path) -> None:
+    specs = [spec for spec in recorded_specs(GPU.slug) if spec.op == "compose_swiglu" and spec.rank == 384]
+    for number, spec in enumerate(specs[:2]):
+        family = _Family([spec], GPU, FakeEvaluator(lambda spec, config: 10.0))
+        family.tables[spec].us = {family.first[number]: (10.0 + number, SHORT), family.first[2]: (20.0, FINAL)}
+        family.tables[spec].rejected = {family.first[3]: "inaccurate"}
+        _write(tmp_path / str(number) / GPU.slug, [family], GPU, "0123456")
+    folders = [tmp_path / part / GPU.slug for part in ("0", "1")]
+    join(folders, tmp_path / "all" / GPU.slug)
+    joined = read_table(table_path(GPU.slug, "compose_swiglu", tmp_path / "all"))
+    assert list(joined.specs) == specs[:2]
+    for folder, spec in zip(folders, specs, strict=False):
+        apart = read_table(table_path(GPU.slug, "compose_swiglu", folder.parent))
+        assert joined[spec] == apart[spec]
 
 
 def test_every_operation_of_a_step_is_recorded() -> None:
