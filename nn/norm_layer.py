@@ -99,12 +99,15 @@ def kind_of(layer: AnyLayer) -> tuple[object, ...] | None:
     if a.dtype not in beside or b.dtype is not a.dtype:
         return None
     kinds = ("cuda", "cpu", META) if is_rehearsing() else ("cuda", "cpu")
+    device = tensors[0].device
+    if device.type not in kinds:
+        return None
     for tensor in tensors:
-        if tensor.device != tensors[0].device or tensor.device.type not in kinds or not tensor.is_contiguous():
+        if tensor.device != device or not tensor.is_contiguous():
             return None
         if tensor.is_inference() or not (tensor.data_ptr() or tensor.is_meta):  # no version, or no memory now
             return None
-    return (tensors[0].device, *w.shape, a.shape[0], stored, own, a.dtype, m.dtype, layer.scaling, reuse)
+    return (device, *w.shape, a.shape[0], stored, own, a.dtype, m.dtype, layer.scaling, reuse)
 
 
 def products_of(layer: AnyLayer, device: torch.device | None = None) -> Products | None:

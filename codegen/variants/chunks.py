@@ -182,6 +182,11 @@ class ChunkedSums(ChunkedTile):
         )
 
 
+def chunk_programs(spec: KernelSpec, chunk: int, block_n: int) -> int:
+    """The programs of a launch whose programs take ``chunk`` rows of ``block_n`` columns."""
+    return ceil_div(spec.tokens, chunk) * sum(ceil_div(width, block_n) for width in spec.widths)
+
+
 def narrow(spec: KernelSpec) -> bool:
     """Whether all factors have one 16-bit dtype as they are."""
     return dtype_bytes(spec.activation) == 2 and spec.adapter == spec.activation

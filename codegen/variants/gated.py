@@ -30,6 +30,7 @@ from .chunks import (
     MIDDLE_RANK,
     ChunkedSums,
     ChunkedTile,
+    chunk_programs,
     narrow,
     refuse_products,
     refuse_reduction,
@@ -41,6 +42,9 @@ LONG_CHUNK_RANK, LONG_CHUNK_COLUMNS = 32, 16384
 
 SHORT_TOKENS = 1024
 """Up to this many tokens long chunks of rows do not fill the GPU."""
+
+ENOUGH_PROGRAMS = 800
+"""So many programs of 256 rows hide each other's waits."""
 
 NARROW_RANK = 256
 """Up to this rank tiles of 64 columns on one group of warps are 5 to 7 % faster on an H100 than tiles of 128 on two."""
@@ -153,14 +157,32 @@ class SwigluBackwardTile(ChunkedSums):
         """Found in searches on an H100, in us with the config that came first before: 128 tokens at 14336 columns and
         r = 384 29 and 45, at 9728 and r = 64 13 and 15; 1024 tokens at 11008 and r = 64 49 and 62."""
         found = super().seeds(spec, gpu)
-        if DECODE_TOKENS < spec.tokens <= FEW_TOKENS and narrow(spec):  # tiles of 16 rows would read B again for each
+        if not narrow(spec):
+            return found
+        if DECODE_TOKENS < spec.tokens <= FEW_TOKENS:  # tiles of 16 rows would read B again for each
             tall = (64, 64, 64, 8, 3, 0) if spec.rank > LOW_RANK else (16, 64, 64, 4, 3, 64)
             return (self._config(spec, *tall), *found)
-        if FEW_TOKENS < spec.tokens <= SHORT_TOKENS and 32 < spec.rank <= LOW_RANK and narrow(spec):
-            return (self._config(spec, 16, 64, 64, 4, 4, chunk=256), *found)
-        if spec.tokens > FEW_TOKENS and LOW_RANK < spec.rank <= MIDDLE_RANK and narrow(spec) and not spec.bias:
-            return (self._config(spec, 16, 64, 64, 4, 3, chunk=256, resident=1), *found)
-        return found
+        first = self._hopper_seeds(spec, gpu) if gpu.architecture == "sm_90" else ()
+        if FEW_TOKENS < spec.tokens <= SHORT_TOKENS and 32 < spec.rank <= LOW_RANK:
+            first = (*first, self._config(spec, 16, 64, 64, 4, 4, chunk=256))
+        if spec.tokens > FEW_TOKENS and LOW_RANK < spec.rank <= MIDDLE_RANK and not spec.bias:
+            first = (*first, self._config(spec, 16, 64, 64, 4, 3, chunk=256, resident=1))
+        return tuple(dict.fromkeys((*first, *found)))
+
+    def _hopper_seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        """By recorded tables of an H100 and an H200: longer chunks for low ranks, where they leave programs enough."""
+        if spec.tokens <= DECODE_TOKENS:
+            return (self._config(spec, 16, 32, 64, 2, 3 if spec.rank > LOW_RANK else 4),) if spec.rank > 32 else ()
+        if spec.rank > LOW_RANK:
+            return ()
+        if spec.rank > 32:
+            if spec.tokens <= 512:
+                return () if spec.d_out >= LONG_CHUNK_COLUMNS else (self._config(spec, 16, 64, 64, 4, 3, chunk=64),)
+            long = self._config(spec, 32, 64, 64, 4, 3, chunk=512)
+            return (long,) if chunk_programs(spec, 512, 64) >= 2 * gpu.multiprocessors else ()
+        if spec.tokens <= 512:
+            return ()
+        return (self._config(spec, 16, 64, 64, 4, 4, chunk=256 if spec.rank > 16 and spec.tokens > 1024 else 128),)
 
     def high_rank_shapes(self, spec: KernelSpec, gpu: Gpu) -> tuple[tuple[int, int, int, int, int], ...]:
         spare = gpu.architecture == "sm_90"  # elsewhere operands of a product take registers
@@ -172,7 +194,8 @@ class SwigluBackwardTile(ChunkedSums):
         self, spec: KernelSpec, t: int, n: int, k: int, warps: int, stages: int, chunk: int = 0, resident: int = 0
     ) -> Config:
         tile = super()._config(spec, t, n, k, warps, stages, chunk, resident)
-        params = {**dict(tile.params), "reduce_c": 32, "reduce_n": fit(64, spec.d_out, smallest=32)}
+        rows, columns = (8, 32) if spec.tokens <= DECODE_TOKENS else (32, 64)
+        params = {**dict(tile.params), "reduce_c": rows, "reduce_n": fit(columns, spec.d_out, smallest=32)}
         return Config.create(self.name, **params, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:
@@ -201,7 +224,14 @@ class SwigluBackwardColumns(ElementwiseColumns):
     most_elements = 32
 
     def shapes(self, spec: KernelSpec) -> tuple[tuple[int, int, int, int, int, int, int], ...]:
-        few, some, many = (4, 4, 128, 8, 32, 2, 3), (64, 8, 64, 16, 64, 4, 3), (256, 8, 64, 64, 64, 4, 2)
-        first = few if spec.tokens <= FEW_TOKENS else some if spec.tokens <= SHORT_TOKENS else many
-        others = ((64, 16, 64, 16, 32, 4, 3), (16, 2, 256, 8, 32, 1, 3), (64, 16, 64, 16, 32, 2, 3))
-        return (first, few, some, many, *others)
+        """In the order of the average times in recorded tables of an H100 and an H200."""
+        few, some, many = (4, 4, 128, 8, 32, 2, 3), (64, 8, 64, 16, 64, 4, 3), (256, 16, 64, 16, 32, 4, 3)
+        enough = chunk_programs(spec, 256, 64) >= ENOUGH_PROGRAMS
+        first = few if spec.tokens <= FEW_TOKENS else many if enough else some
+        others = (
+            (256, 8, 64, 64, 64, 4, 2),
+            (64, 16, 64, 16, 32, 4, 3),
+            (16, 2, 256, 8, 32, 1, 3),
+            (64, 16, 64, 16, 32, 2, 3),
+        )
+        return tuple(dict.fromkeys((first, few, some, many, *others)))

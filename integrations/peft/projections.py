@@ -107,7 +107,12 @@ class Place:
         Whoever asks has the dtype from :func:`product_dtype`.
         """
         state = self._state
-        if state is None or state.attributes is not module.__dict__ or not state.holds():
+        if (
+            state is None
+            or state.attributes is not module.__dict__
+            or not state.holds(moved=True)
+            or not (state.stands() or self._follows(state))
+        ):
             if "_is_replica" in module.__dict__ or self.own(module) is None:
                 return None
             state = self._state
@@ -137,13 +142,9 @@ class Place:
         """Examine the layer, unless it is as it was: its tensors if doratune may run it by itself now."""
         state = self._state
         if state is not None:
-            if state.attributes is module.__dict__ and not getattr(peft_dora, "ENABLE_DORA_CACHING", False):
-                if state.holds():
-                    return self._own
-                if self._own is not None and state.follow():
-                    self.addresses = state.addresses
-                    self._own.norms.follow(state.addresses)
-                    return self._own
+            looks = state.attributes is module.__dict__ and not getattr(peft_dora, "ENABLE_DORA_CACHING", False)
+            if looks and state.holds(moved=True) and (state.stands() or self._follows(state)):
+                return self._own
             Place.changes += 1
             self._state = None
             if self._own is not None and not state.stands():
@@ -168,6 +169,14 @@ class Place:
         self._state = state = Unchanged(module, active, own[:4])  # type: ignore[arg-type]
         self.addresses = state.addresses
         return own
+
+    def _follows(self, state: Unchanged) -> bool:
+        """Whether the layer, which is as it was otherwise, has moved with its storages; then that is noted."""
+        if self._own is None or not state.follow():
+            return False
+        self.addresses = state.addresses
+        self._own.norms.follow(state.addresses)
+        return True
 
     changes = 0
     """How often a layer has been found to be other than it was, counted over all models."""

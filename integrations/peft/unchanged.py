@@ -131,12 +131,12 @@ class Unchanged:
             return False
 
     def follow(self) -> bool:
-        """Whether the storages of W, A, B and m have moved, and nothing else is other than it was; then that is noted.
+        """Whether the storages of W, A, B and m have moved, and they are as they were otherwise; then that is noted.
 
-        So FSDP2 gathers the same parameters, of the same storages, into other memory before every call of a block.
+        Whoever asks knows that the rest has not changed (:meth:`holds` with ``moved``). So FSDP2 gathers the same
+        parameters, of the same storages, into other memory before every call of a block.
         """
-        same = self.holds(moved=True) and self._read_layout() == self._layout
-        if not same or (*map(_offset, self._tensors),) != self._offsets:
+        if self._read_layout() != self._layout or (*map(_offset, self._tensors),) != self._offsets:
             return False
         if not all(map(is_, map(_referent, self._storages), map(_storage, self._tensors))):
             return False

@@ -29,6 +29,14 @@ from doratune.codegen.spec import TILE_DTYPES, Config, KernelSpec
 
 TABLES = {gpu: read_tables(gpu) for gpu in recorded()}
 ALL = [table for tables in TABLES.values() for table in tables]
+STEP_OPS = {
+    "lora_compose", "lora_compose_group", "compose_backward", "compose_backward_group", "adapter_backward",
+    "compose_swiglu", "compose_swiglu_backward", "weight_norm_group",
+}  # fmt: skip
+WHOLE = [gpu for gpu, tables in TABLES.items() if {table.op for table in tables} >= STEP_OPS]
+"""GPUs with tables of every operation of a step. Others have tables of the specs where lookups lost most, with the
+built-in configs, the winners of other specs and few more."""
+DRAWN = [gpu for gpu in TABLES if gpu not in WHOLE]
 MOST_MISSING = 0.05
 """Share of the lookups whose config is not in a table, at most. These are told apart: their times are a neighbour's."""
 
@@ -45,7 +53,7 @@ def lost(gpu: str) -> dict[str, list[Loss]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", TABLES)
+@pytest.mark.parametrize("gpu", WHOLE)
 def test_a_lookup_of_a_spec_that_was_never_measured_loses_little(gpu: str) -> None:
     every = [loss for found in lost(gpu).values() for loss in found]
     known = [loss for loss in every if not loss.missing]
@@ -60,7 +68,18 @@ def test_a_lookup_of_a_spec_that_was_never_measured_loses_little(gpu: str) -> No
         assert statistics.median(loss.regret for loss in found) <= 1.03, op
 
 
-@pytest.mark.parametrize("gpu", TABLES)
+@pytest.mark.parametrize("gpu", DRAWN)
+def test_lookups_of_the_specs_that_lost_most_lose_little(gpu: str) -> None:
+    """Before the built-in configs were chosen by these tables too, the average was 1.08 and the worst 1.69."""
+    known = [loss.regret for found in lost(gpu).values() for loss in found if not (loss.missing or loss.rejected)]
+    assert len(known) > 120
+    assert statistics.median(known) <= 1.02
+    assert statistics.mean(known) <= 1.035
+    assert quantile(known, 0.95) <= 1.12
+    assert max(known) <= 1.22
+
+
+@pytest.mark.parametrize("gpu", WHOLE)
 def test_where_the_built_in_config_is_good_no_entry_replaces_it_by_a_bad_one(gpu: str) -> None:
     """The operations of a model's step whose first built-in config loses 3 % at most on average."""
     losses_of_defaults = fitting().fit().default_losses
@@ -73,7 +92,7 @@ def test_where_the_built_in_config_is_good_no_entry_replaces_it_by_a_bad_one(gpu
 
 
 @pytest.mark.xfail(strict=True, reason="the target is not reached: 1.404 on the H100's tables")
-@pytest.mark.parametrize("gpu", TABLES)
+@pytest.mark.parametrize("gpu", WHOLE)
 def test_the_target_of_a_lookup_is_reached(gpu: str) -> None:
     regrets = [loss.regret for found in lost(gpu).values() for loss in found if not loss.missing]
     assert quantile(regrets, 0.95) <= 1.10
@@ -150,7 +169,7 @@ def changes(gpu: str, model: Callable[[KernelSpec], bool]) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [_norms_of_llama, _small_models])
-@pytest.mark.parametrize("gpu", TABLES)
+@pytest.mark.parametrize("gpu", WHOLE)
 def test_one_more_store_makes_few_lookups_slower(gpu: str, model: Callable[[KernelSpec], bool]) -> None:
     ratios = changes(gpu, model)
     assert len(ratios) > 30
@@ -159,7 +178,7 @@ def test_one_more_store_makes_few_lookups_slower(gpu: str, model: Callable[[Kern
 
 
 @pytest.mark.xfail(strict=True, reason="the target is not reached: some lookups lose more than 2 %")
-@pytest.mark.parametrize("gpu", TABLES)
+@pytest.mark.parametrize("gpu", WHOLE)
 def test_one_more_store_makes_no_lookup_slower(gpu: str) -> None:
     ratios = [*changes(gpu, _norms_of_llama), *changes(gpu, _small_models)]
     assert max(ratios) <= 1.02

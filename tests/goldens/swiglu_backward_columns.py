@@ -3,7 +3,7 @@
     dYg = dout*yu*act'(yg), dYu = dout*act(yg); dyg = g*dY, dg = sum_t dY*(gate or up), db = sum_t dY
 
 spec    swiglu_backward/d_out=4096/tokens=4096/activation=bf16@h200
-config  columns:block_n=64,block_t=8,chunk=256,reduce_c=64,reduce_n=64,num_warps=4,num_stages=2
+config  columns:block_n=64,block_t=16,chunk=256,reduce_c=16,reduce_n=32,num_warps=4,num_stages=3
 
 Emitted by doratune from templates/swiglu_backward_columns.py.j2; edit the template, not this text.
 """
@@ -34,7 +34,7 @@ def swiglu_backward_kernel(
     D_OUT: tl.constexpr = 4096
     SUMS: tl.constexpr = 2
     CHUNK: tl.constexpr = 256
-    BLOCK_T: tl.constexpr = 8
+    BLOCK_T: tl.constexpr = 16
     BLOCK_N: tl.constexpr = 64
     N_TILES: tl.constexpr = 64
 
@@ -85,8 +85,8 @@ def add_chunks_kernel(
     """Add the chunks' sums in a fixed order, so that equal inputs give equal bits."""
     D_OUT: tl.constexpr = 4096
     SUMS: tl.constexpr = 2
-    BLOCK_C: tl.constexpr = 64
-    BLOCK_N: tl.constexpr = 64
+    BLOCK_C: tl.constexpr = 16
+    BLOCK_N: tl.constexpr = 32
 
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
@@ -107,9 +107,9 @@ def launch(dout, gate, up, g_gate, g_up, dyg_gate, dyg_up, dg_gate, dg_up):
     sums = torch.empty((chunks, 2, 4096), dtype=torch.float32, device=gate.device)
     swiglu_backward_kernel[(chunks * 64,)](
         dout, dout.stride(0), gate, gate.stride(0), up, up.stride(0), g_gate, g_up, dyg_gate, dyg_gate.stride(0), dyg_up, dyg_up.stride(0),
-        sums, tokens, num_warps=4, num_stages=2,
+        sums, tokens, num_warps=4, num_stages=3,
     )
-    add_chunks_kernel[(64,)](
+    add_chunks_kernel[(128,)](
         sums, dg_gate, dg_up, chunks,
         num_warps=4, num_stages=2,
     )

@@ -3,7 +3,7 @@
     dYg = dout*yu*act'(yg), dYu = dout*act(yg); dyg = g*dY, dg = sum_t dY*(gate or up), db = sum_t dY
 
 spec    swiglu_backward/d_out=4304/tokens=4096/activation=bf16/magnitude=fp32/bias/gelu@h200
-config  columns:block_n=64,block_t=8,chunk=256,reduce_c=64,reduce_n=64,num_warps=4,num_stages=2
+config  columns:block_n=64,block_t=16,chunk=256,reduce_c=16,reduce_n=32,num_warps=4,num_stages=3
 
 Emitted by doratune from templates/swiglu_backward_columns.py.j2; edit the template, not this text.
 """
@@ -36,7 +36,7 @@ def swiglu_backward_kernel(
     D_OUT: tl.constexpr = 4304
     SUMS: tl.constexpr = 4
     CHUNK: tl.constexpr = 256
-    BLOCK_T: tl.constexpr = 8
+    BLOCK_T: tl.constexpr = 16
     BLOCK_N: tl.constexpr = 64
     N_TILES: tl.constexpr = 68
     SQRT_HALF: tl.constexpr = 0.7071067811865476
@@ -102,8 +102,8 @@ def add_chunks_kernel(
     """Add the chunks' sums in a fixed order, so that equal inputs give equal bits; divide dg by the norm."""
     D_OUT: tl.constexpr = 4304
     SUMS: tl.constexpr = 4
-    BLOCK_C: tl.constexpr = 64
-    BLOCK_N: tl.constexpr = 64
+    BLOCK_C: tl.constexpr = 16
+    BLOCK_N: tl.constexpr = 32
     EPS: tl.constexpr = 1e-12
 
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -136,9 +136,9 @@ def launch(dout, gate, up, g_gate, g_up, bias_gate, bias_up, norm_gate, norm_up,
     sums = torch.empty((chunks, 4, 4304), dtype=torch.float32, device=gate.device)
     swiglu_backward_kernel[(chunks * 68,)](
         dout, dout.stride(0), gate, gate.stride(0), up, up.stride(0), g_gate, g_up, bias_gate, bias_up, dyg_gate, dyg_gate.stride(0), dyg_up, dyg_up.stride(0),
-        sums, tokens, num_warps=4, num_stages=2,
+        sums, tokens, num_warps=4, num_stages=3,
     )
-    add_chunks_kernel[(68,)](
+    add_chunks_kernel[(135,)](
         sums, norm_gate, norm_up, dmagnitude_gate, dmagnitude_up, dbias_gate, dbias_up, chunks,
         num_warps=4, num_stages=2,
     )

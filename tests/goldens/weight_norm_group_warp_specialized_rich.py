@@ -3,7 +3,7 @@
     for each layer: w = ||W + s*B@A||_row by nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T))); g = m / max(w, eps)
 
 spec    weight_norm_group/d_out=4304/d_in=1152/rank=24/layers=32/weight=bf16/adapter=fp32/magnitude=fp32/autocast@h200
-config  warp_specialized:gram_block=64,gram_block_k=64,rank_block=64,rank_tiles=1,split_k=1,num_warps=8,num_stages=4
+config  warp_specialized:gram_block=64,gram_block_k=128,rank_block=64,rank_tiles=1,split_k=1,num_warps=8,num_stages=4
 
 Emitted by doratune from templates/weight_norm_group_warp_specialized.py.j2; edit the template, not this text.
 """
@@ -46,7 +46,7 @@ def gram_kernel(
     D_IN: tl.constexpr = 1152
     RANK: tl.constexpr = 24
     BLOCK: tl.constexpr = 64
-    BLOCK_K: tl.constexpr = 64
+    BLOCK_K: tl.constexpr = 128
 
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()

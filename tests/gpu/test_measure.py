@@ -18,6 +18,7 @@ from doratune.codegen.ops import OPS
 from doratune.codegen.render import Source, render
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.codegen.variants import default_config
+from doratune.codegen.weight_formats import stored_as
 from doratune.runtime.binding import bind
 from doratune.runtime.device import find_device, gpu_of
 from doratune.tuner.evaluation import ContenderFailed, Evaluator, Rejected, Resources
@@ -37,9 +38,9 @@ def evaluator_and_source(op: str, tokens: int, **values: str) -> tuple[Evaluator
     from doratune.tuner.measure import MeasureEvaluator
 
     gpu = gpu_of(find_device("cuda"))
-    spec = KernelSpec.create(
-        op, d_out=4096, d_in=4096, rank=64, tokens=tokens, dtype="bf16", adapter="bf16", gpu=gpu.slug, **values
-    )
+    dtype = stored_as("nf4.nested", "bf16") if OPS[op].only_formats else "bf16"
+    sizes = {"d_out": 4096, "d_in": 4096, "rank": 64, "tokens": tokens}
+    spec = KernelSpec.create(op, **sizes, **{"dtype": dtype, "adapter": "bf16", "gpu": gpu.slug, **values})
     return MeasureEvaluator(gpu), render(spec, default_config(spec, gpu))
 
 
