@@ -187,6 +187,11 @@ def chunk_programs(spec: KernelSpec, chunk: int, block_n: int) -> int:
     return ceil_div(spec.tokens, chunk) * sum(ceil_div(width, block_n) for width in spec.widths)
 
 
+def in_halves(rank: int) -> bool:
+    """Whether steps of 32 ranks waste fewer than steps of 64."""
+    return 0 < rank % 64 <= 32
+
+
 def narrow(spec: KernelSpec) -> bool:
     """Whether all factors have one 16-bit dtype as they are."""
     return dtype_bytes(spec.activation) == 2 and spec.adapter == spec.activation

@@ -31,6 +31,7 @@ from .chunks import (
     ChunkedSums,
     ChunkedTile,
     chunk_programs,
+    in_halves,
     narrow,
     refuse_products,
     refuse_reduction,
@@ -43,8 +44,8 @@ LONG_CHUNK_RANK, LONG_CHUNK_COLUMNS = 32, 16384
 SHORT_TOKENS = 1024
 """Up to this many tokens long chunks of rows do not fill the GPU."""
 
-ENOUGH_PROGRAMS = 800
-"""So many programs of 256 rows hide each other's waits."""
+ENOUGH_PROGRAMS = 760
+"""So many programs with long chunks of rows hide each other's waits."""
 
 NARROW_RANK = 256
 """Up to this rank tiles of 64 columns on one group of warps are 5 to 7 % faster on an H100 than tiles of 128 on two."""
@@ -171,10 +172,13 @@ class SwigluBackwardTile(ChunkedSums):
 
     def _hopper_seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         """By recorded tables of an H100 and an H200: longer chunks for low ranks, where they leave programs enough."""
-        if spec.tokens <= DECODE_TOKENS:
-            return (self._config(spec, 16, 32, 64, 2, 3 if spec.rank > LOW_RANK else 4),) if spec.rank > 32 else ()
-        if spec.rank > LOW_RANK:
+        if spec.tokens <= FEW_TOKENS:
             return ()
+        if spec.rank > LOW_RANK:
+            if spec.bias or spec.rank > MIDDLE_RANK or chunk_programs(spec, 512, 128) < ENOUGH_PROGRAMS:
+                return ()
+            block_k = 32 if in_halves(spec.rank) else 64
+            return (self._config(spec, 16, 128, block_k, 4, 3, chunk=512, resident=1),)
         if spec.rank > 32:
             if spec.tokens <= 512:
                 return () if spec.d_out >= LONG_CHUNK_COLUMNS else (self._config(spec, 16, 64, 64, 4, 3, chunk=64),)
@@ -194,8 +198,7 @@ class SwigluBackwardTile(ChunkedSums):
         self, spec: KernelSpec, t: int, n: int, k: int, warps: int, stages: int, chunk: int = 0, resident: int = 0
     ) -> Config:
         tile = super()._config(spec, t, n, k, warps, stages, chunk, resident)
-        rows, columns = (8, 32) if spec.tokens <= DECODE_TOKENS else (32, 64)
-        params = {**dict(tile.params), "reduce_c": rows, "reduce_n": fit(columns, spec.d_out, smallest=32)}
+        params = {**dict(tile.params), "reduce_c": 32, "reduce_n": fit(64, spec.d_out, smallest=32)}
         return Config.create(self.name, **params, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
     def refuse(self, spec: KernelSpec, config: Config, gpu: Gpu) -> str | None:

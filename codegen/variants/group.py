@@ -14,6 +14,7 @@ from .chunks import (
     ChunkedSums,
     ChunkedTile,
     chunk_programs,
+    in_halves,
     narrow,
     refuse_reduction,
 )
@@ -29,8 +30,10 @@ TALL = (64, 32, 64, 4, 5)
 less often than by tiles of 16 rows. On an H100 it takes 12 % less time forward and 3 % less backward (rank 256, 128
 tokens); at rank 344 the backward winner is such a tile too."""
 
-WIDE_COLUMNS = 14336
-"""From so many columns on, tiles of 16 columns are too many for 16 tokens or fewer."""
+WIDE = 8192
+"""A projection of so many columns has enough of them for wide tiles also where there are 16 tokens or fewer."""
+MANY_COLUMNS = 6144
+"""From so many columns of a group on, tiles of 64 columns are enough for 17 to 128 tokens."""
 
 FILLED = 0.7
 """The share of the multiprocessors that have a program from which a launch of one wave is worth it."""
@@ -54,8 +57,10 @@ class _GroupTile(ChunkedTile):
 
     def hopper_seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         """The seeds for Hopper's GPUs and 16-bit factors that come before the others."""
-        few = FEWEST_TOKENS < spec.tokens <= FEW_TOKENS
-        return (self._config(spec, *TALL),) if few and spec.rank > LOW_RANK else ()
+        if not FEWEST_TOKENS < spec.tokens <= FEW_TOKENS or spec.rank <= LOW_RANK:
+            return ()
+        tall, wide = self._config(spec, *TALL), self._config(spec, 64, 64, 64, 4, 3)
+        return (wide, tall) if sum(spec.widths) >= MANY_COLUMNS else (tall, wide)
 
     def low_rank_seeds(self, spec: KernelSpec) -> tuple[Config, ...]:
         *long, short, smallest = super().low_rank_seeds(spec)
@@ -70,32 +75,54 @@ class LoraComposeGroupTile(_GroupTile):
 
     def hopper_seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         found = super().hopper_seeds(spec, gpu)
-        if spec.rank <= FEWEST_TOKENS:
+        if spec.rank <= 16:
             return found
         if spec.tokens <= FEWEST_TOKENS:
             if spec.rank <= MIDDLE_RANK:
                 return found
-            wide = self._config(spec, 16, 64, 64, 4, 5)
+            wide = self._config(spec, 16, 128, 64, 8, 4)
             narrowest = self._config(spec, 16, 16, 64, 2, 4)
-            return (wide, narrowest) if sum(spec.widths) >= WIDE_COLUMNS else (narrowest, wide)
+            return (wide, narrowest) if max(spec.widths) >= WIDE else (narrowest, wide)
         if spec.tokens <= FEW_TOKENS:
             return found if spec.rank > LOW_RANK else (self._config(spec, 32, 64, 64, 4, 3),)
-        long = (self._config(spec, 16, 128, 64, 4, 4, chunk=256),)
-        long = long if chunk_programs(spec, 256, 128) >= 16 * gpu.multiprocessors else ()
-        if spec.rank <= SMALL_RANK:
-            return long
-        streamed = self._config(spec, 64, 64, 64, 8, 3)
-        resident = self._config(spec, 64, 64, 64, 2, 2, chunk=256, resident=1)
         if spec.rank <= LOW_RANK:
-            wide = self._config(spec, 64, 128, 64, 8, 3)
-            return (wide, streamed) if spec.tokens <= SHORT_TOKENS else (*long, streamed)
+            return self._long_seeds(spec, gpu)
+        if spec.tokens > SHORT_TOKENS:
+            return self._resident_seeds(spec, gpu) if spec.rank <= MIDDLE_RANK else ()
         if spec.rank > MIDDLE_RANK:
-            return (self._config(spec, 64, 128, 64, 8, 3),) if spec.tokens <= SHORT_TOKENS else ()
-        if spec.tokens <= SHORT_TOKENS:
+            return (self._config(spec, 64, 128, 64, 8, 3),)
+        streamed = self._config(spec, 64, 64, 64, 8, 3)
+        if spec.rank > 128 or spec.tokens <= 512:
             return (streamed,)
-        whole = self._config(spec, 32, 128, 128, 4, 3, chunk=512)
-        many = spec.rank <= 128 and chunk_programs(spec, 512, 128) >= 8 * gpu.multiprocessors
-        return (whole, resident) if many else (resident,)
+        chunk = 512 if chunk_programs(spec, 512, 64) >= gpu.multiprocessors else 64
+        return (self._config(spec, 64, 64, 128, 4, 3, chunk=chunk), streamed)
+
+    def _long_seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        """Seeds for low ranks, of which a program holds all: long chunks where they leave programs enough."""
+        long = self._config(spec, 16, 128, 64, 4, 4, chunk=256)
+        if spec.rank <= SMALL_RANK:
+            return (long,) if chunk_programs(spec, 256, 128) >= 16 * gpu.multiprocessors else ()
+        streamed = self._config(spec, 64, 64, 64, 8, 3)
+        if spec.tokens <= SHORT_TOKENS:
+            return (self._config(spec, 64, 128, 64, 8, 3), streamed)
+        middle = self._config(spec, 64, 64, 64, 4, 3, chunk=256)
+        if chunk_programs(spec, 256, 128) >= 8 * gpu.multiprocessors:
+            return (long, middle, streamed)
+        tiles = chunk_programs(spec, 64, 64)
+        if tiles >= 16 * gpu.multiprocessors:
+            return (middle, streamed) if tiles >= 52 * gpu.multiprocessors else (streamed, middle)
+        return (self._config(spec, 32, 64, 64, 4, 3, chunk=128), streamed)
+
+    def _resident_seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
+        """Seeds for middle ranks and many tokens: B stays in shared memory, or in registers."""
+        resident = self._config(spec, 64, 64, 64, 2, 2, chunk=256, resident=1)
+        if spec.rank <= 128 and chunk_programs(spec, 512, 128) >= 8 * gpu.multiprocessors:
+            return (self._config(spec, 32, 128, 128, 4, 3, chunk=512), resident)
+        if 64 < spec.rank <= 96:
+            return (self._config(spec, 64, 64, 128, 8, 3, chunk=512), resident)
+        if in_halves(spec.rank):
+            return (self._config(spec, 64, 64, 32, 4, 3, chunk=512, resident=1), resident)
+        return (resident,)
 
 
 class ComposeBackwardGroupTile(_GroupTile, ChunkedSums):
@@ -125,7 +152,9 @@ class ComposeBackwardGroupTile(_GroupTile, ChunkedSums):
             return (found,) if chunk_programs(spec, 512, 64) >= enough else ()
         if spec.rank > 16:
             middle = self._config(spec, 16, 128, 64, 4, 4, chunk=256)
-            return (middle,) if chunk_programs(spec, 256, 128) >= 2 * gpu.multiprocessors else ()
+            if chunk_programs(spec, 256, 128) >= 2 * gpu.multiprocessors:
+                return (middle,)
+            return (self._config(spec, 16, 64, 64, 4, 4, chunk=256),) if spec.tokens > SHORT_TOKENS else ()
         if spec.tokens <= 4096:
             return ()
         long = self._config(spec, 32, 128, 64, 8, 3, chunk=512)
@@ -134,7 +163,7 @@ class ComposeBackwardGroupTile(_GroupTile, ChunkedSums):
 
     def _high_rank_seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
         """B stays in shared memory, where the programs of that, one on a multiprocessor, fill the last wave too."""
-        block_k = 32 if 0 < spec.rank % 64 <= 32 and spec.rank <= MIDDLE_RANK else 64
+        block_k = 32 if in_halves(spec.rank) and spec.rank <= MIDDLE_RANK else 64
         resident = self._config(spec, 64, 64, block_k, 4, 3, chunk=512, resident=1)
         if spec.tokens > SHORT_TOKENS:
             return (resident,)
@@ -142,9 +171,12 @@ class ComposeBackwardGroupTile(_GroupTile, ChunkedSums):
         filled = programs / (ceil_div(programs, gpu.multiprocessors) * gpu.multiprocessors)
         if filled >= FILLED and programs <= gpu.multiprocessors:
             return (resident,)
+        if spec.rank <= MIDDLE_RANK and spec.tokens <= 512 and programs > gpu.multiprocessors:
+            return (resident,)
         if spec.rank <= MIDDLE_RANK and spec.tokens > 512:
             return (self._config(spec, 64, 32, 64, 4, 3, chunk=512, resident=1), resident)
-        streamed = (64, 64, 64, 4, 3) if spec.tokens > 512 else (64, 128, 64, 8, 3)
+        few = spec.tokens <= 512 and programs < gpu.multiprocessors / 2  # fewer and larger tiles do no harm
+        streamed = (64, 128, 64, 8, 3) if few and spec.rank > MIDDLE_RANK else (64, 64, 64, 4, 3)
         return (self._config(spec, *streamed), resident)
 
     def _config(

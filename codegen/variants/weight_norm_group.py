@@ -53,11 +53,13 @@ MOST_UNITS = 2**31 - 1
 """The extent of the dimension that counts units of the table: coordinates of tensor maps are 32-bit."""
 
 MOST_TILED_RANKS = 64
-"""Ranks beyond which the products of the tiled variant take longer than reading W."""
+"""Ranks up to which the tiled variant is the default: beyond them its products take longer than reading W, and the
+variant with specialised warps hides more of that."""
 
-MOST_DEFAULT_RANKS = 32
-"""Ranks up to which the tiled variant is the default where both are there. At rank 64 the other one takes 2 % more than
-the best on average on an H100 and an H200 (five shapes), the tiled one 7 %."""
+MOST_ROUNDED_RANKS, FEW_ELEMENTS = 32, 1 << 22
+"""Where fp32 adapters are rounded the tiled variant does that in every program, the other one once: there it is the
+default up to these ranks, for matrices of more elements. At rank 64 it then takes 1 to 15 % more on an H200, and for
+smaller ones 10 to 30 % less; without rounding 16 to 21 % less."""
 
 FEW_ROWS = 1024
 """Up to so many rows W is read fast, and G, which one program makes for each of its blocks, takes a good part: smaller
@@ -125,8 +127,11 @@ class WeightNormGroupTiles(Variant):
             (32, 64, 64, 4, 2),
             (32, 32, 32, 4, 2),
         ]
-        if gpu.architecture == "sm_90" and not exact and spec.d_out <= FEW_ROWS and spec.rank <= 32:
-            shapes.insert(0, shapes.pop(3))
+        if gpu.architecture == "sm_90" and not exact:
+            if spec.rank > 32:  # taller tiles, by the tables and searches of an H100 and an H200
+                shapes.insert(0, shapes.pop(1) if not spec.autocast else (128, 64, 64, 4, 4))
+            elif spec.d_out <= FEW_ROWS:
+                shapes.insert(0, shapes.pop(3))
         for block_m, block_n, block_k, warps, stages in shapes:
             block_m, block_k = fit(block_m, spec.d_out), fit(min(block_k, deepest), spec.d_in)
             tiles = spec.layers * ceil_div(spec.d_out, block_m) * ceil_div(spec.rank, fit(block_n, spec.rank))
@@ -246,7 +251,9 @@ class WeightNormGroupWarpSpecialized(Variant):
         )
 
     def default_order(self, spec: KernelSpec) -> int:
-        return -1 if spec.rank > MOST_DEFAULT_RANKS else 2
+        few = spec.d_out * spec.d_in <= FEW_ELEMENTS
+        tiled = spec.rank <= (MOST_TILED_RANKS if few or not spec.autocast else MOST_ROUNDED_RANKS)
+        return 2 if tiled else -1
 
     def choices(self, spec: KernelSpec, gpu: Gpu) -> Mapping[str, tuple[int, ...]]:
         return {
@@ -269,8 +276,10 @@ class WeightNormGroupWarpSpecialized(Variant):
         shapes = [(wide, wide, 128 if spec.rank > 128 else 64, stages, split_k), (wide, 64, 128, 3, split_k)]
         if spec.rank <= 64:
             shapes.insert(0, (64, 64, 128, 4, split_k))
-        if spec.d_out <= FEW_ROWS and 64 < spec.rank <= 128:  # G, by one program for each of its blocks, takes long
-            shapes.insert(0, (wide, 64, 128, stages, max(split_k, 2)))
+        elif spec.rank <= 128:  # for few rows G, by one program for each of its blocks, takes long
+            shapes.insert(0, (wide, 64, 128, stages, max(split_k, 2) if spec.d_out <= FEW_ROWS else least))
+        elif spec.rank <= 192:  # a program for all ranks
+            shapes.insert(0, (64, 64, 128, stages, split_k))
         return tuple(
             dict.fromkeys(
                 Config.create(

@@ -3,7 +3,7 @@
     for each layer: w = ||W + s*B@A||_row by nW + s*rowsum(B * (2*W@A.T + s*B@(A@A.T))); g = m / max(w, eps)
 
 spec    weight_norm_group/d_out=4096/d_in=4096/rank=384/layers=32/weight=bf16/adapter=bf16/magnitude=bf16@h200
-config  tiles:block_k=64,block_m=64,block_n=128,finish_ranks=32,finish_rows=64,gram_block=64,gram_block_k=128,overlap=1,split_k=1,num_warps=8,num_stages=3
+config  tiles:block_k=64,block_m=128,block_n=64,finish_ranks=32,finish_rows=64,gram_block=64,gram_block_k=128,overlap=1,split_k=1,num_warps=8,num_stages=3
 
 Emitted by doratune from templates/weight_norm_group_tiles.py.j2; edit the template, not this text.
 """
@@ -73,14 +73,14 @@ def sums_kernel(
     D_OUT: tl.constexpr = 4096
     D_IN: tl.constexpr = 4096
     RANK: tl.constexpr = 384
-    BLOCK_M: tl.constexpr = 64
-    BLOCK_N: tl.constexpr = 128
+    BLOCK_M: tl.constexpr = 128
+    BLOCK_N: tl.constexpr = 64
     BLOCK_K: tl.constexpr = 64
-    GROUPS: tl.constexpr = 3
-    ROW_BLOCKS: tl.constexpr = 64
+    GROUPS: tl.constexpr = 6
+    ROW_BLOCKS: tl.constexpr = 32
     K_STEPS: tl.constexpr = 64
     DOTS: tl.constexpr = 4096
-    LAYER_SUMS: tl.constexpr = 16384
+    LAYER_SUMS: tl.constexpr = 28672
 
     tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0) // GROUPS
@@ -136,8 +136,8 @@ def finish_kernel(
     BLOCK_K: tl.constexpr = 256
     RANKS: tl.constexpr = 8
     SHARES: tl.constexpr = 1
-    PARTIALS: tl.constexpr = 3
-    LAYER_SUMS: tl.constexpr = 16384
+    PARTIALS: tl.constexpr = 6
+    LAYER_SUMS: tl.constexpr = 28672
     LEAST_SHARE: tl.constexpr = 0.5
     EPS: tl.constexpr = 1e-12
 
@@ -215,7 +215,7 @@ def launch(table, weight, lora_a, lora_b, magnitude, norm, g, scaling):
     layers = table.shape[0]
     gram = torch.empty((layers, 2, 384, 384), dtype=torch.bfloat16, device=weight.device)
     adapter_squares = torch.empty((layers, 384), dtype=torch.float32, device=weight.device)
-    sums = torch.empty((layers, 4, 4096), dtype=torch.float32, device=weight.device)
+    sums = torch.empty((layers, 7, 4096), dtype=torch.float32, device=weight.device)
     gram_kernel[(layers, 21)](table, lora_a, gram, adapter_squares, scaling, num_warps=4, num_stages=3)
     sums_kernel[(layers * 192, 1)](
         table, weight, lora_a, lora_b, sums, scaling, num_warps=8, num_stages=3, launch_pdl=True

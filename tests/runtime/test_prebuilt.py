@@ -26,7 +26,7 @@ from doratune.tuner.models import find_model
 MODEL = find_model("llama-8b")
 
 NEVER_TUNED = {op for op in OPS if "group" in op or "swiglu" in op}
-"""Operations that have no entries of an H200: it runs the H100's."""
+"""Operations of which an H200 has entries for other shapes: it runs the H100's."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +70,8 @@ def test_every_fused_entry_states_whether_its_fusion_pays() -> None:
 
 def test_no_entry_is_stale() -> None:
     """After a change of a template, tune again and replace the file."""
+    assert sum(path.stat().st_size for path in prebuilt_paths()) <= 10_000_000
     for path in prebuilt_paths():
-        assert path.stat().st_size <= 4_000_000
         with Store.open(path, readonly=True) as store:
             entries = store.entries()
             assert entries
