@@ -140,8 +140,8 @@ class ComposeBackwardGroupTile(_GroupTile, ChunkedSums):
         if spec.tokens <= FEW_TOKENS:
             if spec.rank <= LOW_RANK:
                 return (self._config(spec, 32, 64, 64, 4, 2),)
-            tall = (self._config(spec, *TALL),)
-            return tall if spec.rank > MIDDLE_RANK else (self._config(spec, 64, 32, 64, 4, 3, resident=1), *tall)
+            found = super().hopper_seeds(spec, gpu)
+            return found if spec.rank > MIDDLE_RANK else (self._config(spec, 64, 32, 64, 4, 3, resident=1), *found)
         return self._long_seeds(spec, gpu) if spec.rank <= LOW_RANK else self._high_rank_seeds(spec, gpu)
 
     def _long_seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
@@ -162,22 +162,19 @@ class ComposeBackwardGroupTile(_GroupTile, ChunkedSums):
         return (long, middle) if chunk_programs(spec, 512, 128) >= enough else (middle,)
 
     def _high_rank_seeds(self, spec: KernelSpec, gpu: Gpu) -> tuple[Config, ...]:
-        """B stays in shared memory, where the programs of that, one on a multiprocessor, fill the last wave too."""
+        """B stays in shared memory where its programs, one on a multiprocessor, leave few of these without one."""
         block_k = 32 if in_halves(spec.rank) and spec.rank <= MIDDLE_RANK else 64
         resident = self._config(spec, 64, 64, block_k, 4, 3, chunk=512, resident=1)
         if spec.tokens > SHORT_TOKENS:
             return (resident,)
-        programs = chunk_programs(spec, 512, 64)
-        filled = programs / (ceil_div(programs, gpu.multiprocessors) * gpu.multiprocessors)
-        if filled >= FILLED and programs <= gpu.multiprocessors:
+        few, middle = spec.tokens <= 512, spec.rank <= MIDDLE_RANK
+        waves = chunk_programs(spec, 512, 64) / gpu.multiprocessors
+        if FILLED <= waves <= 1 or (few and middle and waves > 1):
             return (resident,)
-        if spec.rank <= MIDDLE_RANK and spec.tokens <= 512 and programs > gpu.multiprocessors:
-            return (resident,)
-        if spec.rank <= MIDDLE_RANK and spec.tokens > 512:
+        if middle and not few:
             return (self._config(spec, 64, 32, 64, 4, 3, chunk=512, resident=1), resident)
-        few = spec.tokens <= 512 and programs < gpu.multiprocessors / 2  # fewer and larger tiles do no harm
-        streamed = (64, 128, 64, 8, 3) if few and spec.rank > MIDDLE_RANK else (64, 64, 64, 4, 3)
-        return (self._config(spec, *streamed), resident)
+        larger = few and not middle and waves < 0.5  # fewer and larger tiles do no harm
+        return (self._config(spec, *((64, 128, 64, 8, 3) if larger else (64, 64, 64, 4, 3))), resident)
 
     def _config(
         self,
