@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...codegen.weight_formats import INT8_UNIT
+from ...internals.torch import some_autocast_is_on
 from ...nn.stored_plan import Source
 from .base_layers import BNB_4BIT, BNB_8BIT, HQQ, TORCHAO
 
@@ -60,7 +61,7 @@ class EightBits:
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Any dtype, but not under autocast: the layer rounds its input to 8 bits, and an fp32 one not to 16 before."""
-        return not torch.is_autocast_enabled(self._state.CB.device.type)
+        return not some_autocast_is_on() or not torch.is_autocast_enabled(self._state.CB.device.type)
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """W [d_out, d_in] as the layer's backward pass decodes it."""

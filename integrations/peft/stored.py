@@ -463,14 +463,15 @@ def _hold_8bit(base: Any) -> Held:
     return Held((weight.dtype, tuple(weight.shape)), {"weight": weight, "scales": scales})
 
 
-_FOUND_8BIT = frozenset(("idx", "subB"))
-"""What a product of bitsandbytes' leaves in the layer's state: the columns of outliers in its input, and of W."""
+_FOUND_8BIT = {"idx": None, "subB": None}
+"""What a product of bitsandbytes' may leave in the layer's state: the columns of outliers in its input, and of W."""
 
 
 def _parts_8bit(base: Any) -> Sequence[dict[str, Any]]:
     state: dict[str, Any] = base.__dict__["state"].__dict__
-    kept = {name: value for name, value in state.items() if name not in _FOUND_8BIT}
-    return base._parameters["weight"].__dict__, kept
+    if state.get("idx") is not None or state.get("subB") is not None:
+        state = {**state, **_FOUND_8BIT}
+    return base._parameters["weight"].__dict__, state
 
 
 def _form_8bit(base: Any, d_out: int, d_in: int) -> tuple[WeightFormat, Tensors] | str:
