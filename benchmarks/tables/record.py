@@ -48,6 +48,7 @@ from ...tuner.space import Space
 from ...tuner.spec_list import read_spec_list
 from ...tuner.workers import Compiled, CompilePool
 from ..results import environment
+from .read import TableError
 from .specs import recorded_specs
 
 SCHEMA = 1
@@ -331,7 +332,6 @@ def _rounded(us: float) -> float:
     return float(f"{us:.5g}")
 
 
-@functools.cache
 def _winners_of(store: str | None, op: str) -> tuple[Config, ...]:
     """The configs of a store's measured entries of an operation, without repetition."""
     if store is None:
@@ -361,24 +361,38 @@ def _write_document(folder: Path, op: str, document: dict[str, Any]) -> None:
             file.write(text.encode())
 
 
-def join(folders: Iterable[Path], output: Path) -> None:
-    """Write the tables of several parts of one run as one; of a spec in several the first counts."""
-    for op in OPS:
-        documents = [document for folder in folders if (document := _read(folder, op))["specs"]]
+def join(folders: Sequence[Path], output: Path) -> None:
+    """Write the tables of several parts of one run as one; of a spec in several the first counts.
+
+    Raises:
+        TableError: a folder has no table, or the parts are of several GPUs, environments or commits.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        tables = {op: document for op in OPS if (document := _read(folder, op))["specs"]}
+        if not tables:
+            raise TableError(f"{folder} has no table; name the folders that the parts of a run were written to")
+        for op, document in tables.items():
+            found.setdefault(op, []).append(document)
+    every = [document for documents in found.values() for document in documents]
+    for document in every:
+        if any(document[key] != every[0][key] for key in ("gpu", "env")):
+            raise TableError("the parts are of several GPUs, environments or commits, whose times cannot be compared")
+    for op, documents in found.items():
         numbers: dict[str, int] = {}
         specs: dict[str, Any] = {}
         for document in documents:
             for spec, recorded in document["specs"].items():
-                rows = {
+                if spec in specs:
+                    continue
+                specs[spec] = {
                     key: [
                         [numbers.setdefault(document["configs"][row[0]], len(numbers)), *row[1:]]
                         for row in recorded[key]
                     ]
                     for key in ("us", "rejected")
                 }
-                specs.setdefault(spec, rows)
-        if documents:
-            _write_document(output, op, {**documents[0], "configs": list(numbers), "specs": specs})
+        _write_document(output, op, {**documents[0], "configs": list(numbers), "specs": specs})
 
 
 def main() -> None:
@@ -389,7 +403,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=0, help="which part of the families, from 0")
     parser.add_argument("--parts", type=int, default=1, help="processes that share the families, each with its own GPU")
     parser.add_argument("--shared", type=Path, metavar="FOLDER", help="where these processes exchange their winners")
-    parser.add_argument("--join", type=Path, nargs="*", metavar="FOLDER", help="only join the tables of these parts")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FOLDER", help="only join the tables of these parts")
     parser.add_argument("--begin-with", type=Path, metavar="FOLDER", help="older tables whose configs are tried first")
     parser.add_argument("--specs", type=Path, metavar="FILE", help="these specs, one a line, instead of the usual ones")
     parser.add_argument("--entries", metavar="STORE", help="a store whose winners are tried early")
@@ -398,19 +412,23 @@ def main() -> None:
     parser.add_argument("--commit", help="the commit measured; read from git by default")
     given = parser.parse_args()
     if given.join:
-        return join(given.join, given.output)
+        try:
+            return join(given.join, given.output)
+        except TableError as error:
+            parser.error(str(error))
     end = time.monotonic() + given.seconds
     device = find_device("cuda")
     gpu = gpu_of(device)
     known = read_spec_list(file=given.specs, gpu=gpu.slug).specs if given.specs else recorded_specs(gpu.slug)
     specs = [spec for spec in known if not given.ops or spec.op in given.ops]
     groups = families_of(specs)[given.part :: given.parts]
+    won = {op: _winners_of(given.entries, op) for op in {spec.op for spec in specs}}
     evaluator = IsolatedEvaluator(functools.partial(MeasureEvaluator, gpu, str(device)), gpu)
     evaluator.start()
     families = [_Family(group, gpu, evaluator) for group in groups]
     for family in families:
         family.begin_with(_read(given.begin_with, family.specs[0].op))
-        family.begin_with_winners(_winners_of(given.entries, family.specs[0].op))
+        family.begin_with_winners(won[family.specs[0].op])
     winners = _Winners(given.shared or given.output / "winners", given.part, given.parts)
     try:
         record(families, end=end, jobs=given.jobs, gpu=gpu, winners=winners)

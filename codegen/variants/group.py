@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ..gpu import Gpu
@@ -35,8 +36,9 @@ WIDE = 8192
 MANY_COLUMNS = 6144
 """From so many columns of a group on, tiles of 64 columns are enough for 17 to 128 tokens."""
 
-FILLED = 0.7
-"""The share of the multiprocessors that have a program from which a launch of one wave is worth it."""
+FILLED, FILLED_LATER = 0.7, 0.8
+"""The share of the multiprocessors that have a program, on average, from which B is kept in shared memory: in a launch
+of one wave, and of more."""
 
 REDUCED = 16
 """Chunks that the kernel which adds them loads at a time by default."""
@@ -169,7 +171,8 @@ class ComposeBackwardGroupTile(_GroupTile, ChunkedSums):
             return (resident,)
         few, middle = spec.tokens <= 512, spec.rank <= MIDDLE_RANK
         waves = chunk_programs(spec, 512, 64) / gpu.multiprocessors
-        if FILLED <= waves <= 1 or (few and middle and waves > 1):
+        filled = waves / math.ceil(waves)
+        if filled >= (FILLED if waves <= 1 else FILLED_LATER) or (few and middle and waves > 1):
             return (resident,)
         if middle and not few:
             return (self._config(spec, 64, 32, 64, 4, 3, chunk=512, resident=1), resident)

@@ -70,6 +70,9 @@ and 384, and 1 % faster at 288."""
 LONGEST_SUM = 8192
 """Columns of W in one sum of W @ A.T by default, as in the variants of ``weight_norm``."""
 
+LONGEST_DEEP_SUM = 17408
+"""The same for 65 to 128 ranks and many rows: so many were measured, and accurate. More sums took up to 20 % longer."""
+
 MAX_ELEMENTS = 64
 """Elements of W's tile per thread at most: each takes a register for its square."""
 
@@ -276,8 +279,10 @@ class WeightNormGroupWarpSpecialized(Variant):
         shapes = [(wide, wide, 128 if spec.rank > 128 else 64, stages, split_k), (wide, 64, 128, 3, split_k)]
         if spec.rank <= 64:
             shapes.insert(0, (64, 64, 128, 4, split_k))
-        elif spec.rank <= 128:  # for few rows G, by one program for each of its blocks, takes long
-            shapes.insert(0, (wide, 64, 128, stages, max(split_k, 2) if spec.d_out <= FEW_ROWS else least))
+        elif spec.rank <= 128 and spec.d_out <= FEW_ROWS:  # G, by one program for each of its blocks, takes long
+            shapes.insert(0, (wide, 64, 128, stages, max(split_k, 2)))
+        elif spec.rank <= 128:
+            shapes.insert(0, (wide, wide, 128, 6, ceil_div(spec.d_in, LONGEST_DEEP_SUM)))
         elif spec.rank <= 192:  # a program for all ranks
             shapes.insert(0, (64, 64, 128, stages, split_k))
         return tuple(

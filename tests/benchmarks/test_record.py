@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from doratune.benchmarks.tables.read import CENSORED, FINAL, SHORT, read_table, table_path
+import pytest
+
+from doratune.benchmarks.tables.read import CENSORED, FINAL, SHORT, Table, TableError, read_table, table_path
 from doratune.benchmarks.tables.record import _Family, _winners_of, _write, families_of, join
 from doratune.benchmarks.tables.specs import recorded_specs
 from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
@@ -80,8 +82,26 @@ def test_parts_of_a_run_are_joined(tmp_path: Path) -> None:
     joined = read_table(table_path(GPU.slug, "compose_swiglu", tmp_path / "all"))
     assert list(joined.specs) == specs[:2]
     for folder, spec in zip(folders, specs, strict=False):
-        apart = read_table(table_path(GPU.slug, "compose_swiglu", folder.parent))
-        assert joined[spec] == apart[spec]
+        assert joined[spec] == apart_of(folder)[spec]
+    join([folders[0], folders[0]], tmp_path / "twice" / GPU.slug)
+    assert read_table(table_path(GPU.slug, "compose_swiglu", tmp_path / "twice")).specs == apart_of(folders[0]).specs
+
+
+def apart_of(folder: Path) -> Table:
+    return read_table(table_path(GPU.slug, "compose_swiglu", folder.parent))
+
+
+def test_parts_that_are_missing_or_of_another_run_are_not_joined(tmp_path: Path) -> None:
+    (spec, *_) = [spec for spec in recorded_specs(GPU.slug) if spec.op == "compose_swiglu"]
+    for commit in ("0123456", "89abcde"):
+        family = _Family([spec], GPU, FakeEvaluator(lambda spec, config: 10.0))
+        family.tables[spec].us = {family.first[0]: (10.0, SHORT)}
+        _write(tmp_path / commit, [family], GPU, commit)
+    with pytest.raises(TableError, match="has no table"):
+        join([tmp_path / "0123456", tmp_path / "nowhere"], tmp_path / "all")
+    with pytest.raises(TableError, match="several GPUs, environments or commits"):
+        join([tmp_path / "0123456", tmp_path / "89abcde"], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
 
 
 def test_every_operation_of_a_step_is_recorded() -> None:
