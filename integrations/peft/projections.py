@@ -410,12 +410,16 @@ _NOTHING = (None, None, (), None)
 
 
 def _versions(own: Any) -> list[int]:
-    """The versions of W, A, B and m; of a quantised layer, those of what W is stored in."""
+    """The versions of W, A, B and m, of a quantised layer those of what W is stored in; of a bias also where it is."""
     tensors = own[:4] if type(own) is Projection else own.tensors
+    bias = own.bias
     try:
-        return [*map(_VERSION, tensors)]
+        versions = [*map(_VERSION, tensors)]
     except RuntimeError:  # inference tensors have none
-        return [_version(tensor) for tensor in tensors]
+        versions = [_version(tensor) for tensor in tensors]
+    if bias is not None:
+        versions += (_version(bias), bias.data_ptr())
+    return versions
 
 
 def _version(x: torch.Tensor) -> int:

@@ -118,6 +118,11 @@ def train_bias(layer: Any) -> None:
     layer.base_layer.bias.requires_grad_()
 
 
+def new_data_of_bias(layer: Any) -> None:
+    bias = layer.base_layer.bias
+    bias.data = bias.data + 0.5
+
+
 def freeze(layer: Any) -> None:
     layer.lora_magnitude_vector["default"].weight.requires_grad_(False)
 
@@ -125,7 +130,7 @@ def freeze(layer: Any) -> None:
 CHANGES = [
     rescale, replace_weight, replace_adapter, replace_module, replace_container, replace_base, replace_variant,
     replace_variants, bias_of_lora, replace_bias, new_data, lower_rank, dropout, wrap_forward, hook, merge, disable,
-    train_bias, freeze,
+    train_bias, new_data_of_bias, freeze,
 ]  # fmt: skip
 IN_A_CALL = [
     rescale,
@@ -137,6 +142,7 @@ IN_A_CALL = [
     replace_variant,
     replace_variants,
     replace_bias,
+    new_data_of_bias,
     new_data,
     merge,
     disable,
