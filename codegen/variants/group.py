@@ -24,7 +24,7 @@ SHORT_TOKENS = 1024
 """Up to this many tokens chunks of several tiles leave multiprocessors without one."""
 
 FEWEST_TOKENS, SMALL_RANK = 16, 32
-"""Up to these the seeds of one projection are the best of a group's too."""
+"""Up to so many tokens reading B takes all the time; up to this rank the products take hardly any."""
 
 TALL = (64, 32, 64, 4, 5)
 """block_t, block_n, block_k, num_warps and num_stages of a tile for 17 to 128 tokens and more than 64 ranks: B is read

@@ -9,30 +9,15 @@ import pytest
 from doratune.benchmarks.tables.read import CENSORED, FINAL, SHORT, Table, TableError, read_table, table_path
 from doratune.benchmarks.tables.record import _Family, _winners_of, _write, families_of, join
 from doratune.benchmarks.tables.specs import recorded_specs
-from doratune.cache.entry import MEASURED, PREDICTED, Entry, Environment, Evaluation
+from doratune.cache.entry import MEASURED, PREDICTED
 from doratune.cache.store import Store
-from doratune.codegen.cost import floor_us
 from doratune.codegen.gpu import find_gpu
-from doratune.codegen.render import render, template_digest
-from doratune.codegen.spec import Config, KernelSpec
+from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import default_configs
 
-from ..tuner.fakes import FakeEvaluator
+from ..tuner.fakes import FakeEvaluator, entry_of
 
 GPU = find_gpu("h100-sxm")
-
-
-def _entry(spec: KernelSpec, config: Config, provenance: str) -> Entry:
-    source, least = render(spec, config), floor_us(spec, GPU)
-    return Entry(
-        spec=spec,
-        config=config,
-        template_digest=template_digest(spec.op, config.variant),
-        source_digest=source.digest,
-        source=source.text,
-        evaluation=Evaluation(provenance, us=2.0 * least, floor_us=least, trials=24),
-        environment=Environment(gpu=GPU.slug, architecture=GPU.architecture, triton="3.7.1"),
-    )
 
 
 def test_a_run_writes_what_it_timed_in_turn_shortly_and_not_at_all(tmp_path: Path) -> None:
@@ -61,7 +46,7 @@ def test_the_winners_of_a_store_are_tried_after_the_built_in_configs(tmp_path: P
     )
     won, predicted = default_configs(first, GPU)[0], default_configs(second, GPU)[-1]
     with Store.open(tmp_path / "store.sqlite", create=True) as store:
-        store.put_all([_entry(first, won, MEASURED), _entry(second, predicted, PREDICTED)])
+        store.put_all([entry_of(first, won, MEASURED), entry_of(second, predicted, PREDICTED)])
     assert _winners_of(str(tmp_path / "store.sqlite"), "compose_swiglu") == (won,)
     assert _winners_of(str(tmp_path / "store.sqlite"), "swiglu_forward") == ()
     family = _Family([third], GPU, FakeEvaluator(lambda spec, config: 10.0))

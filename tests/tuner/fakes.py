@@ -13,12 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
-from doratune.cache.entry import MEASURED, Binary, Environment, Evaluation
+from doratune.cache.entry import MEASURED, Binary, Entry, Environment, Evaluation
 from doratune.cache.store import Store
 from doratune.codegen.cost import floor_us
 from doratune.codegen.gpu import Gpu, find_gpu
 from doratune.codegen.module import declared_kernels
-from doratune.codegen.render import Source
+from doratune.codegen.render import Source, render, template_digest
 from doratune.codegen.spec import Config, KernelSpec
 from doratune.tuner import search
 from doratune.tuner.evaluation import Evaluator, FinalTimes, Resources
@@ -26,6 +26,20 @@ from doratune.tuner.evaluation import Evaluator, FinalTimes, Resources
 Cost = Callable[[KernelSpec, Config], float]
 GPU = find_gpu("h200")
 COMPILED = (Resources("fake_kernel", 64, 0, 1024, 4),)
+
+
+def entry_of(spec: KernelSpec, config: Config, provenance: str) -> Entry:
+    """An entry of a config that took twice the floor."""
+    source, least = render(spec, config), floor_us(spec, find_gpu(spec.gpu))
+    return Entry(
+        spec=spec,
+        config=config,
+        template_digest=template_digest(spec.op, config.variant),
+        source_digest=source.digest,
+        source=source.text,
+        evaluation=Evaluation(provenance, us=2.0 * least, floor_us=least, trials=24),
+        environment=Environment(gpu=spec.gpu, architecture=find_gpu(spec.gpu).architecture, triton="3.7.1"),
+    )
 
 
 class FakePool:

@@ -7,32 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from doratune.cache.entry import MEASURED, Entry, Environment, Evaluation
+from doratune.cache.entry import MEASURED
 from doratune.cache.store import Store
-from doratune.codegen.cost import floor_us
 from doratune.codegen.gpu import find_gpu
-from doratune.codegen.render import render, template_digest
-from doratune.codegen.spec import Config, KernelSpec
+from doratune.codegen.spec import KernelSpec
 from doratune.codegen.variants import default_config, variants_of
 from doratune.tuner.incumbents import incumbents_of
 from doratune.tuner.space import Space
 
+from .fakes import entry_of
+
 
 def spec_of(rank: int, gpu: str = "l40s") -> KernelSpec:
     return KernelSpec.create("lora_compose", d_out=4096, rank=rank, tokens=4096, dtype="bf16", adapter="bf16", gpu=gpu)
-
-
-def entry_of(spec: KernelSpec, config: Config, provenance: str) -> Entry:
-    source, least = render(spec, config), floor_us(spec, find_gpu(spec.gpu))
-    return Entry(
-        spec=spec,
-        config=config,
-        template_digest=template_digest(spec.op, config.variant),
-        source_digest=source.digest,
-        source=source.text,
-        evaluation=Evaluation(provenance, us=2.0 * least, floor_us=least, trials=24),
-        environment=Environment(gpu=spec.gpu, architecture=find_gpu(spec.gpu).architecture, triton="3.7.1"),
-    )
 
 
 @pytest.mark.parametrize(

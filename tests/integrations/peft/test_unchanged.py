@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from doratune.integrations.peft import examine
+from doratune.integrations.peft.unchanged import Unchanged
 
 from .peft_models import relative
 from .test_projections import assert_step, attention_of, calls, pair, x_of
@@ -346,6 +347,25 @@ def test_a_checkpoint_saves_the_same_after_a_later_layer_of_a_group_has_changed(
         change(layer_of(model, place))
     for seed in range(3, 6):
         assert_step(stock, fast, seed, run)
+
+
+def test_a_layer_that_has_moved_is_checked_no_more_often_than_one_that_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 moves every layer before every call."""
+    _, fast = pair()
+    for seed in range(3):
+        fast(x_of(seed))
+    checks: list[None] = []
+    own = Unchanged.holds
+    counted = lambda *args, **named: (checks.append(None), own(*args, **named))[1]  # noqa: E731
+    monkeypatch.setattr(Unchanged, "holds", counted)
+    fast(x_of(3))
+    usual = len(checks)
+    assert usual >= 7
+    kept = gather_again(fast)
+    checks.clear()
+    fast(x_of(4))
+    assert len(checks) <= usual + 1, "of the first layer, which a norm pass asks once more"
+    del kept
 
 
 def test_a_recompute_takes_its_forwards_norm_wherever_its_parameters_are(monkeypatch: pytest.MonkeyPatch) -> None:
